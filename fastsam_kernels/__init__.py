@@ -1,0 +1,5 @@
+"""Operations of Segment Anything that are worth a kernel, each checked against a plain PyTorch reference."""
+
+from .dispatch import KERNELS, UnsupportedKernelError, check_kernels, resolve_kernels
+
+__all__ = ["KERNELS", "UnsupportedKernelError", "check_kernels", "resolve_kernels"]

@@ -1,0 +1,41 @@
+"""Segment Anything, a drop-in for ``segment_anything``: the model, the predictor, batches, a command line."""
+
+from .build_sam import (
+    build_sam,
+    build_sam_nano,
+    build_sam_vit_b,
+    build_sam_vit_h,
+    build_sam_vit_l,
+    load_model,
+    sam_model_registry,
+)
+from .checkpoint import CheckpointError, save_checkpoint
+from .config import VARIANTS, SamConfig
+from .embedding import ImageEmbedding
+from .modeling import Sam
+from .modeling.build import build_from_config
+from .predictor import SamPredictor
+from .prompts import Prompt
+from .results import MaskPrediction
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "VARIANTS",
+    "CheckpointError",
+    "ImageEmbedding",
+    "MaskPrediction",
+    "Prompt",
+    "Sam",
+    "SamConfig",
+    "SamPredictor",
+    "build_from_config",
+    "build_sam",
+    "build_sam_nano",
+    "build_sam_vit_b",
+    "build_sam_vit_h",
+    "build_sam_vit_l",
+    "load_model",
+    "sam_model_registry",
+    "save_checkpoint",
+]

@@ -1,0 +1,99 @@
+"""Loading models: from a checkpoint, or by the official names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .checkpoint import read_checkpoint
+from .config import variant_config
+from .modeling import Sam
+from .modeling.build import build_empty, build_from_config
+
+NANO_CHECKPOINT = Path(__file__).parent / "checkpoints" / "nano.safetensors"
+
+
+def load_model(
+    checkpoint: str | os.PathLike[str] | None = None,
+    variant: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    kernels: str = "auto",
+    *,
+    image_size: int | None = None,
+) -> Sam:
+    """A model ready for prediction.
+
+    Args:
+        checkpoint: a file or folder in any known layout; None takes the embedded model ``nano``.
+        variant: what the weights must be; None infers it from them.
+        device: None takes the CUDA device if there is one, else the CPU.
+        dtype: of the image encoder and the mask decoder; None is fp32. Prompts are encoded in fp32 always.
+        kernels: "auto", "reference", "torch" or "triton"; resolved for the model's device at every call.
+        image_size: side of the padded square input in pixels; None takes the checkpoint's.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: unreadable, foreign, or weights that do not fit, the keys listed.
+        ValueError: an unknown variant or ``kernels``; or a variant without a checkpoint, other than ``nano``.
+    """
+    if variant is not None:
+        variant_config(variant)
+    if checkpoint is None:
+        if variant not in (None, "nano"):
+            raise ValueError(f"only nano is embedded; {variant} needs checkpoint=, a file of its weights")
+        checkpoint = NANO_CHECKPOINT
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    stored = read_checkpoint(checkpoint, variant, image_size)
+    dtype = dtype or torch.float32
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+
+    model = build_empty(stored.config)
+    state = {name: tensor.to(torch.float32) for name, tensor in stored.state_dict.items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    for name in ("pixel_mean", "pixel_std"):
+        setattr(model, name, torch.tensor(getattr(stored.config, name)).view(-1, 1, 1))
+    model.kernels = kernels
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def _build(variant: str, checkpoint: str | os.PathLike[str] | None = None) -> Sam:
+    if checkpoint is None:
+        return build_from_config(variant_config(variant))
+    return load_model(checkpoint, variant, device="cpu")
+
+
+def build_sam_vit_h(checkpoint: str | os.PathLike[str] | None = None) -> Sam:
+    """ViT-H on the CPU in fp32, from a checkpoint or freshly initialised."""
+    return _build("vit_h", checkpoint)
+
+
+def build_sam_vit_l(checkpoint: str | os.PathLike[str] | None = None) -> Sam:
+    """ViT-L on the CPU in fp32, from a checkpoint or freshly initialised."""
+    return _build("vit_l", checkpoint)
+
+
+def build_sam_vit_b(checkpoint: str | os.PathLike[str] | None = None) -> Sam:
+    """ViT-B on the CPU in fp32, from a checkpoint or freshly initialised."""
+    return _build("vit_b", checkpoint)
+
+
+def build_sam_nano(checkpoint: str | os.PathLike[str] | None = None) -> Sam:
+    """The small model on the CPU in fp32; without a checkpoint the weights embedded in this package."""
+    return load_model(checkpoint, "nano", device="cpu")
+
+
+build_sam = build_sam_vit_h
+
+sam_model_registry: dict[str, Callable[..., Sam]] = {
+    "default": build_sam_vit_h,
+    "vit_h": build_sam_vit_h,
+    "vit_l": build_sam_vit_l,
+    "vit_b": build_sam_vit_b,
+    "nano": build_sam_nano,
+}

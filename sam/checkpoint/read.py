@@ -1,0 +1,237 @@
+"""Reading weights: any file of the known layouts -> official names, nothing missing, nothing left over."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..config import SamConfig, variant_config
+from ..modeling.build import build_empty
+from .errors import CheckpointError, listing
+from .layouts import (
+    TRANSFORMERS_POSITIONAL,
+    WRAPPERS,
+    Layout,
+    config_from_transformers,
+    detect_layout,
+    infer_config,
+    transformers_names,
+)
+
+CONFIG_KEY = "sam_config"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights under their official names, as stored.
+
+    Attributes:
+        state_dict: every parameter and buffer of the model, dtypes as in the file.
+        config: what the weights are of.
+        layout: of the file.
+        metadata: what else a safetensors file says of itself.
+    """
+
+    state_dict: dict[str, Tensor]
+    config: SamConfig
+    layout: Layout
+    metadata: dict[str, str]
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str], variant: str | None = None, image_size: int | None = None
+) -> Checkpoint:
+    """Read a safetensors file, a torch file, or a folder that transformers wrote.
+
+    Args:
+        path: the file or folder. Torch files are read with ``weights_only=True`` and nothing else.
+        variant: what the caller takes it for; None infers it from the shapes.
+        image_size: resize the position tables for this input, in pixels; None keeps the file's.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: unreadable, foreign, or keys that do not match, which are listed.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such checkpoint: {path}")
+    try:
+        stored, metadata, config_json = _read_folder(path) if path.is_dir() else (*_read_file(path), None)
+        state, layout = _unwrap(stored)
+        config = _config_of(state, layout, metadata, config_json)
+        if variant is not None and config.variant != variant:
+            raise CheckpointError(
+                f"these are weights of {_describe(config)}, not of {_describe(variant_config(variant))}"
+            )
+        state = _official_names(state, layout, config)
+        _check_keys(state, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error.__cause__
+    if image_size is not None and image_size != config.image_size:
+        config = config.with_image_size(image_size)
+        state = resize_position_tables(state, config)
+    provenance = {name: text for name, text in metadata.items() if name not in ("format", CONFIG_KEY)}
+    return Checkpoint(state, config, layout, provenance)
+
+
+def resize_position_tables(state: Mapping[str, Tensor], config: SamConfig) -> dict[str, Tensor]:
+    """The weights for another image size.
+
+    The absolute table is resized bicubically (as ViTDet does), the relative tables of global blocks linearly,
+    which is what the encoder does with a table of another length.
+    """
+    resized = dict(state)
+    grid, name = config.grid_size, "image_encoder.pos_embed"
+    table = state[name].float().permute(0, 3, 1, 2)
+    table = F.interpolate(table, (grid, grid), mode="bicubic", align_corners=False)
+    resized[name] = table.permute(0, 2, 3, 1).contiguous().to(state[name].dtype)
+    for block in config.global_attn_indexes:
+        for axis in "hw":
+            name = f"image_encoder.blocks.{block}.attn.rel_pos_{axis}"
+            line = F.interpolate(state[name].float().t()[None], 2 * grid - 1, mode="linear")[0].t()
+            resized[name] = line.contiguous().to(state[name].dtype)
+    return resized
+
+
+def _describe(config: SamConfig) -> str:
+    return f"{config.variant} ({config.encoder_embed_dim} channels, {config.encoder_depth} blocks)"
+
+
+# Files ----------------------------------------------------------------------------------------------------
+
+
+def _read_file(path: Path) -> tuple[Any, dict[str, str]]:
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[8:9] == b"{":  # a safetensors header: its length in 8 bytes, then JSON
+        return _read_safetensors(path)
+    if head[:2] in (b"PK", b"\x80\x02"):  # torch.save since 1.6, and before
+        return _read_torch(path), {}
+    raise CheckpointError("neither a safetensors file nor one written by torch.save")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            # A copy: tensors that map the file would change, or crash, when someone overwrites it.
+            names = file.keys()
+            return {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(f"damaged safetensors file: {error}") from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            "it holds more than tensors, and other objects are never loaded (nothing in it was run); "
+            f"save its state_dict instead. torch says: {_first_line(error)}"
+        ) from error
+    except Exception as error:  # whatever a damaged archive makes of the reader
+        raise CheckpointError(f"damaged torch file: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str | None]:
+    config = path / "config.json"
+    config_json = config.read_text() if config.is_file() else None
+    if (path / _SINGLE).is_file():
+        return (*_read_safetensors(path / _SINGLE), config_json)
+    if (path / _INDEX).is_file():
+        try:
+            shards = sorted(set(json.loads((path / _INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"damaged {_INDEX}: {error}") from error
+        outside = [shard for shard in shards if Path(shard).name != shard or not (path / shard).is_file()]
+        if outside:
+            raise CheckpointError(f"{_INDEX} names files that are not in the folder: {listing(outside)}")
+        state: dict[str, Tensor] = {}
+        for shard in shards:
+            state.update(_read_safetensors(path / shard)[0])
+        return state, {}, config_json
+    raise CheckpointError(f"the folder has neither {_SINGLE} nor {_INDEX}")
+
+
+# Names ----------------------------------------------------------------------------------------------------
+
+
+def _unwrap(stored: Any) -> tuple[dict[str, Tensor], Layout]:
+    """The state dict inside training checkpoints, without the prefixes of wrapping modules."""
+    while isinstance(stored, Mapping) and not any(isinstance(value, Tensor) for value in stored.values()):
+        inner = [stored[name] for name in WRAPPERS if isinstance(stored.get(name), Mapping)]
+        if not inner:
+            raise CheckpointError(f"no state dict: the keys are {listing(map(str, stored))}")
+        stored = inner[0]
+    if not isinstance(stored, Mapping):
+        raise CheckpointError(f"no state dict but a {type(stored).__name__}")
+    layout, prefix = detect_layout(map(str, stored))
+    state = {str(name).removeprefix(prefix): value for name, value in stored.items()}
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise CheckpointError(f"keys that hold no tensor: {listing(others)}")
+    return state, layout
+
+
+def _config_of(
+    state: Mapping[str, Tensor], layout: Layout, metadata: Mapping[str, str], config_json: str | None
+) -> SamConfig:
+    try:
+        if CONFIG_KEY in metadata:
+            return SamConfig.from_json(metadata[CONFIG_KEY])
+        if config_json is not None:
+            described = config_from_transformers(config_json)
+            if described is not None:
+                return described
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"damaged model configuration: {error}") from error
+    return infer_config(state, layout)
+
+
+def _official_names(state: dict[str, Tensor], layout: Layout, config: SamConfig) -> dict[str, Tensor]:
+    if layout == "official":
+        return state
+    first, second = (state.get(name) for name in TRANSFORMERS_POSITIONAL)
+    if first is not None and second is not None and not torch.equal(first, second):
+        raise CheckpointError(f"{' and '.join(TRANSFORMERS_POSITIONAL)} are one tensor, but they differ")
+    official = {theirs: ours for ours in expected_shapes(config) for theirs in transformers_names(ours, config)}
+    return {official.get(name, name): value for name, value in state.items()}
+
+
+def expected_shapes(config: SamConfig) -> dict[str, torch.Size]:
+    """Official name -> shape of every tensor in a state dict of ``config``."""
+    return {name: tensor.shape for name, tensor in build_empty(config).state_dict().items()}
+
+
+def _check_keys(state: Mapping[str, Tensor], config: SamConfig) -> None:
+    expected = expected_shapes(config)
+    wrong = [
+        f"{name} {list(state[name].shape)} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in state and state[name].shape != shape
+    ]
+    problems = [
+        f"{what}: {listing(names)}"
+        for what, names in (
+            ("missing keys", [name for name in expected if name not in state]),
+            ("unexpected keys", [name for name in state if name not in expected]),
+            ("keys of a wrong shape", wrong),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"the weights do not fit {_describe(config)}: {'; '.join(problems)}")

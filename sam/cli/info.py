@@ -1,0 +1,69 @@
+"""``info [CHECKPOINT]``: what weights are, and what would run them here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..build_sam import NANO_CHECKPOINT, load_model
+from ..checkpoint import read_checkpoint
+from .options import add_traceback_option
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser("info", help="what a checkpoint holds and what would run it here")
+    parser.add_argument(
+        "checkpoint", nargs="?", metavar="CHECKPOINT", help="file or folder (default: the embedded nano)"
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    add_traceback_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    facts = describe(Path(args.checkpoint or NANO_CHECKPOINT))
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The facts, in the order a reader wants them."""
+    stored = read_checkpoint(path)
+    config = stored.config
+    model = load_model(path)
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in stored.state_dict.values()})
+    return {
+        "checkpoint": "embedded" if path == NANO_CHECKPOINT else str(path),
+        "variant": config.variant,
+        "layout": stored.layout,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype in file": ", ".join(dtypes),
+        "image size": config.image_size,
+        "encoder": f"{config.encoder_embed_dim} channels, {config.encoder_depth} blocks, "
+        f"{config.encoder_num_heads} heads, window {config.window_size}, "
+        f"global {', '.join(map(str, config.global_attn_indexes))}",
+        "low-res masks": f"{config.low_res_size}x{config.low_res_size}",
+        "model hash (fp32)": model.model_hash,
+        **stored.metadata,
+        "device": str(model.device),
+        "kernels": model.resolved_kernels,
+        "versions": f"fastsam-kernels {_version('fastsam-kernels')}, torch {torch.__version__}, "
+        f"triton {_version('triton')}, Python {platform.python_version()}",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

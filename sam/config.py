@@ -1,0 +1,110 @@
+"""The one description of a SAM model's shape, and the one table of the variants that exist."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SamConfig:
+    """Everything that fixes the parameter shapes and the arithmetic of a SAM model.
+
+    The sizes are those of the paper's figure: a ViT image encoder whose blocks attend inside windows
+    except for ``global_attn_indexes``, a prompt encoder and a two-way mask decoder of ``prompt_embed_dim``
+    channels. Lengths are in pixels of the padded square input unless said otherwise.
+    """
+
+    variant: str
+    encoder_embed_dim: int
+    encoder_depth: int
+    encoder_num_heads: int
+    global_attn_indexes: tuple[int, ...]
+    image_size: int = 1024
+    patch_size: int = 16
+    window_size: int = 14  # tokens
+    mlp_ratio: float = 4.0
+    prompt_embed_dim: int = 256
+    mask_in_chans: int = 16
+    decoder_depth: int = 2
+    decoder_num_heads: int = 8
+    decoder_mlp_dim: int = 2048
+    num_multimask_outputs: int = 3
+    iou_head_depth: int = 3
+    iou_head_hidden_dim: int = 256
+    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+
+    def __post_init__(self) -> None:
+        for name in ("global_attn_indexes", "pixel_mean", "pixel_std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.image_size <= 0 or self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size must be a positive multiple of patch_size={self.patch_size}, got {self.image_size}"
+            )
+        if self.encoder_embed_dim % self.encoder_num_heads:
+            raise ValueError(
+                f"encoder_num_heads={self.encoder_num_heads} must divide encoder_embed_dim={self.encoder_embed_dim}"
+            )
+        outside = [i for i in self.global_attn_indexes if not 0 <= i < self.encoder_depth]
+        if outside:
+            raise ValueError(f"global_attn_indexes {outside} lie outside 0..{self.encoder_depth - 1}")
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the image embedding, in tokens."""
+        return self.image_size // self.patch_size
+
+    @property
+    def low_res_size(self) -> int:
+        """Side of the low-resolution logits and of ``mask_input``, in pixels."""
+        return 4 * self.grid_size
+
+    def with_image_size(self, image_size: int) -> SamConfig:
+        """The same model for another square input; its position tables have to be resized to match."""
+        return self if image_size == self.image_size else replace(self, image_size=image_size)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> SamConfig:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: not JSON, or fields that no ``SamConfig`` has.
+        """
+        values: Any = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"a SamConfig is a JSON object, got {type(values).__name__}")
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown SamConfig fields {unknown}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"incomplete SamConfig: {error}") from None
+
+
+VARIANTS: dict[str, SamConfig] = {
+    config.variant: config
+    for config in (
+        SamConfig("vit_b", 768, 12, 12, (2, 5, 8, 11)),
+        SamConfig("vit_l", 1024, 24, 16, (5, 11, 17, 23)),
+        SamConfig("vit_h", 1280, 32, 16, (7, 15, 23, 31)),
+        SamConfig("nano", 192, 6, 3, (2, 5), image_size=512),
+    )
+}
+
+
+def variant_config(variant: str) -> SamConfig:
+    """The table's entry for ``variant``.
+
+    Raises:
+        ValueError: no such variant; the message lists those there are.
+    """
+    try:
+        return VARIANTS[variant]
+    except KeyError:
+        raise ValueError(f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}") from None

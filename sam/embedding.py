@@ -1,0 +1,115 @@
+"""An image as the decoder sees it: a handle that can be kept, saved, sent elsewhere and asked from many threads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .files import write_atomically
+from .modeling.transformer import SharedImageSide
+from .preprocess import ImageGeometry
+
+_FORMAT = "sam-image-embedding-1"
+
+
+@dataclass(frozen=True, eq=False)
+class ImageEmbedding:
+    """The encoder's answer for one image and all that is needed to predict masks from it.
+
+    Nothing of it changes after it was made, so threads may share it. ``model.encode`` makes one.
+
+    Attributes:
+        features: [1, C, h, w] image embedding, in the model's dtype.
+        geometry: the sizes of the image.
+        model_hash: of the weights that made it (:attr:`sam.modeling.Sam.model_hash`); other models refuse it.
+            None for features of unknown origin, which are taken on trust.
+        model_name: the variant's name, for messages.
+        image_hash: of the resized pixels and the original size; None when the pixels are not known.
+    """
+
+    features: Tensor
+    geometry: ImageGeometry
+    model_hash: str | None = None
+    model_name: str = "unknown"
+    image_hash: str | None = None
+    _shared: tuple[Hashable, SharedImageSide] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.features.ndim != 4 or self.features.shape[0] != 1:
+            raise ValueError(f"features must be [1, C, h, w], got {list(self.features.shape)}")
+
+    @property
+    def device(self) -> torch.device:
+        return self.features.device
+
+    def to(self, device: torch.device | str) -> ImageEmbedding:
+        """The same embedding on another device."""
+        return replace(self, features=self.features.to(device))
+
+    def shared_image_side(self, key: Hashable, make: Callable[[], SharedImageSide]) -> SharedImageSide:
+        """Block 0 of the decoder on this image: ``make()`` the first time, and again when ``key`` changes.
+
+        ``key`` stands for the values that ``make`` reads. Two threads may both make it; the values are the same.
+        """
+        kept = self._shared
+        if kept is None or kept[0] != key:
+            kept = (key, make())
+            object.__setattr__(self, "_shared", kept)
+        return kept[1]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file that :meth:`load` reads; a file already there is replaced whole or not at all."""
+        metadata = {
+            "format": _FORMAT,
+            "geometry": json.dumps([self.geometry.original_size, self.geometry.input_size, self.geometry.image_size]),
+            "model_hash": self.model_hash or "",
+            "model_name": self.model_name,
+            "image_hash": self.image_hash or "",
+        }
+        features = {"features": self.features.detach().cpu().contiguous()}
+        with write_atomically(path) as partial:
+            safetensors.torch.save_file(features, partial, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> ImageEmbedding:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a saved image embedding, or a damaged one.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no such embedding: {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"{path} is not a saved image embedding (format {metadata.get('format')!r})")
+                features = file.get_tensor("features")
+            original_size, input_size, image_size = json.loads(metadata["geometry"])
+            return cls(
+                features=features.to(device),
+                geometry=ImageGeometry(tuple(original_size), tuple(input_size), image_size),
+                model_hash=metadata["model_hash"] or None,
+                model_name=metadata["model_name"],
+                image_hash=metadata["image_hash"] or None,
+            )
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is a damaged image embedding: {error}") from None
+
+
+def hash_image(resized: np.ndarray, geometry: ImageGeometry) -> str:
+    """Content hash of an image as a model of this input size sees it: 32 hex digits."""
+    digest = hashlib.blake2b(repr(geometry).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(resized).data)
+    return digest.hexdigest()

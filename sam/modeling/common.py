@@ -1,0 +1,95 @@
+"""Layers that the encoder and the decoder share, and the cache of values derived from weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class MLPBlock(nn.Module):
+    """Linear, activation, linear: [..., embedding_dim] -> [..., embedding_dim]."""
+
+    def __init__(self, embedding_dim: int, mlp_dim: int, act: type[nn.Module] = nn.GELU) -> None:
+        super().__init__()
+        self.lin1 = nn.Linear(embedding_dim, mlp_dim)
+        self.lin2 = nn.Linear(mlp_dim, embedding_dim)
+        self.act = act()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin2(self.act(self.lin1(x)))
+
+
+class LayerNorm2d(nn.Module):
+    """Layer normalisation over the channels of [B, C, H, W], biased variance, in at least fp32."""
+
+    def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        centred = wide - wide.mean(dim=1, keepdim=True)
+        variance = centred.square().mean(dim=1, keepdim=True)
+        normed = centred * torch.rsqrt(variance + self.eps)
+        return (normed * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def weights_key(*sources: Tensor) -> Hashable:
+    """Changes whenever one of ``sources`` is replaced or written in place."""
+    return tuple((s.data_ptr(), s.dtype, 0 if s.is_inference() else s._version) for s in sources)
+
+
+class Fp32Buffers(nn.Module):
+    """A module whose own buffers never drop below fp32: ``.half()`` and ``.to(torch.bfloat16)`` only move them."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = before[name].to(buffer.device, torch.float32)  # type: ignore[union-attr]
+        return self
+
+
+class DerivedWeights(nn.Module):
+    """A module that keeps values computed from its weights until the weights change.
+
+    Kept values are dropped by ``.to()`` and its kin, by ``load_state_dict``, and when one of the named
+    sources was written in place (an optimiser step). Nothing is kept while autograd records a source.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._derived: dict[str, tuple[Hashable, Any]] = {}
+
+    def derived(self, name: str, make: Callable[[], T], *sources: Tensor) -> T:
+        """The value of ``make()``, a function of ``sources`` alone, computed once for their present values."""
+        if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+            return make()
+        key = weights_key(*sources)
+        kept = self._derived.get(name)
+        if kept is not None and kept[0] == key:
+            return kept[1]
+        # A value made inside inference_mode could never meet autograd later.
+        with torch.inference_mode(False), torch.no_grad():
+            value = make()
+        self._derived[name] = (key, value)
+        return value
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._derived.clear()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._derived.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_derived": {}}

@@ -1,0 +1,180 @@
+"""The mask decoder of SAM: image embedding and prompt tokens -> low-resolution mask logits and their predicted IoU."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .common import LayerNorm2d
+from .transformer import SharedImageSide, TwoWayTransformer
+
+
+class MaskDecoder(nn.Module):
+    """Predicts ``num_multimask_outputs`` masks for ambiguous prompts and one for unambiguous ones."""
+
+    def __init__(
+        self,
+        *,
+        transformer_dim: int,
+        transformer: TwoWayTransformer,
+        num_multimask_outputs: int = 3,
+        activation: type[nn.Module] = nn.GELU,
+        iou_head_depth: int = 3,
+        iou_head_hidden_dim: int = 256,
+    ) -> None:
+        super().__init__()
+        self.transformer_dim = transformer_dim
+        self.transformer = transformer
+        self.num_multimask_outputs = num_multimask_outputs
+        self.num_mask_tokens = num_multimask_outputs + 1
+        self.iou_token = nn.Embedding(1, transformer_dim)
+        self.mask_tokens = nn.Embedding(self.num_mask_tokens, transformer_dim)
+        self.output_upscaling = nn.Sequential(
+            nn.ConvTranspose2d(transformer_dim, transformer_dim // 4, kernel_size=2, stride=2),
+            LayerNorm2d(transformer_dim // 4),
+            activation(),
+            nn.ConvTranspose2d(transformer_dim // 4, transformer_dim // 8, kernel_size=2, stride=2),
+            activation(),
+        )
+        self.output_hypernetworks_mlps = nn.ModuleList(
+            MLP(transformer_dim, transformer_dim, transformer_dim // 8, 3) for _ in range(self.num_mask_tokens)
+        )
+        self.iou_prediction_head = MLP(transformer_dim, iou_head_hidden_dim, self.num_mask_tokens, iou_head_depth)
+
+    def forward(
+        self,
+        image_embeddings: Tensor,
+        image_pe: Tensor,
+        sparse_prompt_embeddings: Tensor,
+        dense_prompt_embeddings: Tensor,
+        multimask_output: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Masks for P prompts on one image, or on P images with one prompt each.
+
+        Args:
+            image_embeddings: [1 or P, C, h, w] from the image encoder.
+            image_pe: [1, C, h, w] positional encoding of its grid.
+            sparse_prompt_embeddings: [P, S, C] tokens of points and boxes.
+            dense_prompt_embeddings: [P or 1, C, h, w] embedding of the masks.
+            multimask_output: three masks for an ambiguous prompt, or the one mask for an unambiguous prompt.
+
+        Returns:
+            logits [P, 3 or 1, 4h, 4w] and predicted IoU [P, 3 or 1].
+        """
+        return self.decode(
+            image_embeddings,
+            image_pe,
+            sparse_prompt_embeddings,
+            dense_prompt_embeddings,
+            mask_slice=self.mask_slice(multimask_output),
+        )
+
+    def predict_masks(
+        self,
+        image_embeddings: Tensor,
+        image_pe: Tensor,
+        sparse_prompt_embeddings: Tensor,
+        dense_prompt_embeddings: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """As ``forward``, of all masks: logits [P, 4, 4h, 4w] and predicted IoU [P, 4], the single mask first."""
+        return self.decode(
+            image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, mask_slice=slice(None)
+        )
+
+    @staticmethod
+    def mask_slice(multimask_output: bool) -> slice:
+        """Which of the mask tokens answer: token 0 is the single mask, the others the alternatives."""
+        return slice(1, None) if multimask_output else slice(0, 1)
+
+    def share_image_side(self, image_embeddings: Tensor, image_pe: Tensor, no_mask: Tensor) -> SharedImageSide:
+        """What prompts without a mask input share of images [I, C, h, w]; ``no_mask`` is that embedding, [1, C]."""
+        keys = (image_embeddings + no_mask.view(1, -1, 1, 1)).flatten(2).transpose(1, 2).contiguous()
+        return self.transformer.first_block.share_image_side(keys, _tokens_of(image_pe).to(keys.dtype))
+
+    def decode(
+        self,
+        image_embeddings: Tensor,
+        image_pe: Tensor,
+        sparse: Tensor,
+        dense: Tensor,
+        *,
+        mask_slice: slice,
+        image_index: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        shared: SharedImageSide | None = None,
+        kernels: str = "reference",
+    ) -> tuple[Tensor, Tensor]:
+        """Masks for P prompts spread over I images.
+
+        Args:
+            image_embeddings: [I, C, h, w].
+            image_pe: [1, C, h, w].
+            sparse: [P, S, C].
+            dense: [P or 1, C, h, w]; not read where ``shared`` stands for it.
+            mask_slice: which of the mask tokens answer.
+            image_index: [P], int64, the image of each prompt; None for one image, or for an image a prompt.
+            token_mask: [P, S], False for tokens that are padding; None when there are none.
+            shared: from :meth:`share_image_side`, for prompts without a mask input.
+            kernels: "reference" or "torch".
+
+        Returns:
+            logits [P, masks, 4h, 4w] and predicted IoU [P, masks] in the weights' dtype.
+        """
+        prompts, (height, width) = sparse.shape[0], image_embeddings.shape[-2:]
+        dtype = self.iou_token.weight.dtype
+        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        tokens = torch.cat([output_tokens.expand(prompts, -1, -1), sparse.to(dtype)], dim=1)
+        if token_mask is not None:
+            token_mask = F.pad(token_mask, (output_tokens.shape[0], 0), value=True)
+
+        if shared is not None:
+            shared = shared.select(image_index, prompts)
+            keys = shared.keys
+        else:
+            if image_index is not None:
+                image_embeddings = image_embeddings.index_select(0, image_index)
+            keys = _tokens_of(image_embeddings + dense.to(image_embeddings.dtype))
+            keys = keys.expand(prompts, -1, -1)
+        key_pe = _tokens_of(image_pe[:1]).to(dtype)
+
+        tokens, keys = self.transformer.attend(keys, key_pe, tokens, token_mask, shared, kernels)
+        iou_token, mask_tokens = tokens[:, 0], tokens[:, 1 : 1 + self.num_mask_tokens]
+        upscaled = self.output_upscaling(keys.transpose(1, 2).reshape(prompts, -1, height, width))
+        asked_for = range(self.num_mask_tokens)[mask_slice]
+        hypernetworks = torch.stack(
+            [self.output_hypernetworks_mlps[i](mask_tokens[:, i]) for i in asked_for], dim=1
+        )  # [P, masks, C / 8]
+        masks = (hypernetworks @ upscaled.flatten(2)).unflatten(-1, upscaled.shape[-2:])
+        return masks, self.iou_prediction_head(iou_token)[:, mask_slice]
+
+
+def _tokens_of(x: Tensor) -> Tensor:
+    """[I, C, h, w] -> [I, h * w, C]"""
+    return x.flatten(2).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """``num_layers`` linears with ReLU between them: [..., input_dim] -> [..., output_dim]."""
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dim: int,
+        output_dim: int,
+        num_layers: int,
+        sigmoid_output: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_layers = num_layers
+        widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
+        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
+        self.sigmoid_output = sigmoid_output
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        x = self.layers[-1](x)
+        return x.sigmoid() if self.sigmoid_output else x

@@ -1,0 +1,180 @@
+"""The prompt encoder of SAM: points, boxes and masks -> sparse tokens and a dense embedding.
+
+Every sparse prompt is a list of labelled points. A label is one of the constants below; a box is its two
+corners, and a prompt without a box ends with one padding point. Encoding happens in fp32 whatever the
+model's dtype: bf16 coordinates are 4 px apart at 512..1024.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .common import DerivedWeights, Fp32Buffers, LayerNorm2d
+
+LABEL_ABSENT = -2  # fills the token list of a shorter prompt; masked out of every attention
+LABEL_PADDING = -1  # the "not a point" token
+LABEL_BACKGROUND = 0
+LABEL_FOREGROUND = 1
+LABEL_BOX_TOP_LEFT = 2
+LABEL_BOX_BOTTOM_RIGHT = 3
+
+
+class PromptEncoder(DerivedWeights):
+    """Embeds prompts given in pixels of the padded square input."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        image_embedding_size: tuple[int, int],
+        input_image_size: tuple[int, int],
+        mask_in_chans: int,
+        activation: type[nn.Module] = nn.GELU,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.input_image_size = input_image_size
+        self.image_embedding_size = image_embedding_size
+        self.pe_layer = PositionEmbeddingRandom(embed_dim // 2)
+
+        self.num_point_embeddings = 4  # background, foreground, box top-left, box bottom-right
+        self.point_embeddings = nn.ModuleList(nn.Embedding(1, embed_dim) for _ in range(self.num_point_embeddings))
+        self.not_a_point_embed = nn.Embedding(1, embed_dim)
+
+        self.mask_input_size = (4 * image_embedding_size[0], 4 * image_embedding_size[1])
+        self.mask_downscaling = nn.Sequential(
+            nn.Conv2d(1, mask_in_chans // 4, kernel_size=2, stride=2),
+            LayerNorm2d(mask_in_chans // 4),
+            activation(),
+            nn.Conv2d(mask_in_chans // 4, mask_in_chans, kernel_size=2, stride=2),
+            LayerNorm2d(mask_in_chans),
+            activation(),
+            nn.Conv2d(mask_in_chans, embed_dim, kernel_size=1),
+        )
+        self.no_mask_embed = nn.Embedding(1, embed_dim)
+
+    def get_dense_pe(self) -> Tensor:
+        """The positional encoding of the image embedding's grid, [1, embed_dim, grid_h, grid_w], fp32."""
+        return self.derived(
+            "dense_pe",
+            lambda: self.pe_layer(self.image_embedding_size)[None],
+            self.pe_layer.positional_encoding_gaussian_matrix,
+        )
+
+    def embed_tokens(self, coords: Tensor, labels: Tensor) -> Tensor:
+        """Sparse tokens of labelled points.
+
+        Args:
+            coords: [P, S, 2] (x, y) in pixels of the padded input.
+            labels: [P, S], the ``LABEL_*`` constants.
+
+        Returns:
+            [P, S, embed_dim], fp32 (or wider). The rows of absent points are padding tokens.
+        """
+        encoding = self.pe_layer.forward_with_coords(coords + 0.5, self.input_image_size)
+        table = torch.cat([e.weight for e in (self.not_a_point_embed, *self.point_embeddings)])
+        learned = table[labels.clamp(min=LABEL_PADDING).long() - LABEL_PADDING]
+        located = torch.where((labels > LABEL_PADDING)[..., None], encoding, 0.0)
+        return located + learned.to(encoding.dtype)
+
+    def _embed_points(self, points: Tensor, labels: Tensor, pad: bool) -> Tensor:
+        if pad:
+            points, labels = append_padding_point(points, labels)
+        return self.embed_tokens(points, labels)
+
+    def _embed_boxes(self, boxes: Tensor) -> Tensor:
+        corners = boxes.reshape(-1, 2, 2)
+        return self.embed_tokens(corners, box_labels(corners))
+
+    def _embed_masks(self, masks: Tensor) -> Tensor:
+        return self.mask_downscaling(masks.to(self.no_mask_embed.weight.dtype))
+
+    def _get_batch_size(self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None) -> int:
+        for prompts in (points[0] if points is not None else None, boxes, masks):
+            if prompts is not None:
+                return prompts.shape[0]
+        return 1
+
+    def _get_device(self) -> torch.device:
+        return self.no_mask_embed.weight.device
+
+    def forward(
+        self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Embed prompts of one kind each, the same number of every kind given.
+
+        Args:
+            points: coordinates [P, N, 2] in pixels of the padded input and labels [P, N].
+            boxes: [P, 4] as x0, y0, x1, y1 in pixels of the padded input.
+            masks: [P, 1, 4 * grid_h, 4 * grid_w] low-resolution logits.
+
+        Returns:
+            sparse [P, tokens, embed_dim] in fp32 and dense [P, embed_dim, grid_h, grid_w] in the weights' dtype.
+        """
+        prompts = self._get_batch_size(points, boxes, masks)
+        sparse = torch.empty((prompts, 0, self.embed_dim), device=self._get_device())
+        if points is not None:
+            sparse = torch.cat([sparse, self._embed_points(*points, pad=boxes is None)], dim=1)
+        if boxes is not None:
+            sparse = torch.cat([sparse, self._embed_boxes(boxes)], dim=1)
+        if masks is not None:
+            return sparse, self._embed_masks(masks)
+        return sparse, self.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(prompts, -1, *self.image_embedding_size)
+
+
+def append_padding_point(points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Points [P, N, 2] and labels [P, N] with the one padding point that a prompt without a box ends with."""
+    padded_points = torch.cat([points, points.new_zeros(points.shape[0], 1, 2)], dim=1)
+    padding = labels.new_full((labels.shape[0], 1), LABEL_PADDING)
+    return padded_points, torch.cat([labels, padding], dim=1)
+
+
+def box_labels(corners: Tensor) -> Tensor:
+    """Labels [P, 2] of box corners [P, 2, 2]."""
+    pair = torch.arange(LABEL_BOX_TOP_LEFT, LABEL_BOX_BOTTOM_RIGHT + 1, device=corners.device)
+    return pair.expand(corners.shape[0], 2)
+
+
+class PositionEmbeddingRandom(Fp32Buffers):
+    """Random Fourier features of positions in the unit square (arXiv 2006.10739).
+
+    The frequency matrix stays in fp32 when the model goes to half precision.
+    """
+
+    positional_encoding_gaussian_matrix: Tensor
+
+    def __init__(self, num_pos_feats: int = 64, scale: float | None = None) -> None:
+        super().__init__()
+        if scale is None or scale <= 0.0:
+            scale = 1.0
+        matrix = nn.init.normal_(torch.empty(2, num_pos_feats), std=scale)
+        self.register_buffer("positional_encoding_gaussian_matrix", matrix)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(self.positional_encoding_gaussian_matrix.dtype, torch.float32)
+
+    def _pe_encoding(self, coords: Tensor) -> Tensor:
+        """[..., 2] coordinates in [0, 1] -> [..., 2 * num_pos_feats]."""
+        matrix = self.positional_encoding_gaussian_matrix.to(self._dtype)
+        coords = 2 * coords.to(self._dtype) - 1
+        # Written out, not a matmul: autocast and TF32 would round the coordinates.
+        phase = 2 * math.pi * (coords[..., :1] * matrix[0] + coords[..., 1:] * matrix[1])
+        return torch.cat([phase.sin(), phase.cos()], dim=-1)
+
+    def forward(self, size: tuple[int, int]) -> Tensor:
+        """Encoding of the centres of a grid of ``size`` (height, width): [2 * num_pos_feats, height, width]."""
+        height, width = size
+        device = self.positional_encoding_gaussian_matrix.device
+        y = (torch.arange(height, device=device, dtype=self._dtype) + 0.5) / height
+        x = (torch.arange(width, device=device, dtype=self._dtype) + 0.5) / width
+        centres = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
+        return self._pe_encoding(centres).permute(2, 0, 1)
+
+    def forward_with_coords(self, coords_input: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Encoding of [P, S, 2] (x, y) pixels in an image of ``image_size`` (height, width)."""
+        height, width = image_size
+        x, y = coords_input.to(self._dtype).unbind(-1)
+        return self._pe_encoding(torch.stack([x / width, y / height], dim=-1))

@@ -1,0 +1,380 @@
+"""The whole model: images to embeddings, embeddings and prompts to masks."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsam_kernels import check_kernels, resolve_kernels
+
+from .. import postprocess, preprocess
+from ..config import SamConfig
+from ..embedding import ImageEmbedding, hash_image
+from ..preprocess import ImageGeometry
+from ..prompts import Prompt, PromptBatch, check_mask_inputs, ragged_chunks
+from ..results import MaskPrediction
+from .common import DerivedWeights, Fp32Buffers, weights_key
+from .image_encoder import ImageEncoderViT
+from .mask_decoder import MaskDecoder
+from .prompt_encoder import LABEL_ABSENT, PromptEncoder
+from .transformer import SharedImageSide
+
+
+class Sam(DerivedWeights, Fp32Buffers):
+    """Segment Anything (arXiv 2304.02643): an image encoder, a prompt encoder and a mask decoder.
+
+    ``forward`` is the official batched interface. ``encode`` and ``predict`` are ours: handles that can be kept,
+    and prompts of any number and kind for any number of images. Those two may be called from many threads.
+    """
+
+    mask_threshold: float = 0.0
+    image_format: str = "RGB"
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        image_encoder: ImageEncoderViT,
+        prompt_encoder: PromptEncoder,
+        mask_decoder: MaskDecoder,
+        pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
+        pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
+        config: SamConfig | None = None,
+    ) -> None:
+        """``config`` says what the modules were built from; only saving in another layout needs it."""
+        super().__init__()
+        self.image_encoder = image_encoder
+        self.prompt_encoder = prompt_encoder
+        self.mask_decoder = mask_decoder
+        self.config = config
+        self._kernels = "auto"
+        for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the image encoder and the mask decoder; prompts are always encoded in fp32 at least."""
+        return self.mask_decoder.iou_token.weight.dtype
+
+    @property
+    def name(self) -> str:
+        return self.config.variant if self.config is not None else "custom"
+
+    @property
+    def kernels(self) -> str:
+        """ "auto", "reference", "torch" or "triton", as asked for; :attr:`resolved_kernels` is what runs."""
+        return self._kernels
+
+    @kernels.setter
+    def kernels(self, kernels: str) -> None:
+        self._kernels = check_kernels(kernels)
+
+    @property
+    def resolved_kernels(self) -> str:
+        """What ``kernels`` means where the model is now."""
+        return resolve_kernels(self._kernels, self.device)
+
+    @property
+    def model_hash(self) -> str:
+        """32 hex digits that tell these weights, this dtype and this architecture from any other.
+
+        A checksum against mistakes, not against forgery: 600 MB of weights take about 0.1 s on four cores.
+        """
+        with torch.no_grad():
+            return self.derived("model_hash", self._hash_weights, *self.parameters(), *self.buffers())
+
+    def _hash_weights(self) -> str:
+        def checksum(entry: tuple[str, Tensor]) -> str:
+            name, tensor = entry
+            values = tensor.detach().contiguous().cpu()
+            crc = zlib.crc32(values.reshape(-1).view(torch.uint8).numpy().data)
+            return f"{name} {list(tensor.shape)} {tensor.dtype} {crc}"
+
+        # Inside a state dict no weight is missing and the names are the official ones; zlib releases the GIL.
+        entries = [*self.state_dict().items(), *self.named_buffers()]
+        with ThreadPoolExecutor() as pool:
+            lines = list(pool.map(checksum, entries))
+        architecture = self.config.to_json() if self.config is not None else str(self)
+        return hashlib.sha256("\n".join([architecture, *lines]).encode()).hexdigest()[:32]
+
+    # Images ------------------------------------------------------------------------------------------------
+
+    @overload
+    def encode(self, images: np.ndarray, batch_size: int | None = None) -> ImageEmbedding: ...
+    @overload
+    def encode(self, images: Sequence[np.ndarray], batch_size: int | None = None) -> list[ImageEmbedding]: ...
+    @torch.no_grad()
+    def encode(
+        self, images: np.ndarray | Sequence[np.ndarray], batch_size: int | None = None
+    ) -> ImageEmbedding | list[ImageEmbedding]:
+        """Embed one image, or a list of images of any sizes.
+
+        Args:
+            images: [H, W, 3] uint8 RGB.
+            batch_size: images a pass of the encoder; by default 1 on a CPU and 8 elsewhere.
+
+        Returns:
+            one handle, or a list of them in the order of the images.
+
+        Raises:
+            TypeError, ValueError: an image of another kind, named by its place; nothing was encoded.
+        """
+        if isinstance(images, np.ndarray):
+            return self.encode([images])[0]
+        geometries = []
+        for index, image in enumerate(images):
+            try:
+                geometries.append(self._geometry(preprocess.validate_image(image)))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"image {index}: {error}" if len(images) > 1 else str(error)) from None
+        if batch_size is None:
+            batch_size = 1 if self.device.type == "cpu" else 8
+        embeddings = []
+        for start in range(0, len(images), batch_size):
+            some = slice(start, start + batch_size)
+            resized = [
+                preprocess.resize_image(image, geometry.input_size)
+                for image, geometry in zip(images[some], geometries[some], strict=True)
+            ]
+            pixels = [self.preprocess(preprocess.image_to_tensor(image, self.device)) for image in resized]
+            features = self.image_encoder(torch.stack(pixels))
+            for row, (image, geometry) in enumerate(zip(resized, geometries[some], strict=True)):
+                embeddings.append(
+                    ImageEmbedding(
+                        features[row : row + 1].clone() if len(features) > 1 else features,
+                        geometry,
+                        self.model_hash,
+                        self.name,
+                        hash_image(image, geometry),
+                    )
+                )
+        return embeddings
+
+    def _geometry(self, image: np.ndarray) -> ImageGeometry:
+        return ImageGeometry.of(image.shape[0], image.shape[1], self.image_encoder.img_size)
+
+    # Masks -------------------------------------------------------------------------------------------------
+
+    @overload
+    def predict(
+        self,
+        embeddings: ImageEmbedding,
+        prompts: Sequence[Prompt],
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> MaskPrediction: ...
+    @overload
+    def predict(
+        self,
+        embeddings: Sequence[ImageEmbedding],
+        prompts: Sequence[Sequence[Prompt]],
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> list[MaskPrediction]: ...
+    @torch.no_grad()
+    def predict(
+        self,
+        embeddings: ImageEmbedding | Sequence[ImageEmbedding],
+        prompts: Sequence[Any],
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> MaskPrediction | list[MaskPrediction]:
+        """Masks for ragged prompts: every image its own number of them, every prompt its own points, box and mask.
+
+        Args:
+            embeddings: one handle, or a list.
+            prompts: the prompts of the image, or a list of them for each image.
+            multimask_output: three masks a prompt instead of one.
+            return_logits: fp32 logits in place of boolean masks.
+
+        Returns:
+            one prediction an image, its rows in the order of the image's prompts.
+
+        Raises:
+            ValueError: an embedding of another model or on another device, a mask input of the wrong size.
+        """
+        if isinstance(embeddings, ImageEmbedding):
+            return self.predict([embeddings], [prompts], multimask_output, return_logits)[0]
+        if len(embeddings) != len(prompts):
+            raise ValueError(f"{len(embeddings)} embeddings need as many lists of prompts, got {len(prompts)}")
+        for embedding in embeddings:
+            self._check_embedding(embedding)
+        total = sum(len(of_image) for of_image in prompts)
+        for prompt in (prompt for of_image in prompts for prompt in of_image):
+            if prompt.mask_input is not None:
+                check_mask_inputs(prompt.mask_input.shape, self._low_res_size)
+
+        masks_each = len(range(self.mask_decoder.num_mask_tokens)[MaskDecoder.mask_slice(multimask_output)])
+        side = self._low_res_size
+        low_res = torch.empty((total, masks_each, side, side), device=self.device)
+        iou = torch.empty((total, masks_each), device=self.device)
+        geometries = [embedding.geometry for embedding in embeddings]
+        for chunk in ragged_chunks(prompts, geometries, self.device, self._prompts_per_chunk):
+            low_res[chunk.places], iou[chunk.places] = self.decode(embeddings, chunk.batch, multimask_output)
+
+        counts = [len(of_image) for of_image in prompts]
+        return [
+            MaskPrediction(self.masks(logits, geometry, return_logits), scores, logits)
+            for logits, scores, geometry in zip(low_res.split(counts), iou.split(counts), geometries, strict=True)
+        ]
+
+    def decode(
+        self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Low-resolution logits [P, C, h, w] and predicted IoU [P, C], fp32, of a batch of prompts.
+
+        ``batch.image_index`` counts ``embeddings``; without it there is one of them. Prompts are decoded a chunk
+        at a time, so memory does not grow with their number beyond the result.
+        """
+        size = self._prompts_per_chunk
+        chunks = [batch.rows(start, start + size) for start in range(0, max(len(batch), 1), size)]
+        decoded = [self._decode_chunk(embeddings, chunk, multimask_output) for chunk in chunks]
+        if len(decoded) == 1:
+            return decoded[0]
+        logits, iou = zip(*decoded, strict=True)
+        return torch.cat(logits), torch.cat(iou)
+
+    def _decode_chunk(
+        self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
+    ) -> tuple[Tensor, Tensor]:
+        kernels = self.resolved_kernels
+        if batch.mask_inputs is not None:
+            dense = self.prompt_encoder._embed_masks(batch.mask_inputs)
+        else:
+            dense = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
+        share = batch.mask_inputs is None and kernels != "reference"
+        logits, iou = self.mask_decoder.decode(
+            _rows([embedding.features for embedding in embeddings]),
+            self.prompt_encoder.get_dense_pe(),
+            self.prompt_encoder.embed_tokens(batch.coords, batch.labels),
+            dense,
+            mask_slice=MaskDecoder.mask_slice(multimask_output),
+            image_index=batch.image_index if len(embeddings) > 1 else None,
+            token_mask=batch.labels != LABEL_ABSENT if batch.ragged else None,
+            shared=self._shared_image_side(embeddings) if share else None,
+            kernels=kernels,
+        )
+        return logits.float(), iou.float()
+
+    def _shared_image_side(self, embeddings: Sequence[ImageEmbedding]) -> SharedImageSide:
+        prompt_encoder = self.prompt_encoder
+        weights = (
+            prompt_encoder.no_mask_embed.weight,
+            prompt_encoder.pe_layer.positional_encoding_gaussian_matrix,
+            *self.mask_decoder.transformer.first_block.image_side_weights(),
+        )
+
+        def side(embedding: ImageEmbedding) -> SharedImageSide:
+            return embedding.shared_image_side(
+                weights_key(embedding.features, *weights),
+                lambda: self.mask_decoder.share_image_side(
+                    embedding.features, prompt_encoder.get_dense_pe(), prompt_encoder.no_mask_embed.weight
+                ),
+            )
+
+        sides = [side(embedding) for embedding in embeddings]
+        if len(sides) == 1:
+            return sides[0]
+        return SharedImageSide(
+            *(torch.cat([getattr(side, name) for side in sides]) for name in ("keys", "k", "v", "q"))
+        )
+
+    def masks(self, low_res: Tensor, geometry: ImageGeometry, return_logits: bool) -> Tensor:
+        if return_logits:
+            return postprocess.upscale_masks(low_res, geometry)
+        return postprocess.masks_from_logits(low_res, geometry, self.mask_threshold)
+
+    def _check_embedding(self, embedding: ImageEmbedding) -> None:
+        if embedding.model_hash is not None and embedding.model_hash != self._known_hash():
+            raise ValueError(
+                f"this embedding was made by model {embedding.model_name} {embedding.model_hash}, not by this "
+                f"model, {self.name} {self._known_hash()}; encode the image again"
+            )
+        expected = (1, self.prompt_encoder.embed_dim, *self.prompt_encoder.image_embedding_size)
+        if embedding.features.shape != expected:
+            raise ValueError(f"this model's features are {list(expected)}, got {list(embedding.features.shape)}")
+        if embedding.geometry.image_size != self.image_encoder.img_size:
+            raise ValueError(
+                f"the embedding is of an image of {embedding.geometry.image_size} px, "
+                f"the model takes {self.image_encoder.img_size} px"
+            )
+        if embedding.device != self.device:
+            raise ValueError(
+                f"the embedding is on {embedding.device}, the model on {self.device}; "
+                f"use embedding.to({str(self.device)!r})"
+            )
+
+    def _known_hash(self) -> str:
+        # Asking every parameter whether it changed would cost more than a click: ``encode`` does that.
+        kept = self._derived.get("model_hash")
+        return kept[1] if kept is not None else self.model_hash
+
+    @property
+    def _low_res_size(self) -> int:
+        return self.prompt_encoder.mask_input_size[0]
+
+    @property
+    def _prompts_per_chunk(self) -> int:
+        # The image side of a chunk (4 MB a prompt in fp32) should stay near a CPU's cache; a GPU wants work.
+        return 4 if self.device.type == "cpu" else 64
+
+    # The official interface --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forward(self, batched_input: list[dict[str, Any]], multimask_output: bool) -> list[dict[str, Tensor]]:
+        """Predict masks end to end for images and prompts already transformed with ``ResizeLongestSide``.
+
+        Args:
+            batched_input: one dictionary an image, prompts left out where there are none:
+                image: [3, h, w], the resized image, 0..255;
+                original_size: (H, W) before resizing;
+                point_coords, point_labels: [P, N, 2] in the input frame, and [P, N];
+                boxes: [P, 4] in the input frame;
+                mask_inputs: [P, 1, low-res height, low-res width] logits.
+            multimask_output: three masks a prompt instead of one.
+
+        Returns:
+            one dictionary an image: masks [P, C, H, W] bool, iou_predictions [P, C] and low_res_logits
+            [P, C, low-res height, low-res width].
+        """
+        pixels = torch.stack([self.preprocess(record["image"]) for record in batched_input])
+        outputs = []
+        for record, features in zip(batched_input, self.image_encoder(pixels), strict=True):
+            size = record["image"].shape[-2:]
+            geometry = ImageGeometry(record["original_size"], size, self.image_encoder.img_size)
+            points = (record["point_coords"], record["point_labels"]) if "point_coords" in record else None
+            batch = PromptBatch.from_tensors(points, record.get("boxes"), record.get("mask_inputs"), self.device)
+            logits, iou = self.decode([ImageEmbedding(features[None], geometry)], batch, multimask_output)
+            outputs.append(
+                {
+                    "masks": self.masks(logits, geometry, return_logits=False),
+                    "iou_predictions": iou,
+                    "low_res_logits": logits,
+                }
+            )
+        return outputs
+
+    def postprocess_masks(self, masks: Tensor, input_size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:
+        """Low-resolution logits [P, C, h, w] to logits [P, C, original height, original width]."""
+        geometry = ImageGeometry(original_size, input_size, self.image_encoder.img_size)
+        return postprocess.upscale_masks(masks, geometry)
+
+    def preprocess(self, x: Tensor) -> Tensor:
+        """Normalise resized pixels [..., 3, h, w] in 0..255 and pad them to the encoder's square."""
+        image_size = self.image_encoder.img_size
+        return preprocess.normalize_and_pad(x, self.pixel_mean, self.pixel_std, image_size).to(self.dtype)
+
+
+def _rows(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

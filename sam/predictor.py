@@ -1,0 +1,204 @@
+"""``SamPredictor``: one image at a time, prompts as numpy arrays or tensors, as in the official package."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .embedding import ImageEmbedding
+from .modeling import Sam
+from .preprocess import ImageGeometry, validate_image
+from .prompts import Prompt, PromptBatch, check_finite, check_labels, check_mask_inputs
+from .utils.transforms import ResizeLongestSide
+
+
+class SamPredictor:
+    """Embeds an image once and predicts masks for as many prompts as are asked.
+
+    A thin shell over :class:`sam.modeling.Sam`. ``features``, ``input_size``, ``original_size`` and
+    ``is_image_set`` are plain attributes: set all four to restore an embedding saved earlier. A call that
+    raises leaves the image that was set as it was. Not for sharing between threads; ``model.predict`` is.
+    """
+
+    features: Tensor | None
+    original_size: tuple[int, int]
+    input_size: tuple[int, int]
+
+    def __init__(self, sam_model: Sam) -> None:
+        self.model = sam_model
+        self.transform = ResizeLongestSide(sam_model.image_encoder.img_size)
+        self.reset_image()
+
+    def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
+        """Embed an image, [H, W, 3] uint8 in the channel order ``image_format``, "RGB" or "BGR".
+
+        Raises:
+            TypeError, ValueError: another kind of image, or one too long and thin to be resized.
+        """
+        if image_format not in ("RGB", "BGR"):
+            raise ValueError(f"image_format must be 'RGB' or 'BGR', got {image_format!r}")
+        height, width = validate_image(image).shape[:2]
+        ImageGeometry.of(height, width, self.model.image_encoder.img_size)
+        if image_format != self.model.image_format:
+            image = image[..., ::-1]
+        resized = np.ascontiguousarray(self.transform.apply_image(image))
+        pixels = torch.as_tensor(resized, device=self.device).permute(2, 0, 1).contiguous()
+        self.set_torch_image(pixels[None], (height, width))
+
+    @torch.no_grad()
+    def set_torch_image(self, transformed_image: Tensor, original_image_size: tuple[int, int]) -> None:
+        """Embed an image already transformed with ``ResizeLongestSide``.
+
+        Args:
+            transformed_image: [1, 3, h, w] in 0..255, the longer side the model's image size.
+            original_image_size: (height, width) before the transformation.
+
+        Raises:
+            ValueError: another shape.
+        """
+        long_side, shape = self.model.image_encoder.img_size, list(transformed_image.shape)
+        if len(shape) != 4 or shape[1] != 3 or max(shape[2:]) != long_side:
+            raise ValueError(f"set_torch_image takes [1, 3, h, w] with a longer side of {long_side}, got {shape}")
+        features = self.model.image_encoder(self.model.preprocess(transformed_image))
+        self.reset_image()
+        self.original_size = original_image_size
+        self.input_size = (transformed_image.shape[-2], transformed_image.shape[-1])
+        self.features = features
+        self.is_image_set = True
+
+    def predict(
+        self,
+        point_coords: np.ndarray | None = None,
+        point_labels: np.ndarray | None = None,
+        box: np.ndarray | None = None,
+        mask_input: np.ndarray | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Masks for one prompt on the image that is set.
+
+        Args:
+            point_coords: [N, 2] as (x, y) in pixels of the original image.
+            point_labels: [N], 1 for the object, 0 for the background.
+            box: [4] as x0, y0, x1, y1 in pixels of the original image.
+            mask_input: [1, h, w] low-resolution logits of an earlier prediction.
+            multimask_output: three masks, for a prompt that may mean several things; else one.
+            return_logits: logits instead of boolean masks.
+
+        Returns:
+            masks [C, H, W] bool at the original size (fp32 if logits), predicted IoU [C] fp32, and
+            low-resolution logits [C, h, w] fp32.
+
+        Raises:
+            RuntimeError: no image is set.
+            ValueError: see :class:`sam.Prompt`; or a mask input of another size than the model's.
+        """
+        embedding = self._embedding()
+        labels = None if point_coords is None else point_labels  # labels alone are ignored, as officially
+        prompt = Prompt(point_coords, labels, box, mask_input)
+        result = self.model.predict(embedding, [prompt], multimask_output, return_logits)
+        return (
+            result.masks[0].cpu().numpy(),
+            result.iou_predictions[0].cpu().numpy(),
+            result.low_res_logits[0].cpu().numpy(),
+        )
+
+    @torch.no_grad()
+    def predict_torch(
+        self,
+        point_coords: Tensor | None,
+        point_labels: Tensor | None,
+        boxes: Tensor | None = None,
+        mask_input: Tensor | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Masks for P prompts, already transformed to the input frame with ``ResizeLongestSide``.
+
+        Args:
+            point_coords, point_labels: [P, N, 2] and [P, N].
+            boxes: [P, 4].
+            mask_input: [P, 1, h, w] low-resolution logits, or [1, 1, h, w] for all prompts.
+            multimask_output, return_logits: as in :meth:`predict`.
+
+        Returns:
+            masks [P, C, H, W] bool (fp32 if logits), predicted IoU [P, C] and low-resolution logits [P, C, h, w].
+
+        Raises:
+            RuntimeError: no image is set.
+            ValueError: shapes that do not agree; NaN, infinity or an unknown label in tensors on the CPU. Values
+                on another device are not read back.
+        """
+        embedding = self._embedding()
+        self._check_tensors(point_coords, point_labels, boxes, mask_input)
+        points = None if point_coords is None or point_labels is None else (point_coords, point_labels)
+        batch = PromptBatch.from_tensors(points, boxes, mask_input, self.device)
+        low_res, iou = self.model.decode([embedding], batch, multimask_output)
+        return self.model.masks(low_res, embedding.geometry, return_logits), iou, low_res
+
+    def get_image_embedding(self) -> Tensor:
+        """Features [1, C, h, w] of the image that is set.
+
+        Raises:
+            RuntimeError: no image is set.
+        """
+        return self._require_image()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def reset_image(self) -> None:
+        """Forget the image."""
+        self.is_image_set = False
+        self.features = None
+        self.orig_h = None
+        self.orig_w = None
+        self.input_h = None
+        self.input_w = None
+        self._handle: ImageEmbedding | None = None
+
+    def _require_image(self) -> Tensor:
+        if not self.is_image_set or self.features is None:
+            raise RuntimeError("no image is set: call set_image(...) before asking for masks or features")
+        return self.features
+
+    def _embedding(self) -> ImageEmbedding:
+        features = self._require_image()
+        geometry = ImageGeometry(self.original_size, self.input_size, self.model.image_encoder.img_size)
+        handle = self._handle
+        if handle is None or handle.features is not features or handle.geometry != geometry:
+            handle = self._handle = ImageEmbedding(features, geometry)
+        return handle
+
+    def _check_tensors(
+        self, coords: Tensor | None, labels: Tensor | None, boxes: Tensor | None, masks: Tensor | None
+    ) -> None:
+        counts = {}
+        if coords is not None:
+            if labels is None:
+                raise ValueError("point_labels must be given with point_coords")
+            if coords.ndim != 3 or coords.shape[-1] != 2:
+                raise ValueError(f"point_coords must be [P, N, 2], got {list(coords.shape)}")
+            if labels.shape != coords.shape[:2]:
+                raise ValueError(f"point_labels must be {list(coords.shape[:2])}, got {list(labels.shape)}")
+            counts["point_coords"] = coords.shape[0]
+        if boxes is not None:
+            if boxes.shape[-1:] != (4,) or boxes.ndim not in (2, 3) or boxes.numel() != 4 * boxes.shape[0]:
+                raise ValueError(f"boxes must be [P, 4], got {list(boxes.shape)}")
+            counts["boxes"] = boxes.shape[0]
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"the number of prompts differs: {counts}")
+        if masks is not None:
+            if masks.ndim != 4 or masks.shape[1] != 1:
+                raise ValueError(f"mask_input must be [P, 1, h, w], got {list(masks.shape)}")
+            check_mask_inputs(masks.shape, self.model.prompt_encoder.mask_input_size[0])
+            counts["mask_input"] = masks.shape[0]
+            if len({*counts.values(), 1}) > 2:
+                raise ValueError(f"the number of prompts differs: {counts}")
+        for name, tensor in (("point_coords", coords), ("boxes", boxes), ("mask_input", masks)):
+            if tensor is not None and tensor.device.type == "cpu":
+                check_finite(name, tensor)
+        if coords is not None and labels is not None and labels.device.type == "cpu":
+            check_labels(labels)

@@ -1,0 +1,238 @@
+"""Prompts as people give them, checked, and as the decoder takes them, batched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .modeling.prompt_encoder import (
+    LABEL_ABSENT,
+    LABEL_BACKGROUND,
+    LABEL_BOX_BOTTOM_RIGHT,
+    LABEL_BOX_TOP_LEFT,
+    LABEL_FOREGROUND,
+    LABEL_PADDING,
+    append_padding_point,
+    box_labels,
+)
+from .preprocess import ImageGeometry
+
+_POINT_LABELS = (LABEL_PADDING, LABEL_BACKGROUND, LABEL_FOREGROUND)
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One question about one image; any combination of the three kinds, also none.
+
+    Attributes:
+        points: [N, 2] clicks as (x, y) in pixels of the original image.
+        labels: [N], 1 for a click on the object, 0 for one on the background, -1 for padding.
+        box: [4] as x0, y0, x1, y1 in pixels of the original image.
+        mask_input: [1, h, w] low-resolution logits, as an earlier prediction returned them.
+
+    Raises:
+        ValueError: points without labels or the reverse, lengths that differ, a label outside {-1, 0, 1}, a wrong
+            shape, NaN or infinity.
+    """
+
+    points: Any = None
+    labels: Any = None
+    box: Any = None
+    mask_input: Any = None
+
+    def __post_init__(self) -> None:
+        if (self.points is None) != (self.labels is None):
+            missing, given = ("labels", "points") if self.labels is None else ("points", "labels")
+            raise ValueError(f"{missing} must be given with {given}")
+        if self.points is not None:
+            points, labels = _array(self.points, np.float64), _array(self.labels)
+            if points.ndim != 2 or points.shape[1] != 2:
+                raise ValueError(f"points must be [N, 2], got {list(points.shape)}")
+            if labels.shape != points.shape[:1]:
+                raise ValueError(f"{len(points)} points need labels of shape [{len(points)}], got {list(labels.shape)}")
+            check_labels(labels)
+            check_finite("points", points)
+            self._set(points=points, labels=labels.astype(np.int64))
+        if self.box is not None:
+            box = _array(self.box, np.float64)
+            if box.size != 4:
+                raise ValueError(f"box must be x0, y0, x1, y1 of shape [4], got {list(box.shape)}")
+            check_finite("box", box)
+            self._set(box=box.reshape(4))
+        if self.mask_input is not None:
+            mask_input = _array(self.mask_input, np.float32)
+            if mask_input.ndim != 3 or mask_input.shape[0] != 1:
+                raise ValueError(f"mask_input must be [1, h, w], got {list(mask_input.shape)}")
+            check_finite("mask_input", mask_input)
+            self._set(mask_input=mask_input)
+
+    def _set(self, **values: np.ndarray) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def tokens(self, geometry: ImageGeometry) -> tuple[np.ndarray, np.ndarray]:
+        """Coordinates [S, 2] in the input frame and labels [S], in the order the model was trained with."""
+        coords, labels = np.empty((0, 2)), np.empty(0, np.int64)
+        if self.points is not None:
+            coords, labels = self.points, self.labels
+            if self.box is None:
+                coords, labels = np.vstack([coords, [(0.0, 0.0)]]), np.append(labels, LABEL_PADDING)
+        if self.box is not None:
+            coords = np.vstack([coords, self.box.reshape(2, 2)])
+            labels = np.append(labels, [LABEL_BOX_TOP_LEFT, LABEL_BOX_BOTTOM_RIGHT])
+        return coords * geometry.scale, labels
+
+
+def _array(values: Any, dtype: Any = None) -> np.ndarray:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+    return np.array(values, dtype=dtype)
+
+
+def check_finite(name: str, values: np.ndarray | Tensor) -> None:
+    """Raise ``ValueError`` naming the first value of ``values`` that is NaN or infinite."""
+    array = np.asarray(values)
+    bad = ~np.isfinite(array)
+    if bad.any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(f"{name} must be finite, got {array[where]} at index {list(where)}")
+
+
+def check_labels(labels: np.ndarray | Tensor) -> None:
+    """Raise ``ValueError`` naming the first label outside {-1, 0, 1}."""
+    array = np.asarray(labels)
+    bad = ~np.isin(array, _POINT_LABELS)
+    if bad.any():
+        raise ValueError(f"labels must be 1 (object), 0 (background) or -1 (padding), got {array[bad].flat[0]}")
+
+
+def check_mask_inputs(shape: Sequence[int], low_res_size: int) -> None:
+    """Raise ``ValueError`` unless masks of ``shape`` [..., h, w] are what the model takes."""
+    if tuple(shape[-2:]) != (low_res_size, low_res_size):
+        raise ValueError(
+            f"mask_input must be low-resolution logits of {low_res_size}x{low_res_size} px for this model, "
+            f"got {shape[-2]}x{shape[-1]}"
+        )
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """P prompts ready for the prompt encoder; either all or none have a mask input.
+
+    Attributes:
+        coords: [P, S, 2] fp32, pixels of the padded input.
+        labels: [P, S], the prompt encoder's ``LABEL_*``; ``LABEL_ABSENT`` fills the shorter prompts.
+        mask_inputs: [P, 1, h, w] fp32, or None.
+        image_index: [P] int64, which image each prompt asks about; None when there is one image.
+        ragged: some label is ``LABEL_ABSENT``.
+    """
+
+    coords: Tensor
+    labels: Tensor
+    mask_inputs: Tensor | None = None
+    image_index: Tensor | None = None
+    ragged: bool = False
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def rows(self, start: int, stop: int) -> PromptBatch:
+        """Prompts ``start`` to ``stop``."""
+        cut = slice(start, stop)
+        return PromptBatch(
+            self.coords[cut],
+            self.labels[cut],
+            None if self.mask_inputs is None else self.mask_inputs[cut],
+            None if self.image_index is None else self.image_index[cut],
+            self.ragged,
+        )
+
+    @classmethod
+    def from_tensors(
+        cls,
+        points: tuple[Tensor, Tensor] | None,
+        boxes: Tensor | None,
+        mask_inputs: Tensor | None,
+        device: torch.device,
+    ) -> PromptBatch:
+        """Prompts of one kind each, already in the input frame: the official ``predict_torch`` arguments.
+
+        Args:
+            points: coordinates [P, N, 2] and labels [P, N].
+            boxes: [P, 4].
+            mask_inputs: [P, 1, h, w]; one mask serves all points, and one set of points all masks.
+        """
+        coords = torch.empty((1, 0, 2), device=device)
+        labels = torch.empty((1, 0), device=device, dtype=torch.int64)
+        if points is not None:
+            coords, labels = points[0].to(device, torch.float32), points[1].to(device, torch.int64)
+            if boxes is None:
+                coords, labels = append_padding_point(coords, labels)
+        if boxes is not None:
+            corners = boxes.to(device, torch.float32).reshape(-1, 2, 2)
+            pair = box_labels(corners)
+            coords = torch.cat([coords, corners], dim=1) if points is not None else corners
+            labels = torch.cat([labels, pair], dim=1) if points is not None else pair
+        if mask_inputs is not None:
+            prompts = max(len(coords), len(mask_inputs))
+            mask_inputs = mask_inputs.to(device, torch.float32).expand(prompts, -1, -1, -1)
+            coords, labels = coords.expand(prompts, -1, -1), labels.expand(prompts, -1)
+        return cls(coords, labels, mask_inputs)
+
+
+@dataclass(frozen=True)
+class RaggedChunk:
+    """Some of the prompts of a ragged request, and their places in it."""
+
+    places: list[int]
+    batch: PromptBatch
+
+
+def ragged_chunks(
+    prompts: Sequence[Sequence[Prompt]],
+    geometries: Sequence[ImageGeometry],
+    device: torch.device,
+    prompts_per_chunk: int,
+) -> Iterator[RaggedChunk]:
+    """Batch prompts of several images, prompts of like length together so that little is padded.
+
+    Args:
+        prompts: for each image its prompts.
+        geometries: one an image.
+        prompts_per_chunk: the most prompts of a chunk.
+
+    Yields:
+        chunks that together hold every prompt once; a place counts prompts image by image.
+    """
+    entries: list[tuple[int, int, np.ndarray, np.ndarray, np.ndarray | None]] = []
+    for index, (of_image, geometry) in enumerate(zip(prompts, geometries, strict=True)):
+        for prompt in of_image:
+            coords, labels = prompt.tokens(geometry)
+            entries.append((len(entries), index, coords, labels, prompt.mask_input))
+    for with_mask in (False, True):
+        group = sorted((e for e in entries if (e[4] is not None) == with_mask), key=lambda e: len(e[3]))
+        for start in range(0, len(group), prompts_per_chunk):
+            yield _collate(group[start : start + prompts_per_chunk], with_mask, device)
+
+
+def _collate(chunk: list[tuple[Any, ...]], with_mask: bool, device: torch.device) -> RaggedChunk:
+    places, images, all_coords, all_labels, masks = zip(*chunk, strict=True)
+    longest = max(len(labels) for labels in all_labels)
+    coords = np.zeros((len(chunk), longest, 2), np.float32)
+    labels = np.full((len(chunk), longest), LABEL_ABSENT, np.int64)
+    for row, (some_coords, some_labels) in enumerate(zip(all_coords, all_labels, strict=True)):
+        coords[row, : len(some_labels)] = some_coords
+        labels[row, : len(some_labels)] = some_labels
+    batch = PromptBatch(
+        torch.from_numpy(coords).to(device),
+        torch.from_numpy(labels).to(device),
+        torch.from_numpy(np.stack(masks)).to(device) if with_mask else None,
+        torch.tensor(images, device=device),
+        ragged=bool((labels == LABEL_ABSENT).any()),
+    )
+    return RaggedChunk(list(places), batch)

@@ -1,0 +1,1 @@
+"""The helpers of the official package, at its import paths."""
