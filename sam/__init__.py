@@ -1,5 +1,6 @@
 """Segment Anything, a drop-in for ``segment_anything``: the model, the predictor, batches, a command line."""
 
+from .automatic_mask_generator import SamAutomaticMaskGenerator
 from .build_sam import (
     build_sam,
     build_sam_nano,
@@ -27,6 +28,7 @@ __all__ = [
     "MaskPrediction",
     "Prompt",
     "Sam",
+    "SamAutomaticMaskGenerator",
     "SamConfig",
     "SamPredictor",
     "build_from_config",

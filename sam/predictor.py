@@ -94,7 +94,7 @@ class SamPredictor:
             RuntimeError: no image is set.
             ValueError: see :class:`sam.Prompt`; or a mask input of another size than the model's.
         """
-        embedding = self._embedding()
+        embedding = self.embedding
         labels = None if point_coords is None else point_labels  # labels alone are ignored, as officially
         prompt = Prompt(point_coords, labels, box, mask_input)
         result = self.model.predict(embedding, [prompt], multimask_output, return_logits)
@@ -130,7 +130,7 @@ class SamPredictor:
             ValueError: shapes that do not agree; NaN, infinity or an unknown label in tensors on the CPU. Values
                 on another device are not read back.
         """
-        embedding = self._embedding()
+        embedding = self.embedding
         self._check_tensors(point_coords, point_labels, boxes, mask_input)
         points = None if point_coords is None or point_labels is None else (point_coords, point_labels)
         batch = PromptBatch.from_tensors(points, boxes, mask_input, self.device)
@@ -164,7 +164,13 @@ class SamPredictor:
             raise RuntimeError("no image is set: call set_image(...) before asking for masks or features")
         return self.features
 
-    def _embedding(self) -> ImageEmbedding:
+    @property
+    def embedding(self) -> ImageEmbedding:
+        """A handle on the image that is set, for ``model.predict``; its origin is taken on trust.
+
+        Raises:
+            RuntimeError: no image is set.
+        """
         features = self._require_image()
         geometry = ImageGeometry(self.original_size, self.input_size, self.model.image_encoder.img_size)
         handle = self._handle

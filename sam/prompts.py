@@ -91,7 +91,13 @@ class Prompt:
 def _array(values: Any, dtype: Any = None) -> np.ndarray:
     if isinstance(values, Tensor):
         values = values.detach().cpu()
+        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # numpy has no bf16
     return np.array(values, dtype=dtype)
+
+
+def _as_float(values: Tensor) -> Tensor:
+    """fp64 stays: pixels divided by the image size are rounded once, as officially."""
+    return values if values.dtype == torch.float64 else values.to(torch.float32)
 
 
 def check_finite(name: str, values: np.ndarray | Tensor) -> None:
@@ -125,7 +131,7 @@ class PromptBatch:
     """P prompts ready for the prompt encoder; either all or none have a mask input.
 
     Attributes:
-        coords: [P, S, 2] fp32, pixels of the padded input.
+        coords: [P, S, 2] fp32 or fp64, pixels of the padded input.
         labels: [P, S], the prompt encoder's ``LABEL_*``; ``LABEL_ABSENT`` fills the shorter prompts.
         mask_inputs: [P, 1, h, w] fp32, or None.
         image_index: [P] int64, which image each prompt asks about; None when there is one image.
@@ -170,11 +176,11 @@ class PromptBatch:
         coords = torch.empty((1, 0, 2), device=device)
         labels = torch.empty((1, 0), device=device, dtype=torch.int64)
         if points is not None:
-            coords, labels = points[0].to(device, torch.float32), points[1].to(device, torch.int64)
+            coords, labels = _as_float(points[0]).to(device), points[1].to(device, torch.int64)
             if boxes is None:
                 coords, labels = append_padding_point(coords, labels)
         if boxes is not None:
-            corners = boxes.to(device, torch.float32).reshape(-1, 2, 2)
+            corners = _as_float(boxes).to(device).reshape(-1, 2, 2)
             pair = box_labels(corners)
             coords = torch.cat([coords, corners], dim=1) if points is not None else corners
             labels = torch.cat([labels, pair], dim=1) if points is not None else pair

@@ -86,7 +86,7 @@ def read_checkpoint(
 
 
 def resize_position_tables(state: Mapping[str, Tensor], config: SamConfig) -> dict[str, Tensor]:
-    """The weights for another image size.
+    """The weights for another image size; resized tables are fp32.
 
     The absolute table is resized bicubically (as ViTDet does), the relative tables of global blocks linearly,
     which is what the encoder does with a table of another length.
@@ -95,12 +95,12 @@ def resize_position_tables(state: Mapping[str, Tensor], config: SamConfig) -> di
     grid, name = config.grid_size, "image_encoder.pos_embed"
     table = state[name].float().permute(0, 3, 1, 2)
     table = F.interpolate(table, (grid, grid), mode="bicubic", align_corners=False)
-    resized[name] = table.permute(0, 2, 3, 1).contiguous().to(state[name].dtype)
+    resized[name] = table.permute(0, 2, 3, 1).contiguous()
     for block in config.global_attn_indexes:
         for axis in "hw":
             name = f"image_encoder.blocks.{block}.attn.rel_pos_{axis}"
             line = F.interpolate(state[name].float().t()[None], 2 * grid - 1, mode="linear")[0].t()
-            resized[name] = line.contiguous().to(state[name].dtype)
+            resized[name] = line.contiguous()
     return resized
 
 

@@ -176,5 +176,5 @@ class PositionEmbeddingRandom(Fp32Buffers):
     def forward_with_coords(self, coords_input: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Encoding of [P, S, 2] (x, y) pixels in an image of ``image_size`` (height, width)."""
         height, width = image_size
-        x, y = coords_input.to(self._dtype).unbind(-1)
+        x, y = coords_input.unbind(-1)
         return self._pe_encoding(torch.stack([x / width, y / height], dim=-1))

@@ -1,0 +1,192 @@
+"""The command line, in this process and, once, as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import random_image
+from PIL import Image
+from pycocotools import mask as coco
+
+import sam
+from sam.cli import main
+
+
+@pytest.fixture
+def image_file(tmp_path: Path, photo: np.ndarray) -> Path:
+    path = tmp_path / "cat.png"
+    Image.fromarray(photo).save(path)
+    return path
+
+
+def run_bad(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run, expect exit status 2 and one line on stderr, and return it."""
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        status = stop.code  # type: ignore[assignment]
+    captured = capsys.readouterr()
+    assert status == 2
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert "error: " in lines[0]
+    return lines[0]
+
+
+def test_segment(tmp_path: Path, image_file: Path, capsys: pytest.CaptureFixture[str], nano: sam.Sam) -> None:
+    out = tmp_path / "results" / "deep"
+    assert main(["segment", str(image_file), "--point", "170,115", "--point", "30,280,0", "--out", str(out)]) == 0
+    assert "mask 2: predicted IoU" in capsys.readouterr().out
+    document = json.loads((out / "cat.json").read_text())
+    assert document["prompt"] == {"points": [[170.0, 115.0], [30.0, 280.0]], "labels": [1, 0], "box": None}
+    assert document["model"]["variant"] == "nano"
+    assert document["model"]["model_hash"] == nano.model_hash
+    prompt = sam.Prompt([(170, 115), (30, 280)], [1, 0])
+    expected = nano.predict(nano.encode(np.array(Image.open(image_file))), [prompt])
+    assert len(document["masks"]) == 3
+    for index, record in enumerate(document["masks"]):
+        mask = expected.masks[0, index].numpy()
+        np.testing.assert_array_equal(np.array(Image.open(out / record["file"])) > 0, mask)
+        np.testing.assert_array_equal(coco.decode(record["segmentation"]).astype(bool), mask)
+        assert record["area"] == mask.sum()
+        assert record["predicted_iou"] == pytest.approx(float(expected.iou_predictions[0, index]), abs=1e-6)
+        ys, xs = np.nonzero(mask)
+        assert record["bbox"] == [xs.min(), ys.min(), xs.max() - xs.min(), ys.max() - ys.min()]
+    overlay = Image.open(out / "cat_overlay.png")
+    assert overlay.size == (451, 300)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "cat.json", "cat_mask_0.png", "cat_mask_1.png", "cat_mask_2.png", "cat_overlay.png",
+    ]  # fmt: skip
+
+
+def test_segment_by_box_with_one_mask(tmp_path: Path, image_file: Path) -> None:
+    arguments = ["--box", "135,85,208,148", "--single", "--out", str(tmp_path), "--dtype", "bf16", "--device", "cpu"]
+    assert main(["segment", str(image_file), *arguments]) == 0
+    document = json.loads((tmp_path / "cat.json").read_text())
+    assert len(document["masks"]) == 1
+    assert document["model"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to segment: give --point X,Y or --box X0,Y0,X1,Y1"),
+        (["--point", "1"], "'1' is not X,Y or X,Y,LABEL"),
+        (["--point", "a,b"], "'a,b' is not X,Y or X,Y,LABEL"),
+        (["--point", "1,2,3"], "the label in '1,2,3' must be 1 (object) or 0 (background)"),
+        (["--point", "1,nan"], "points must be finite, got nan"),
+        (["--box", "1,2,3"], "'1,2,3' is not X0,Y0,X1,Y1"),
+        (["--point", "1,2", "--device", "cuda:99"], "device 'cuda:99' asked for"),
+        (["--point", "1,2", "--device", "abacus"], "no such device: 'abacus'"),
+        (["--point", "1,2", "--checkpoint", "nowhere.pth"], "no such checkpoint: nowhere.pth"),
+        (["--point", "1,2", "--variant", "vit_h"], "only nano is embedded; vit_h needs checkpoint="),
+        (["--point", "1,2", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--point", "1,2", "--image-size", "100"], "image_size must be a positive multiple of patch_size=16, got 100"),
+    ],
+)
+def test_segment_errors(
+    image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    out = tmp_path / "out"
+    assert message in run_bad(capsys, "segment", image_file, "--out", out, *arguments)
+    assert not list(out.glob("*"))  # nothing half done
+
+
+def test_unreadable_images(tmp_path: Path, image_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    click = ("--point", "1,2", "--out", tmp_path / "out")
+    assert "no such image: " in run_bad(capsys, "segment", tmp_path / "none.png", *click)
+    (tmp_path / "text.png").write_text("not a picture")
+    assert "text.png is not an image in a known format" in run_bad(capsys, "segment", tmp_path / "text.png", *click)
+    (tmp_path / "cut.png").write_bytes(image_file.read_bytes()[:20000])
+    assert "cut.png is a damaged image: " in run_bad(capsys, "segment", tmp_path / "cut.png", *click)
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(tmp_path / "deep.png")
+    assert "deep.png has pixels of mode I;16; 8 bits" in run_bad(capsys, "segment", tmp_path / "deep.png", *click)
+
+
+def test_too_many_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Over 50 MP is refused from the header, far over too; a flag lifts it."""
+    click = ("--point", "1,2", "--out", tmp_path / "out")
+    path = tmp_path / "large.png"
+    Image.new("1", (9000, 6000)).save(path)
+    message = run_bad(capsys, "segment", path, *click)
+    assert (
+        "large.png has 54.0 megapixels (9000x6000), more than the limit of 50; raise it with --max-megapixels"
+        in message
+    )
+    assert main(["segment", str(path), *map(str, click), "--max-megapixels", "0"]) == 0
+    capsys.readouterr()
+    Image.new("1", (20000, 10000)).save(path)  # beyond PIL's own limit
+    assert "large.png has more pixels than the limit of 50 megapixels" in run_bad(capsys, "segment", path, *click)
+
+
+def test_upright_and_rgb(tmp_path: Path) -> None:
+    from sam.cli.images import read_image
+
+    turned = Image.fromarray(random_image(20, 40))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # "rotate by 90 degrees to see it upright"
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").shape == (40, 20, 3)
+    Image.fromarray(random_image(8, 9)[..., 0]).save(tmp_path / "grey.png")
+    assert read_image(tmp_path / "grey.png").shape == (8, 9, 3)
+    Image.fromarray(np.zeros((8, 9, 4), np.uint8)).save(tmp_path / "rgba.png")
+    assert read_image(tmp_path / "rgba.png").shape == (8, 9, 3)
+
+
+def test_info(capsys: pytest.CaptureFixture[str], nano: sam.Sam, tmp_path: Path) -> None:
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "nano" in text
+    assert nano.model_hash in text
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["parameters"] == 7_747_952
+    assert facts["layout"] == "official"
+    assert facts["dtype in file"] == "float16"
+    assert "drawn scenes only" in facts["trained on"]
+    sam.save_checkpoint(nano, tmp_path / "theirs", "transformers")
+    assert main(["info", str(tmp_path / "theirs"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["layout"] == "transformers"
+    assert facts["model hash (fp32)"] == nano.model_hash
+
+
+def test_convert_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from sam.build_sam import NANO_CHECKPOINT
+    from sam.checkpoint import read_checkpoint
+
+    theirs, back = tmp_path / "theirs", tmp_path / "back.safetensors"
+    assert main(["convert", str(NANO_CHECKPOINT), str(theirs), "--layout", "transformers"]) == 0
+    assert main(["convert", str(theirs), str(back)]) == 0
+    original, returned = read_checkpoint(NANO_CHECKPOINT), read_checkpoint(back)
+    assert original.config == returned.config
+    assert original.state_dict.keys() == returned.state_dict.keys()
+    for name, tensor in original.state_dict.items():
+        assert tensor.dtype == returned.state_dict[name].dtype
+        assert tensor.equal(returned.state_dict[name])
+    capsys.readouterr()
+    assert "back.safetensors exists; --force replaces it" in run_bad(capsys, "convert", theirs, back)
+    assert main(["convert", str(theirs), str(back), "--force", "--dtype", "fp32"]) == 0
+    assert str(next(iter(read_checkpoint(back).state_dict.values())).dtype) == "torch.float32"
+    capsys.readouterr()
+    assert "suffix must be" in run_bad(capsys, "convert", theirs, tmp_path / "a.onnx")
+
+
+def test_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "invalid choice: 'paint'" in run_bad(capsys, "paint")
+    assert "the following arguments are required: COMMAND" in run_bad(capsys)
+
+
+def test_as_a_user_starts_it(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sam", "demo", "--out", str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "six clicks in one call" in done.stdout
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"coins.png", "coffee_click.png", "coffee_correction.png", "chelsea.png"}

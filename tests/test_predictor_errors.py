@@ -1,0 +1,140 @@
+"""Bad input to the predictor and to ``encode``/``predict``: a clear error, and nothing is lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_image
+
+from sam import Prompt, Sam, SamPredictor
+
+
+@pytest.fixture
+def ready(nano: Sam, photo: np.ndarray) -> SamPredictor:
+    predictor = SamPredictor(nano)
+    predictor.set_image(photo)
+    return predictor
+
+
+def test_before_set_image(nano: Sam) -> None:
+    predictor = SamPredictor(nano)
+    for call in (
+        predictor.predict,
+        predictor.get_image_embedding,
+        lambda: predictor.predict_torch(None, None),
+    ):
+        with pytest.raises(RuntimeError, match=r"no image is set: call set_image"):
+            call()
+
+
+BAD_IMAGES = [
+    (random_image(30, 40)[..., 0], ValueError, r"must be \[H, W, 3\], got \[30, 40\] \(grey\?"),
+    (np.zeros((30, 40, 4), np.uint8), ValueError, r"must be \[H, W, 3\], got \[30, 40, 4\] \(RGBA\?"),
+    (np.zeros((2, 30, 40, 3), np.uint8), ValueError, r"must be \[H, W, 3\], got \[2, 30, 40, 3\]"),
+    (random_image(30, 40) / 255.0, ValueError, r"must be uint8 in 0..255, got float64"),
+    (np.zeros((0, 40, 3), np.uint8), ValueError, r"the image is empty: 0x40"),
+    (np.zeros((1, 20000, 3), np.uint8), ValueError, r"1x20000 .*resized to 512 px .*side of 0 px.* 1:1024"),
+    ([[1, 2, 3]], TypeError, r"must be a numpy array \[H, W, 3\] of uint8, got list"),
+]
+
+
+@pytest.mark.parametrize(("image", "kind", "message"), BAD_IMAGES)
+def test_bad_image(ready: SamPredictor, image: Any, kind: type[Exception], message: str) -> None:
+    before = ready.predict()[2]
+    with pytest.raises(kind, match=message):
+        ready.set_image(image)
+    np.testing.assert_array_equal(ready.predict()[2], before)  # the image set earlier is still there
+
+
+@pytest.mark.parametrize(("image", "kind", "message"), BAD_IMAGES[:-1])
+def test_bad_image_in_a_batch_is_named(nano: Sam, image: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=f"image 1: .*{message}"):
+        nano.encode([random_image(30, 40), image])
+
+
+def test_smallest_and_thinnest_images_work(nano: Sam) -> None:
+    predictor = SamPredictor(nano)
+    for size in ((1, 1), (1, 1024), (1024, 1)):
+        predictor.set_image(random_image(*size))
+        assert predictor.predict(np.array([[0, 0]]), np.array([1]))[0].shape == (3, *size)
+
+
+def test_image_format(ready: SamPredictor, photo: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"image_format must be 'RGB' or 'BGR', got 'HSV'"):
+        ready.set_image(photo, image_format="HSV")
+
+
+def test_torch_image_of_a_wrong_shape(ready: SamPredictor) -> None:
+    with pytest.raises(ValueError, match=r"\[1, 3, h, w\] with a longer side of 512, got \[1, 3, 200, 300\]"):
+        ready.set_torch_image(torch.zeros(1, 3, 200, 300), (200, 300))
+
+
+def one(x: float, y: float) -> np.ndarray:
+    return np.array([[x, y]])
+
+
+LABEL = np.array([1])
+BAD_PROMPTS = [
+    ({"point_coords": one(1, np.nan), "point_labels": LABEL}, r"points must be finite, got nan at index \[0, 1\]"),
+    ({"point_coords": one(-np.inf, 1), "point_labels": LABEL}, r"points must be finite, got -inf at index \[0, 0\]"),
+    ({"box": np.array([1, 2, np.inf, 4])}, r"box must be finite, got inf at index \[2\]"),
+    ({"point_coords": one(1, 2)}, r"labels must be given with points"),
+    ({"point_coords": one(1, 2), "point_labels": np.array([1, 0])}, r"1 points need labels of shape \[1\], got \[2\]"),
+    ({"point_coords": one(1, 2), "point_labels": np.array([2])}, r"labels must be 1 .*0 .*or -1.*got 2"),
+    ({"point_coords": one(1, 2), "point_labels": np.array([0.5])}, r"labels must be 1 .*got 0.5"),
+    ({"point_coords": np.zeros((1, 3)), "point_labels": LABEL}, r"points must be \[N, 2\], got \[1, 3\]"),
+    ({"box": np.zeros((2, 4))}, r"box must be x0, y0, x1, y1 of shape \[4\], got \[2, 4\]"),
+    ({"mask_input": np.zeros((1, 256, 256))}, r"mask_input must be .*128x128 px for this model, got 256x256"),
+    ({"mask_input": np.zeros((128, 128))}, r"mask_input must be \[1, h, w\], got \[128, 128\]"),
+    ({"mask_input": np.zeros((3, 128, 128))}, r"mask_input must be \[1, h, w\], got \[3, 128, 128\]"),
+    ({"mask_input": np.full((1, 128, 128), np.nan)}, r"mask_input must be finite, got nan at index \[0, 0, 0\]"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "message"), BAD_PROMPTS)
+def test_bad_prompt(ready: SamPredictor, prompt: dict[str, np.ndarray], message: str) -> None:
+    before = ready.predict()[2]
+    with pytest.raises(ValueError, match=message):
+        ready.predict(**prompt)
+    np.testing.assert_array_equal(ready.predict()[2], before)
+
+
+POINTS, LABELS, BOXES = torch.ones(2, 3, 2), torch.ones(2, 3), torch.ones(2, 4)
+BAD_TENSORS = [
+    ((POINTS, None), {}, r"point_labels must be given with point_coords"),
+    ((POINTS[0], LABELS), {}, r"point_coords must be \[P, N, 2\], got \[3, 2\]"),
+    ((POINTS, LABELS[:, :2]), {}, r"point_labels must be \[2, 3\], got \[2, 2\]"),
+    ((POINTS, LABELS + 2), {}, r"labels must be 1 .*got 3.0"),
+    ((POINTS * torch.nan, LABELS), {}, r"point_coords must be finite, got nan at index \[0, 0, 0\]"),
+    ((POINTS, LABELS, BOXES[:1]), {}, r"number of prompts differs: \{'point_coords': 2, 'boxes': 1\}"),
+    ((None, None, BOXES[:, :3]), {}, r"boxes must be \[P, 4\], got \[2, 3\]"),
+    ((None, None, BOXES * torch.inf), {}, r"boxes must be finite, got inf"),
+    ((None, None, BOXES), {"mask_input": torch.zeros(2, 128, 128)}, r"mask_input must be \[P, 1, h, w\]"),
+    ((None, None, BOXES), {"mask_input": torch.zeros(2, 1, 64, 64)}, r"128x128 px for this model, got 64x64"),
+    ((None, None, BOXES), {"mask_input": torch.zeros(3, 1, 128, 128)}, r"prompts differs: .*'mask_input': 3"),
+]
+
+
+@pytest.mark.parametrize(("args", "kwargs", "message"), BAD_TENSORS)
+def test_bad_tensors(ready: SamPredictor, args: tuple[Any, ...], kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ready.predict_torch(*args, **kwargs)
+
+
+def test_labels_without_points() -> None:
+    with pytest.raises(ValueError, match=r"points must be given with labels"):
+        Prompt(labels=[1])
+
+
+def test_counts_of_embeddings_and_prompts(nano: Sam, photo: np.ndarray) -> None:
+    embedding = nano.encode(photo)
+    with pytest.raises(ValueError, match=r"1 embeddings need as many lists of prompts, got 2"):
+        nano.predict([embedding], [[], []])
+
+
+def test_encoder_input_of_another_size(nano: Sam) -> None:
+    with pytest.raises(ValueError, match=r"takes \[B, 3, 512, 512\], got \[1, 3, 256, 512\]"):
+        nano.image_encoder(torch.zeros(1, 3, 256, 512))

@@ -1,0 +1,142 @@
+"""Run-length encoding and the helpers of automatic masks, against pycocotools and brute force."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from pycocotools import mask as coco
+
+from sam import rle
+from sam.utils import amg
+
+masks_strategy = st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 20)).flatmap(
+    lambda shape: arrays(bool, shape)
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(masks_strategy)
+def test_encoding_equals_pycocotools(masks: np.ndarray) -> None:
+    for mask, encoded in zip(masks, rle.encode(torch.from_numpy(masks)), strict=True):
+        theirs = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+        assert rle.compress(encoded["counts"]) == theirs["counts"].decode()
+        assert sum(encoded["counts"]) == mask.size
+        assert rle.area(encoded) == mask.sum() == coco.area(theirs)
+        np.testing.assert_array_equal(rle.decode(encoded), mask)
+        np.testing.assert_array_equal(rle.decode({"size": encoded["size"], "counts": theirs["counts"]}), mask)
+        np.testing.assert_array_equal(amg.rle_to_mask(encoded), mask)
+        assert amg.coco_encode_rle(encoded) == {"size": list(mask.shape), "counts": theirs["counts"].decode()}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=30))
+def test_strings_of_any_counts_round_trip(counts: list[int]) -> None:
+    np.testing.assert_array_equal(rle.decompress(rle.compress(counts)), counts)
+
+
+def test_a_large_noisy_mask() -> None:
+    mask = torch.rand(1, 1500, 1100) < 0.5
+    (encoded,) = amg.mask_to_rle_pytorch(mask)
+    theirs = coco.encode(np.asfortranarray(mask[0].numpy().astype(np.uint8)))
+    assert rle.compress(encoded["counts"]) == theirs["counts"].decode()
+
+
+@pytest.mark.parametrize("counts", [[3, 4], [7, -1], "zz", "0P"])
+def test_bad_runs(counts: object) -> None:
+    with pytest.raises(ValueError, match=r"must add up to 6|not a compressed RLE"):
+        rle.decode({"size": [2, 3], "counts": counts})
+
+
+@settings(max_examples=200, deadline=None)
+@given(masks_strategy)
+def test_boxes_of_masks(masks: np.ndarray) -> None:
+    boxes = amg.batched_mask_to_box(torch.from_numpy(masks)).tolist()
+    for mask, box in zip(masks, boxes, strict=True):
+        ys, xs = np.nonzero(mask)
+        assert box == ([xs.min(), ys.min(), xs.max(), ys.max()] if len(xs) else [0, 0, 0, 0])
+
+
+def test_shapes_of_boxes() -> None:
+    assert amg.batched_mask_to_box(torch.ones(5, 6, dtype=torch.bool)).tolist() == [0, 0, 5, 4]
+    assert amg.batched_mask_to_box(torch.ones(2, 3, 5, 6, dtype=torch.bool)).shape == (2, 3, 4)
+    assert amg.batched_mask_to_box(torch.ones(0, 5, 6, dtype=torch.bool)).shape == (0, 4)
+    assert amg.box_xyxy_to_xywh(torch.tensor([3, 4, 10, 20])).tolist() == [3, 4, 7, 16]
+
+
+def test_stability_score() -> None:
+    logits = torch.tensor([[[-2.0, -0.5, 0.5, 2.0]], [[-2.0, -2.0, -2.0, 5.0]]])
+    torch.testing.assert_close(amg.calculate_stability_score(logits, 0.0, 1.0), torch.tensor([1 / 3, 1.0]))
+
+
+def test_point_grids_and_crops() -> None:
+    assert amg.build_point_grid(2).tolist() == [[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]
+    assert [len(grid) for grid in amg.build_all_layer_point_grids(32, 2, 2)] == [1024, 256, 64]
+    boxes, layers = amg.generate_crop_boxes((100, 200), 1, 512 / 1500)
+    assert boxes == [[0, 0, 200, 100], [0, 0, 117, 67], [0, 33, 117, 100], [83, 0, 200, 67], [83, 33, 200, 100]]
+    assert layers == [0, 1, 1, 1, 1]
+
+
+def test_uncropping() -> None:
+    crop = [10, 20, 40, 60]
+    boxes = torch.tensor([[0, 5, 10, 15], [1, 2, 30, 40]])
+    assert amg.uncrop_boxes_xyxy(boxes, crop).tolist() == [[10, 25, 20, 35], [11, 22, 40, 60]]
+    assert amg.uncrop_points(torch.tensor([[1, 2]]), crop).tolist() == [[11, 22]]
+    masks = amg.uncrop_masks(torch.ones(1, 40, 30), crop, 100, 50)
+    assert masks.shape == (1, 100, 50)
+    assert masks[0, 20:60, 10:40].sum() == masks.sum() == 1200
+    near = amg.is_box_near_crop_edge(
+        torch.tensor([[30, 30, 60, 60], [0, 30, 60, 60]]), [50, 0, 150, 100], [0, 0, 150, 100]
+    )
+    assert near.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("mode", ["holes", "islands"])
+def test_small_regions(mode: str) -> None:
+    mask = np.zeros((12, 12), bool)
+    mask[1:9, 1:9] = True
+    mask[4, 4] = False  # a hole of one pixel
+    mask[10, 10] = True  # an island of one pixel
+    cleaned, changed = amg.remove_small_regions(mask, 2, mode)
+    assert changed
+    assert cleaned[4, 4] == (mode == "holes")
+    assert cleaned[10, 10] == (mode == "holes")
+    same, changed = amg.remove_small_regions(cleaned, 1, mode)
+    assert not changed
+    np.testing.assert_array_equal(same, cleaned)
+
+
+def test_the_largest_island_stays() -> None:
+    mask = np.zeros((5, 9), bool)
+    mask[0, :2], mask[3, :3], mask[0, 8] = True, True, True
+    cleaned, changed = amg.remove_small_regions(mask, 100, "islands")
+    assert changed
+    assert cleaned.sum() == 3
+    assert cleaned[3, :3].all()
+    with pytest.raises(ValueError, match="mode must be 'holes' or 'islands', got 'specks'"):
+        amg.remove_small_regions(mask, 1, "specks")
+
+
+def test_mask_data() -> None:
+    data = amg.MaskData(a=torch.arange(4), b=[1, 2, 3, 4], c=np.arange(4))
+    data.filter(torch.tensor([True, False, True, False]))
+    assert (data["a"].tolist(), data["b"], data["c"].tolist()) == ([0, 2], [1, 3], [0, 2])
+    data.filter(torch.tensor([1, 0]))
+    assert (data["a"].tolist(), data["b"], data["c"].tolist()) == ([2, 0], [3, 1], [2, 0])
+    data.cat(amg.MaskData(a=torch.tensor([7]), b=[7], c=np.array([7]), d=[9]))
+    assert (data["a"].tolist(), data["b"], data["c"].tolist(), data["d"]) == ([2, 0, 7], [3, 1, 7], [2, 0, 7], [9])
+    data.to_numpy()
+    assert isinstance(data["a"], np.ndarray)
+    del data["d"]
+    assert [key for key, _ in data.items()] == ["a", "b", "c"]
+    with pytest.raises(TypeError, match="'x' is a int"):
+        data["x"] = 5
+
+
+def test_batches() -> None:
+    assert list(amg.batch_iterator(2, [1, 2, 3], "abc")) == [[[1, 2], "ab"], [[3], "c"]]
+    with pytest.raises(ValueError, match=r"inputs of one length, got \[3, 2\]"):
+        list(amg.batch_iterator(2, [1, 2, 3], [1, 2]))
