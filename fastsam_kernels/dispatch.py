@@ -1,10 +1,25 @@
-"""Which implementation of an operation runs: an explicit value, never a silent fallback."""
+"""Which implementation of an operation runs: an explicit value, never a silent fallback.
+
+- ``"reference"``: the paper's formula in plain PyTorch, nothing clever; what everything is checked against.
+- ``"torch"``: the same result with less work, in PyTorch operations; any device, differentiable.
+- ``"triton"``: a fused kernel; NVIDIA GPUs of compute capability 8.0 or newer, inference only.
+- ``"auto"``: "triton" where it can run, else "torch".
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+from functools import cache
+from importlib.util import find_spec
+
 import torch
+from torch import Tensor
 
 KERNELS = ("auto", "reference", "torch", "triton")
+OLDEST_CAPABILITY = (8, 0)
+
+logger = logging.getLogger("fastsam_kernels")
 
 
 class UnsupportedKernelError(ValueError):
@@ -27,9 +42,62 @@ def resolve_kernels(kernels: str, device: torch.device) -> str:
 
     Raises:
         ValueError: not one of :data:`KERNELS`.
-        UnsupportedKernelError: "triton", which no operation of this version has.
+        UnsupportedKernelError: "triton" on a device that has no Triton forms.
+    """
+    return choose("every operation", check_kernels(kernels), device, None)
+
+
+def choose(operation: str, kernels: str, device: torch.device, constraint: str | None, *inputs: Tensor) -> str:
+    """The implementation of one operation for given inputs.
+
+    Args:
+        operation: its name, for messages.
+        kernels: as asked for.
+        device: where the inputs are.
+        constraint: what keeps its Triton form from these inputs, None if nothing does.
+        inputs: tensors that autograd may be recording.
+
+    Raises:
+        ValueError, UnsupportedKernelError: as :func:`resolve_kernels`, or "triton" against ``constraint``.
     """
     check_kernels(kernels)
+    if kernels in ("reference", "torch"):
+        return kernels
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        constraint = constraint or "it has no backward; 'torch' and 'reference' differentiate"
+    problem = _device_constraint(device) or constraint
     if kernels == "triton":
-        raise UnsupportedKernelError(f"no operation has a Triton form yet (asked for on {device}); use 'torch'")
-    return "torch" if kernels == "auto" else kernels
+        if problem is not None:
+            raise UnsupportedKernelError(f"the Triton form of {operation} cannot run here: {problem}")
+        return "triton"
+    chosen = "torch" if problem is not None or interpreting() else "triton"
+    _log_once(operation, str(device), chosen, problem)
+    return chosen
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU: exact in fp32 and fp16, slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _device_constraint(device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu" and interpreting():
+        return None
+    if device.type != "cuda":
+        return f"it needs a CUDA device, got {device}"
+    if torch.version.hip is not None:
+        return "it is written for NVIDIA GPUs; this is an AMD GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        return (
+            f"it needs compute capability {'.'.join(map(str, OLDEST_CAPABILITY))} or newer, "
+            f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}"
+        )
+    return None
+
+
+@cache
+def _log_once(operation: str, device: str, chosen: str, problem: str | None) -> None:
+    logger.info("%s on %s: kernels='auto' is %r%s", operation, device, chosen, f" ({problem})" if problem else "")

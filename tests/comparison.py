@@ -1,6 +1,13 @@
-"""How results are compared."""
+"""How results are compared.
+
+A kernel is held against the truth in fp64: its error may be twice that of plain PyTorch in the same dtype, plus a
+floor for the rounding of the result itself (the rule of flash-attention's tests). No tolerance is chosen by hand.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,3 +31,36 @@ def assert_close_max(actual: Tensor, expected: Tensor, tolerance: float, what: s
     assert actual.shape == expected.shape, f"{what}: {list(actual.shape)} against {list(expected.shape)}"
     error = float((actual.double() - expected.double()).abs().max())
     assert error <= tolerance, f"{what}: largest error {error:.2e} is over the budget of {tolerance:.0e}"
+
+
+def to_fp64(value: Any) -> Any:
+    """Tensors of floating point in ``value``, a tensor or nested tuples of them, widened."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        widened = [to_fp64(item) for item in value]
+        return type(value)(*widened) if hasattr(value, "_fields") else tuple(widened)
+    return value
+
+
+def assert_within_budget(actual: Tensor, formula: Callable[..., Tensor], inputs: Sequence[Any], what: str) -> None:
+    """Hold ``actual`` against ``formula(*inputs)``, plain PyTorch, computed in fp64 and in the inputs' dtype.
+
+    Both the relative L2 error and the largest error must be within twice the error of PyTorch plus the rounding of
+    a result of ``actual``'s dtype, and no better than fp32: sums in another order are no error.
+    """
+    truth = formula(*(to_fp64(value) for value in inputs)).double()
+    plain = formula(*inputs).to(actual.dtype).double()
+    assert actual.shape == truth.shape, f"{what}: {list(actual.shape)} against {list(truth.shape)}"
+    assert torch.isfinite(actual).all(), f"{what}: the result is not finite"
+    rounding = max(torch.finfo(actual.dtype).eps, torch.finfo(torch.float32).eps)
+    error, baseline = actual.double() - truth, plain - truth
+    for measure, size, floor in (
+        ("relative L2 error", lambda x: float(x.norm() / truth.norm()), rounding),
+        ("largest error", lambda x: float(x.abs().max()), rounding * float(truth.abs().max())),
+    ):
+        found, budget = size(error), 2 * size(baseline) + floor
+        assert found <= budget, (
+            f"{what}: {measure} {found:.2e} is over the budget of {budget:.2e} "
+            f"(plain PyTorch in the same dtype {size(baseline):.2e}, rounding {floor:.2e})"
+        )

@@ -8,7 +8,7 @@ import coins
 import numpy as np
 import pytest
 import torch
-from conftest import random_image
+from models import random_image
 from pycocotools import mask as coco
 
 from fastsam_kernels import nms

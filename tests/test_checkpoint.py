@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_close_l2
-from conftest import TINY, random_model
+from models import TINY, random_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import random_image
+from models import random_image
 from PIL import Image
 from pycocotools import mask as coco
 

@@ -8,7 +8,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from conftest import random_image
+from models import random_image
 
 import sam
 from sam import Sam, SamPredictor

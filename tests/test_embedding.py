@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, random_image, random_model
+from models import TINY, random_image, random_model
 from safetensors.torch import save_file
 
 import sam

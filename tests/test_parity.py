@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from comparison import assert_close_l2, assert_close_max, relative_l2
-from conftest import TINY, random_model
+from models import TINY, random_model
 from torch import Tensor
 
 import sam

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from comparison import assert_close_l2
-from conftest import random_image
+from models import random_image
 
 from sam import ImageEmbedding, Prompt, Sam
 

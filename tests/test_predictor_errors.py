@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import random_image
+from models import random_image
 
 from sam import Prompt, Sam, SamPredictor
 

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import LayerNorm2d
+from fastsam_kernels import UnsupportedKernelError, UpscalingWeights, hypernetwork_masks, pack_upscaling
+
+from .common import DerivedWeights, LayerNorm2d
 from .transformer import SharedImageSide, TwoWayTransformer
 
 
-class MaskDecoder(nn.Module):
+class MaskDecoder(DerivedWeights):
     """Predicts ``num_multimask_outputs`` masks for ambiguous prompts and one for unambiguous ones."""
 
     def __init__(
@@ -118,10 +120,11 @@ class MaskDecoder(nn.Module):
             image_index: [P], int64, the image of each prompt; None for one image, or for an image a prompt.
             token_mask: [P, S], False for tokens that are padding; None when there are none.
             shared: from :meth:`share_image_side`, for prompts without a mask input.
-            kernels: "reference" or "torch".
+            kernels: implementation of the operations; "auto" resolves for each of them.
 
         Returns:
-            logits [P, masks, 4h, 4w] and predicted IoU [P, masks] in the weights' dtype.
+            logits [P, masks, 4h, 4w] in at least fp32, in the weights' dtype for "reference"; predicted IoU
+            [P, masks] in the weights' dtype.
         """
         prompts, (height, width) = sparse.shape[0], image_embeddings.shape[-2:]
         dtype = self.iou_token.weight.dtype
@@ -142,13 +145,67 @@ class MaskDecoder(nn.Module):
 
         tokens, keys = self.transformer.attend(keys, key_pe, tokens, token_mask, shared, kernels)
         iou_token, mask_tokens = tokens[:, 0], tokens[:, 1 : 1 + self.num_mask_tokens]
-        upscaled = self.output_upscaling(keys.transpose(1, 2).reshape(prompts, -1, height, width))
-        asked_for = range(self.num_mask_tokens)[mask_slice]
-        hypernetworks = torch.stack(
-            [self.output_hypernetworks_mlps[i](mask_tokens[:, i]) for i in asked_for], dim=1
-        )  # [P, masks, C / 8]
-        masks = (hypernetworks @ upscaled.flatten(2)).unflatten(-1, upscaled.shape[-2:])
+        if kernels == "reference" or not self._has_official_upscaling(kernels):
+            masks = self._masks_by_modules(keys, mask_tokens, mask_slice, (height, width))
+        else:
+            masks = hypernetwork_masks(
+                keys.to(dtype),
+                self._upscaling(),
+                self._hypernetworks(mask_tokens, mask_slice).to(dtype),  # autocast may have narrowed it
+                grid=(height, width),
+                eps=self.output_upscaling[1].eps,  # type: ignore[arg-type]
+                out_dtype=torch.promote_types(dtype, torch.float32),
+                kernels=kernels,
+            )
         return masks, self.iou_prediction_head(iou_token)[:, mask_slice]
+
+    def _masks_by_modules(self, keys: Tensor, mask_tokens: Tensor, mask_slice: slice, grid: tuple[int, int]) -> Tensor:
+        upscaled = self.output_upscaling(keys.transpose(1, 2).unflatten(2, grid))
+        asked_for = range(self.num_mask_tokens)[mask_slice]
+        hyper = torch.stack([self.output_hypernetworks_mlps[i](mask_tokens[:, i]) for i in asked_for], dim=1)
+        return (hyper @ upscaled.flatten(2)).unflatten(-1, upscaled.shape[-2:])  # [P, masks, 4h, 4w]
+
+    def _hypernetworks(self, mask_tokens: Tensor, mask_slice: slice) -> Tensor:
+        """The MLPs of the masks asked for as one batched product a layer: [P, all masks, C] -> [P, masks, C / 8]."""
+        mlps = [self.output_hypernetworks_mlps[i] for i in range(self.num_mask_tokens)[mask_slice]]
+        layers = list(zip(*(mlp.layers for mlp in mlps), strict=True))
+
+        def stack() -> list[tuple[Tensor, Tensor]]:
+            return [
+                (
+                    torch.stack([linear.weight.t() for linear in layer]),  # [masks, in, out]
+                    torch.stack([linear.bias for linear in layer])[:, None],  # [masks, 1, out]
+                )
+                for layer in layers
+            ]
+
+        sources = [parameter for mlp in mlps for parameter in mlp.parameters()]
+        stacked = self.derived(f"hypernetworks {mask_slice.start}:{mask_slice.stop}", stack, *sources)
+        x = mask_tokens[:, mask_slice].transpose(0, 1)
+        for index, (weight, bias) in enumerate(stacked):
+            x = torch.baddbmm(bias, x, weight)
+            if index < len(stacked) - 1:
+                x = x.relu()
+        return x.transpose(0, 1)
+
+    def _upscaling(self) -> UpscalingWeights:
+        first, norm, _, second, _ = self.output_upscaling
+        weights = [getattr(layer, name) for layer in (first, norm, second) for name in ("weight", "bias")]
+        return self.derived("upscaling", lambda: pack_upscaling(*weights), *weights)
+
+    def _has_official_upscaling(self, kernels: str) -> bool:
+        """Whether ``output_upscaling`` is what the operation computes; another activation runs as modules."""
+        official = (nn.ConvTranspose2d, LayerNorm2d, nn.GELU, nn.ConvTranspose2d, nn.GELU)
+        layers = list(self.output_upscaling)
+        if [type(layer) for layer in layers] == list(official) and all(
+            layer.approximate == "none" for layer in layers if isinstance(layer, nn.GELU)
+        ):
+            return True
+        if kernels == "triton":
+            raise UnsupportedKernelError(
+                "hypernetwork_masks has a Triton form for the official upscaling with GELU only"
+            )
+        return False
 
 
 def _tokens_of(x: Tensor) -> Tensor:

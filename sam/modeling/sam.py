@@ -217,8 +217,8 @@ class Sam(DerivedWeights, Fp32Buffers):
 
         masks_each = len(range(self.mask_decoder.num_mask_tokens)[MaskDecoder.mask_slice(multimask_output)])
         side = self._low_res_size
-        low_res = torch.empty((total, masks_each, side, side), device=self.device)
-        iou = torch.empty((total, masks_each), device=self.device)
+        low_res = torch.empty((total, masks_each, side, side), device=self.device, dtype=self._logits_dtype)
+        iou = torch.empty((total, masks_each), device=self.device, dtype=self._logits_dtype)
         geometries = [embedding.geometry for embedding in embeddings]
         for chunk in ragged_chunks(prompts, geometries, self.device, self._prompts_per_chunk):
             low_res[chunk.places], iou[chunk.places] = self.decode(embeddings, chunk.batch, multimask_output)
@@ -232,7 +232,7 @@ class Sam(DerivedWeights, Fp32Buffers):
     def decode(
         self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
     ) -> tuple[Tensor, Tensor]:
-        """Low-resolution logits [P, C, h, w] and predicted IoU [P, C], fp32, of a batch of prompts.
+        """Low-resolution logits [P, C, h, w] and predicted IoU [P, C], fp32 at least, of a batch of prompts.
 
         ``batch.image_index`` counts ``embeddings``; without it there is one of them. Prompts are decoded a chunk
         at a time, so memory does not grow with their number beyond the result.
@@ -248,12 +248,11 @@ class Sam(DerivedWeights, Fp32Buffers):
     def _decode_chunk(
         self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
     ) -> tuple[Tensor, Tensor]:
-        kernels = self.resolved_kernels
         if batch.mask_inputs is not None:
             dense = self.prompt_encoder._embed_masks(batch.mask_inputs)
         else:
             dense = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
-        share = batch.mask_inputs is None and kernels != "reference"
+        share = batch.mask_inputs is None and self._kernels != "reference"
         logits, iou = self.mask_decoder.decode(
             _rows([embedding.features for embedding in embeddings]),
             self.prompt_encoder.get_dense_pe(),
@@ -263,9 +262,9 @@ class Sam(DerivedWeights, Fp32Buffers):
             image_index=batch.image_index if len(embeddings) > 1 else None,
             token_mask=batch.labels != LABEL_ABSENT if batch.ragged else None,
             shared=self._shared_image_side(embeddings) if share else None,
-            kernels=kernels,
+            kernels=self._kernels,
         )
-        return logits.float(), iou.float()
+        return logits.to(self._logits_dtype), iou.to(self._logits_dtype)
 
     def _shared_image_side(self, embeddings: Sequence[ImageEmbedding]) -> SharedImageSide:
         prompt_encoder = self.prompt_encoder
@@ -319,6 +318,10 @@ class Sam(DerivedWeights, Fp32Buffers):
         # Asking every parameter whether it changed would cost more than a click: ``encode`` does that.
         kept = self._derived.get("model_hash")
         return kept[1] if kept is not None else self.model_hash
+
+    @property
+    def _logits_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
 
     @property
     def _low_res_size(self) -> int:

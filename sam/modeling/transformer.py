@@ -132,7 +132,7 @@ class TwoWayAttentionBlock(nn.Module):
             keys, key_pe: [P, N, C] (``key_pe`` may have one row for all).
             token_mask: [P, T], False for tokens that are padding.
             shared: projections of ``keys`` made beforehand; None projects here.
-            kernels: "reference" or "torch".
+            kernels: "reference", or anything else for PyTorch's fused attention.
         """
         if self.skip_first_layer_pe:
             queries = self.self_attn(queries, queries, queries, token_mask, kernels)

@@ -1,0 +1,62 @@
+"""What every kernel's tests do: views between guard bands, kernels with a cast taken out."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# bf16 products are garbage in the interpreter: bf16 is compiled everywhere and run on GPUs only.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
+
+
+def guarded(values: Tensor, order: Sequence[int] | None = None, gap: int = 7) -> Tensor:
+    """The values in a strided view whose surroundings are NaN: reading a neighbour shows in the result.
+
+    Args:
+        values: any tensor of floating point.
+        order: axes from the outermost in memory to the innermost; None keeps them.
+        gap: elements of NaN beside each row of the innermost axis but two, and before and after everything.
+    """
+    order = list(range(values.ndim)) if order is None else list(order)
+    shape = [values.shape[axis] for axis in order]
+    if len(shape) > 1:
+        shape[-2] += gap
+    storage = values.new_full((gap * 64 + torch.Size(shape).numel() + gap * 64,), torch.nan)
+    inner = storage[gap * 64 : -gap * 64].view(shape)
+    if len(shape) > 1:
+        inner = inner.narrow(-2, 0, values.shape[order[-2]])
+    view = inner.permute(*[order.index(axis) for axis in range(values.ndim)])
+    view.copy_(values)
+    return view
+
+
+def guarded_output(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A contiguous output inside a larger buffer of a sentinel, and that buffer."""
+    count, band = torch.Size(shape).numel(), 4096
+    buffer = torch.full((count + 2 * band,), -777.0, dtype=dtype, device=device)
+    return buffer[band : band + count].view(*shape), buffer
+
+
+def assert_bands_untouched(buffer: Tensor, count: int) -> None:
+    band = (len(buffer) - count) // 2
+    assert (buffer[:band] == -777).all(), "written before the output"
+    assert (buffer[-band:] == -777).all(), "written behind the output"
+
+
+def kernel_without(module: ModuleType, kernel: Any, text: str) -> Any:
+    """The same kernel compiled from its source with every occurrence of ``text`` taken out."""
+    source = textwrap.dedent(inspect.getsource(kernel.fn))
+    assert text in source, f"{text!r} does not occur in the kernel"
+    path = f"/tmp/_mutated_{kernel.fn.__name__}_{abs(hash(text))}.py"
+    code = source.replace(text, "")
+    with open(path, "w") as file:  # Triton reads a kernel's source from its file
+        file.write(code)
+    scope = dict(vars(module))
+    exec(compile(code, path, "exec"), scope)
+    return scope[kernel.fn.__name__]
