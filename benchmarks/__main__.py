@@ -1,0 +1,81 @@
+"""``python -m benchmarks COMMAND``: see ``--help``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from fastsam_kernels.tile_config import SHARED_MEMORY
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Measurements of sam and fastsam_kernels."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    for name, purpose in (
+        ("kernels", "every operation: its forms against each other, the truth and the machine's limit"),
+        ("model", "parts of the model against the official way"),
+        ("all", "both"),
+    ):
+        cases = commands.add_parser(name, help=purpose)
+        cases.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains this")
+        cases.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+        cases.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+        _add_common(cases, device, seconds=3.0)
+
+    tune = commands.add_parser("tune", help="choose tiles on this GPU among those whose numerics pass")
+    tune.add_argument("--operation", action="append", help="only this one; may be repeated")
+    tune.add_argument("--write", action="store_true", help="change fastsam_kernels/tile_configs/*.json")
+    _add_common(tune, device, seconds=2.0)
+
+    report = commands.add_parser(
+        "compile-report", help="registers, stack and instructions of every kernel, no GPU needed"
+    )
+    report.add_argument("--operation", action="append", help="only this one; may be repeated")
+    report.add_argument(
+        "--arch", action="append", type=int, choices=SHARED_MEMORY, help="only this one; may be repeated"
+    )
+    report.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    report.add_argument("--write", action="store_true", help="write benchmarks/results/compile_report.{md,json}")
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser, device: str, seconds: float) -> None:
+    parser.add_argument("--device", default=device, help=f"default here: {device}")
+    parser.add_argument(
+        "--dtype", action="append", choices=DTYPES, help="may be repeated (default: fp32; on a GPU all)"
+    )
+    parser.add_argument("--seconds", type=float, default=seconds, help=f"a case (default: {seconds:g})")
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    if args.command == "compile-report":
+        from . import compile_report
+
+        return compile_report.run(args.operation, args.arch, args.workers, args.write)
+    device = (
+        torch.device(args.device, torch.cuda.current_device()) if args.device == "cuda" else torch.device(args.device)
+    )
+    dtypes = [DTYPES[name] for name in args.dtype or (DTYPES if device.type == "cuda" else ["fp32"])]
+    if args.command == "tune":
+        from . import tune
+
+        return tune.run(args.operation, device, dtypes, args.seconds, args.write)
+    from . import runner
+
+    group = None if args.command == "all" else args.command
+    return runner.run(group, args.case, device, dtypes, args.seconds, not args.no_compile, args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""What a measurement is made of: a case, its inputs, and the launch problem that tiles are chosen on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastsam_kernels.launch import Launch
+from fastsam_kernels.tile_config import TileConfig
+
+from .measure import Form, Work
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case with its inputs made.
+
+    Attributes:
+        forms: what is timed, by name; "reference" is the plain formula in the same dtype.
+        truth: some rows of the result, in fp64.
+        rows: of the result, by which forms are held against ``truth``.
+        work: the least that has to be done.
+        compile: whether ``torch.compile`` of the form "torch" is timed beside the others.
+    """
+
+    forms: dict[str, Form]
+    truth: Callable[[], Tensor]
+    rows: list[int]
+    work: Work
+    compile: bool = True
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to measure; ``python -m benchmarks`` and ``pytest benchmarks/`` share it.
+
+    Attributes:
+        name: operation and size.
+        make: inputs for a device and dtype.
+        devices, dtypes: where it makes sense.
+    """
+
+    name: str
+    make: Callable[[torch.device, torch.dtype], Problem]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+
+    def fits(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return device.type in self.devices and dtype in self.dtypes
+
+
+@dataclass(frozen=True)
+class TuneProblem:
+    """An operation at the size it is tuned for.
+
+    Attributes:
+        launch: fills ``out`` with a tile.
+        out: the result.
+        truth, plain: the formula in fp64 and in the inputs' dtype, on ``rows`` of the result.
+        candidates: tiles to try.
+    """
+
+    launch: Callable[[TileConfig], Launch]
+    out: Tensor
+    truth: Callable[[], Tensor]
+    plain: Callable[[], Tensor]
+    rows: list[int]
+    candidates: list[TileConfig]
+
+
+def candidates(warps: tuple[int, ...], stages: tuple[int, ...], **blocks: tuple[int, ...]) -> list[TileConfig]:
+    """Every combination."""
+    return [
+        TileConfig(dict(zip(blocks, sizes, strict=True)), num_warps, num_stages)
+        for *sizes, num_warps, num_stages in itertools.product(*blocks.values(), warps, stages)
+    ]
+
+
+def few_rows(count: int) -> list[int]:
+    """The first, the middle and the last: enough to hold a large result against fp64."""
+    return sorted({0, count // 2, count - 1})
+
+
+def draw(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
+    """Normal numbers, the same on every device."""
+    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(device, dtype)
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor without memory, for launches that are only compiled."""
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -1,0 +1,21 @@
+"""The list of everything that is measured."""
+
+from __future__ import annotations
+
+import torch
+
+from .case import Case
+from .model import PARTS
+from .operations import OPERATIONS
+
+# By the command that runs them.
+GROUPS: dict[str, list[Case]] = {
+    "kernels": [case for operation in OPERATIONS.values() for case in operation.CASES],
+    "model": [case for part in PARTS.values() for case in part.CASES],
+}
+
+
+def select(group: str | None, pattern: str, device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """The cases of a group (None: of all) whose name contains ``pattern``, for a device and dtype."""
+    groups = GROUPS.values() if group is None else [GROUPS[group]]
+    return [case for cases in groups for case in cases if pattern in case.name and case.fits(device, dtype)]

@@ -1,0 +1,10 @@
+"""The operations of ``fastsam_kernels``, a module each, with the same three names:
+
+- ``CASES``: what ``python -m benchmarks kernels`` measures;
+- ``LAUNCHES``: for each shape class of its tiles, the launches at real sizes that the compile report compiles;
+- ``TUNING``: for each shape class, the problem on which ``python -m benchmarks tune`` chooses a tile.
+"""
+
+from . import hypernetwork_masks
+
+OPERATIONS = {"hypernetwork_masks": hypernetwork_masks}

@@ -1,0 +1,72 @@
+"""Where a figure comes from: the machine, the versions, the revision."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+
+
+@cache
+def provenance() -> dict[str, Any]:
+    """The facts that every row carries."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "revision": _revision(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+    }
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """One line for the head of a table."""
+    machine = facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores"
+    return (
+        f"{machine}; torch {facts['torch']}, triton {facts['triton']}, Python {facts['python']}; "
+        f"revision {facts['revision']}, {facts['date']}"
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _revision() -> str:
+    """The commit, marked when the measured code differs from it; results and pages about them do not count."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    try:
+        changed = git("status", "--porcelain", "--", "sam", "fastsam_kernels", "benchmarks/*.py")
+        return git("rev-parse", "--short=10", "HEAD").strip() + ("+changes" if changed.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("REVISION", "unknown")
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,157 @@
+"""Run cases, hold their forms against the truth, time them side by side, and print or write the rows.
+
+A form whose numerics are red has no speed-up: the row says so and the command ends with status 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .case import Case, Problem
+from .cases import select
+from .measure import Timing, limit_ms, peak_memory, time_forms
+from .provenance import describe, provenance
+
+BASELINE, COMPILED = "reference", "torch.compile of torch"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One form of one case.
+
+    Attributes:
+        error, budget: relative L2 against fp64, and what it may be: twice that of plain PyTorch in the same dtype
+            and the rounding of that dtype.
+        percent_of_limit: the machine's limit over the time.
+        peak_bytes: memory beyond the inputs.
+        speedup: over the reference, of medians; None for red numerics.
+    """
+
+    case: str
+    form: str
+    device: str
+    dtype: str
+    timing: Timing
+    percent_of_limit: float
+    peak_bytes: int
+    error: float
+    budget: float
+    speedup: float | None
+
+    @property
+    def green(self) -> bool:
+        return self.error <= self.budget
+
+
+def run_case(case: Case, device: torch.device, dtype: torch.dtype, seconds: float, compiled: bool) -> list[Row]:
+    """Every form of a case, checked and timed in one go."""
+    problem = case.make(device, dtype)
+    forms = dict(problem.forms)
+    if compiled and problem.compile:
+        forms[COMPILED] = _compile(problem)
+    errors = form_errors(problem, forms)
+    budget = error_budget(errors[BASELINE], dtype)
+    memory = {name: peak_memory(form, device) for name, form in forms.items()}
+    timings = time_forms(forms, device, seconds)
+    limit = limit_ms(problem.work, device, dtype)
+    rows = []
+    for name, timing in timings.items():
+        green = errors[name] <= budget
+        rows.append(
+            Row(
+                case=case.name,
+                form=name,
+                device=str(device),
+                dtype=str(dtype).removeprefix("torch."),
+                timing=timing,
+                percent_of_limit=100 * limit / timing.p50,
+                peak_bytes=memory[name],
+                error=errors[name],
+                budget=budget,
+                speedup=timings[BASELINE].p50 / timing.p50 if green else None,
+            )
+        )
+    return rows
+
+
+def form_errors(problem: Problem, forms: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
+    """Relative L2 error of each form on the problem's rows; infinite when something is not finite."""
+    truth = problem.truth()
+    errors = {}
+    for name, form in forms.items():
+        difference = form()[problem.rows].double() - truth
+        error = float(difference.norm() / truth.norm())
+        errors[name] = error if error == error else float("inf")  # NaN differs from itself
+    return errors
+
+
+def error_budget(baseline: float, dtype: torch.dtype) -> float:
+    """Twice the error of plain PyTorch in the same dtype, and the rounding of one operation."""
+    return 2 * baseline + torch.finfo(dtype).eps
+
+
+def _compile(problem: Problem) -> Callable[[], Tensor]:
+    torch._dynamo.reset()
+    form = torch.compile(problem.forms["torch"])
+    form()
+    return form
+
+
+def to_table(rows: list[Row], markdown: bool = False) -> str:
+    """The rows as text."""
+    head = ["case", "form", "dtype", "ms p20", "p50", "p80", "% of limit", "peak MB", "error", "speed-up"]
+    body = [
+        [
+            row.case,
+            row.form,
+            row.dtype,
+            *(f"{value:.3g}" for value in (row.timing.p20, row.timing.p50, row.timing.p80)),
+            f"{row.percent_of_limit:.0f}",
+            f"{row.peak_bytes / 1e6:.0f}",
+            f"{row.error:.1e}" + ("" if row.green else f" OVER {row.budget:.1e}"),
+            f"{row.speedup:.2f}" if row.speedup is not None else "red numerics",
+        ]
+        for row in rows
+    ]
+    if markdown:
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body))
+    widths = [max(len(cells[column]) for cells in (head, *body)) for column in range(len(head))]
+    lines = []
+    for cells in (head, *body):
+        left = [cell.ljust(width) for cell, width in zip(cells[:3], widths[:3], strict=True)]
+        right = [cell.rjust(width) for cell, width in zip(cells[3:], widths[3:], strict=True)]
+        lines.append("  ".join(left + right).rstrip())
+    return "\n".join(lines)
+
+
+def run(
+    group: str | None,
+    pattern: str,
+    device: torch.device,
+    dtypes: list[torch.dtype],
+    seconds: float,
+    compiled: bool,
+    json_file: Path | None,
+) -> int:
+    """The command: a table, a JSON file if asked; exit status 1 for red numerics, 2 when nothing matches."""
+    jobs = [(case, dtype) for dtype in dtypes for case in select(group, pattern, device, dtype)]
+    if not jobs:
+        print(f"no case of group {group} contains {pattern!r} on {device}")
+        return 2
+    rows: list[Row] = []
+    with torch.no_grad():
+        for case, dtype in tqdm(jobs, desc="measure", disable=None, leave=False):
+            rows += run_case(case, device, dtype, seconds, compiled)
+    facts = provenance()
+    print(f"{describe(facts)}\n\n{to_table(rows)}")
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps([{**asdict(row), "provenance": facts} for row in rows], indent=1) + "\n")
+    return 0 if all(row.green for row in rows) else 1
