@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         cases.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains this")
         cases.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
         cases.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+        cases.add_argument("--peers", default="", metavar="LIST", help="transformers,segment-anything=PATH")
         _add_common(cases, device, seconds=3.0)
 
     tune = commands.add_parser("tune", help="choose tiles on this GPU among those whose numerics pass")
@@ -71,8 +72,13 @@ def main() -> int:
         from . import tune
 
         return tune.run(args.operation, device, dtypes, args.seconds, args.write)
-    from . import runner
+    from . import peers, runner
 
+    try:
+        peers.choose_peers(args.peers)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     group = None if args.command == "all" else args.command
     return runner.run(group, args.case, device, dtypes, args.seconds, not args.no_compile, args.json)
 

@@ -1,0 +1,194 @@
+"""Other implementations of SAM, with the weights of ours, measured in the same run.
+
+``--peers transformers,segment-anything=PATH`` chooses them; PATH is the folder from which ``import segment_anything``
+works, a checkout of https://github.com/facebookresearch/segment-anything or an installation.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import tempfile
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import sam
+from fastsam_kernels import nms
+from sam import Sam
+
+
+class Peer(Protocol):
+    """What is asked of another implementation; all run without gradients."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, size, size] -> features [B, 256, grid, grid]."""
+        ...
+
+    def decode(self, features: Tensor, coords: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """P prompts of K points on one image: features [1, 256, grid, grid], coords [P, K, 2] in pixels of the
+        model's input and labels [P, K] -> three masks each, logits [P, 3, low, low] and predicted IoU [P, 3]."""
+        ...
+
+
+class SegmentAnything:
+    """Meta's package, imported from a folder."""
+
+    def __init__(self, model: Sam, path: str) -> None:
+        self.package = import_segment_anything(path)
+        self.model = official_copy(self.package, model)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.model.image_encoder(pixels)
+
+    def decode(self, features: Tensor, coords: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        sparse, dense = self.model.prompt_encoder(points=(coords, labels), boxes=None, masks=None)
+        return self.model.mask_decoder(
+            image_embeddings=features,
+            image_pe=self.model.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=True,
+        )
+
+
+class Transformers:
+    """``transformers.SamModel`` with its default attention."""
+
+    def __init__(self, model: Sam, path: str) -> None:
+        if path:
+            raise ValueError(f"the peer transformers takes no path, got {path!r}")
+        from transformers import SamModel
+
+        with tempfile.TemporaryDirectory() as folder:
+            sam.save_checkpoint(model, folder, layout="transformers")
+            self.model = SamModel.from_pretrained(folder, dtype=model.dtype).eval().requires_grad_(False)
+        self.model.to(model.device)
+        for layer in self.model.mask_decoder.transformer.modules():
+            if isinstance(layer, nn.LayerNorm):
+                layer.eps = 1e-5  # the official value; the port has 1e-6 in some, which moves logits by 1e-4
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.model.get_image_embeddings(pixels)
+
+    def decode(self, features: Tensor, coords: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.model(
+            image_embeddings=features, input_points=coords[None], input_labels=labels[None], multimask_output=True
+        )
+        return out.pred_masks[0], out.iou_scores[0]
+
+
+_PEERS: dict[str, Callable[[Sam, str], Peer]] = {"segment-anything": SegmentAnything, "transformers": Transformers}
+_chosen: dict[str, str] = {}
+
+
+def choose_peers(text: str) -> None:
+    """Take the value of ``--peers``: names, each with ``=PATH`` where it needs one, between commas.
+
+    Raises:
+        ValueError: an unknown name, or a path that does not exist.
+    """
+    _chosen.clear()
+    for part in filter(None, text.split(",")):
+        name, _, path = part.partition("=")
+        if name not in _PEERS:
+            raise ValueError(f"unknown peer {name!r}; known: {', '.join(_PEERS)}")
+        if path and not Path(path).is_dir():
+            raise ValueError(f"the peer {name} is to come from {path}, which is no folder")
+        _chosen[name] = path
+
+
+def chosen_peers(model: Sam) -> dict[str, Peer]:
+    """The peers of this run by name, with the weights, device and dtype of ``model``."""
+    return {name: _PEERS[name](model, path) for name, path in _chosen.items()}
+
+
+def import_segment_anything(path: str) -> Any:
+    """The official package as it stands in the folder ``path``; "" takes the installed one."""
+    if path and path not in sys.path:
+        sys.path.insert(0, path)
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        _stand_in_for_torchvision()
+    import segment_anything
+
+    return segment_anything
+
+
+def official_copy(package: Any, model: Sam) -> nn.Module:
+    """The official ``Sam`` with the weights of ours, any size."""
+    config = model.config
+    if config is None:
+        raise ValueError("the model has no config")
+    modeling, grid = package.modeling, config.grid_size
+    encoder = modeling.ImageEncoderViT(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.encoder_embed_dim,
+        depth=config.encoder_depth,
+        num_heads=config.encoder_num_heads,
+        mlp_ratio=config.mlp_ratio,
+        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
+        qkv_bias=True,
+        use_rel_pos=True,
+        global_attn_indexes=config.global_attn_indexes,
+        window_size=config.window_size,
+        out_chans=config.prompt_embed_dim,
+    )
+    prompt_encoder = modeling.PromptEncoder(
+        embed_dim=config.prompt_embed_dim,
+        image_embedding_size=(grid, grid),
+        input_image_size=(config.image_size, config.image_size),
+        mask_in_chans=config.mask_in_chans,
+    )
+    mask_decoder = modeling.MaskDecoder(
+        num_multimask_outputs=config.num_multimask_outputs,
+        transformer=modeling.TwoWayTransformer(
+            depth=config.decoder_depth,
+            embedding_dim=config.prompt_embed_dim,
+            mlp_dim=config.decoder_mlp_dim,
+            num_heads=config.decoder_num_heads,
+        ),
+        transformer_dim=config.prompt_embed_dim,
+        iou_head_depth=config.iou_head_depth,
+        iou_head_hidden_dim=config.iou_head_hidden_dim,
+    )
+    official = modeling.Sam(encoder, prompt_encoder, mask_decoder, list(config.pixel_mean), list(config.pixel_std))
+    official.load_state_dict(model.state_dict())
+    return official.eval().requires_grad_(False).to(model.device, model.dtype)
+
+
+def _stand_in_for_torchvision() -> None:
+    """The four functions of torchvision that the official package uses, for machines where it does not import."""
+
+    def box_area(boxes: Tensor) -> Tensor:
+        return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+    def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+        apart = idxs.to(boxes) * (boxes.max() + 1) if len(boxes) else idxs.to(boxes)
+        return nms(boxes + apart[:, None], scores, iou_threshold)
+
+    def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+        return image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+
+    def to_pil_image(pixels: np.ndarray) -> Image.Image:
+        return Image.fromarray(np.asarray(pixels))
+
+    def module(name: str, **content: Any) -> types.ModuleType:
+        made = types.ModuleType(name)
+        vars(made).update(content)
+        sys.modules[name] = made
+        return made
+
+    boxes = module("torchvision.ops.boxes", batched_nms=batched_nms, box_area=box_area, nms=nms)
+    ops = module("torchvision.ops", boxes=boxes, batched_nms=batched_nms, nms=nms)
+    functional = module("torchvision.transforms.functional", resize=resize, to_pil_image=to_pil_image)
+    transforms = module("torchvision.transforms", functional=functional)
+    module("torchvision", ops=ops, transforms=transforms)
