@@ -1,9 +1,13 @@
-# Each target makes .venv and installs what it needs when that is missing.
+# Each target makes .venv and installs what it needs when that is missing; those for a GPU take GPU_PYTHON as it is.
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
+GPU_PYTHON ?= python3
+OUT ?= out/gpu
 BIN := .venv/bin
 SOURCES := sam fastsam_kernels benchmarks tests
 
-.PHONY: demo test test-all bench lint format clean
+.PHONY: demo test test-all bench compile-report gpu-test gpu-bench lint format clean
 
 demo: .venv/.demo
 	$(BIN)/python -m sam demo
@@ -15,7 +19,20 @@ test-all: .venv/.test
 	$(BIN)/python -m pytest
 
 bench: .venv/.test
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks all
+
+compile-report: .venv/.test
+	$(BIN)/python -m benchmarks compile-report --write
+
+gpu-test:
+	mkdir -p $(OUT)
+	$(GPU_PYTHON) -m pytest -ra tests/kernels tests/test_gpu.py 2>&1 | tee $(OUT)/gpu-test.log
+
+gpu-bench:
+	mkdir -p $(OUT)
+	$(GPU_PYTHON) -m benchmarks tune --write 2>&1 | tee $(OUT)/gpu-tune.log
+	cp -r fastsam_kernels/tile_configs $(OUT)
+	$(GPU_PYTHON) -m benchmarks all --json $(OUT)/gpu.json 2>&1 | tee $(OUT)/gpu-bench.log
 
 lint: .venv/.lint
 	$(BIN)/ruff check $(SOURCES)

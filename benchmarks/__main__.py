@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 
-from fastsam_kernels.tile_config import SHARED_MEMORY
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,11 +40,12 @@ def build_parser() -> argparse.ArgumentParser:
         "compile-report", help="registers, stack and instructions of every kernel, no GPU needed"
     )
     report.add_argument("--operation", action="append", help="only this one; may be repeated")
-    report.add_argument(
-        "--arch", action="append", type=int, choices=SHARED_MEMORY, help="only this one; may be repeated"
-    )
+    report.add_argument("--arch", action="append", metavar="ARCH", help="80, ..., or gfx942; may be repeated")
     report.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
-    report.add_argument("--write", action="store_true", help="write benchmarks/results/compile_report.{md,json}")
+    report.add_argument("--write", action="store_true", help="write benchmarks/results/compile_report_triton*")
+
+    tables = commands.add_parser("tables", help="the tables of the pages, from the committed results")
+    tables.add_argument("--write", action="store_true", help="put them into the pages")
     return parser
 
 
@@ -61,9 +60,11 @@ def _add_common(parser: argparse.ArgumentParser, device: str, seconds: float) ->
 def main() -> int:
     args = build_parser().parse_args()
     if args.command == "compile-report":
-        from . import compile_report
+        return _compile_report(args)
+    if args.command == "tables":
+        from . import tables
 
-        return compile_report.run(args.operation, args.arch, args.workers, args.write)
+        return tables.run(args.write)
     device = (
         torch.device(args.device, torch.cuda.current_device()) if args.device == "cuda" else torch.device(args.device)
     )
@@ -81,6 +82,19 @@ def main() -> int:
         return 2
     group = None if args.command == "all" else args.command
     return runner.run(group, args.case, device, dtypes, args.seconds, not args.no_compile, args.json)
+
+
+def _compile_report(args: argparse.Namespace) -> int:
+    from . import compile_report
+    from .compile_cases import ARCHES
+
+    known = {str(arch): arch for arch in ARCHES}
+    unknown = [arch for arch in args.arch or () if arch not in known]
+    if unknown:
+        print(f"unknown architecture {unknown[0]!r}; known: {', '.join(known)}", file=sys.stderr)
+        return 2
+    arches = [known[arch] for arch in args.arch] if args.arch else None
+    return compile_report.run(args.operation, arches, args.workers, args.write)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from fastsam_kernels.launch import Launch
-from fastsam_kernels.tile_config import lookup, read_entries
+from fastsam_kernels.tile_config import SHARED_MEMORY, lookup, read_entries
 
 from .operations import OPERATIONS
+
+# Compiled with the tiles of sm_80 to see that it would; no kernel runs there.
+AMD = "gfx942"
+ARCHES: tuple[int | str, ...] = (*SHARED_MEMORY, AMD)
 
 
 @dataclass(frozen=True)
@@ -18,29 +22,29 @@ class CompileCase:
     operation: str
     shape: str
     dtype: torch.dtype
-    arch: int
+    arch: int | str
     launch: Launch
 
 
-def compile_cases(operations: list[str] | None = None, arches: list[int] | None = None) -> Iterator[CompileCase]:
+def compile_cases(operations: list[str] | None = None, arches: list[int | str] | None = None) -> Iterator[CompileCase]:
     """A case for each launch, committed tile, architecture and dtype."""
     for operation, module in OPERATIONS.items():
         if operations and operation not in operations:
             continue
         for shape_class, launches in module.LAUNCHES.items():
-            for arch, dtype in _combinations(operation, shape_class):
-                if arches is None or arch in arches:
-                    for shape, launch in launches(dtype, lookup(operation, arch, dtype, shape_class)):
+            for arch in arches or ARCHES:
+                tiles_of = 80 if arch == AMD else int(arch)
+                for dtype in _dtypes(operation, shape_class, tiles_of):
+                    for shape, launch in launches(dtype, lookup(operation, tiles_of, dtype, shape_class)):
                         yield CompileCase(operation, shape, dtype, arch, launch)
 
 
-def _combinations(operation: str, shape_class: str) -> list[tuple[int, torch.dtype]]:
+def _dtypes(operation: str, shape_class: str, arch: int) -> list[torch.dtype]:
     """What the operation's file has tiles for, each once."""
-    found = {
-        (arch, getattr(torch, dtype)): None
+    names = {
+        dtype: None
         for entry in read_entries(operation)
-        if shape_class in entry["shape"]
-        for arch in entry["arch"]
+        if shape_class in entry["shape"] and arch in entry["arch"]
         for dtype in entry["dtype"]
     }
-    return list(found)
+    return [getattr(torch, name) for name in names]

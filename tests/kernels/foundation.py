@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
+import tempfile
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import Tensor
 
 # bf16 products are garbage in the interpreter: bf16 is compiled everywhere and run on GPUs only.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
+_mutants = tempfile.TemporaryDirectory()
 
 
 def guarded(values: Tensor, order: Sequence[int] | None = None, gap: int = 7) -> Tensor:
@@ -53,10 +57,9 @@ def kernel_without(module: ModuleType, kernel: Any, text: str) -> Any:
     """The same kernel compiled from its source with every occurrence of ``text`` taken out."""
     source = textwrap.dedent(inspect.getsource(kernel.fn))
     assert text in source, f"{text!r} does not occur in the kernel"
-    path = f"/tmp/_mutated_{kernel.fn.__name__}_{abs(hash(text))}.py"
     code = source.replace(text, "")
-    with open(path, "w") as file:  # Triton reads a kernel's source from its file
-        file.write(code)
+    path = Path(_mutants.name) / f"{kernel.fn.__name__}_{len(os.listdir(_mutants.name))}.py"
+    path.write_text(code)  # Triton reads a kernel's source from its file
     scope = dict(vars(module))
     exec(compile(code, path, "exec"), scope)
     return scope[kernel.fn.__name__]

@@ -1,0 +1,218 @@
+"""What the compiler makes of one launch, for a named target, without a GPU.
+
+Triton compiles a launch for any target. For NVIDIA the ``cuobjdump`` in its wheel reads registers, stack and machine
+code; for AMD the assembly says all of it. A Triton that interprets cannot compile, so this never shares a process
+with the interpreter.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsam_kernels.dispatch import interpreting
+from fastsam_kernels.launch import Launch
+from fastsam_kernels.tile_config import SHARED_MEMORY
+
+from .compile_cases import AMD, CompileCase
+
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+# Of a multiprocessor: registers and warps; its shared memory is a block's limit and 1 KB that the system keeps.
+_REGISTERS_AN_SM = 65536
+_WARPS_AN_SM = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+_AMD_SHARED_MEMORY = 64 * 1024  # LDS of a compute unit of CDNA 3
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one launch became.
+
+    Attributes:
+        registers: of a thread; at most 255 on NVIDIA, 512 vector registers on CDNA 3.
+        stack: bytes of local memory a thread; more than 0 means values were spilled.
+        spills: loads and stores of local memory in the machine code.
+        shared, shared_limit: bytes a block.
+        has_dot: whether the kernel multiplies matrices.
+        tensor_core: its matrix instructions by name.
+        wide_loads: loads of 128 bits from global memory, straight to registers or to shared memory.
+        instructions: in all.
+        programs_an_sm: how many fit a multiprocessor at once; None where that is not worked out.
+    """
+
+    operation: str
+    shape: str
+    dtype: str
+    arch: str
+    tile: str
+    provisional: bool
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    shared_limit: int
+    has_dot: bool
+    tensor_core: dict[str, int]
+    wide_loads: int
+    instructions: int
+    programs_an_sm: int | None
+
+    @property
+    def asserted(self) -> bool:
+        """Whether a problem is an error: the exact fp32 tiles may spill, and AMD is not shipped."""
+        return self.dtype != "fp32" and self.arch != AMD
+
+    @property
+    def problems(self) -> list[str]:
+        """What an asserted tile must not have."""
+        expected = {"sm_90": "HGMMA", "sm_100": "UTC"}.get(self.arch)
+        return [
+            problem
+            for problem, present in (
+                (f"{self.stack} bytes of stack", self.stack > 0),
+                (f"{self.shared} bytes of shared memory, over {self.shared_limit}", self.shared > self.shared_limit),
+                ("no tensor-core instruction", self.has_dot and not self.tensor_core),
+                (
+                    f"no {expected} on {self.arch}",
+                    self.has_dot
+                    and expected is not None
+                    and not any(name.startswith(expected) for name in self.tensor_core),
+                ),
+            )
+            if present
+        ]
+
+
+def signature_of(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
+    """Types, constants and attributes of a launch as Triton specialises them at run time.
+
+    Divisible by 16 are pointers (torch aligns memory) and the numbers that are; a number 1 becomes a constant.
+    """
+    types, constants, attributes = {}, dict(launch.constexprs), {}
+    for place, name in enumerate(launch.kernel.arg_names):
+        if name in constants:
+            types[name] = "constexpr"
+            continue
+        value = launch.arguments[name]
+        if value is None or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
+            types[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            types[name] = f"*{TYPES[value.dtype]}"
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, bool):
+            types[name] = "i1"
+        elif isinstance(value, int):
+            types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        else:
+            types[name] = "fp32"
+    return types, constants, attributes
+
+
+def compile_launch(launch: Launch, arch: int | str) -> Any:
+    """Triton's compiled kernel for sm_``arch``, or for an AMD architecture by name.
+
+    Raises:
+        RuntimeError: this process interprets.
+    """
+    if interpreting():
+        raise RuntimeError("TRITON_INTERPRET=1: the interpreter cannot compile; run without it")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types, constants, attributes = signature_of(launch)
+    source = ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=attributes)
+    options = {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages}
+    target = GPUTarget("hip", arch, 64) if arch == AMD else GPUTarget("cuda", arch, 32)
+    return triton.compile(source, target=target, options=options)
+
+
+def inspect(case: CompileCase) -> Compiled:
+    """Compile one case and read what came out."""
+    compiled = compile_launch(case.launch, case.arch)
+    tile = case.launch.tile
+    blocks = ", ".join(f"{name} {size}" for name, size in tile.blocks.items())
+    read = _read_amd(compiled) if case.arch == AMD else _read_nvidia(compiled, int(case.arch), tile.num_warps)
+    return Compiled(
+        operation=case.operation,
+        shape=case.shape,
+        dtype=TYPES[case.dtype],
+        arch=AMD if case.arch == AMD else f"sm_{case.arch}",
+        tile=f"{blocks}; {tile.num_warps} warps, {tile.num_stages} stages",
+        provisional=tile.provisional,
+        shared=compiled.metadata.shared,
+        has_dot="tt.dot" in compiled.asm["ttir"],
+        **read,
+    )
+
+
+def _read_nvidia(compiled: Any, arch: int, num_warps: int) -> dict[str, Any]:
+    usage, machine_code = _dump(compiled.asm["cubin"])
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", machine_code, re.M)
+    registers, limit = int(usage["REG"]), SHARED_MEMORY[arch]
+    return {
+        "registers": registers,
+        "stack": int(usage["STACK"]),
+        "spills": sum(name.startswith(("LDL", "STL")) for name in names),
+        "shared_limit": limit,
+        "tensor_core": _count(r"HGMMA|UTC\w*MMA|HMMA|QGMMA|IMMA", names),
+        "wide_loads": sum(bool(re.match(r"LDG\.E.*128|LDGSTS.*128|UBLKCP|UTMALDG", name)) for name in names),
+        "instructions": len(names),
+        "programs_an_sm": min(
+            _REGISTERS_AN_SM // (32 * num_warps * (-(-registers // 8) * 8)),
+            (limit + 1024) // (compiled.metadata.shared + 1024),
+            _WARPS_AN_SM[arch] // num_warps,
+        ),
+    }
+
+
+def _dump(cubin: bytes) -> tuple[dict[str, str], str]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
+    return dict(re.findall(r"(\w+):(\d+)", usage)), code
+
+
+def _read_amd(compiled: Any) -> dict[str, Any]:
+    assembly = compiled.asm["amdgcn"]
+    facts = {name: int(value) for name, value in re.findall(r"\.(\w+):\s*(\d+)\s*$", assembly, re.M)}
+    names = re.findall(r"^\t([a-z]\w+)", assembly, re.M)
+    return {
+        "registers": facts["vgpr_count"],
+        "stack": facts["private_segment_fixed_size"],
+        "spills": facts["vgpr_spill_count"],
+        "shared_limit": _AMD_SHARED_MEMORY,
+        "tensor_core": _count(r"v_mfma", names),
+        "wide_loads": sum(bool(re.match(r"(global|buffer)_load_dwordx4", name)) for name in names),
+        "instructions": len(names),
+        "programs_an_sm": None,
+    }
+
+
+def _count(pattern: str, names: list[str]) -> dict[str, int]:
+    return dict(Counter(match[0] for name in names if (match := re.match(pattern, name)) is not None))

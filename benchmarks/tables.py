@@ -1,0 +1,95 @@
+"""The tables that pages show, made from the committed results and tiles, so that no page says more than they do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastsam_kernels.tile_config import read_entries
+
+from .compile_cases import AMD
+from .operations import OPERATIONS
+from .provenance import RESULTS, ROOT
+
+
+def status_table() -> str:
+    """Each kernel: where its numerics were interpreted, what it was compiled for, where it ran, what was tuned."""
+    lines = [
+        "| kernel | interpreted | compiled, 16-bit tiles without stack | run on a GPU | tuned |",
+        "|---|---|---|---|---|",
+    ]
+    for operation in OPERATIONS:
+        cells = [_interpreted(operation), _compiled(operation), _ran(operation), _tuned(operation)]
+        lines.append(f"| `{operation}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _interpreted(operation: str) -> str:
+    tests = ROOT / "tests" / "kernels" / f"test_{operation}.py"
+    return f"fp32, fp16: `{tests.relative_to(ROOT)}`" if tests.exists() else "no"
+
+
+def _compiled(operation: str) -> str:
+    cells = []
+    for document in _documents("compile_report_*.json"):
+        rows = [row for row in document["rows"] if row["operation"] == operation and row["dtype"] != "fp32"]
+        spilled = {row["arch"] for row in rows if row["stack"]}
+        clean = [arch for arch in dict.fromkeys(row["arch"] for row in rows) if arch not in spilled and arch != AMD]
+        if clean:
+            cells.append(f"{', '.join(clean)} (triton {document['provenance']['triton']})")
+    return "; ".join(cells) or "no"
+
+
+def _ran(operation: str) -> str:
+    found: dict[str, set[str]] = {}
+    for rows in _documents("gpu*.json"):
+        for row in rows:
+            if row["case"].startswith(operation) and row["form"] == "triton" and row["speedup"] is not None:
+                facts = row["provenance"]
+                where = f"{facts['gpu']}, {facts['date']}, {facts['revision']}"
+                found.setdefault(where, set()).add(row["dtype"])
+    return "; ".join(f"{where}: {', '.join(sorted(dtypes))}" for where, dtypes in found.items()) or "never"
+
+
+def _tuned(operation: str) -> str:
+    tuned = [
+        f"sm_{arch} {dtype}"
+        for entry in read_entries(operation)
+        if not entry["provisional"]
+        for arch in entry["arch"]
+        for dtype in entry["dtype"]
+    ]
+    return ", ".join(dict.fromkeys(tuned)) or "provisional"
+
+
+def _documents(pattern: str) -> list[Any]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
+
+
+# What stands between <!-- NAME --> and <!-- /NAME --> in a page.
+TABLES = {"status": (Path("benchmarks/README.md"), status_table)}
+
+
+def fill(page: str, name: str, table: str) -> str:
+    """The page with the table between its marks.
+
+    Raises:
+        ValueError: the marks are not there.
+    """
+    start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+    if start not in page or end not in page:
+        raise ValueError(f"the page has no marks {start.strip()} and {end.strip()}")
+    before, rest = page.split(start, 1)
+    return before + start + table + end + rest.split(end, 1)[1]
+
+
+def run(write: bool) -> int:
+    """The command: print the tables, or put them into their pages."""
+    for name, (path, make) in TABLES.items():
+        table = make()
+        print(f"{path}: {name}\n\n{table}\n")
+        if write:
+            page = ROOT / path
+            page.write_text(fill(page.read_text(), name, table))
+    return 0

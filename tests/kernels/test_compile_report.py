@@ -1,0 +1,79 @@
+"""The compile report, in a process that does not interpret: a kernel a run in ``make test``, all of them when slow."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: str | Path, interpret: bool = False) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def report(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess[str]:
+    return run("-m", "benchmarks", "compile-report", "--workers", "2", *arguments, interpret=interpret)
+
+
+def test_newest_and_oldest_architecture_are_clean() -> None:
+    """16-bit tiles without stack, within the shared memory, on tensor cores; the command fails otherwise."""
+    done = report("--operation", "hypernetwork_masks", "--arch", "80", "--arch", "90")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| hypernetwork_masks")]
+    assert len(rows) == 12  # two architectures, three dtypes, one or three masks
+    assert all("HMMA" in row for row in rows if "sm_80" in row and "fp32" not in row)
+    assert all("HGMMA" in row for row in rows if "sm_90" in row and "fp32" not in row)
+
+
+@pytest.mark.slow
+def test_every_kernel_tile_and_architecture_is_clean() -> None:
+    done = report()
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+SPILLS = """
+import dataclasses
+from benchmarks import compile_report
+from benchmarks.compile_cases import compile_cases
+from fastsam_kernels.tile_config import TileConfig
+
+def too_large(*arguments):
+    for case in compile_cases(["hypernetwork_masks"], [80]):
+        tile = TileConfig({"BLOCK_N": 128, "BLOCK_C": 256}, 4, 3)
+        launch = dataclasses.replace(case.launch, tile=tile)
+        yield dataclasses.replace(case, launch=launch)
+        return
+
+if __name__ == "__main__":
+    compile_report.compile_cases = too_large
+    raise SystemExit(compile_report.run(None, None, 1, False))
+"""
+
+
+def test_a_tile_that_spills_fails(tmp_path: Path) -> None:
+    script = tmp_path / "spills.py"
+    script.write_text(SPILLS)
+    done = run(script)
+    assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "of shared memory, over 166912" in done.stdout or "bytes of stack" in done.stdout
+
+
+def test_an_interpreting_process_refuses() -> None:
+    done = report("--arch", "80", interpret=True)
+    assert done.returncode != 0
+    assert "TRITON_INTERPRET=1: the interpreter cannot compile" in done.stderr
+
+
+def test_an_unknown_architecture_is_named() -> None:
+    done = report("--arch", "75")
+    assert done.returncode == 2
+    assert "unknown architecture '75'; known: 80, 86, 89, 90, 100, 120, gfx942" in done.stderr
