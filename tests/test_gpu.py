@@ -76,7 +76,7 @@ def test_predictor_and_embedding_move() -> None:
     predictor = sam.SamPredictor(on_gpu)
     predictor.set_image(image)
     coords, labels = np.array([[20.0, 30.0]]), np.array([1])
-    masks, scores, logits = predictor.predict(coords, labels)
+    masks, _, logits = predictor.predict(coords, labels)
     assert masks.shape == (3, 48, 64)
     embedding = predictor.embedding.to("cpu")
     there = on_cpu.predict(embedding, [Prompt(points=coords, labels=labels)])

@@ -1,0 +1,208 @@
+"""The benchmark runner, tuning and tables: what they refuse, and that they measure what they say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import tables, tune
+from benchmarks.case import Case, Problem, TuneProblem, candidates
+from benchmarks.cases import GROUPS, select
+from benchmarks.measure import Timing, Work, peak_memory, time_forms
+from benchmarks.operations import OPERATIONS
+from benchmarks.provenance import ROOT, provenance
+from benchmarks.runner import Row, run_case, to_table
+from fastsam_kernels.launch import Launch
+from fastsam_kernels.tile_config import TileConfig, read_entries
+
+CPU = torch.device("cpu")
+
+
+def doubling(wrong: float) -> Case:
+    """Three forms of 2 x: one right, one with a relative error, one that returns NaN."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> Problem:
+        x = torch.linspace(1, 2, 1000, dtype=dtype)
+        forms = {
+            "reference": lambda: x + x,
+            "torch": lambda: 2 * x * (1 + wrong),
+            "triton": lambda: torch.full_like(x, torch.nan),
+        }
+        rows = [0, 999]
+        return Problem(forms, lambda: 2 * x[rows].double(), rows, Work(bytes=8e3, flops=0), compile=False)
+
+    return Case("doubling", make)
+
+
+def rows_of(case: Case) -> dict[str, Row]:
+    return {row.form: row for row in run_case(case, CPU, torch.float32, 0.01, compiled=False)}
+
+
+def test_no_speedup_on_red_numerics() -> None:
+    rows = rows_of(doubling(wrong=0.01))
+    assert rows["reference"].speedup == 1.0
+    assert rows["torch"].speedup is None
+    assert rows["torch"].error == pytest.approx(0.01, rel=1e-3)
+    assert rows["triton"].speedup is None
+    assert rows["triton"].error == float("inf")
+    table = to_table(list(rows.values()))
+    assert table.count("red numerics") == 2
+    assert "OVER" in table
+
+
+def test_a_right_form_has_one() -> None:
+    row = rows_of(doubling(wrong=0.0))["torch"]
+    assert row.speedup is not None
+    assert row.speedup > 0
+    assert 0 < row.timing.p20 <= row.timing.p50 <= row.timing.p80
+
+
+def test_the_command_fails_on_red_numerics(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from benchmarks import runner
+
+    monkeypatch.setitem(GROUPS, "kernels", [doubling(wrong=0.01)])
+    file = tmp_path / "rows" / "rows.json"
+    assert runner.run("kernels", "", CPU, [torch.float32], 0.01, False, file) == 1
+    rows = json.loads(file.read_text())
+    assert [row["speedup"] is None for row in rows] == [False, True, True]
+    for row in rows:
+        facts = row["provenance"]
+        assert facts["torch"] == torch.__version__
+        assert facts["revision"]
+        assert facts["cores"] >= 1
+    assert runner.run("kernels", "no such case", CPU, [torch.float32], 0.01, False, None) == 2
+
+
+def test_a_real_case_from_the_command_line() -> None:
+    command = [sys.executable, "-m", "benchmarks", "kernels", "--case", "hypernetwork_masks, 1 prompts", "--no-compile"]
+    done = subprocess.run([*command, "--device", "cpu", "--seconds", "0.1"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "hypernetwork_masks, 1 prompts x 3 masks" in done.stdout
+    assert "red numerics" not in done.stdout
+
+
+def test_unknown_peers_are_named() -> None:
+    command = [sys.executable, "-m", "benchmarks", "model", "--peers"]
+    done = subprocess.run([*command, "fastsam"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "unknown peer 'fastsam'; known: segment-anything, transformers" in done.stderr
+    done = subprocess.run([*command, "segment-anything=/none"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "the peer segment-anything is to come from /none, which is no folder" in done.stderr
+
+
+def test_every_case_is_reachable_once() -> None:
+    names = [case.name for cases in GROUPS.values() for case in cases]
+    assert len(names) == len(set(names))
+    for case in GROUPS["kernels"]:
+        assert any(case.name.startswith(operation) for operation in OPERATIONS), case.name
+    assert select("kernels", "1024 prompts x 3", CPU, torch.float32) == []  # for a GPU
+
+
+def test_forms_take_turns() -> None:
+    order: list[str] = []
+    timings = time_forms({name: lambda name=name: order.append(name) for name in "ab"}, CPU, 0.0)  # type: ignore[misc]
+    assert order == ["a", "b"] * 5
+    assert all(isinstance(timing, Timing) and timing.runs == 5 for timing in timings.values())
+
+
+def test_peak_memory_sees_what_is_touched() -> None:
+    megabytes = 200
+
+    def allocate() -> None:
+        torch.ones(megabytes * 2**18).sum()
+
+    peak = peak_memory(allocate, CPU)
+    assert 0.8 * megabytes * 2**20 < peak < 1.5 * megabytes * 2**20
+
+
+class Multiply:
+    """Stands for a kernel: fills ``out`` with x times the tile's FACTOR, or fails as a compiler would."""
+
+    def __init__(self, out: Tensor) -> None:
+        self.out = out
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Multiply:
+        return self
+
+    def __call__(self, x: Tensor, FACTOR: int, num_warps: int, num_stages: int) -> None:  # noqa: N803
+        if FACTOR == 4:
+            raise RuntimeError("out of resource: shared memory")
+        self.out.copy_(FACTOR * x)
+
+
+def multiplication() -> TuneProblem:
+    x, out = torch.linspace(1, 2, 100), torch.empty(100)
+
+    def launch(tile: TileConfig) -> Launch:
+        return Launch(Multiply(out), (1,), {"x": x}, {}, tile)
+
+    return TuneProblem(
+        launch=launch,
+        out=out,
+        truth=lambda: 2 * x.double(),
+        plain=lambda: 2 * x,
+        rows=list(range(100)),
+        candidates=candidates((4,), (1, 2), FACTOR=(2, 3, 4)),
+    )
+
+
+def test_tuning_takes_only_what_is_right() -> None:
+    trials = tune.try_all(multiplication(), CPU, 0.01)
+    assert len(trials) == 6
+    right = [trial for trial in trials if trial.milliseconds is not None]
+    assert [trial.tile.blocks["FACTOR"] for trial in right] == [2, 2]
+    assert right == trials[:2]
+    reasons = {trial.tile.blocks["FACTOR"]: trial.reason for trial in trials[2:]}
+    assert reasons[3].startswith("error 5.0e-01 over")
+    assert reasons[4] == "RuntimeError: out of resource: shared memory"
+
+
+def test_a_choice_replaces_exactly_one_combination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the file stays what people read: rewriting what was read changes nothing."""
+    operation = "hypernetwork_masks"
+    source = Path(tune._FOLDER / f"{operation}.json")
+    assert tune.to_json(json.loads(source.read_text())) == source.read_text()
+    shutil.copy(source, tmp_path)
+    monkeypatch.setattr(tune, "_FOLDER", tmp_path)
+
+    def chosen(entries: list[dict]) -> dict[tuple[int, str, str], dict]:
+        table: dict[tuple[int, str, str], dict] = {}
+        for entry in entries:
+            for arch in entry["arch"]:
+                for dtype in entry["dtype"]:
+                    for shape in entry["shape"]:
+                        table.setdefault((arch, dtype, shape), entry["tile"])
+        return table
+
+    before = chosen(read_entries(operation))
+    best = tune.Trial(TileConfig({"BLOCK_N": 128, "BLOCK_C": 64}, 8, 3), milliseconds=1.25)
+    tune.write_choice(operation, "any", 90, torch.bfloat16, best, {**provenance(), "gpu": "NVIDIA H100"})
+    document = json.loads((tmp_path / f"{operation}.json").read_text())
+    after = chosen(document["tiles"])
+    assert after.pop((90, "bfloat16", "any")) == {"BLOCK_N": 128, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3}
+    del before[(90, "bfloat16", "any")]
+    assert after == before
+    assert document["tiles"][0]["provisional"] is False
+    assert "1.25 ms" in document["tiles"][0]["provenance"]
+    assert "NVIDIA H100" in document["tiles"][0]["provenance"]
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_pages_show_what_the_results_say(name: str) -> None:
+    """``python -m benchmarks tables --write`` puts it right."""
+    path, make = tables.TABLES[name]
+    page = (ROOT / path).read_text()
+    assert tables.fill(page, name, make()) == page
+
+
+def test_a_page_without_marks_is_refused() -> None:
+    with pytest.raises(ValueError, match="the page has no marks <!-- status --> and <!-- /status -->"):
+        tables.fill("# A page\n", "status", "")
