@@ -2,15 +2,21 @@
 
 from .dispatch import KERNELS, UnsupportedKernelError, check_kernels, resolve_kernels
 from .hypernetwork_masks import UpscalingWeights, hypernetwork_masks, pack_upscaling
+from .mask_postprocess import MaskStatistics, Resizing, mask_statistics, packed_masks, unpack_masks
 from .nms import nms
 
 __all__ = [
     "KERNELS",
+    "MaskStatistics",
+    "Resizing",
     "UnsupportedKernelError",
     "UpscalingWeights",
     "check_kernels",
     "hypernetwork_masks",
+    "mask_statistics",
     "nms",
     "pack_upscaling",
+    "packed_masks",
     "resolve_kernels",
+    "unpack_masks",
 ]
