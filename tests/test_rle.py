@@ -10,17 +10,20 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco
 
+from fastsam_kernels import pack_masks, unpack_masks
 from sam import rle
 from sam.utils import amg
 
-masks_strategy = st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 20)).flatmap(
+masks_strategy = st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 7, 31, 32, 33, 64]), st.integers(1, 9)).flatmap(
     lambda shape: arrays(bool, shape)
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(masks_strategy)
 def test_encoding_equals_pycocotools(masks: np.ndarray) -> None:
+    packed = pack_masks(torch.from_numpy(masks))
+    np.testing.assert_array_equal(unpack_masks(packed, masks.shape[1]).numpy(), masks)
     for mask, encoded in zip(masks, rle.encode(torch.from_numpy(masks)), strict=True):
         theirs = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
         assert rle.compress(encoded["counts"]) == theirs["counts"].decode()
@@ -32,10 +35,22 @@ def test_encoding_equals_pycocotools(masks: np.ndarray) -> None:
         assert amg.coco_encode_rle(encoded) == {"size": list(mask.shape), "counts": theirs["counts"].decode()}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=30))
 def test_strings_of_any_counts_round_trip(counts: list[int]) -> None:
     np.testing.assert_array_equal(rle.decompress(rle.compress(counts)), counts)
+
+
+@settings(max_examples=300, deadline=None)
+@given(masks_strategy, st.integers(0, 2), st.integers(0, 2), st.integers(0, 2), st.integers(0, 2))
+def test_masks_of_crops(masks: np.ndarray, left: int, right: int, top: int, bottom: int) -> None:
+    """Bits of a part of an image, encoded as if they stood in the whole."""
+    whole = np.pad(masks, ((0, 0), (top, bottom), (left, right)))
+    packed = pack_masks(torch.from_numpy(masks))
+    found = rle.encode_packed(packed, masks.shape[1], (left, top), whole.shape[1:])
+    assert found == rle.encode(torch.from_numpy(whole))
+    theirs = [coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode() for mask in whole]
+    assert rle.compress_all([one["counts"] for one in found]) == theirs
 
 
 def test_a_large_noisy_mask() -> None:
