@@ -2,7 +2,7 @@
 
 from .dispatch import KERNELS, UnsupportedKernelError, check_kernels, resolve_kernels
 from .hypernetwork_masks import UpscalingWeights, hypernetwork_masks, pack_upscaling
-from .mask_postprocess import MaskStatistics, Resizing, mask_statistics, packed_masks, unpack_masks
+from .mask_postprocess import MaskStatistics, Resizing, mask_statistics, pack_masks, packed_masks, unpack_masks
 from .nms import nms
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "hypernetwork_masks",
     "mask_statistics",
     "nms",
+    "pack_masks",
     "pack_upscaling",
     "packed_masks",
     "resolve_kernels",

@@ -7,28 +7,59 @@ it, written in groups of five bits, low first, each group one character from "0"
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from fastsam_kernels import pack_masks
 
 _GROUPS = 13  # of five bits: more than any 63-bit count takes
 
 
 def encode(masks: Tensor) -> list[dict[str, Any]]:
     """[N, H, W] bool -> uncompressed RLEs, ``{"size": [H, W], "counts": [int, ...]}``."""
-    count, height, width = masks.shape
-    flat = masks.bool().transpose(1, 2).reshape(count, height * width)
-    rows, ends = (flat[:, 1:] ^ flat[:, :-1]).nonzero(as_tuple=True)
-    first = flat[:, :1].any(dim=1).tolist()
-    changes = torch.bincount(rows, minlength=count).tolist()
+    return encode_packed(pack_masks(masks), (masks.shape[1], masks.shape[2]))
+
+
+def encode_packed(
+    packed: Tensor, size: tuple[int, int], corner: tuple[int, int] = (0, 0), full_size: tuple[int, int] | None = None
+) -> list[dict[str, Any]]:
+    """Masks as words along their columns -> uncompressed RLEs.
+
+    The words in which a run begins or ends are found where the masks are, and come over in one copy.
+
+    Args:
+        packed: [N, width, ceil(height / 32)] int32, of ``fastsam_kernels.packed_masks``.
+        size: (height, width) of the masks.
+        corner: (x, y) of their first pixel in the image.
+        full_size: (height, width) of the image; None when the masks cover it.
+    """
+    height, width = full_size or size
+    words = F.pad(packed, (0, 1))  # a run that reaches the last row ends in a word of its own
+    above = F.pad(words[..., :-1] >> 31 & 1, (1, 0))
+    changes = (words ^ (words << 1 | above)).flatten()  # a bit for each pixel unlike the one above it
+    places = changes.nonzero()[:, 0]
+    found = (places << 32 | changes[places].long() & 0xFFFFFFFF).cpu().numpy()
+
+    bits = np.unpackbits(found.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :4], axis=1, bitorder="little")
+    entry, bit = np.nonzero(bits)
+    column, word = np.divmod(found[entry] >> 32, words.shape[2])
+    mask, column = np.divmod(column, max(packed.shape[1], 1))
+    edges = (corner[0] + column) * height + corner[1] + 32 * word + bit
+    # A run over the end of a column ends there and begins anew at the same place: neither is an edge.
+    again = (edges[1:] == edges[:-1]) & (mask[1:] == mask[:-1])
+    real = ~(np.append(again, False) | np.insert(again, 0, False)) if len(edges) else np.ones(0, bool)
+    edges, mask = edges[real], mask[real]
+
     encoded = []
-    for starts_inside, inner in zip(first, (ends + 1).cpu().split(changes), strict=True):
-        edges = np.concatenate([[0], inner.numpy(), [height * width]])
-        counts = np.diff(edges).tolist()
-        encoded.append({"size": [height, width], "counts": [0, *counts] if starts_inside else counts})
+    for inner in np.split(edges, np.searchsorted(mask, np.arange(1, len(packed)))) if len(packed) else []:
+        ends_inside = len(inner) > 0 and inner[-1] == height * width
+        counts = np.diff(inner, prepend=0) if ends_inside else np.diff(inner, prepend=0, append=height * width)
+        encoded.append({"size": [height, width], "counts": counts.tolist()})
     return encoded
 
 
@@ -54,15 +85,28 @@ def area(rle: dict[str, Any]) -> int:
 
 def compress(counts: Sequence[int]) -> str:
     """Counts -> the string that pycocotools writes."""
-    values = np.array(counts, dtype=np.int64)
-    values[3:] -= np.array(counts, dtype=np.int64)[1:-2]
+    return compress_all([counts])[0]
+
+
+def compress_all(runs: Sequence[Sequence[int]]) -> list[str]:
+    """The counts of several masks -> a string each."""
+    if not runs:
+        return []
+    lengths = np.array([len(counts) for counts in runs])
+    counts = np.fromiter(itertools.chain.from_iterable(runs), np.int64, lengths.sum())
+    place = np.arange(len(counts)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    values = counts.copy()
+    later = np.flatnonzero(place > 2)
+    values[later] -= counts[later - 2]
     groups = values[:, None] >> (5 * np.arange(_GROUPS))  # arithmetic shift: the sign comes along
     after = values[:, None] >> (5 * np.arange(1, _GROUPS + 1))
     low = groups & 31
     done = after == -((low >> 4) & 1)  # what is left is the sign that the group's top bit already says
-    used = np.arange(_GROUPS) <= done.argmax(axis=1)[:, None]
+    last = done.argmax(axis=1)
     characters = (low + 32 * ~done + 48).astype(np.uint8)
-    return characters[used].tobytes().decode("ascii")
+    text = characters[np.arange(_GROUPS) <= last[:, None]].tobytes().decode("ascii")
+    ends = np.cumsum(last + 1)[np.cumsum(lengths) - 1].tolist()
+    return [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def decompress(text: str | bytes) -> np.ndarray:

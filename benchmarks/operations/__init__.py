@@ -5,6 +5,6 @@
 - ``TUNING``: for each shape class, the problem on which ``python -m benchmarks tune`` chooses a tile.
 """
 
-from . import hypernetwork_masks
+from . import hypernetwork_masks, mask_postprocess
 
-OPERATIONS = {"hypernetwork_masks": hypernetwork_masks}
+OPERATIONS = {"hypernetwork_masks": hypernetwork_masks, "mask_postprocess": mask_postprocess}

@@ -25,7 +25,7 @@ from ..dispatch import choose
 from . import tiles
 from .resize_map import TILE, Resizing
 
-__all__ = ["MaskStatistics", "Resizing", "mask_statistics", "packed_masks", "reference", "unpack_masks"]
+__all__ = ["MaskStatistics", "Resizing", "mask_statistics", "pack_masks", "packed_masks", "reference", "unpack_masks"]
 
 _MASKS_AT_ONCE = 16  # of the reference: 4 MiB each at 1024 x 1024
 
@@ -73,7 +73,7 @@ def mask_statistics(
         return MaskStatistics(*(torch.cat(values) for values in zip(*parts, strict=True)))
     if chosen == "torch":
         counts, boxes = tiles.statistics(low_res, resizing, threshold, offset)
-        return MaskStatistics(*counts, boxes)
+        return MaskStatistics(counts[0], counts[1], counts[2], boxes)
     from .kernel import mask_statistics_triton
 
     numbers = mask_statistics_triton(
@@ -95,15 +95,19 @@ def packed_masks(low_res: Tensor, resizing: Resizing, *, threshold: float = 0.0,
     low_res, resizing = low_res.detach(), _check(low_res, resizing)
     chosen = choose("packed_masks", kernels, low_res.device, _constraint(low_res))
     if chosen == "reference":
-        parts = [_pack(reference(part, resizing) > threshold) for part in low_res.split(_MASKS_AT_ONCE)]
+        parts = [pack_masks(reference(part, resizing) > threshold) for part in low_res.split(_MASKS_AT_ONCE)]
         return torch.cat(parts)
     if chosen == "torch":
         return tiles.packed(low_res, resizing, threshold)
     from .kernel import packed_masks_triton
 
-    return packed_masks_triton(
-        low_res, resizing.image_size, *resizing.input_size, *resizing.output_size, threshold
-    )
+    return packed_masks_triton(low_res, resizing.image_size, *resizing.input_size, *resizing.output_size, threshold)
+
+
+def pack_masks(masks: Tensor) -> Tensor:
+    """Masks [N, height, width] bool as the words of :func:`packed_masks`."""
+    columns = F.pad(masks.bool().transpose(1, 2), (0, -masks.shape[1] % TILE))
+    return tiles.pack_bits(columns.unflatten(2, (-1, TILE)))
 
 
 def unpack_masks(packed: Tensor, height: int) -> Tensor:
@@ -134,12 +138,6 @@ def _statistics_of(logits: Tensor, threshold: float, offset: float) -> MaskStati
     (left, right), (top, bottom) = ends(mask.any(dim=1)), ends(mask.any(dim=2))
     boxes = torch.stack([left, top, right, bottom], dim=1) * (area > 0)[:, None]
     return MaskStatistics(inside, outside, area, boxes)
-
-
-def _pack(masks: Tensor) -> Tensor:
-    columns = F.pad(masks, (0, 0, 0, -masks.shape[1] % TILE)).transpose(1, 2).unflatten(2, (-1, TILE))
-    place = torch.arange(TILE, device=masks.device)
-    return (columns.long() << place).sum(dim=3).to(torch.int32)  # keeps the low 32 bits
 
 
 def _check(low_res: Tensor, resizing: Resizing) -> Resizing:

@@ -45,7 +45,7 @@ class TileGrid:
         self.shape = (len(rows.start), len(columns.start))
         self.pixels = self.rows.used[:, None] * self.columns.used  # [tile rows, tile columns]
         bit = torch.arange(TILE, device=device)
-        self.row_bits = _pack_bits(bit < self.rows.used[:, None])  # [tile rows], a bit a row in use
+        self.row_bits = pack_bits(bit < self.rows.used[:, None])  # [tile rows], a bit a row in use
         self.column_bits = -(bit < self.columns.used[:, None]).int()  # [tile columns, 32], all or no bits
         per_tile = max(TILE * TILE, rows.matrix.shape[2] * columns.matrix.shape[2])
         self.tiles_at_once = max(1, _ELEMENTS_AT_ONCE // per_tile)
@@ -72,10 +72,10 @@ class TileGrid:
         patches = patches.to(self.rows.matrix.dtype)
         pixels = self.columns.matrix[column] @ patches @ self.rows.matrix[row].transpose(1, 2)  # [K, column, row]
         inside = self.row_bits[row][:, None] & self.column_bits[column]
-        return torch.stack([_pack_bits(pixels > threshold) & inside for threshold in thresholds])
+        return torch.stack([pack_bits(pixels > threshold) & inside for threshold in thresholds])
 
 
-def _pack_bits(bits: Tensor) -> Tensor:
+def pack_bits(bits: Tensor) -> Tensor:
     """[..., 32] bool -> [...] int32, the first the lowest bit."""
     eights = bits.contiguous().view(torch.int64)  # [..., 4]
     return (eights * _PACK >> 56).to(torch.uint8).view(torch.int32)[..., 0]
@@ -145,7 +145,7 @@ def _word_edges(words: Tensor, tiles: Tensor, edges: Tensor) -> None:
     rows = _any_row(words)
     some = rows.nonzero()[:, 0]
     mask, row, column = tiles[some].unbind(1)
-    (top, bottom), (left, right) = _ends(rows[some]), _ends(_pack_bits(words[some] != 0))
+    (top, bottom), (left, right) = _ends(rows[some]), _ends(pack_bits(words[some] != 0))
     x, y = column * TILE, row * TILE
     values = torch.stack([x + left, y + top, -(x + right), -(y + bottom)], dim=1)
     edges.scatter_reduce_(0, mask[:, None].expand(-1, 4), values, "amin")

@@ -27,7 +27,7 @@ def brute_force(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> list
     return kept
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(st.integers(0, 40), st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.3, 0.7, 1.0]))
 def test_against_the_definition(count: int, seed: int, threshold: float) -> None:
     """Small integer boxes and few distinct scores: ties, empty boxes and exact thresholds all happen."""
@@ -37,6 +37,23 @@ def test_against_the_definition(count: int, seed: int, threshold: float) -> None
     kept = nms(torch.from_numpy(boxes), torch.from_numpy(scores), threshold)
     assert kept.dtype == torch.int64
     assert kept.tolist() == brute_force(boxes, scores, threshold)
+
+
+def test_many_boxes_in_a_long_chain() -> None:
+    """Over several blocks, each box overlapping only its neighbours: every decision hangs on the one before."""
+    count = 700
+    left = torch.arange(count).float()
+    boxes = torch.stack([left, torch.zeros(count), left + 4, torch.ones(count)], dim=1)
+    kept = nms(boxes, torch.linspace(1, 0, count), 0.5)  # IoU with the next is 3/5, with the one after 2/6
+    assert kept.tolist() == list(range(0, count, 2))
+
+
+def test_blocks_agree_with_the_definition() -> None:
+    rng = np.random.default_rng(0)
+    corners = np.sort(rng.integers(0, 60, (900, 2, 2)), axis=1)
+    boxes, scores = corners.reshape(-1, 4).astype(np.float32), rng.integers(0, 50, 900) / 50
+    kept = nms(torch.from_numpy(boxes), torch.from_numpy(scores), 0.6)
+    assert kept.tolist() == brute_force(boxes, scores, 0.6)
 
 
 def test_bad_shapes() -> None:
