@@ -154,6 +154,4 @@ def _constraint(low_res: Tensor) -> str | None:
     """What keeps the Triton form from these inputs."""
     if low_res.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"low_res must be fp32, fp16 or bf16, got {low_res.dtype}"
-    if len(low_res) == 0:
-        return "there are no masks"
     return None
