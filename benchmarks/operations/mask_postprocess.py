@@ -20,18 +20,21 @@ SQUARE = Resizing(1024, (1024, 1024), (1024, 1024))
 PHOTOGRAPH = Resizing(1024, (683, 1024), (1500, 2250))
 
 
-def discs(masks: int, side: int, device: torch.device, dtype: torch.dtype, edge: float = 12.0) -> Tensor:
-    """Logits [masks, side, side] of uneven discs, from 6 to 65 sides of 256 in radius.
+def discs(
+    masks: int, side: int, device: torch.device, dtype: torch.dtype, steepness: Tensor | float = 100.0
+) -> Tensor:
+    """Logits [masks, side, side] of uneven discs, of a radius from 1/40 to 1/4 of a side.
 
-    ``edge`` is how steeply they fall at the border: 12 a radius, as confident masks do; less is less stable.
+    ``steepness`` is how far the logits fall over a radius, for all masks or [masks]: those of 100 are stable, those
+    of 20 are not.
     """
     generator = torch.Generator().manual_seed(0)
     centre, radius = torch.rand(masks, 2, generator=generator), torch.rand(masks, 1, 1, generator=generator)
     uneven = torch.randn(masks, 1, side // 8, side // 8, generator=generator)
     place = (torch.arange(side) + 0.5) / side
     away = (place - centre[:, :1]).square()[:, None] + (place - centre[:, 1:]).square()[:, :, None]
-    logits = edge * (1 - away.sqrt() / (0.025 + 0.23 * radius))
-    logits += 1.5 * F.interpolate(uneven, (side, side), mode="bilinear")[:, 0]
+    logits = torch.as_tensor(steepness).reshape(-1, 1, 1) * (1 - away.sqrt() / (0.025 + 0.225 * radius))
+    logits += 0.5 * F.interpolate(uneven, (side, side), mode="bilinear")[:, 0]
     return logits.clamp(-25, 20).to(device, dtype)
 
 
