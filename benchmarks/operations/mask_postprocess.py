@@ -20,9 +20,7 @@ SQUARE = Resizing(1024, (1024, 1024), (1024, 1024))
 PHOTOGRAPH = Resizing(1024, (683, 1024), (1500, 2250))
 
 
-def discs(
-    masks: int, side: int, device: torch.device, dtype: torch.dtype, steepness: Tensor | float = 100.0
-) -> Tensor:
+def discs(masks: int, side: int, device: torch.device, dtype: torch.dtype, steepness: Tensor | float = 100.0) -> Tensor:
     """Logits [masks, side, side] of uneven discs, of a radius from 1/40 to 1/4 of a side.
 
     ``steepness`` is how far the logits fall over a radius, for all masks or [masks]: those of 100 are stable, those
