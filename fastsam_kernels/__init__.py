@@ -1,5 +1,6 @@
 """Operations of Segment Anything that are worth a kernel, each checked against a plain PyTorch reference."""
 
+from .connected_components import connected_components
 from .dispatch import KERNELS, UnsupportedKernelError, check_kernels, resolve_kernels
 from .hypernetwork_masks import UpscalingWeights, hypernetwork_masks, pack_upscaling
 from .mask_postprocess import MaskStatistics, Resizing, mask_statistics, pack_masks, packed_masks, unpack_masks
@@ -12,6 +13,7 @@ __all__ = [
     "UnsupportedKernelError",
     "UpscalingWeights",
     "check_kernels",
+    "connected_components",
     "hypernetwork_masks",
     "mask_statistics",
     "nms",

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco
 
+from fastsam_kernels import pack_masks
 from sam import rle
 from sam.utils import amg
 
@@ -140,3 +141,24 @@ def test_batches() -> None:
     assert list(amg.batch_iterator(2, [1, 2, 3], "abc")) == [[[1, 2], "ab"], [[3], "c"]]
     with pytest.raises(ValueError, match=r"inputs of one length, got \[3, 2\]"):
         list(amg.batch_iterator(2, [1, 2, 3], [1, 2]))
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    st.integers(0, 2), st.integers(1, 70), st.integers(1, 9), st.tuples(*[st.integers(0, 3)] * 4), st.integers(0, 999)
+)
+def test_packed_masks_of_crops_equal_pycocotools(
+    count: int, height: int, width: int, border: tuple[int, ...], seed: int
+) -> None:
+    """Words that do and do not end with a column, crops that do and do not touch the image's edges."""
+    rng = np.random.default_rng(seed)
+    masks = rng.random((count, height, width)) < rng.choice([0.0, 0.05, 0.5, 0.95, 1.0])
+    left, top, right, bottom = border
+    full = np.pad(masks, ((0, 0), (top, bottom), (left, right)))
+    size = (full.shape[1], full.shape[2])
+    encoded = rle.encode_packed(pack_masks(torch.from_numpy(masks)), (height, width), (left, top), size)
+    strings = rle.compress_all([mask["counts"] for mask in encoded])
+    assert len(encoded) == len(strings) == count
+    for mask, runs, string in zip(full, encoded, strings, strict=True):
+        theirs = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+        assert theirs == {"size": runs["size"], "counts": string.encode()}

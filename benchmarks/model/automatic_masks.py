@@ -1,7 +1,7 @@
 """The tail of automatic masks: everything after the decoder, from low-resolution logits to records.
 
 Both generators run as they are, with the encoder and the decoder replaced by logits made before. A tenth of the masks
-is stable; all pass the predicted IoU, so all are measured at full size. Half of those kept overlap another one.
+is stable; all pass the predicted IoU, so all are measured at full size.
 """
 
 from __future__ import annotations

@@ -5,6 +5,10 @@
 - ``TUNING``: for each shape class, the problem on which ``python -m benchmarks tune`` chooses a tile.
 """
 
-from . import hypernetwork_masks, mask_postprocess
+from . import connected_components, hypernetwork_masks, mask_postprocess
 
-OPERATIONS = {"hypernetwork_masks": hypernetwork_masks, "mask_postprocess": mask_postprocess}
+OPERATIONS = {
+    "connected_components": connected_components,
+    "hypernetwork_masks": hypernetwork_masks,
+    "mask_postprocess": mask_postprocess,
+}
