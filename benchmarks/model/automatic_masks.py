@@ -17,7 +17,7 @@ from torch import Tensor
 
 import sam
 from fastsam_kernels import nms
-from sam import Sam, SamAutomaticMaskGenerator
+from sam import SamAutomaticMaskGenerator
 from sam.embedding import ImageEmbedding
 from sam.preprocess import ImageGeometry
 from sam.utils import amg
@@ -59,10 +59,6 @@ class Tail:
         features = torch.zeros(1, 256, SIDE // 4, SIDE // 4, device=self.model.device)
         embedding = ImageEmbedding(features, geometry)
 
-        class Known(Sam):
-            def decode(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-                return next(chunks)
-
         generator = SamAutomaticMaskGenerator(self.model, None, point_grids=self.grid, output_mode="coco_rle")
         predictor = generator.predictor
 
@@ -73,25 +69,21 @@ class Tail:
         predictor.set_image = set_image  # type: ignore[assignment, method-assign]
 
         def run() -> list[dict[str, Any]]:
-            self.model.kernels, kind = kernels, type(self.model)
-            self.model.__class__ = Known
-            try:
-                return generator.generate(self.image)
-            finally:
-                self.model.__class__ = kind
+            self.model.kernels = kernels
+            self.model.decode = lambda *arguments, **options: next(chunks)  # type: ignore[method-assign]
+            return generator.generate(self.image)
 
         return run
 
     def official(self, peer: SegmentAnything) -> Callable[[], list[dict[str, Any]]]:
         chunks = self._chunks()
         geometry = ImageGeometry.of(*self.image.shape[:2], 4 * SIDE)
-        generator = peer.package.SamAutomaticMaskGenerator(
-            peer.model, None, point_grids=self.grid, output_mode="coco_rle"
-        )
+        model: Any = peer.model
+        generator = peer.package.SamAutomaticMaskGenerator(model, None, point_grids=self.grid, output_mode="coco_rle")
 
         def predict(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
             low_res, iou = next(chunks)
-            masks = peer.model.postprocess_masks(low_res, geometry.input_size, geometry.original_size)
+            masks = model.postprocess_masks(low_res, geometry.input_size, geometry.original_size)
             return masks, iou, low_res
 
         generator.predictor.set_image = lambda image: None
