@@ -54,7 +54,7 @@ def try_all(problem: TuneProblem, device: torch.device, seconds: float) -> list[
 
 def _check(problem: TuneProblem, tile: TileConfig, truth: Tensor, budget: float) -> str:
     """Why a tile must not be used; empty if it may."""
-    problem.out.fill_(torch.nan)
+    problem.out.fill_(torch.nan if problem.out.is_floating_point() else torch.iinfo(problem.out.dtype).max)
     try:
         problem.launch(tile).run()
         error = float((problem.out[problem.rows].double() - truth).norm() / truth.norm())

@@ -11,68 +11,53 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastsam_kernels import pack_masks
 
+
 def encode(masks: Tensor) -> list[dict[str, Any]]:
     """[N, H, W] bool -> uncompressed RLEs, ``{"size": [H, W], "counts": [int, ...]}``."""
-    return encode_packed(pack_masks(masks), masks.shape[1])
+    return encode_packed(pack_masks(masks), (masks.shape[1], masks.shape[2]))
 
 
 def encode_packed(
-    packed: Tensor, height: int, corner: tuple[int, int] = (0, 0), full_size: tuple[int, int] | None = None
+    packed: Tensor, size: tuple[int, int], corner: tuple[int, int] = (0, 0), full_size: tuple[int, int] | None = None
 ) -> list[dict[str, Any]]:
-    """Uncompressed RLEs of masks given as bits. Runs are looked for where the masks are; one copy brings them over.
+    """Masks as words along their columns -> uncompressed RLEs.
+
+    The words in which a run begins or ends are found where the masks are, and come over in one copy.
 
     Args:
-        packed: [N, width, ceil(height / 32)] int32, from ``fastsam_kernels.packed_masks``.
-        height: of the masks.
-        corner: (x, y) of their first pixel in a larger image.
-        full_size: (height, width) of that image; None when the masks are all of it.
+        packed: [N, width, ceil(height / 32)] int32, of ``fastsam_kernels.packed_masks``.
+        size: (height, width) of the masks.
+        corner: (x, y) of their first pixel in the image.
+        full_size: (height, width) of the image; None when the masks cover it.
     """
-    full_height, full_width = full_size or (height, packed.shape[1])
-    over_columns = height == full_height  # a run may go on in the next column
-    if over_columns and corner[0] + packed.shape[1] < full_width:
-        packed = F.pad(packed, (0, 0, 0, 1))  # and ends in the column behind the last
-    count, width, words = packed.shape
-    places, bits = _changes(packed, height, over_columns)
-    column, word = np.divmod(places, words + (not over_columns))
-    mask, column = np.divmod(column, max(width, 1))
-    entry, bit = np.nonzero(np.unpackbits(bits.view(np.uint8).reshape(-1, 4), axis=1, bitorder="little"))
-    edges = ((corner[0] + column) * full_height + corner[1] + 32 * word)[entry] + bit
-    ends = np.searchsorted(mask[entry], np.arange(count), side="right")
-    total, encoded, begin = full_height * full_width, [], 0
-    for end in ends.tolist():
-        inner = edges[begin:end]
-        closed = len(inner) > 0 and inner[-1] == total  # the last run reaches the last pixel
-        counts = np.diff(inner, prepend=0) if closed else np.diff(inner, prepend=0, append=total)
-        encoded.append({"size": [full_height, full_width], "counts": counts.tolist()})
-        begin = end
-    return encoded
-
-
-def _changes(packed: Tensor, height: int, over_columns: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Bits of the pixels unlike the one before them: places [K] of words that have any, and these words, uint32.
-
-    With ``over_columns`` a column goes on where the one to its left ends; without, it begins and ends in the
-    background, which takes a word more.
-    """
-    last = (height - 1) % 32
-    before = F.pad((packed[..., :-1] >> 31) & 1, (1, 0))
-    if over_columns:
-        before[:, 1:, 0] = (packed[:, :-1, -1] >> last) & 1
-        changes = packed ^ ((packed << 1) | before)
-        changes[..., -1] &= -1 if last == 31 else (1 << (last + 1)) - 1
-    else:
-        changes = F.pad(packed ^ ((packed << 1) | before), (0, 1))
-        changes[..., -1] = (packed[..., -1] >> 31) & 1
-    changes = changes.flatten()
+    height, width = full_size or size
+    words = F.pad(packed, (0, 1))  # a run that reaches the last row ends in a word of its own
+    above = F.pad(words[..., :-1] >> 31 & 1, (1, 0))
+    changes = (words ^ (words << 1 | above)).flatten()  # a bit for each pixel unlike the one above it
     places = changes.nonzero()[:, 0]
-    found = torch.stack([places, changes[places].long()]).cpu().numpy()
-    return found[0], found[1].astype(np.uint32)
+    found = (places << 32 | changes[places].long() & 0xFFFFFFFF).cpu().numpy()
+
+    bits = np.unpackbits(found.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :4], axis=1, bitorder="little")
+    entry, bit = np.nonzero(bits)
+    column, word = np.divmod(found[entry] >> 32, words.shape[2])
+    mask, column = np.divmod(column, max(packed.shape[1], 1))
+    edges = (corner[0] + column) * height + corner[1] + 32 * word + bit
+    # A run over the end of a column ends there and begins anew at the same place: neither is an edge.
+    again = (edges[1:] == edges[:-1]) & (mask[1:] == mask[:-1])
+    real = ~(np.append(again, False) | np.insert(again, 0, False)) if len(edges) else np.ones(0, bool)
+    edges, mask = edges[real], mask[real]
+
+    encoded = []
+    for inner in np.split(edges, np.searchsorted(mask, np.arange(1, len(packed)))) if len(packed) else []:
+        ends_inside = len(inner) > 0 and inner[-1] == height * width
+        counts = np.diff(inner, prepend=0) if ends_inside else np.diff(inner, prepend=0, append=height * width)
+        encoded.append({"size": [height, width], "counts": counts.tolist()})
+    return encoded
 
 
 def decode(rle: dict[str, Any]) -> np.ndarray:

@@ -13,6 +13,7 @@ from pycocotools import mask as coco
 
 from fastsam_kernels import nms
 from sam import Sam, SamAutomaticMaskGenerator, SamPredictor
+from sam.memory import MaskMemory, parse_bytes
 
 # The embedded model's own idea of its masks is low: these thresholds suit it.
 SUITED = {"pred_iou_thresh": 0.6, "stability_score_thresh": 0.8}
@@ -141,3 +142,46 @@ def test_point_grids_and_errors(nano: Sam, photograph: np.ndarray) -> None:
         SamAutomaticMaskGenerator(nano, output_mode="png")
     with pytest.raises(ValueError, match="must be uint8"):
         SamAutomaticMaskGenerator(nano, 4).generate(photograph / 255)
+
+
+def test_little_memory_changes_nothing(nano: Sam, photograph: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few clicks and masks at a time, and logits that cannot wait for the suppression: the same records."""
+    free = SamAutomaticMaskGenerator(nano, 5, output_mode="coco_rle", **SUITED).generate(photograph)
+    batches: list[int] = []
+    generator = SamAutomaticMaskGenerator(nano, 5, output_mode="coco_rle", max_memory="115 MB", **SUITED)
+    process_batch = generator._process_batch
+
+    def watched(points: np.ndarray, *arguments: Any) -> Any:
+        batches.append(len(points))
+        return process_batch(points, *arguments)
+
+    monkeypatch.setattr(generator, "_process_batch", watched)
+    little = generator.generate(photograph)
+    assert sum(batches) == 25
+    assert max(batches) == 1
+    assert len(free) == len(little) > 3
+    for one, other in zip(free, little, strict=True):
+        assert one["point_coords"] == other["point_coords"]
+        assert one["predicted_iou"] == pytest.approx(other["predicted_iou"], abs=1e-5)
+        assert one["area"] == pytest.approx(other["area"], abs=2)
+
+
+def test_too_little_memory_is_said(nano: Sam, photograph: np.ndarray) -> None:
+    generator = SamAutomaticMaskGenerator(nano, 4, max_memory=10_000_000)
+    with pytest.raises(ValueError, match=r"max_memory of 10 MB is too little for masks of 303x384 .* at least \d+ MB"):
+        generator.generate(photograph)
+    for size, message in (("2 gallons", "got '2 gallons'"), (0, "must be more than 0 bytes, got 0")):
+        with pytest.raises(ValueError, match=message):
+            SamAutomaticMaskGenerator(nano, 4, max_memory=size)
+
+
+def test_plans_follow_the_memory(nano: Sam) -> None:
+    def plan(max_memory: str | None, size: tuple[int, int] = (1024, 1024)) -> MaskMemory:
+        return MaskMemory.plan(nano, size, 64, max_memory and parse_bytes(max_memory))
+
+    assert plan(None).points_at_once == plan("2GB").points_at_once == 64
+    assert plan("200MB").points_at_once < 64
+    assert plan("200MB").held_bytes < plan("1.5GiB").held_bytes
+    assert plan("200MB", (3000, 3000)).masks_at_once < plan("200MB").masks_at_once
+    assert plan(None, (60000, 60000)).masks_at_once == 1
+    assert parse_bytes("1.5 KiB") == 1536

@@ -5,6 +5,11 @@
 - ``TUNING``: for each shape class, the problem on which ``python -m benchmarks tune`` chooses a tile.
 """
 
-from . import hypernetwork_masks
+from . import connected_components, hypernetwork_masks, mask_postprocess, nms
 
-OPERATIONS = {"hypernetwork_masks": hypernetwork_masks}
+OPERATIONS = {
+    "connected_components": connected_components,
+    "hypernetwork_masks": hypernetwork_masks,
+    "mask_postprocess": mask_postprocess,
+    "nms": nms,
+}

@@ -73,7 +73,7 @@ def mask_statistics(
         return MaskStatistics(*(torch.cat(values) for values in zip(*parts, strict=True)))
     if chosen == "torch":
         counts, boxes = tiles.statistics(low_res, resizing, threshold, offset)
-        return MaskStatistics(*counts, boxes)
+        return MaskStatistics(counts[0], counts[1], counts[2], boxes)
     from .kernel import mask_statistics_triton
 
     numbers = mask_statistics_triton(
@@ -106,7 +106,7 @@ def packed_masks(low_res: Tensor, resizing: Resizing, *, threshold: float = 0.0,
 
 def pack_masks(masks: Tensor) -> Tensor:
     """Masks [N, height, width] bool as the words of :func:`packed_masks`."""
-    columns = F.pad(masks.bool(), (0, 0, 0, -masks.shape[1] % TILE)).transpose(1, 2)
+    columns = F.pad(masks.bool().transpose(1, 2), (0, -masks.shape[1] % TILE))
     return tiles.pack_bits(columns.unflatten(2, (-1, TILE)))
 
 
@@ -154,6 +154,4 @@ def _constraint(low_res: Tensor) -> str | None:
     """What keeps the Triton form from these inputs."""
     if low_res.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"low_res must be fp32, fp16 or bf16, got {low_res.dtype}"
-    if len(low_res) == 0:
-        return "there are no masks"
     return None

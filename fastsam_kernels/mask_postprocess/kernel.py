@@ -220,7 +220,8 @@ def mask_statistics_triton(
     out = no_pixels(len(low_res), low_res.device)
     resizing = Resizing(image_size, (input_height, input_width), (height, width))
     tile = lookup("mask_postprocess", arch_of(low_res.device), low_res.dtype)
-    plan(low_res, resizing, threshold, offset, out, tile, statistics=True).run()
+    if len(low_res) > 0:
+        plan(low_res, resizing, threshold, offset, out, tile, statistics=True).run()
     return out
 
 
@@ -252,7 +253,8 @@ def packed_masks_triton(
     out = low_res.new_empty((len(low_res), width, triton.cdiv(height, TILE)), dtype=torch.int32)
     resizing = Resizing(image_size, (input_height, input_width), (height, width))
     tile = lookup("mask_postprocess", arch_of(low_res.device), low_res.dtype)
-    plan(low_res, resizing, threshold, 0.0, out, tile, statistics=False).run()
+    if len(low_res) > 0:
+        plan(low_res, resizing, threshold, 0.0, out, tile, statistics=False).run()
     return out
 
 

@@ -118,7 +118,6 @@ def tiled_axes(low_size: tuple[int, int], resizing: Resizing) -> tuple[TiledAxis
 
 def _arguments(low_size: tuple[int, int], resizing: Resizing) -> tuple[tuple[int, ...], tuple[int, ...]]:
     rows, columns = (
-        (low_size[side], resizing.image_size, resizing.input_size[side], resizing.output_size[side])
-        for side in (0, 1)
+        (low_size[side], resizing.image_size, resizing.input_size[side], resizing.output_size[side]) for side in (0, 1)
     )
     return rows, columns
