@@ -51,7 +51,7 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a record of any output mode."""
     return {
         "area": int(record["area"]),
-        "bbox": record["bbox"],
+        "bbox": [int(side) for side in record["bbox"]],
         "predicted_iou": round(record["predicted_iou"], 6),
         "stability_score": round(record["stability_score"], 6),
         "point": [round(x, 4) for x in record["point_coords"][0]],
@@ -77,7 +77,9 @@ def main() -> None:
     found = []
     for name, image, what in tqdm(jobs, desc="official masks"):
         records = package.SamAutomaticMaskGenerator(model, **ARGUMENTS[what]).generate(image)
-        found.append({"image": name, "what": what, "arguments": ARGUMENTS[what], "records": list(map(summary, records))})
+        found.append(
+            {"image": name, "what": what, "arguments": ARGUMENTS[what], "records": list(map(summary, records))}
+        )
     lines = [
         json.dumps({**entry, "records": []})[:-2]
         + "".join(f"\n  {json.dumps(record)}," for record in entry["records"]).rstrip(",")

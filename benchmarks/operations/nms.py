@@ -20,7 +20,10 @@ THRESHOLD = 0.7
 def _boxes(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Objects that are found about ten times each, and scores."""
     generator = torch.Generator().manual_seed(0)
-    corner, size = torch.rand(count // 10 + 1, 2, generator=generator), torch.rand(count // 10 + 1, 2, generator=generator)
+    corner, size = (
+        torch.rand(count // 10 + 1, 2, generator=generator),
+        torch.rand(count // 10 + 1, 2, generator=generator),
+    )
     objects = 1024 * torch.cat([corner, corner + 0.05 + 0.2 * size], dim=1)
     boxes = objects.repeat(10, 1)[:count] + 6 * torch.randn(count, 4, generator=generator)
     return boxes.round().to(device), torch.rand(count, generator=generator).to(device)

@@ -66,9 +66,7 @@ def torch_form(masks: Tensor) -> Tensor:
     try:
         from scipy import ndimage
     except ImportError:
-        raise ImportError(
-            "connected components on a CPU need SciPy: pip install 'fastsam-kernels[amg]'"
-        ) from None
+        raise ImportError("connected components on a CPU need SciPy: pip install 'fastsam-kernels[amg]'") from None
     neighbours = np.ones((3, 3), bool)
     labels = np.empty(masks.shape, np.int32)
     for out, mask in zip(labels, masks.cpu().numpy(), strict=True):

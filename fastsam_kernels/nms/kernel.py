@@ -69,7 +69,7 @@ def sweep_kernel(
     word = tl.arange(0, WORDS)
     bit = tl.arange(0, 32)
     suppressed = tl.zeros([WORDS], tl.int32)
-    for block in range(0, (count + 31) // 32):
+    for block in range((count + 31) // 32):
         i = block * 32 + bit
         p_rows = bits_ptr + i.to(tl.int64) * WORDS
         rivals = tl.load(p_rows + block, mask=i < count, other=0)  # [32], whom each suppresses within the block
