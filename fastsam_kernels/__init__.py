@@ -3,6 +3,7 @@
 from .dispatch import KERNELS, UnsupportedKernelError, check_kernels, resolve_kernels
 from .hypernetwork_masks import UpscalingWeights, hypernetwork_masks, pack_upscaling
 from .nms import nms
+from .rel_pos_attention import rel_pos_attention
 
 __all__ = [
     "KERNELS",
@@ -12,5 +13,6 @@ __all__ = [
     "hypernetwork_masks",
     "nms",
     "pack_upscaling",
+    "rel_pos_attention",
     "resolve_kernels",
 ]

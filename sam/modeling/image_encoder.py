@@ -12,7 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import LayerNorm2d, MLPBlock
+from fastsam_kernels import rel_pos_attention
+
+from .common import DerivedWeights, LayerNorm2d, MLPBlock
+
+# Tokens that pass through the MLP together: on a CPU their 4 * dim hidden channels stay in its cache.
+_TOKENS_AT_ONCE = {"cpu": 512}
 
 
 class ImageEncoderViT(nn.Module):
@@ -69,14 +74,15 @@ class ImageEncoderViT(nn.Module):
             LayerNorm2d(out_chans),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kernels: str = "reference") -> Tensor:
+        """``kernels`` chooses the implementation of the blocks; the default is the official modules one by one."""
         if x.ndim != 4 or x.shape[-2:] != (self.img_size, self.img_size):
             raise ValueError(f"the image encoder takes [B, 3, {self.img_size}, {self.img_size}], got {list(x.shape)}")
         x = self.patch_embed(x)
         if self.pos_embed is not None:
             x = x + self.pos_embed
         for block in self.blocks:
-            x = block(x)
+            x = block(x, kernels)
         return self.neck(x.permute(0, 3, 1, 2))
 
 
@@ -110,7 +116,10 @@ class Block(nn.Module):
         self.mlp = MLPBlock(embedding_dim=dim, mlp_dim=int(dim * mlp_ratio), act=act_layer)
         self.window_size = window_size
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kernels: str = "reference") -> Tensor:
+        """Beside "reference", memory of ``x`` is written to where neither autograd nor autocast is at work."""
+        if kernels != "reference":
+            return self._forward_fused(x, kernels)
         attended = self.norm1(x)
         if self.window_size > 0:
             # The zero padding passes through qkv, so a padded key is the qkv bias and takes part in the softmax.
@@ -121,8 +130,27 @@ class Block(nn.Module):
         x = x + attended
         return x + self.mlp(self.norm2(x))
 
+    def _forward_fused(self, x: Tensor, kernels: str) -> Tensor:
+        recording = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        if recording or torch.is_autocast_enabled(x.device.type):
+            x = x + self.attn.proj(self.attn.attend(self.attn.qkv(self.norm1(x)), self.window_size, kernels))
+            return x + self.mlp(self.norm2(x))
+        tokens = x.flatten(0, 2)
+        some = _TOKENS_AT_ONCE.get(x.device.type, len(tokens))
+        qkv = torch.cat([self.attn.qkv(self.norm1(rows)) for rows in tokens.split(some)])
+        attended = self.attn.attend(qkv.view(*x.shape[:3], -1), self.window_size, kernels).flatten(0, 2)
+        for rows, of_rows in zip(tokens.split(some), attended.split(some), strict=True):
+            _add_linear(rows, of_rows, self.attn.proj)
+            _add_linear(rows, self.mlp.act(self.mlp.lin1(self.norm2(rows))), self.mlp.lin2)
+        return tokens.view(x.shape)
 
-class Attention(nn.Module):
+
+def _add_linear(x: Tensor, y: Tensor, linear: nn.Linear) -> None:
+    """x += linear(y), without its result in memory."""
+    x.add_(linear.bias).addmm_(y, linear.weight.t())
+
+
+class Attention(DerivedWeights):
     """Multi-head self-attention over all of [B, H, W, dim], with decomposed relative position."""
 
     def __init__(
@@ -168,6 +196,37 @@ class Attention(nn.Module):
         out = out.view(batch, self.num_heads, height, width, -1).permute(0, 2, 3, 1, 4).flatten(3)
         return self.proj(out)
 
+    def attend(self, qkv: Tensor, window_size: int, kernels: str) -> Tensor:
+        """The output of :attr:`qkv` for a whole grid, [B, H, W, 3 * dim] -> what goes into :attr:`proj`."""
+        size = (window_size, window_size) if window_size else (qkv.shape[1], qkv.shape[2])
+        tables = self._tables(size, qkv.shape[3] // (3 * self.num_heads))
+        bias = self.qkv.bias
+        return rel_pos_attention(
+            qkv,
+            *(table.to(qkv.dtype) for table in tables),  # autocast may have narrowed the projection
+            num_heads=self.num_heads,
+            window_size=window_size,
+            qkv_bias=None if bias is None else bias.to(qkv.dtype),
+            kernels=kernels,
+        )
+
+    def _tables(self, size: tuple[int, int], head_dim: int) -> tuple[Tensor, Tensor]:
+        """Of relative position, [2 * side - 1, head_dim] for both sides; zero without relative position."""
+        lengths = (2 * size[0] - 1, 2 * size[1] - 1)
+        if not self.use_rel_pos:
+            weight = self.qkv.weight
+            zeros = self.derived(f"no rel_pos {size}", lambda: weight.new_zeros(max(lengths), head_dim), weight)
+            return zeros[: lengths[0]], zeros[: lengths[1]]
+        tables = (self.rel_pos_h, self.rel_pos_w)
+        if (len(tables[0]), len(tables[1])) == lengths:
+            return tables
+
+        def resize() -> tuple[Tensor, Tensor]:
+            resized = [resize_rel_pos(table, length) for table, length in zip(tables, lengths, strict=True)]
+            return resized[0], resized[1]
+
+        return self.derived(f"rel_pos {size}", resize, *tables)
+
 
 def window_partition(x: Tensor, window_size: int) -> tuple[Tensor, tuple[int, int]]:
     """Cut [B, H, W, C] into windows, zero-padding bottom and right to whole windows.
@@ -191,6 +250,13 @@ def window_unpartition(windows: Tensor, window_size: int, pad_hw: tuple[int, int
     return x[:, : hw[0], : hw[1]].contiguous()
 
 
+def resize_rel_pos(rel_pos: Tensor, length: int) -> Tensor:
+    """A table [L, C] resized linearly to [length, C]."""
+    if rel_pos.shape[0] == length:
+        return rel_pos
+    return F.interpolate(rel_pos.t()[None], size=length, mode="linear")[0].t()
+
+
 def get_rel_pos(q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
     """The table's row for every pair of positions along one axis.
 
@@ -200,9 +266,7 @@ def get_rel_pos(q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
     Returns:
         [q_size, k_size, C]
     """
-    length = 2 * max(q_size, k_size) - 1
-    if rel_pos.shape[0] != length:
-        rel_pos = F.interpolate(rel_pos.t()[None], size=length, mode="linear")[0].t()
+    rel_pos = resize_rel_pos(rel_pos, 2 * max(q_size, k_size) - 1)
     q_stretch, k_stretch = max(k_size / q_size, 1.0), max(q_size / k_size, 1.0)
     q_coords = torch.arange(q_size, device=rel_pos.device)[:, None] * q_stretch
     k_coords = torch.arange(k_size, device=rel_pos.device)[None, :] * k_stretch
