@@ -16,8 +16,8 @@ from fastsam_kernels import rel_pos_attention
 
 from .common import DerivedWeights, LayerNorm2d, MLPBlock
 
-# Tokens that pass through the MLP together: on a CPU their 4 * dim hidden channels stay in its cache.
-_TOKENS_AT_ONCE = {"cpu": 512}
+# Tokens that pass through the MLP together, so that its hidden channels stay near a CPU's cache.
+_TOKENS_AT_ONCE = {"cpu": 2048}
 
 
 class ImageEncoderViT(nn.Module):
@@ -117,7 +117,6 @@ class Block(nn.Module):
         self.window_size = window_size
 
     def forward(self, x: Tensor, kernels: str = "reference") -> Tensor:
-        """Beside "reference", memory of ``x`` is written to where neither autograd nor autocast is at work."""
         if kernels != "reference":
             return self._forward_fused(x, kernels)
         attended = self.norm1(x)
@@ -131,23 +130,17 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def _forward_fused(self, x: Tensor, kernels: str) -> Tensor:
+        attended = self.attn.attend(self.attn.qkv(self.norm1(x)), self.window_size, kernels)
         recording = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         if recording or torch.is_autocast_enabled(x.device.type):
-            x = x + self.attn.proj(self.attn.attend(self.attn.qkv(self.norm1(x)), self.window_size, kernels))
+            x = x + self.attn.proj(attended)
             return x + self.mlp(self.norm2(x))
-        tokens = x.flatten(0, 2)
-        some = _TOKENS_AT_ONCE.get(x.device.type, len(tokens))
-        qkv = torch.cat([self.attn.qkv(self.norm1(rows)) for rows in tokens.split(some)])
-        attended = self.attn.attend(qkv.view(*x.shape[:3], -1), self.window_size, kernels).flatten(0, 2)
-        for rows, of_rows in zip(tokens.split(some), attended.split(some), strict=True):
-            _add_linear(rows, of_rows, self.attn.proj)
-            _add_linear(rows, self.mlp.act(self.mlp.lin1(self.norm2(rows))), self.mlp.lin2)
-        return tokens.view(x.shape)
-
-
-def _add_linear(x: Tensor, y: Tensor, linear: nn.Linear) -> None:
-    """x += linear(y), without its result in memory."""
-    x.add_(linear.bias).addmm_(y, linear.weight.t())
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        size = _TOKENS_AT_ONCE.get(x.device.type, out[..., 0].numel())
+        for new, old, some in zip(*(t.flatten(0, 2).split(size) for t in (out, x, attended)), strict=True):
+            torch.add(old, self.attn.proj(some), out=new)
+            new.add_(self.mlp(self.norm2(new)))
+        return out
 
 
 class Attention(DerivedWeights):
@@ -199,8 +192,11 @@ class Attention(DerivedWeights):
     def attend(self, qkv: Tensor, window_size: int, kernels: str) -> Tensor:
         """The output of :attr:`qkv` for a whole grid, [B, H, W, 3 * dim] -> what goes into :attr:`proj`."""
         size = (window_size, window_size) if window_size else (qkv.shape[1], qkv.shape[2])
-        tables = self._tables(size, qkv.shape[3] // (3 * self.num_heads))
-        bias = self.qkv.bias
+        tables = self._tables(qkv, size)
+        if isinstance(self.qkv, nn.Linear):
+            bias = self.qkv.bias
+        else:  # a stand-in for it; what is padded is zero before the projection
+            bias = self.qkv(qkv.new_zeros(1, qkv.shape[3] // 3))[0]
         return rel_pos_attention(
             qkv,
             *(table.to(qkv.dtype) for table in tables),  # autocast may have narrowed the projection
@@ -210,13 +206,12 @@ class Attention(DerivedWeights):
             kernels=kernels,
         )
 
-    def _tables(self, size: tuple[int, int], head_dim: int) -> tuple[Tensor, Tensor]:
+    def _tables(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Of relative position, [2 * side - 1, head_dim] for both sides; zero without relative position."""
         lengths = (2 * size[0] - 1, 2 * size[1] - 1)
         if not self.use_rel_pos:
-            weight = self.qkv.weight
-            zeros = self.derived(f"no rel_pos {size}", lambda: weight.new_zeros(max(lengths), head_dim), weight)
-            return zeros[: lengths[0]], zeros[: lengths[1]]
+            head_dim = qkv.shape[3] // (3 * self.num_heads)
+            return qkv.new_zeros(lengths[0], head_dim), qkv.new_zeros(lengths[1], head_dim)
         tables = (self.rel_pos_h, self.rel_pos_w)
         if (len(tables[0]), len(tables[1])) == lengths:
             return tables
