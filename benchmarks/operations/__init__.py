@@ -5,6 +5,6 @@
 - ``TUNING``: for each shape class, the problem on which ``python -m benchmarks tune`` chooses a tile.
 """
 
-from . import hypernetwork_masks
+from . import hypernetwork_masks, rel_pos_attention
 
-OPERATIONS = {"hypernetwork_masks": hypernetwork_masks}
+OPERATIONS = {"hypernetwork_masks": hypernetwork_masks, "rel_pos_attention": rel_pos_attention}
