@@ -128,12 +128,12 @@ class _Region(NamedTuple):
 
     top: int
     left: int
-    count: tuple[int, int]
+    windows: tuple[int, int]
     window: tuple[int, int]
 
     def cut(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, windows down, rows, windows across, columns, C], a view."""
-        (down, across), (rows, columns) = self.count, self.window
+        (down, across), (rows, columns) = self.windows, self.window
         x = x[:, self.top : self.top + down * rows, self.left : self.left + across * columns]
         return x.unflatten(2, (across, columns)).unflatten(1, (down, rows))
 
@@ -178,7 +178,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rel_pos_h: Tensor, rel_pos_w: Tenso
             shape = torch.Size((*queries.shape[:3], *k.shape[1:3]))
             bias = None if memory is None else memory[: shape.numel()].view(shape)
             bias = torch.add(rel_h[block], rel_w[block], out=bias)
-            scores = bias.view(len(queries), -1, values.shape[1])
+            scores = bias.reshape(len(queries), -1, values.shape[1])
             scores.baddbmm_(queries.flatten(1, 2), keys[heads], alpha=channels**-0.5)
             weights = torch.softmax(scores, -1, out=None if recording else scores)
             out[block] = (weights @ values[heads]).view(queries.shape)

@@ -193,10 +193,9 @@ class Attention(DerivedWeights):
         """The output of :attr:`qkv` for a whole grid, [B, H, W, 3 * dim] -> what goes into :attr:`proj`."""
         size = (window_size, window_size) if window_size else (qkv.shape[1], qkv.shape[2])
         tables = self._tables(qkv, size)
-        if isinstance(self.qkv, nn.Linear):
-            bias = self.qkv.bias
-        else:  # a stand-in for it; what is padded is zero before the projection
-            bias = self.qkv(qkv.new_zeros(1, qkv.shape[3] // 3))[0]
+        # Of a stand-in for the projection: what is padded is zero before it.
+        plain = isinstance(self.qkv, nn.Linear)
+        bias = self.qkv.bias if plain else self.qkv(qkv.new_zeros(1, qkv.shape[3] // 3))[0]
         return rel_pos_attention(
             qkv,
             *(table.to(qkv.dtype) for table in tables),  # autocast may have narrowed the projection
