@@ -167,9 +167,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rel_pos_h: Tensor, rel_pos_w: Tenso
     rel_h = torch.einsum("nhwc,hkc->nhwk", q, rel_pos_h)[..., :, None]
     rel_w = torch.einsum("nhwc,wkc->nhwk", q, rel_pos_w)[..., None, :]
     out = torch.empty_like(q)
-    # One block of memory for all scores, unless autograd has to keep them.
-    recording = torch.is_grad_enabled() and rel_h.requires_grad
-    memory = None if recording else q.new_empty(min(some, count) * some_rows * per_row)
+    # One block of memory for all scores, unless autograd has to keep them or a compiler lays out the memory.
+    keep = (torch.is_grad_enabled() and rel_h.requires_grad) or torch.compiler.is_compiling()
+    memory = None if keep else q.new_empty(min(some, count) * some_rows * per_row)
     for n in range(0, count, some):
         heads = slice(n, n + some)
         for top in range(0, rows, some_rows):
@@ -180,7 +180,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rel_pos_h: Tensor, rel_pos_w: Tenso
             bias = torch.add(rel_h[block], rel_w[block], out=bias)
             scores = bias.reshape(len(queries), -1, values.shape[1])
             scores.baddbmm_(queries.flatten(1, 2), keys[heads], alpha=channels**-0.5)
-            weights = torch.softmax(scores, -1, out=None if recording else scores)
+            weights = torch.softmax(scores, -1, out=None if keep else scores)
             out[block] = (weights @ values[heads]).view(queries.shape)
     return out
 
