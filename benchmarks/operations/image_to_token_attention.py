@@ -74,7 +74,7 @@ CASES = [
 
 
 def _launches(tokens: int, dtype: torch.dtype, tile: TileConfig) -> Iterator[tuple[str, Launch]]:
-    from fastsam_kernels.two_way_attention.image_to_token import plan
+    from fastsam_kernels.two_way_attention.image_to_token_kernel import plan
 
     folded = (64, HEADS, tokens, 256)
     shapes = ((64, 4096, 256), (4096, 256), folded, folded[:3], folded, (256,), (256,))
@@ -86,7 +86,7 @@ LAUNCHES = {"8 tokens": partial(_launches, CLICK_TOKENS), "16 tokens": partial(_
 
 
 def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProblem:
-    from fastsam_kernels.two_way_attention.image_to_token import plan
+    from fastsam_kernels.two_way_attention.image_to_token_kernel import plan
 
     prompts, image_tokens = (128, 4096) if device.type == "cuda" else (1, 64)
     inputs, rows = _inputs(prompts, image_tokens, tokens, device, dtype), few_rows(prompts)

@@ -70,7 +70,7 @@ def token_to_image_attention(
         return token_to_image_reference(*inputs, image_index)
     if chosen == "torch":
         return token_to_image_torch(*inputs, image_index)
-    from .token_to_image import token_to_image_triton
+    from .token_to_image_kernel import token_to_image_triton
 
     return token_to_image_triton(*inputs, image_index)
 
@@ -124,7 +124,7 @@ def image_to_token_attention(
         return image_to_token_reference(*inputs, eps, image_index)
     if chosen == "torch":
         return image_to_token_torch(*inputs, eps, image_index)
-    from .image_to_token import image_to_token_triton
+    from .image_to_token_kernel import image_to_token_triton
 
     return image_to_token_triton(*inputs, eps, image_index)
 

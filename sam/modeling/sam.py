@@ -148,7 +148,7 @@ class Sam(DerivedWeights, Fp32Buffers):
                 for image, geometry in zip(images[some], geometries[some], strict=True)
             ]
             pixels = [self.preprocess(preprocess.image_to_tensor(image, self.device)) for image in resized]
-            features = self.image_encoder(torch.stack(pixels))
+            features = self.image_encoder(torch.stack(pixels), self._kernels)
             for row, (image, geometry) in enumerate(zip(resized, geometries[some], strict=True)):
                 embeddings.append(
                     ImageEmbedding(
@@ -353,7 +353,7 @@ class Sam(DerivedWeights, Fp32Buffers):
         """
         pixels = torch.stack([self.preprocess(record["image"]) for record in batched_input])
         outputs = []
-        for record, features in zip(batched_input, self.image_encoder(pixels), strict=True):
+        for record, features in zip(batched_input, self.image_encoder(pixels, self._kernels), strict=True):
             size = record["image"].shape[-2:]
             geometry = ImageGeometry(record["original_size"], size, self.image_encoder.img_size)
             points = (record["point_coords"], record["point_labels"]) if "point_coords" in record else None

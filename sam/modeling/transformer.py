@@ -81,7 +81,6 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(self._recombine_heads(out))
 
-
     def fold_queries(self, tokens: Tensor) -> Tensor:
         """Tokens [P, T, C] that ask the image, as queries [P, heads, T, C] on its tokens before ``k_proj``."""
         asked = self.q_proj(tokens) * self._scale
@@ -109,9 +108,7 @@ class Attention(nn.Module):
             )
         )
 
-    def attend_shared(
-        self, tokens: Tensor, image: SharedImageSide, image_index: Tensor | None, kernels: str
-    ) -> Tensor:
+    def attend_shared(self, tokens: Tensor, image: SharedImageSide, image_index: Tensor | None, kernels: str) -> Tensor:
         """What tokens [P, T, C] learn of images whose keys and values are kept: one image, or one a prompt by index.
 
         The tokens of all prompts on a single image are one set of queries, and its keys are read once.

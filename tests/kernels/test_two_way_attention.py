@@ -76,10 +76,10 @@ class Operation:
         shape_class = "8 tokens" if tokens <= 8 else "16 tokens"
         tile = lookup(self.name, 80, inputs[0].dtype, shape_class)
         if self.name == "token_to_image_attention":
-            from fastsam_kernels.two_way_attention.token_to_image import plan
+            from fastsam_kernels.two_way_attention.token_to_image_kernel import plan
 
             return plan(*inputs, None, out, tile)
-        from fastsam_kernels.two_way_attention.image_to_token import plan as plan_to_token
+        from fastsam_kernels.two_way_attention.image_to_token_kernel import plan as plan_to_token
 
         return plan_to_token(*inputs, EPS, None, out, tile)
 
@@ -206,7 +206,7 @@ def test_large_scores_do_not_overflow(operation: Operation, device: torch.device
 
 def test_offsets_are_64_bit(operation: Operation, device: torch.device) -> None:
     """The keys of three prompts 2^30 elements apart; the kernel without its casts reads what is not a key."""
-    from fastsam_kernels.two_way_attention import image_to_token, token_to_image
+    from fastsam_kernels.two_way_attention import image_to_token_kernel, token_to_image_kernel
 
     inputs = list(operation.inputs(3, 7, 2, torch.float16, device))
     expected = operation.public(*inputs, kernels="triton")
@@ -221,12 +221,12 @@ def test_offsets_are_64_bit(operation: Operation, device: torch.device) -> None:
     out = torch.zeros_like(expected)
     planned = operation.plan(tuple(inputs), out)
     if operation.name == "token_to_image_attention":
-        mutated = kernel_without(token_to_image, token_to_image.token_to_image_kernel, ".to(tl.int64)")
+        mutated = kernel_without(token_to_image_kernel, token_to_image_kernel.token_to_image_kernel, ".to(tl.int64)")
         attend, combine = planned.launches
         replace(attend, kernel=mutated).run()
         combine.run()
     else:
-        mutated = kernel_without(image_to_token, image_to_token.image_to_token_kernel, ".to(tl.int64)")
+        mutated = kernel_without(image_to_token_kernel, image_to_token_kernel.image_to_token_kernel, ".to(tl.int64)")
         replace(planned, kernel=mutated).run()
     assert torch.equal(out[:2], expected[:2])
     assert not torch.equal(out[2], expected[2])
@@ -234,8 +234,8 @@ def test_offsets_are_64_bit(operation: Operation, device: torch.device) -> None:
 
 @pytest.mark.parametrize("indexed", [False, True])
 def test_opcheck(operation: Operation, device: torch.device, indexed: bool) -> None:
-    from fastsam_kernels.two_way_attention.image_to_token import image_to_token_triton
-    from fastsam_kernels.two_way_attention.token_to_image import token_to_image_triton
+    from fastsam_kernels.two_way_attention.image_to_token_kernel import image_to_token_triton
+    from fastsam_kernels.two_way_attention.token_to_image_kernel import token_to_image_triton
 
     inputs = operation.inputs(2, 7, 4, torch.float16, device, images=1 if indexed else 0)
     index = torch.zeros(2, dtype=torch.int64, device=device) if indexed else None

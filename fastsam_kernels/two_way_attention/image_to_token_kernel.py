@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..launch import Launch
 from ..tile_config import TileConfig, arch_of, lookup
-from .token_to_image import padded_tokens, shape_class
+from .token_to_image_kernel import padded_tokens, shape_class
 
 
 @triton.jit

@@ -1,10 +1,10 @@
 """The Triton form of ``token_to_image_attention``: image tokens are read once for all heads and tokens of a prompt.
 
 A program takes HEADS heads of one prompt and one of SPLITS shares of the image tokens. Its folded queries stay on the
-chip; an online softmax runs over tiles of BLOCK_N image tokens, whose sum with their positions exists in registers only.
-What a share attends to, [HEADS * T, C], goes through W_v before it is stored, which is linear and leaves d of C channels.
-A second kernel adds the shares up in their order. SPLITS is a constant of the tile: how many prompts there are changes
-no bit.
+chip; an online softmax runs over tiles of BLOCK_N image tokens, whose sum with their positions exists in registers
+only. What a share attends to, [HEADS * T, C], goes through W_v before it is stored, which is linear and leaves d of C
+channels. A second kernel adds the shares up in their order. SPLITS is a constant of the tile: how many prompts there
+are changes no bit.
 
 Weighed: one program a prompt would need no second kernel and leave a single click to one multiprocessor; splitting by
 the number of prompts would let a batch change results.
