@@ -195,8 +195,12 @@ def test_gradients_reach_every_weight() -> None:
         grads = {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}
         if kernels == "reference":
             expected = grads
-    # These cancel in the softmax: their gradient is zero, and folding leaves them out.
-    cancelling = {name for name in expected if name.endswith("token_to_image.k_proj.bias")}
-    assert grads.keys() == expected.keys() - cancelling
+    # The bias of k adds the same to all scores of a query: its gradient is zero, and folding leaves it out.
+    folded = {name for name in expected if name.endswith("token_to_image.k_proj.bias")}
+    assert grads.keys() == expected.keys() - folded
+    largest = max(float(grad.abs().max()) for grad in expected.values())
     for name, grad in grads.items():
-        assert_close_l2(grad, expected[name], 1e-3, name)
+        if name.endswith("k_proj.bias"):
+            assert float(grad.abs().max()) <= 1e-5 * largest, name
+        else:
+            assert_close_l2(grad, expected[name], 1e-3, name)

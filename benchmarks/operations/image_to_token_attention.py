@@ -82,6 +82,7 @@ def _launches(tokens: int, dtype: torch.dtype, tile: TileConfig) -> Iterator[tup
     yield f"{tokens} tokens, 64x64", plan(*inputs, EPS, None, meta(64, 4096, 256, dtype=dtype), tile)
 
 
+TESTS = "test_two_way_attention.py"
 LAUNCHES = {"8 tokens": partial(_launches, CLICK_TOKENS), "16 tokens": partial(_launches, MOST_TOKENS)}
 
 

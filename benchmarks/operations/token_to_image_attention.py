@@ -80,6 +80,7 @@ def _launches(tokens: int, dtype: torch.dtype, tile: TileConfig) -> Iterator[tup
     yield f"combine, {tokens} tokens, 64x64", combine
 
 
+TESTS = "test_two_way_attention.py"
 LAUNCHES = {"8 tokens": partial(_launches, CLICK_TOKENS), "16 tokens": partial(_launches, MOST_TOKENS)}
 
 
