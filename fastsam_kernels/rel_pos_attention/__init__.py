@@ -21,14 +21,15 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import choose
 
-# Scores alive at once in the torch form: 8 MB in fp32 stay in a CPU's cache, a GPU wants larger products.
-_SCORES_AT_ONCE = {"cpu": 2**21}
-_SCORES_AT_ONCE_ELSEWHERE = 2**26
-_HEADS_AT_ONCE = 4  # where a block of rows has to be taken from each
+# Biases alive at once in the torch form: on a CPU 8 MB in fp32 for a thread, a GPU wants larger products.
+_SCORES_A_THREAD = 2**21
+_SCORES_ELSEWHERE = 2**26
+_QUERIES_AT_ONCE = 1024  # of a head: PyTorch's attention on a CPU takes its large tiles from 768 on
 HEAD_DIMS = (32, 64, 80)
 
 
@@ -105,19 +106,26 @@ def gather_rel_pos(table: Tensor) -> Tensor:
 def torch_form(
     qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, qkv_bias: Tensor, num_heads: int, window_size: int
 ) -> Tensor:
-    """Queries of real tokens only, the windows of a region at once, and a block of scores that stays in the cache."""
+    """PyTorch's fused attention on real tokens only, the windows of a region at once, a block of biases at a time."""
     batch, height, width, channels = qkv.shape
     size = (window_size, window_size) if window_size else (height, width)
     gathered_h, gathered_w = gather_rel_pos(rel_pos_h), gather_rel_pos(rel_pos_w)
+    _, k_bias, v_bias = qkv_bias.view(3, num_heads, -1)
     out = qkv.new_empty((batch, height, width, channels // 3))
     for region in _regions(height, width, size):
-        windows = region.cut(qkv).unflatten(-1, (3, num_heads, -1)).permute(5, 0, 1, 3, 6, 2, 4, 7)
-        q, k, v = windows.reshape(3, -1, *windows.shape[5:]).unbind(0)  # [windows * heads, rows, columns, d] each
-        if region.window != size:
-            _, k_bias, v_bias = qkv_bias.view(3, num_heads, -1)
-            k, v = _pad(k, k_bias, size), _pad(v, v_bias, size)
         rows, columns = region.window
-        attended = _attend(q, k, v, gathered_h[:rows], gathered_w[:columns])
+        windows = region.cut(qkv).unflatten(-1, (3, num_heads, -1)).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        q, k, v = windows.flatten(1, 3).unbind(0)  # [windows, heads, rows, columns, d] each; a view of a whole grid
+        rel_h = torch.einsum("nmhwc,hkc->nmhwk", q, gathered_h[:rows])  # of all keys of the window, padded ones too
+        rel_w = torch.einsum("nmhwc,wkc->nmhwk", q, gathered_w[:columns])
+        k, v, padding = k.flatten(2, 3), v.flatten(2, 3), None
+        if region.window != size:
+            # All padded keys have one k and one v: together they are one key, with the sum of their weights.
+            k, v = (
+                torch.cat([x, b.expand(len(x), 1, -1, -1).transpose(1, 2)], 2) for x, b in ((k, k_bias), (v, v_bias))
+            )
+            padding = _padding_bias(rel_h, rel_w, region.window)
+        attended = _attend(q, k, v, rel_h[..., :rows, None], rel_w[..., None, :columns], padding)
         attended = attended.view(*windows.shape[1:]).permute(0, 1, 4, 2, 5, 3, 6)
         region.cut(out).copy_(attended.flatten(-2))
     return out
@@ -148,40 +156,44 @@ def _regions(height: int, width: int, size: tuple[int, int]) -> Iterator[_Region
             yield _Region(top, left, (down, across), (rows, columns))
 
 
-def _pad(x: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
-    """Keys or values [windows * heads, rows, columns, d] of cut windows, made whole with their bias [heads, d]."""
-    windows = len(x) // len(bias)
-    padded = bias[None, :, None, None].expand(windows, -1, *size, -1).flatten(0, 1).clone()
-    padded[:, : x.shape[1], : x.shape[2]] = x
-    return padded
+def _padding_bias(rel_h: Tensor, rel_w: Tensor, window: tuple[int, int]) -> Tensor:
+    """log of the sum of e^bias over the padded keys of a cut window: those below the grid, then those beside it.
+
+    ``rel_h`` and ``rel_w`` are those of all keys, [windows, heads, rows, columns, size]; the result ends in 1.
+    """
+    rows, columns = window
+    parts = []
+    if rows < rel_h.shape[-1]:
+        parts.append(rel_h[..., rows:].logsumexp(-1) + rel_w.logsumexp(-1))
+    if columns < rel_w.shape[-1]:
+        parts.append(rel_h[..., :rows].logsumexp(-1) + rel_w[..., columns:].logsumexp(-1))
+    return torch.stack(parts, -1).logsumexp(-1, keepdim=True).to(rel_h.dtype)  # autocast widens it
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
-    """Queries [N, rows, columns, d] on keys [N, size_h, size_w, d]; gathered tables [rows or columns, size, d]."""
-    count, rows, columns, channels = q.shape
-    keys, values = k.flatten(1, 2).transpose(1, 2), v.flatten(1, 2)
-    per_row = columns * values.shape[1]
-    limit = _SCORES_AT_ONCE.get(q.device.type, _SCORES_AT_ONCE_ELSEWHERE)
-    some = max(limit // (rows * per_row), _HEADS_AT_ONCE)
-    some_rows = min(max(limit // (min(some, count) * per_row), 1), rows)
-    rel_h = torch.einsum("nhwc,hkc->nhwk", q, rel_pos_h)[..., :, None]
-    rel_w = torch.einsum("nhwc,wkc->nhwk", q, rel_pos_w)[..., None, :]
-    out = torch.empty_like(q)
-    # One block of memory for all scores, unless autograd has to keep them or a compiler lays out the memory.
-    keep = (torch.is_grad_enabled() and rel_h.requires_grad) or torch.compiler.is_compiling()
-    memory = None if keep else q.new_empty(min(some, count) * some_rows * per_row)
+def _attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, padding: Tensor | None) -> Tensor:
+    """Queries [N, heads, rows, columns, d] on keys [N, heads, keys, d].
+
+    The bias is the sum of ``rel_h`` [N, heads, rows, columns, key rows, 1] and ``rel_w`` [..., 1, key columns], and
+    ``padding`` [N, heads, rows, columns, 1] for a last key that has no place.
+    """
+    count, heads, rows, columns, _ = q.shape
+    on_cpu = q.device.type == "cpu"
+    limit = _SCORES_A_THREAD * torch.get_num_threads() if on_cpu else _SCORES_ELSEWHERE
+    some_rows = min(max(_QUERIES_AT_ONCE // columns, 1), rows)
+    some_heads = min(max(limit // (some_rows * columns * k.shape[2]), 1), heads)
+    some = max(limit // (heads * rows * columns * k.shape[2]), 1)
+    out = q.new_empty(q.shape)
     for n in range(0, count, some):
-        heads = slice(n, n + some)
-        for top in range(0, rows, some_rows):
-            block = (heads, slice(top, top + some_rows))
-            queries = q[block]
-            shape = torch.Size((*queries.shape[:3], *k.shape[1:3]))
-            bias = None if memory is None else memory[: shape.numel()].view(shape)
-            bias = torch.add(rel_h[block], rel_w[block], out=bias)
-            scores = bias.reshape(len(queries), -1, values.shape[1])
-            scores.baddbmm_(queries.flatten(1, 2), keys[heads], alpha=channels**-0.5)
-            weights = torch.softmax(scores, -1, out=None if keep else scores)
-            out[block] = (weights @ values[heads]).view(queries.shape)
+        for head in range(0, heads, some_heads):
+            windows = (slice(n, n + some), slice(head, head + some_heads))
+            for top in range(0, rows, some_rows):
+                block = (*windows, slice(top, top + some_rows))
+                bias = (rel_h[block] + rel_w[block]).flatten(-2)
+                if padding is not None:
+                    bias = torch.cat([bias, padding[block]], -1)
+                queries = q[block].flatten(2, 3)
+                attended = F.scaled_dot_product_attention(queries, k[windows], v[windows], bias.flatten(2, 3))
+                out[block] = attended.unflatten(2, (-1, columns))
     return out
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastsam_kernels import rel_pos_attention
 
-from .common import DerivedWeights, LayerNorm2d, MLPBlock
+from .common import DerivedWeights, LayerNorm2d, MLPBlock, is_ours
 
 # Tokens that pass through the MLP together, so that its hidden channels stay near a CPU's cache.
 _TOKENS_AT_ONCE = {"cpu": 2048}
@@ -82,7 +82,7 @@ class ImageEncoderViT(nn.Module):
         if self.pos_embed is not None:
             x = x + self.pos_embed
         for block in self.blocks:
-            x = block(x, kernels)
+            x = block(x, kernels) if is_ours(block, Block) else block(x)
         return self.neck(x.permute(0, 3, 1, 2))
 
 
@@ -117,9 +117,9 @@ class Block(nn.Module):
         self.window_size = window_size
 
     def forward(self, x: Tensor, kernels: str = "reference") -> Tensor:
-        if kernels != "reference":
-            return self._forward_fused(x, kernels)
         attended = self.norm1(x)
+        if kernels != "reference" and is_ours(self.attn, Attention):
+            return self._add_mlp(x + self.attn(attended, self.window_size, kernels))
         if self.window_size > 0:
             # The zero padding passes through qkv, so a padded key is the qkv bias and takes part in the softmax.
             windows, padded_size = window_partition(attended, self.window_size)
@@ -129,18 +129,18 @@ class Block(nn.Module):
         x = x + attended
         return x + self.mlp(self.norm2(x))
 
-    def _forward_fused(self, x: Tensor, kernels: str) -> Tensor:
-        attended = self.attn.attend(self.attn.qkv(self.norm1(x)), self.window_size, kernels)
-        recording = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        if recording or torch.is_autocast_enabled(x.device.type):
-            x = x + self.attn.proj(attended)
+    def _add_mlp(self, x: Tensor) -> Tensor:
+        """x + mlp(norm2(x)), written to ``x`` unless somebody would notice."""
+        layers = (self.norm2, self.mlp)
+        weights = [weight for layer in layers for weight in layer.parameters()]
+        recording = torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights))
+        hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in (*layers, *self.mlp.children()))
+        if recording or hooked or type(self.mlp) is not MLPBlock or torch.is_autocast_enabled(x.device.type):
             return x + self.mlp(self.norm2(x))
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        size = _TOKENS_AT_ONCE.get(x.device.type, out[..., 0].numel())
-        for new, old, some in zip(*(t.flatten(0, 2).split(size) for t in (out, x, attended)), strict=True):
-            torch.add(old, self.attn.proj(some), out=new)
-            new.add_(self.mlp(self.norm2(new)))
-        return out
+        tokens = x.reshape(-1, x.shape[-1])
+        for some in tokens.split(_TOKENS_AT_ONCE.get(x.device.type, len(tokens))):
+            some += self.mlp(self.norm2(some))
+        return tokens.view(x.shape)
 
 
 class Attention(DerivedWeights):
@@ -171,7 +171,10 @@ class Attention(DerivedWeights):
                 nn.init.trunc_normal_(self.rel_pos_h, std=0.02)
                 nn.init.trunc_normal_(self.rel_pos_w, std=0.02)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, window_size: int = 0, kernels: str = "reference") -> Tensor:
+        """Over all of ``x``, which may be a window; in its windows with ``kernels`` other than "reference"."""
+        if kernels != "reference":
+            return self.proj(self.attend(self.qkv(x), window_size, kernels))
         batch, height, width, _ = x.shape
         tokens = height * width
         q, k, v = (

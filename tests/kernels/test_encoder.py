@@ -116,6 +116,73 @@ def test_the_model_s_kernels_reach_its_encoder(monkeypatch: pytest.MonkeyPatch) 
             seen.clear()
 
 
+class Adapter(torch.nn.Module):
+    """What people put in place of a module: it takes what the official code gives it, and nothing else."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.mix = torch.nn.Conv2d(64, 64, 3, padding=1, groups=64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return y + self.mix(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if y.shape == x.shape else 2 * y
+
+
+@pytest.mark.parametrize(
+    "place", ["blocks.0", "blocks.0.attn", "blocks.1.attn.qkv", "blocks.1.attn.proj", "blocks.0.mlp"]
+)
+def test_modules_in_place_of_ours(place: str) -> None:
+    encoder, pixels = small_encoder(), torch.randn(1, 3, 64, 64)
+    owner, name = encoder.get_submodule(place.rpartition(".")[0]), place.rpartition(".")[2]
+    setattr(owner, name, Adapter(owner.get_submodule(name)).requires_grad_(False))
+    assert_close_l2(encoder(pixels, "torch"), encoder(pixels), 1e-5, place)
+
+
+def test_an_encoder_in_place_of_ours() -> None:
+    """Other models with SAM's decoder put their own encoder there; ``torch.compile`` wraps it."""
+    model, pixels = random_model(TINY), torch.randn(1, 3, 128, 128)
+    image = torch.zeros(64, 48, 3, dtype=torch.uint8).numpy()
+    model.kernels = "torch"
+    expected, features = model.image_features(pixels), model.encode(image).features
+    seen: list[str] = []
+    plain = ImageEncoderViT.forward
+
+    class Foreign(torch.nn.Module):
+        img_size = 128
+
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageEncoderViT, "forward", lambda self, x, k="reference": seen.append(k) or plain(self, x, k))
+        encoder = model.image_encoder
+        model.image_encoder = torch.compile(encoder, backend="eager")  # type: ignore[assignment]
+        assert_close_l2(model.image_features(pixels), expected, 1e-6, "compiled")
+        model.image_encoder = Foreign(encoder)  # type: ignore[assignment]
+        assert_close_l2(model.image_features(pixels), expected, 1e-5, "another encoder")
+        assert_close_l2(model.encode(image).features, features, 1e-5, "another encoder, from an image")
+    assert seen[-1] == "reference"
+    assert "torch" in seen
+
+
+@pytest.mark.parametrize("place", ["blocks.0", "blocks.0.attn", "blocks.0.attn.proj", "blocks.0.norm2", "blocks.0.mlp"])
+def test_hooks_see_the_whole_grid(place: str) -> None:
+    """Features are read through hooks: once an image, of all tokens, not of a piece that stays in the cache."""
+    encoder, pixels = small_encoder(), torch.randn(1, 3, 64, 64)
+    seen: list[Tensor] = []
+    encoder.get_submodule(place).register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
+    encoder(pixels, "torch")
+    assert [x.shape for x in seen] == [(1, 8, 8, 64)]
+    if place not in ("blocks.0.attn", "blocks.0.attn.proj"):  # which the official modules give windows
+        encoder(pixels)
+        assert_close_l2(seen[0], seen[1], 1e-5, place)
+
+
 @pytest.mark.slow
 def test_nano_s_encoder_through_the_triton_form(device: torch.device) -> None:
     encoder = sam.load_model(device=device).requires_grad_(False).image_encoder

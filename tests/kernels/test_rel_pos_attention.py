@@ -90,11 +90,20 @@ def test_torch_form(device: torch.device, dtype: torch.dtype, shape: Any) -> Non
     check(make_inputs(*shape, dtype, device), "torch", f"torch form, {dtype}, {shape}")
 
 
-@pytest.mark.parametrize("scores", [1, 500, 3000])
-def test_torch_form_in_any_blocks(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(attend_globals(), "_SCORES_AT_ONCE", {"cpu": scores})
+@pytest.mark.parametrize(("scores", "queries"), [(1, 1), (500, 12), (3000, 1024)])
+def test_torch_form_in_any_blocks(scores: int, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_SCORES_A_THREAD", scores), ("_SCORES_ELSEWHERE", scores), ("_QUERIES_AT_ONCE", queries)):
+        monkeypatch.setitem(attend_globals(), name, value)
     for shape in ((2, (7, 5), 3, 3, 32), (1, (9, 6), 0, 5, 32)):
         check(make_inputs(*shape, torch.float32), "torch", f"blocks of {scores} scores, {shape}")
+
+
+def test_large_scores_stay_finite(device: torch.device) -> None:
+    """The sum of the padded keys' weights is taken of numbers that would overflow by themselves."""
+    for window_size in (3, 0):
+        qkv, *rest = make_inputs(1, (4, 5), window_size, 1, 32, torch.float32, device)
+        for kernels in ("torch", "triton"):
+            check((60 * qkv, *rest), kernels, f"scores in the thousands, {kernels}, window {window_size}")
 
 
 def attend_globals() -> dict[str, Any]:
