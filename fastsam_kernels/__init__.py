@@ -5,9 +5,12 @@ from .dispatch import KERNELS, UnsupportedKernelError, check_kernels, resolve_ke
 from .hypernetwork_masks import UpscalingWeights, hypernetwork_masks, pack_upscaling
 from .mask_postprocess import MaskStatistics, Resizing, mask_statistics, pack_masks, packed_masks, unpack_masks
 from .nms import nms
+from .rel_pos_attention import rel_pos_attention
+from .two_way_attention import MOST_TOKENS, image_to_token_attention, token_to_image_attention
 
 __all__ = [
     "KERNELS",
+    "MOST_TOKENS",
     "MaskStatistics",
     "Resizing",
     "UnsupportedKernelError",
@@ -15,11 +18,14 @@ __all__ = [
     "check_kernels",
     "connected_components",
     "hypernetwork_masks",
+    "image_to_token_attention",
     "mask_statistics",
     "nms",
     "pack_masks",
     "pack_upscaling",
     "packed_masks",
+    "rel_pos_attention",
     "resolve_kernels",
+    "token_to_image_attention",
     "unpack_masks",
 ]
