@@ -4,7 +4,7 @@ from .connected_components import connected_components
 from .dispatch import KERNELS, UnsupportedKernelError, check_kernels, resolve_kernels
 from .hypernetwork_masks import UpscalingWeights, hypernetwork_masks, pack_upscaling
 from .mask_postprocess import MaskStatistics, Resizing, mask_statistics, pack_masks, packed_masks, unpack_masks
-from .nms import nms
+from .nms import nms, ranked_nms
 from .rel_pos_attention import rel_pos_attention
 from .two_way_attention import MOST_TOKENS, image_to_token_attention, token_to_image_attention
 
@@ -24,6 +24,7 @@ __all__ = [
     "pack_masks",
     "pack_upscaling",
     "packed_masks",
+    "ranked_nms",
     "rel_pos_attention",
     "resolve_kernels",
     "token_to_image_attention",

@@ -7,35 +7,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from fastsam_kernels import Resizing, mask_statistics, nms, packed_masks
+from fastsam_kernels import nms
 
 from . import rle as run_lengths
+from .crop_masks import Criteria, Crop, masks_of_crop
 from .embedding import ImageEmbedding
 from .memory import MaskMemory, parse_bytes
 from .modeling import Sam
 from .postprocess import remove_small_regions
 from .predictor import SamPredictor
 from .preprocess import validate_image
-from .prompts import PromptBatch
 from .utils.amg import (
     MaskData,
     area_from_rle,
-    batch_iterator,
     batched_mask_to_box,
     build_all_layer_point_grids,
     generate_crop_boxes,
-    is_box_near_crop_edge,
     mask_to_rle_pytorch,
     rle_to_mask,
-    uncrop_boxes_xyxy,
-    uncrop_points,
 )
 
 _OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 _CROPS_AT_ONCE = 8  # a pass of the encoder on a GPU
+# The embedded model rates its own masks low: with SAM's thresholds, the defaults below, next to nothing is left.
+NANO_THRESHOLDS = {"pred_iou_thresh": 0.6, "stability_score_thresh": 0.8}
 
 
 class SamAutomaticMaskGenerator:
@@ -129,7 +126,6 @@ class SamAutomaticMaskGenerator:
         (records,) = self.generate_batch([image])
         return records
 
-    @torch.no_grad()
     def generate_batch(self, images: Sequence[np.ndarray]) -> list[list[dict[str, Any]]]:
         """``generate`` for images of any sizes, several of which, or of their crops, are encoded together on a GPU.
 
@@ -139,25 +135,21 @@ class SamAutomaticMaskGenerator:
         Raises:
             TypeError, ValueError: an image of another kind, named by its place; nothing was encoded.
         """
-        crops: list[np.ndarray] = []
-        plans: list[list[tuple[list[int], int]]] = []
         for index, image in enumerate(images):
             try:
                 validate_image(image)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"image {index}: {error}" if len(images) > 1 else str(error)) from None
-            plans.append(self._crops(image.shape[:2]))
-            crops += [image[y0:y1, x0:x1] for (x0, y0, x1, y1), _ in plans[-1]]
-        embeddings = self._embeddings(crops)
+        plans = [self._crop_boxes(image.shape[:2]) for image in images]
+        parts = [image[y0:y1, x0:x1] for image, plan in zip(images, plans, strict=True) for (x0, y0, x1, y1), _ in plan]
+        embeddings = self._embeddings(parts)
         report = _Progress(self.progress, sum(len(self.point_grids[layer]) for plan in plans for _, layer in plan))
-        results = []
-        for image, plan in zip(images, plans, strict=True):
-            steps = self._steps(embeddings, plan, image.shape[:2])
-            results.append(report.drain(steps))
-        report.close()
-        return results
+        with report:
+            return [
+                report.follow(self._steps(embeddings, plan, image.shape[:2]))
+                for image, plan in zip(images, plans, strict=True)
+            ]
 
-    @torch.no_grad()
     def steps(self, image: np.ndarray | ImageEmbedding) -> Generator[int, None, list[dict[str, Any]]]:
         """``generate`` in pieces, for who has other work between them: it pauses after each batch of clicks.
 
@@ -167,27 +159,29 @@ class SamAutomaticMaskGenerator:
         Raises:
             TypeError, ValueError: another kind of image, or an embedding where there are crops to be encoded.
         """
-        if isinstance(image, ImageEmbedding):
-            if len(self.point_grids) > 1:
-                raise ValueError(f"crop_n_layers={len(self.point_grids) - 1} needs the image, got its embedding")
-            self.predictor.model._check_embedding(image)
-            size = image.geometry.original_size
-            return (yield from self._steps(iter([image]), self._crops(size), size))
-        height, width = validate_image(image).shape[:2]
-        plan = self._crops((height, width))
-        embeddings = self._embeddings([image[y0:y1, x0:x1] for (x0, y0, x1, y1), _ in plan])
-        return (yield from self._steps(embeddings, plan, (height, width)))
+        if not isinstance(image, ImageEmbedding):
+            size = validate_image(image).shape[:2]
+            plan = self._crop_boxes(size)
+            return self._steps(self._embeddings([image[y0:y1, x0:x1] for (x0, y0, x1, y1), _ in plan]), plan, size)
+        if self.crop_n_layers > 0:
+            raise ValueError(f"crop_n_layers={self.crop_n_layers} needs the image, got its embedding")
+        self.predictor.model.check_embedding(image)
+        size = image.geometry.original_size
+        return self._steps(iter([image]), self._crop_boxes(size), size)
 
-    def _crops(self, size: tuple[int, ...]) -> list[tuple[list[int], int]]:
-        """Boxes in an image of ``size`` that clicks are made in, and the layer of each."""
-        return list(zip(*generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio), strict=True))
+    def _crop_boxes(self, size: tuple[int, ...]) -> list[tuple[tuple[int, int, int, int], int]]:
+        """Boxes in an image of ``size`` that clicks are made in, and the layer of each; none without a pixel."""
+        boxes, layers = generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
+        crops = zip(boxes, layers, strict=True)
+        return [((x0, y0, x1, y1), layer) for (x0, y0, x1, y1), layer in crops if x0 < x1 and y0 < y1]
 
-    def _embeddings(self, crops: Sequence[np.ndarray]) -> Iterator[ImageEmbedding]:
+    @torch.no_grad()
+    def _embeddings(self, parts: Sequence[np.ndarray]) -> Iterator[ImageEmbedding]:
         """Encode when they are asked for, several together where that pays."""
         predictor, model = self.predictor, self.predictor.model
         at_once = 1 if model.device.type == "cpu" else _CROPS_AT_ONCE
-        for start in range(0, len(crops), at_once):
-            some = crops[start : start + at_once]
+        for start in range(0, len(parts), at_once):
+            some = parts[start : start + at_once]
             if len(some) > 1:
                 yield from model.encode(some)
             else:
@@ -196,24 +190,36 @@ class SamAutomaticMaskGenerator:
                 predictor.reset_image()
                 yield embedding
 
+    @torch.no_grad()
     def _steps(
-        self, embeddings: Iterator[ImageEmbedding], plan: list[tuple[list[int], int]], size: tuple[int, ...]
+        self,
+        embeddings: Iterator[ImageEmbedding],
+        plan: list[tuple[tuple[int, int, int, int], int]],
+        size: tuple[int, ...],
     ) -> Generator[int, None, list[dict[str, Any]]]:
         """The records of an image of ``size`` whose crops are in ``plan`` and come next from ``embeddings``."""
+        model = self.predictor.model
+        criteria = Criteria(
+            self.pred_iou_thresh, self.stability_score_thresh, self.stability_score_offset, self.box_nms_thresh
+        )
         data = MaskData()
-        for crop_box, layer in plan:
-            data.cat((yield from self._process_crop(next(embeddings), crop_box, layer, size)))
+        for (box, layer), embedding in zip(plan, embeddings, strict=False):
+            crop = Crop(embedding, box, (size[0], size[1]))
+            height, width = embedding.geometry.original_size
+            memory = MaskMemory.plan(model, (height, width), self.points_per_batch, self.max_memory)
+            clicks = self.point_grids[layer] * (width, height)
+            data.cat((yield from masks_of_crop(model, crop, clicks, criteria, memory)))
         if len(plan) > 1:
             x0, y0, x1, y1 = data["crop_boxes"].unbind(1)
             smaller_first = 1 / ((x1 - x0) * (y1 - y0))
-            data.filter(self._suppress(data["boxes"], smaller_first.to(data["boxes"].device), self.crop_nms_thresh))
+            data.filter(nms(data["boxes"], smaller_first, self.crop_nms_thresh))
         if self.min_mask_region_area > 0:
             threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
-            data = self.postprocess_small_regions(data, self.min_mask_region_area, threshold)
+            data = _clean(data, self.min_mask_region_area, threshold, model.device)
         return self._records(data)
 
     def _records(self, data: MaskData) -> list[dict[str, Any]]:
-        boxes, crop_boxes = data["boxes"].cpu(), data["crop_boxes"].cpu()
+        boxes, crop_boxes = data["boxes"], data["crop_boxes"].clone()
         for corners in (boxes, crop_boxes):
             corners[:, 2:] -= corners[:, :2]
         columns = {
@@ -235,130 +241,32 @@ class SamAutomaticMaskGenerator:
         strings = run_lengths.compress_all([rle["counts"] for rle in rles])
         return [{"size": rle["size"], "counts": string} for rle, string in zip(rles, strings, strict=True)]
 
-    def _process_crop(
-        self, embedding: ImageEmbedding, crop_box: list[int], crop_layer_idx: int, orig_size: tuple[int, ...]
-    ) -> Generator[int, None, MaskData]:
-        geometry, model = embedding.geometry, self.predictor.model
-        height, width = geometry.original_size
-        resizing = Resizing(geometry.image_size, geometry.input_size, geometry.original_size)
-        memory = MaskMemory.plan(model, (height, width), self.points_per_batch, self.max_memory)
-
-        def encode(masks: list[Any]) -> list[Any]:
-            return self._encode(masks, resizing, crop_box, orig_size, memory.masks_at_once)
-
-        clicks = self.point_grids[crop_layer_idx] * (width, height)
-        data = MaskData()
-        masks: list[Any] = []  # logits of low resolution, or the RLE once there were too many of them
-        held, done = 0, 0
-        for (points,) in batch_iterator(memory.points_at_once, clicks):
-            batch, low_res = self._process_batch(points, embedding, resizing, crop_box, orig_size)
-            batch["clicks"] += done
-            done += len(points)
-            data.cat(batch)
-            masks.extend(low_res)
-            held += low_res.nbytes
-            if held > memory.held_bytes:
-                masks, held = encode(masks), 0
-            yield len(points)
-        keep = self._suppress(data["boxes"], data["iou_preds"], self.box_nms_thresh)
-        data.filter(keep)
-        data["rles"] = encode([masks[index] for index in keep.tolist()])
-        data["boxes"] = uncrop_boxes_xyxy(data["boxes"], crop_box)
-        data["points"] = uncrop_points(torch.as_tensor(clicks)[data["clicks"].cpu()], crop_box)
-        data["crop_boxes"] = torch.tensor([crop_box] * len(keep), dtype=torch.int64).reshape(-1, 4)
-        del data["clicks"]
-        return data
-
-    def _process_batch(
-        self,
-        points: np.ndarray,
-        embedding: ImageEmbedding,
-        resizing: Resizing,
-        crop_box: list[int],
-        orig_size: tuple[int, ...],
-    ) -> tuple[MaskData, Tensor]:
-        """Decode some clicks: masks [N, h, w], of low resolution, of those worth keeping, and what is known of them.
-
-        On a GPU the host waits twice, to know how many are left: after the predicted IoU, which decides before
-        anything is computed at full size, and after stability, which decides before a mask is made.
-        """
-        model = self.predictor.model
-        low_res, iou, clicks = self._confident(points, embedding)
-        statistics = mask_statistics(
-            low_res,
-            resizing,
-            threshold=model.mask_threshold,
-            offset=self.stability_score_offset,
-            kernels=model.kernels,
-        )
-        height, width = orig_size
-        good = ~is_box_near_crop_edge(statistics.boxes, crop_box, [0, 0, width, height])
-        if self.stability_score_thresh > 0:
-            good &= statistics.stability >= self.stability_score_thresh
-        rows = good.nonzero()[:, 0]
-        data = MaskData(
-            iou_preds=iou[rows],
-            stability_score=statistics.stability[rows],
-            boxes=statistics.boxes[rows],
-            clicks=clicks[rows],
-        )
-        return data, low_res[rows]
-
-    def _confident(self, points: np.ndarray, embedding: ImageEmbedding) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the masks at clicks [P, 2], those of enough predicted IoU: logits [N, h, w], IoU [N], their click [N]."""
-        predictor, model = self.predictor, self.predictor.model
-        size = embedding.geometry.original_size
-        coords = torch.as_tensor(predictor.transform.apply_coords(points, size))[:, None]
-        batch = PromptBatch.from_tensors((coords, torch.ones(coords.shape[:2])), None, None, model.device)
-        low_res, iou = model.decode([embedding], batch, multimask_output=True)
-        clicks = torch.arange(len(points), device=iou.device).repeat_interleave(iou.shape[1])
-        low_res, iou = low_res.flatten(0, 1), iou.flatten()
-        if self.pred_iou_thresh <= 0:
-            return low_res, iou, clicks
-        rows = (iou > self.pred_iou_thresh).nonzero()[:, 0]
-        return low_res[rows], iou[rows], clicks[rows]
-
-    def _suppress(self, boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
-        return nms(boxes, scores, threshold, kernels=self.predictor.model.kernels)
-
-    def _encode(
-        self, masks: list[Any], resizing: Resizing, crop_box: list[int], orig_size: tuple[int, ...], at_once: int
-    ) -> list[dict[str, Any]]:
-        """RLEs, in the whole image, of logits [h, w] of a crop; what is an RLE already stays."""
-        model = self.predictor.model
-        encoded = list(masks)
-        waiting = [index for index, mask in enumerate(masks) if isinstance(mask, Tensor)]
-        for start in range(0, len(waiting), at_once):
-            some = waiting[start : start + at_once]
-            logits = torch.stack([masks[index] for index in some])
-            packed = packed_masks(logits, resizing, threshold=model.mask_threshold, kernels=model.kernels)
-            corner, full_size = (crop_box[0], crop_box[1]), (orig_size[0], orig_size[1])
-            rles = run_lengths.encode_packed(packed, resizing.output_size, corner, full_size)
-            for index, rle in zip(some, rles, strict=True):
-                encoded[index] = rle
-        return encoded
-
     @staticmethod
     def postprocess_small_regions(mask_data: MaskData, min_area: int, nms_thresh: float) -> MaskData:
         """Clean every mask of regions under ``min_area`` pixels, then drop what became a duplicate.
 
         Masks that were clean win over those that had to be changed. Needs SciPy on a CPU.
         """
-        if not mask_data["rles"]:
-            return mask_data
-        rles, boxes = list(mask_data["rles"]), mask_data["boxes"].clone()
-        untouched = torch.ones(len(rles), device=boxes.device)
-        for index, rle in enumerate(rles):
-            mask = torch.from_numpy(rle_to_mask(rle))[None].to(boxes.device)
-            mask, filled = remove_small_regions(mask, min_area, "holes")
-            mask, dropped = remove_small_regions(mask, min_area, "islands")
-            if filled or dropped:
-                untouched[index] = 0
-                (rles[index],) = mask_to_rle_pytorch(mask)
-                boxes[index] = batched_mask_to_box(mask)[0]
-        mask_data["rles"], mask_data["boxes"] = rles, boxes
-        mask_data.filter(nms(boxes, untouched, nms_thresh))
-        return mask_data
+        return _clean(mask_data, min_area, nms_thresh, torch.device("cpu"))
+
+
+def _clean(data: MaskData, min_area: int, nms_thresh: float, device: torch.device) -> MaskData:
+    """``postprocess_small_regions`` with the components found on ``device``."""
+    if not data["rles"]:
+        return data
+    rles, boxes = list(data["rles"]), data["boxes"].clone()
+    untouched = torch.ones(len(rles))
+    for index, rle in enumerate(rles):
+        mask = torch.from_numpy(rle_to_mask(rle))[None].to(device)
+        mask, filled = remove_small_regions(mask, min_area, "holes")
+        mask, dropped = remove_small_regions(mask, min_area, "islands")
+        if filled or dropped:
+            untouched[index] = 0
+            (rles[index],) = mask_to_rle_pytorch(mask)
+            boxes[index] = batched_mask_to_box(mask)[0]
+    data["rles"], data["boxes"] = rles, boxes
+    data.filter(nms(boxes, untouched, nms_thresh))
+    return data
 
 
 class _Progress:
@@ -369,19 +277,22 @@ class _Progress:
         self._bar = tqdm(total=total, desc="clicks", leave=False) if progress is True else None
         self._done, self._total = 0, total
 
-    def drain(self, steps: Generator[int, None, Any]) -> Any:
-        """Run to the end; what the generator returns."""
-        try:
-            while True:
-                count = next(steps)
-                self._done += count
-                if self._bar is not None:
-                    self._bar.update(count)
-                if self._call is not None:
-                    self._call(self._done, self._total)
-        except StopIteration as stop:
-            return stop.value
+    def __enter__(self) -> None:
+        pass
 
-    def close(self) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+    def follow(self, steps: Generator[int, None, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Go through to the end; what the generator returns."""
+        while True:
+            try:
+                count = next(steps)
+            except StopIteration as stop:
+                return stop.value
+            self._done += count
+            if self._bar is not None:
+                self._bar.update(count)
+            if self._call is not None:
+                self._call(self._done, self._total)

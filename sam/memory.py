@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from .modeling import Sam
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_USUAL = 2 * 10**9
+_USUAL = {"cpu": 2 * 10**9, "cuda": 8 * 10**9}
+_CLICKS_ON_A_GPU = 1024  # of a batch: the usual grid, so that the host waits once for all
 _DECODER_BYTES = 40 * 10**6  # activations of the mask decoder a click, 64 x 64 tokens in fp32 (34 MB measured)
 _FIXED_BYTES = 64 * 10**6  # of the statistics and bits of masks: blocks of a few masks
 
@@ -52,27 +53,29 @@ class MaskMemory:
         """
         low_height, low_width = model.prompt_encoder.mask_input_size
         grid_height, grid_width = model.prompt_encoder.image_embedding_size
-        logits = 4 * low_height * low_width
+        tokens, logits = grid_height * grid_width, 4 * low_height * low_width
         # The logits of a click's three masks exist three times: in the decoder's chunk, joined, and filtered.
-        click = _DECODER_BYTES * grid_height * grid_width // 4096 + 9 * logits
+        chunk_click = _DECODER_BYTES * tokens // 4096 + 9 * logits
+        # Beyond a chunk, more clicks only add their logits, on a GPU their image side too.
+        on_cpu = model.device.type == "cpu"
+        more_click = 9 * logits + (0 if on_cpu else 4 * tokens * model.prompt_encoder.embed_dim)
         # The words of a mask are compared with their neighbours; its logits are stacked.
         mask = 6 * 4 * size[1] * (size[0] // 32 + 2) + logits
-        budget = _USUAL if max_memory is None else max_memory
+        budget = _USUAL.get(model.device.type, _USUAL["cpu"]) if max_memory is None else max_memory
         share = (budget - _FIXED_BYTES) // 4
-        needed = _FIXED_BYTES + 4 * max(click, mask)
+        needed = _FIXED_BYTES + 4 * max(chunk_click, mask)
         if max_memory is not None and max_memory < needed:
             raise ValueError(
                 f"max_memory of {max_memory / 1e6:.0f} MB is too little for masks of {size[0]}x{size[1]} "
                 f"(height x width): at least {needed / 1e6:.0f} MB are needed to take them one by one"
             )
-        points = points_per_batch
+        points = points_per_batch if on_cpu else max(points_per_batch, _CLICKS_ON_A_GPU)
         if max_memory is not None:
-            # The decoder has chunks of its own: beyond one of them, more clicks only add logits.
-            chunk = min(share // click, model._prompts_per_chunk)
-            more = (share - chunk * click) // (9 * logits) if chunk == model._prompts_per_chunk else 0
-            points = min(points, chunk + more)
+            chunk = min(share // chunk_click, model.prompts_per_chunk)
+            room = share - chunk * chunk_click
+            points = min(points, chunk + (room // more_click if chunk == model.prompts_per_chunk else 0))
         return cls(
             points_at_once=points,
-            masks_at_once=max(1, min(64, share // mask)),
+            masks_at_once=max(1, min(64, share // mask) if on_cpu else share // mask),
             held_bytes=max(0, 2 * share),
         )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -39,9 +40,10 @@ def encode_packed(
     words = F.pad(packed, (0, 1))  # a run that reaches the last row ends in a word of its own
     above = F.pad(words[..., :-1] >> 31 & 1, (1, 0))
     changes = (words ^ (words << 1 | above)).flatten()  # a bit for each pixel unlike the one above it
-    places = changes.nonzero()[:, 0]
-    found = (places << 32 | changes[places].long() & 0xFFFFFFFF).cpu().numpy()
-
+    if packed.device.type == "cpu":
+        found = _nonzero_words(changes).numpy()
+    else:  # smooth masks have an edge above and one below in some columns
+        found = _copy_nonzero_words(changes, 2 * len(packed) * packed.shape[1]).numpy()
     bits = np.unpackbits(found.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :4], axis=1, bitorder="little")
     entry, bit = np.nonzero(bits)
     column, word = np.divmod(found[entry] >> 32, words.shape[2])
@@ -58,6 +60,27 @@ def encode_packed(
         counts = np.diff(inner, prepend=0) if ends_inside else np.diff(inner, prepend=0, append=height * width)
         encoded.append({"size": [height, width], "counts": counts.tolist()})
     return encoded
+
+
+def _nonzero_words(words: Tensor) -> Tensor:
+    """Each word that is not 0, with its place in the upper half of 64 bits."""
+    places = words.nonzero()[:, 0]
+    return places << 32 | words[places].long() & 0xFFFFFFFF
+
+
+def _copy_nonzero_words(words: Tensor, room: int) -> Tensor:
+    """As ``_nonzero_words``, on the host, in one copy that a device is not first asked the size of.
+
+    It has ``room`` for so many; when there are more, a second copy brings all.
+    """
+    while True:
+        places = torch.nonzero_static(words, size=room, fill_value=0)[:, 0]
+        found = places << 32 | words[places].long() & 0xFFFFFFFF
+        counted = torch.cat([words.count_nonzero()[None], found]).cpu()
+        count = int(counted[0])
+        if count <= room:
+            return counted[1 : count + 1]
+        room = count
 
 
 def decode(rle: dict[str, Any]) -> np.ndarray:

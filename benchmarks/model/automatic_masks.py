@@ -6,7 +6,7 @@ is stable; all pass the predicted IoU, so all are measured at full size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,9 @@ import sam
 from fastsam_kernels import nms
 from sam import SamAutomaticMaskGenerator
 from sam.embedding import ImageEmbedding
+from sam.modeling.mask_decoder import DecodedPrompts
 from sam.preprocess import ImageGeometry
+from sam.prompts import PromptBatch
 from sam.utils import amg
 
 from ..case import Case, Problem
@@ -54,24 +56,25 @@ class Tail:
             yield from zip(self.low_res.split(_POINTS_AT_ONCE), self.iou.split(_POINTS_AT_ONCE), strict=True)
 
     def ours(self, kernels: str) -> Callable[[], list[dict[str, Any]]]:
-        chunks = self._chunks()
         geometry = ImageGeometry.of(*self.image.shape[:2], 4 * SIDE)
-        features = torch.zeros(1, 256, SIDE // 4, SIDE // 4, device=self.model.device)
-        embedding = ImageEmbedding(features, geometry)
-
+        embedding = ImageEmbedding(torch.zeros(1, 256, SIDE // 4, SIDE // 4, device=self.model.device), geometry)
         generator = SamAutomaticMaskGenerator(self.model, None, point_grids=self.grid, output_mode="coco_rle")
-        predictor = generator.predictor
-
-        def set_image(image: np.ndarray) -> None:
-            predictor.features, predictor.is_image_set = embedding.features, True
-            predictor.original_size, predictor.input_size = geometry.original_size, geometry.input_size
-
-        predictor.set_image = set_image  # type: ignore[assignment, method-assign]
 
         def run() -> list[dict[str, Any]]:
+            first = 0
+
+            def decode_tokens(embeddings: Sequence[ImageEmbedding], batch: PromptBatch) -> DecodedPrompts:
+                nonlocal first
+                rows = torch.arange(first, first + len(batch), device=self.iou.device)
+                first += len(batch)
+                return DecodedPrompts(rows, rows, F.pad(self.iou[rows], (1, 0)), (1, 1))
+
+            def decode_masks(decoded: DecodedPrompts, multimask_output: bool, rows: Tensor) -> Tensor:
+                return self.low_res[decoded.keys[rows]]
+
             self.model.kernels = kernels
-            self.model.decode = lambda *arguments, **options: next(chunks)  # type: ignore[method-assign]
-            return generator.generate(self.image)
+            self.model.decode_tokens, self.model.decode_masks = decode_tokens, decode_masks  # type: ignore[method-assign, assignment]
+            return drain(generator.steps(embedding))
 
         return run
 
@@ -115,6 +118,15 @@ class Tail:
             }
             for rle, box, score in zip(data["rles"], data["boxes"], data["stability"], strict=True)
         ]
+
+
+def drain(steps: Generator[int, None, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Go through to the end; the records."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
 
 
 def numbers(records: list[dict[str, Any]]) -> Tensor:

@@ -18,7 +18,6 @@ from ..launch import Launch
 from ..tile_config import TileConfig, arch_of, lookup
 from .resize_map import TILE, Axis, Resizing, axes
 
-_NUMBERS = (0, 0, 0, 2**31 - 1, 2**31 - 1, -1, -1)  # inside, outside, area, left, top, right, bottom of no pixel
 _LARGEST_PATCH = 2048  # logits under a tile; where more are, in images of a few pixels, every tile is evaluated
 
 
@@ -201,8 +200,11 @@ def _tables(low_size: tuple[int, int], resizing: Resizing, device: torch.device)
 
 
 def no_pixels(masks: int, device: torch.device) -> Tensor:
-    """Numbers [N, 7] of masks without a pixel, for the kernel to join to."""
-    return torch.tensor(_NUMBERS, dtype=torch.int32, device=device).repeat(masks, 1)
+    """Numbers [N, 7] of masks without a pixel (inside, outside, area, left, top, right, bottom), to be joined to."""
+    numbers = torch.zeros(masks, 7, dtype=torch.int32, device=device)
+    numbers[:, 3:5] = 2**31 - 1
+    numbers[:, 5:] = -1
+    return numbers
 
 
 @torch.library.custom_op("fastsam::mask_statistics", mutates_args=())

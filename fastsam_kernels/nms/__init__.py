@@ -25,7 +25,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, kernels: str = "
     """Indices of the boxes to keep, best score first.
 
     Args:
-        boxes: [N, 4] as x0, y0, x1, y1.
+        boxes: [N, 4] as x0, y0, x1, y1. One of NaN overlaps none and stays.
         scores: [N].
         iou_threshold: of IoU, above which the lower-scored box goes.
         kernels: "reference", "torch", "triton" or "auto".
@@ -37,6 +37,16 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, kernels: str = "
         ValueError: shapes that do not fit together, or an unknown ``kernels``.
         UnsupportedKernelError: "triton" where it cannot run; the message says why.
     """
+    order, keep = ranked_nms(boxes, scores, iou_threshold, kernels=kernels)
+    return order[keep]
+
+
+def ranked_nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, kernels: str = "auto") -> tuple[Tensor, Tensor]:
+    """As :func:`nms`, for a host that does not want to wait for the number of boxes that are left.
+
+    Returns:
+        all indices, best score first, [N] int64; and which of them stay, [N] bool.
+    """
     if boxes.ndim != 2 or boxes.shape[1] != 4 or scores.shape != boxes.shape[:1]:
         raise ValueError(f"nms takes boxes [N, 4] and scores [N], got {list(boxes.shape)} and {list(scores.shape)}")
     chosen = choose("nms", kernels, boxes.device, _constraint(boxes))
@@ -45,9 +55,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, kernels: str = "
     if chosen == "triton":
         from .kernel import nms_triton
 
-        return order[nms_triton(ranked, threshold)]
+        return order, nms_triton(ranked, threshold)
     form = reference if chosen == "reference" else torch_form
-    return order[form(ranked, threshold)]
+    return order, form(ranked, threshold)
 
 
 def reference(boxes: Tensor, threshold: float) -> Tensor:

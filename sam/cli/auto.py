@@ -157,15 +157,14 @@ def _write_coco(records: list[dict[str, Any]], target: Path) -> None:
 
 
 def _write_pngs(records: list[dict[str, Any]], target: Path) -> None:
-    with _new_folder(target) as folder:
-        with open(folder / "metadata.csv", "w", newline="") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(_COLUMNS)
-            for number, record in enumerate(records):
-                mask = rle.decode(record["segmentation"])
-                Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"{number}.png")
-                numbers = (*record["bbox"], *record["point_coords"][0], record["predicted_iou"])
-                table.writerow((number, record["area"], *numbers, record["stability_score"], *record["crop_box"]))
+    with _new_folder(target) as folder, open(folder / "metadata.csv", "w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(_COLUMNS)
+        for number, record in enumerate(records):
+            mask = rle.decode(record["segmentation"])
+            Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"{number}.png")
+            numbers = (*record["bbox"], *record["point_coords"][0], record["predicted_iou"])
+            table.writerow((number, record["area"], *numbers, record["stability_score"], *record["crop_box"]))
 
 
 @contextmanager

@@ -73,12 +73,11 @@ class MaskData:
 
 def is_box_near_crop_edge(boxes: Tensor, crop_box: list[int], orig_box: list[int], atol: float = 20.0) -> Tensor:
     """[N], whether a box in a crop's frame lies within ``atol`` px of the crop's edge but not of the image's."""
-    placed = uncrop_boxes_xyxy(boxes, crop_box).float()
-    near_crop, near_image = (
-        (placed - torch.tensor(edge, dtype=torch.float32, device=boxes.device)).abs() <= atol
-        for edge in (crop_box, orig_box)
-    )
-    return (near_crop & ~near_image).any(dim=1)
+    near = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+    for side, (of_crop, of_image) in enumerate(zip(crop_box, orig_box, strict=True)):
+        placed = (boxes[:, side] + crop_box[side % 2]).float()
+        near |= ((placed - of_crop).abs() <= atol) & ~((placed - of_image).abs() <= atol)
+    return near
 
 
 def box_xyxy_to_xywh(box_xyxy: Tensor) -> Tensor:
