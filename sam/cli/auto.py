@@ -18,14 +18,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import rle
-from ..automatic_mask_generator import SamAutomaticMaskGenerator
+from ..automatic_mask_generator import NANO_THRESHOLDS, SamAutomaticMaskGenerator
 from ..files import write_atomically
 from ..overlay import draw_overlay
 from .images import MAX_MEGAPIXELS, read_image
 from .options import add_model_options, add_traceback_option, model_from
 
-# Of SAM's defaults, what is different for the embedded model: it rates its own masks low.
-_NANO = {"pred_iou_thresh": 0.6, "stability_score_thresh": 0.8}
 _SETTINGS: tuple[tuple[str, type, Any, str], ...] = (
     ("points_per_side", int, 32, "clicks along a side of the grid"),
     ("points_per_batch", int, 64, "clicks decoded together"),
@@ -47,9 +45,14 @@ _COLUMNS = (
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("auto", help="masks of everything in an image or a folder of images")
+    parser = commands.add_parser(
+        "auto",
+        help="masks of everything in an image or a folder of images",
+        epilog="The embedded nano rates its own masks low: with SAM's thresholds next to nothing of them is left. So "
+        "other defaults suit it, which are named beside SAM's.",
+    )
     parser.add_argument("source", metavar="IMAGE_OR_FOLDER", help="a photograph, or a folder of them")
-    parser.add_argument("--out", default="out", metavar="DIR", help="folder for the results (default: out)")
+    parser.add_argument("--out", "--output", default="out", metavar="DIR", help="folder for the results (default: out)")
     parser.add_argument(
         "--format",
         choices=("png", "coco"),
@@ -69,7 +72,7 @@ def add_parser(commands: Any) -> None:
     )
     settings = parser.add_argument_group("automatic masks")
     for name, kind, default, purpose in _SETTINGS:
-        suited = f"; {_NANO[name]:g} for the embedded nano" if name in _NANO else ""
+        suited = f"; {NANO_THRESHOLDS[name]:g} for the embedded nano" if name in NANO_THRESHOLDS else ""
         option = f"--{name.replace('_', '-')}"
         settings.add_argument(option, type=kind, metavar="N", help=f"{purpose} (default: {default:.3g}{suited})")
     add_model_options(parser)
@@ -80,6 +83,8 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     images = find_images(Path(args.source))
     out = Path(args.out)
+    if out.resolve() == Path(args.source).resolve():
+        raise ValueError(f"--out must be another folder than that of the images, got {out}")
     out.mkdir(parents=True, exist_ok=True)
     waiting = {path: out / name for path, name in images.items() if args.force or not _finished(out / name, args)}
     if skipped := len(images) - len(waiting):
@@ -128,7 +133,7 @@ def find_images(source: Path) -> dict[Path, str]:
 
 def _generator(args: argparse.Namespace) -> SamAutomaticMaskGenerator:
     model = model_from(args)
-    suited = _NANO if model.name == "nano" else {}
+    suited = NANO_THRESHOLDS if model.name == "nano" else {}
     settings = {
         name: suited.get(name, default) if (given := getattr(args, name)) is None else given
         for name, _, default, _ in _SETTINGS

@@ -20,7 +20,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="FILE", help="weights in any known layout (default: the embedded nano)")
-    parser.add_argument("--variant", help="what the weights must be, for example vit_b (default: inferred)")
+    parser.add_argument(
+        "--variant", "--model-type", help="what the weights must be, for example vit_b (default: inferred)"
+    )
     parser.add_argument(
         "--image-size", type=int, metavar="PX", help="side of the model's input (default: the weights')"
     )
