@@ -19,7 +19,7 @@ masks_strategy = st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1,
 )
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(deadline=None)
 @given(masks_strategy)
 def test_encoding_equals_pycocotools(masks: np.ndarray) -> None:
     for mask, encoded in zip(masks, rle.encode(torch.from_numpy(masks)), strict=True):
@@ -33,10 +33,20 @@ def test_encoding_equals_pycocotools(masks: np.ndarray) -> None:
         assert amg.coco_encode_rle(encoded) == {"size": list(mask.shape), "counts": theirs["counts"].decode()}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=30))
 def test_strings_of_any_counts_round_trip(counts: list[int]) -> None:
     np.testing.assert_array_equal(rle.decompress(rle.compress(counts)), counts)
+
+
+def test_words_that_come_in_one_copy() -> None:
+    """A device is not asked how many words have an edge; those that do not fit come in a second copy."""
+    changes = torch.zeros(500, dtype=torch.int32)
+    changes[[3, 77, 300, 499]] = torch.tensor([1, -1, 2**31 - 1, -(2**31)], dtype=torch.int32)
+    expected = rle._nonzero_words(changes)
+    assert expected.tolist() == [3 << 32 | 1, 77 << 32 | 2**32 - 1, 300 << 32 | 2**31 - 1, 499 << 32 | 2**31]
+    for room in (0, 3, 4, 500):
+        assert rle._copy_nonzero_words(changes, room).equal(expected)
 
 
 def test_a_large_noisy_mask() -> None:
@@ -52,7 +62,7 @@ def test_bad_runs(counts: object) -> None:
         rle.decode({"size": [2, 3], "counts": counts})
 
 
-@settings(max_examples=200, deadline=None)
+@settings(deadline=None)
 @given(masks_strategy)
 def test_boxes_of_masks(masks: np.ndarray) -> None:
     boxes = amg.batched_mask_to_box(torch.from_numpy(masks)).tolist()
@@ -143,7 +153,7 @@ def test_batches() -> None:
         list(amg.batch_iterator(2, [1, 2, 3], [1, 2]))
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(deadline=None)
 @given(
     st.integers(0, 2), st.integers(1, 70), st.integers(1, 9), st.tuples(*[st.integers(0, 3)] * 4), st.integers(0, 999)
 )

@@ -57,7 +57,7 @@ def spiral(side: int) -> np.ndarray:
     return mask
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_against_opencv(seed: int) -> None:
     masks = draw(seed, largest=14)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsam_kernels import UnsupportedKernelError, nms
+from fastsam_kernels import UnsupportedKernelError, nms, ranked_nms
 
 
 def brute_force(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> list[int]:
@@ -36,7 +36,7 @@ def draw(count: int, seed: int, largest: int = 8) -> tuple[np.ndarray, np.ndarra
     return corners.reshape(-1, 4).astype(np.float32), rng.integers(0, 5, count) / 4
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(deadline=None)
 @given(st.integers(0, 40), st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.7, 1.0]))
 def test_against_the_definition(count: int, seed: int, threshold: float) -> None:
     boxes, scores = draw(count, seed)
@@ -76,6 +76,17 @@ def test_the_threshold_is_compared_in_fp64(device: torch.device, kernels: str) -
     # fp32(7 / 10) is below 0.7.
     boxes[1, 2] = 7
     assert nms(boxes, torch.tensor([1.0, 0.5], device=device), 0.7, kernels=kernels).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("kernels", ["reference", "torch", "triton"])
+def test_boxes_that_do_not_count(device: torch.device, kernels: str) -> None:
+    """NaN in place of a box suppresses none and is suppressed by none; the ranking has all of them."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [torch.nan] * 4, [0, 0, 10, 9], [torch.nan] * 4], device=device)
+    scores = torch.tensor([0.5, 0.9, 0.4, 0.1], device=device)
+    order, keep = ranked_nms(boxes, scores, 0.5, kernels=kernels)
+    assert order.tolist() == [1, 0, 2, 3]
+    assert keep.tolist() == [True, True, False, True]
+    assert nms(boxes, scores, 0.5, kernels=kernels).tolist() == [1, 0, 3]
 
 
 def test_products_are_rounded_before_they_are_added(device: torch.device) -> None:
