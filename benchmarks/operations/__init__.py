@@ -11,6 +11,7 @@ from . import (
     image_to_token_attention,
     mask_postprocess,
     nms,
+    preprocess_image,
     rel_pos_attention,
     token_to_image_attention,
 )
@@ -21,6 +22,7 @@ OPERATIONS = {
     "image_to_token_attention": image_to_token_attention,
     "mask_postprocess": mask_postprocess,
     "nms": nms,
+    "preprocess_image": preprocess_image,
     "rel_pos_attention": rel_pos_attention,
     "token_to_image_attention": token_to_image_attention,
 }
