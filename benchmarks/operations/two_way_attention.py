@@ -97,7 +97,7 @@ def _launches(tokens: int, dtype: torch.dtype, tile: TileConfig) -> Iterator[tup
     yield f"{tokens} tokens, 64x64", update_and_ask
 
 
-TESTS = "test_two_way_attention.py"
+TESTS = "test_two_way_pass.py"
 LAUNCHES = {"8 tokens": partial(_launches, CLICK_TOKENS), "16 tokens": partial(_launches, MOST_TOKENS)}
 
 
