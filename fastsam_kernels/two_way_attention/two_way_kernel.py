@@ -2,7 +2,7 @@
 
 A program takes one of SPLITS shares of a prompt's image tokens. It updates them as ``image_to_token_kernel`` does,
 waits until all of its own threads have written theirs, and attends to them as ``token_to_image_kernel`` does, so
-memory sees the updated tokens once, on their way out: a share of 256 tokens is 128 KB in bf16 and comes back from the
+memory sees the updated tokens once, on their way out: a share of 512 tokens is 256 KB in bf16 and comes back from the
 cache. The results are bit-equal to those of the two kernels with the same tiles.
 
 Weighed: asking a tile while it is in registers reads nothing back, but the sums of all heads (64 x 256 in fp32 for a
