@@ -60,11 +60,19 @@ class _Models:
     plain: Sam
     truth: Sam
 
-    def compare(self, operation: str, case: str, run: Callable[[Sam], Tensor], masks: bool = False) -> Check:
-        """``run`` on each of them."""
+    def compare(
+        self,
+        operation: str,
+        case: str,
+        run: Callable[[Sam], Tensor],
+        masks: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Check:
+        """``run`` on each of them; ``dtype`` is that of the arithmetic where it is not the model's."""
         found, plain, truth = (run(model).double() for model in (self.ours, self.plain, self.truth))
         error, noise = _distance(found, truth), _distance(plain, truth)
-        budget = 2 * noise + max(torch.finfo(self.ours.dtype).eps, torch.finfo(torch.float32).eps)
+        rounding = torch.finfo(dtype or self.ours.dtype).eps
+        budget = 2 * noise + max(rounding, torch.finfo(torch.float32).eps)
         return Check(operation, case, error, noise, budget, _least_iou(found, truth) if masks else None)
 
 
@@ -88,11 +96,12 @@ def verify(model: Sam, image: np.ndarray | None = None) -> Iterator[Check]:
     embedding = models.truth.encode(image)
     yield from _encoder_checks(models, image)
     yield from _decoder_checks(models, embedding)
-    yield models.compare("image encoder", "whole", lambda m: m.encode(image).features)
+    found = {id(m): m.encode(image) for m in (models.ours, models.plain, models.truth)}
+    yield models.compare("image encoder", "whole", lambda m: found[id(m)].features)
     for case, prompts in _prompts(embedding).items():
 
         def logits(m: Sam, prompts: Sequence[Prompt] = prompts) -> Tensor:
-            return m.predict(m.encode(image), prompts).low_res_logits
+            return m.predict(found[id(m)], prompts).low_res_logits
 
         yield models.compare("image to masks", case, logits, masks=True)
 
@@ -139,8 +148,11 @@ def _run_block(block: Any, x: Tensor, kernels: str) -> Tensor:
 
 
 def _decoder_checks(models: _Models, embedding: ImageEmbedding) -> Iterator[Check]:
-    yield models.compare("positional encoding", "image grid", lambda m: m.prompt_encoder.get_dense_pe())
+    yield models.compare(
+        "positional encoding", "image grid", lambda m: m.prompt_encoder.get_dense_pe(), dtype=torch.float32
+    )
     yield models.compare("image side of block 0", "kept for an image", lambda m: _image_side(m, embedding))
+    scores: dict[int, list[Tensor]] = {}
     for case, prompts in _prompts(embedding).items():
         decoded = {id(m): _decode_tokens(m, embedding, prompts) for m in (models.ours, models.plain, models.truth)}
 
@@ -150,17 +162,18 @@ def _decoder_checks(models: _Models, embedding: ImageEmbedding) -> Iterator[Chec
         def tokens(m: Sam, decoded: dict[int, DecodedPrompts] = decoded) -> Tensor:
             return decoded[id(m)].mask_tokens
 
-        def iou(m: Sam, decoded: dict[int, DecodedPrompts] = decoded) -> Tensor:
-            return decoded[id(m)].iou
-
-        def masks(m: Sam, given: DecodedPrompts = decoded[id(models.truth)]) -> Tensor:
+        def masks(m: Sam, decoded: dict[int, DecodedPrompts] = decoded) -> Tensor:
+            given = decoded[id(models.truth)]
             narrow = DecodedPrompts(given.keys.to(m.dtype), given.mask_tokens.to(m.dtype), given.iou, given.grid)
             return m.mask_decoder.decode_masks(narrow, MaskDecoder.mask_slice(True), kernels=m.kernels)
 
         yield models.compare("two-way attention, image tokens", case, keys)
         yield models.compare("two-way attention, mask tokens", case, tokens)
-        yield models.compare("predicted IoU", case, iou)
+        for m, of_case in decoded.items():
+            scores.setdefault(m, []).append(of_case.iou)
         yield models.compare("hypernetwork_masks", case, masks, masks=True)
+    # Of all cases together: a few numbers are too few to tell noise from error.
+    yield models.compare("predicted IoU", "all prompts", lambda m: torch.cat(scores[id(m)]))
 
 
 def _image_side(model: Sam, embedding: ImageEmbedding) -> Tensor:
