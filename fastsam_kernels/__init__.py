@@ -7,7 +7,7 @@ from .mask_postprocess import MaskStatistics, Resizing, mask_statistics, pack_ma
 from .nms import nms, ranked_nms
 from .preprocess_image import preprocess_image
 from .rel_pos_attention import rel_pos_attention
-from .two_way_attention import MOST_TOKENS, image_to_token_attention, token_to_image_attention
+from .two_way_attention import MOST_TOKENS, image_to_token_attention, token_to_image_attention, two_way_attention
 
 __all__ = [
     "KERNELS",
@@ -30,5 +30,6 @@ __all__ = [
     "rel_pos_attention",
     "resolve_kernels",
     "token_to_image_attention",
+    "two_way_attention",
     "unpack_masks",
 ]

@@ -14,6 +14,7 @@ from . import (
     preprocess_image,
     rel_pos_attention,
     token_to_image_attention,
+    two_way_attention,
 )
 
 OPERATIONS = {
@@ -25,4 +26,5 @@ OPERATIONS = {
     "preprocess_image": preprocess_image,
     "rel_pos_attention": rel_pos_attention,
     "token_to_image_attention": token_to_image_attention,
+    "two_way_attention": two_way_attention,
 }

@@ -372,7 +372,7 @@ class Sam(DerivedWeights, Fp32Buffers):
     def prompts_per_chunk(self) -> int:
         """Prompts that the decoder takes at a time."""
         # The image side of a chunk (4 MB a prompt in fp32) should stay near a CPU's cache; a GPU wants work.
-        return 4 if self.device.type == "cpu" else 64
+        return 4 if self.device.type == "cpu" else 128
 
     # The official interface --------------------------------------------------------------------------------
 
