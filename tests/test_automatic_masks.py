@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import coins
@@ -278,3 +282,26 @@ def test_resizing_on_the_device(generator: Generator, photograph: np.ndarray) ->
         max(coins.iou(record["segmentation"], other["segmentation"]) for other in fast) > 0.9 for record in exact
     ]
     assert np.mean(matched) > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_the_memory_is_kept_within() -> None:
+    """In a process of its own, with the encoder and the libraries that load: the most that was resident."""
+    script = """
+import sys, numpy as np, torch, sam
+from benchmarks.generate import resident_growth
+torch.set_num_threads(2)
+model = sam.load_model(device="cpu").requires_grad_(False)
+image = np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), dtype=np.uint8)
+generator = sam.SamAutomaticMaskGenerator(
+    model, 16, pred_iou_thresh=0.2, stability_score_thresh=0.1, output_mode="coco_rle", max_memory=sys.argv[1]
+)
+print(resident_growth(lambda: generator.generate(image)))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))}
+    for size in (200, 400):
+        command = [sys.executable, "-c", script, f"{size}MB"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        assert int(done.stdout) <= 1.2e6 * size
+        print(f"\n{size} MB: {int(done.stdout) / 1e6:.0f} MB")
