@@ -12,13 +12,21 @@ scenes are drawn at 512 px here instead.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from ..config import SamConfig
 from ..modeling import Sam
 from ..modeling.build import build_empty
 from ..modeling.image_encoder import ImageEncoderViT
+
+
+@lru_cache
+def _shapes_of(config: SamConfig) -> ImageEncoderViT:
+    return build_empty(config).image_encoder
 
 
 class CropModel:
@@ -41,8 +49,7 @@ class CropModel:
         encoder = self.model.image_encoder
         if self.size == self._config.image_size:
             return encoder(pixels)
-        smaller: ImageEncoderViT = build_empty(self._config.with_image_size(self.size)).image_encoder
-        return functional_call(smaller, self._cropped_weights(), (pixels,))
+        return functional_call(_shapes_of(self._config.with_image_size(self.size)), self._cropped_weights(), (pixels,))
 
     def _cropped_weights(self) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = dict(self.model.image_encoder.named_parameters())
