@@ -80,9 +80,9 @@ class ScenePool:
         pixels, ids = [], []
         for place in places:
             y, x = rng.integers(0, SIZE - side + 1, 2)
-            image, labels = self._images[place, y : y + side, x : x + side], self._ids[place, y : y + side, x : x + side]
             turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
-            image, labels = torch.rot90(image, turns), torch.rot90(labels, turns)
+            window = (place, slice(y, y + side), slice(x, x + side))
+            image, labels = (torch.rot90(kept[window], turns) for kept in (self._images, self._ids))
             pixels.append(image.flip(1) if mirrored else image)
             ids.append(labels.flip(1) if mirrored else labels)
         picture = torch.stack(pixels).permute(0, 3, 1, 2).float()

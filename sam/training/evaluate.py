@@ -157,9 +157,7 @@ def _score_objects(
     for _ in range(CORRECTIONS):
         wrong = ((upsample(shown, crop.size) > 0) != truth).cpu().numpy()
         clicks = [deepest_point(w if w.any() else m) for w, m in zip(wrong, masks, strict=True)]
-        coords, labels = append_clicks(
-            coords, labels, torch.tensor(clicks, dtype=torch.float32, device=device), truth
-        )
+        coords, labels = append_clicks(coords, labels, torch.tensor(clicks, dtype=torch.float32, device=device), truth)
         logits, _, true = ask(coords, labels, shown)
         shown = logits[:, 0].float()
     scores.add("corrected", true[:, 0])
@@ -218,7 +216,8 @@ def evaluate_checkpoint(checkpoint: Path, scenes: int, device: torch.device, out
     """Measure ``checkpoint`` and write ``<name>.evaluation.json``, ``.md`` and ``.png`` into ``out``; the Markdown."""
     model = load_model(checkpoint, device=device, kernels="torch")
     result = evaluate(model, scenes)
-    result["weights"] = {"file": checkpoint.name, "model hash": model.model_hash, **read_checkpoint(checkpoint).metadata}
+    metadata = read_checkpoint(checkpoint).metadata
+    result["weights"] = {"file": checkpoint.name, "model hash": model.model_hash, **metadata}
     out.mkdir(parents=True, exist_ok=True)
     text = markdown(result)
     for suffix, content in (("json", json.dumps(result, indent=2) + "\n"), ("md", text)):

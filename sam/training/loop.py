@@ -63,10 +63,6 @@ class Settings:
     pool: int = 64
     peak: float = 4e-4
 
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        return FROM_SCRATCH if self.init == SCRATCH else CONTINUED
-
 
 def initial_model(init: str, seed: int, device: torch.device) -> Sam:
     """A model to train, in fp32."""
@@ -92,8 +88,17 @@ def arithmetic(device: torch.device) -> torch.dtype:
 class Trainer:
     """A model, its optimiser and average, and where in the data it is."""
 
-    def __init__(self, settings: Settings, device: torch.device, workers: int, model: Sam | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        device: torch.device,
+        workers: int,
+        model: Sam | None = None,
+        stages: tuple[Stage, ...] | None = None,
+    ) -> None:
+        """``model`` and ``stages`` stand in for what ``settings.init`` would give."""
         self.settings, self.device = settings, device
+        self.stages = stages or (FROM_SCRATCH if settings.init == SCRATCH else CONTINUED)
         self.model = initial_model(settings.init, settings.seed, device) if model is None else model
         self.dtype = arithmetic(device)
         self.step = 0
@@ -112,7 +117,7 @@ class Trainer:
         """One batch with its rounds of prompts, one update; returns what ``_MEANS`` names, NaN where not measured."""
         rng = np.random.default_rng([self.settings.seed, self.step])
         generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**62)))
-        stage = stage_at(self.settings.stages, progress)
+        stage = stage_at(self.stages, progress)
         batch = self._batch(stage, rng)
         area = stage.size**2
         objects = choose_objects(batch.ids, batch.parents, stage.prompts, math.ceil(_SMALLEST_SHARE * area), generator)
@@ -135,12 +140,12 @@ class Trainer:
 
     @property
     def patch(self) -> int:
-        return self.model.image_encoder.patch_embed.proj.kernel_size[0]  # type: ignore[return-value]
+        return self.model.image_encoder.patch_embed.proj.kernel_size[0]
 
     def _batch(self, stage: Stage, rng: np.random.Generator) -> Batch:
         settings = self.settings
         if self._pool is None:
-            capacity = settings.images * max(stage.images for stage in settings.stages)
+            capacity = settings.images * max(stage.images for stage in self.stages)
             if settings.reuse > 1:
                 capacity = max(capacity, settings.pool)
             self._pool = ScenePool(settings.seed, self._next_scene, capacity, self._workers, self.device)
@@ -267,7 +272,7 @@ def _progress_line(trainer: Trainer, progress: float, rate: float, recent: list[
     columns = np.array(recent, dtype=np.float64)
     measured = [f"{name} {column[column == column].mean():.3f}" for name, column in zip(_MEANS, columns.T, strict=True)
                 if (column == column).any()]  # fmt: skip
-    stage = stage_at(trainer.settings.stages, progress)
+    stage = stage_at(trainer.stages, progress)
     return f"step {trainer.step} ({progress:.0%}, {rate:.2f}/s, {stage.size} px): " + ", ".join(measured)
 
 
@@ -290,14 +295,20 @@ def save(trainer: Trainer, schedule: Schedule, out: Path) -> None:
     write_checkpoint(trainer.average, config, out / "nano.safetensors", dtype=torch.float16, metadata=about)
 
 
-def resume(out: Path, device: torch.device, workers: int, model: Sam | None = None) -> tuple[Trainer, float]:
-    """The trainer as it was saved in ``out``, and the seconds its run has spent.
+def resume(
+    out: Path,
+    device: torch.device,
+    workers: int,
+    model: Sam | None = None,
+    stages: tuple[Stage, ...] | None = None,
+) -> tuple[Trainer, float]:
+    """The trainer as it was saved in ``out``, and the seconds its run has spent; arguments as of :class:`Trainer`.
 
     Raises:
         FileNotFoundError: nothing was saved there.
     """
     state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
-    trainer = Trainer(Settings(**state["settings"]), device, workers, model)
+    trainer = Trainer(Settings(**state["settings"]), device, workers, model, stages)
     trainer.load_state(state)
     _drop_later_lines(out / "log.jsonl", trainer.step)
     return trainer, state["seconds"]

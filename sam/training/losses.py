@@ -6,6 +6,7 @@ much of each low-resolution pixel an object covers. Source: Segment Anything (ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ _FOCAL_ALPHA, _FOCAL_GAMMA = 0.25, 2.0
 _SINGLE_MASK_ON_CLICKS = 0.3
 _ALTERNATIVES_ON_OTHERS = 0.3
 _ALL_ALTERNATIVES = 0.05  # share of the mean over the three: none of them dies
+
+MaskLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)

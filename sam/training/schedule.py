@@ -81,7 +81,8 @@ class Schedule:
         self.steps = steps
         self._clock = clock
         self._start = clock() - spent_seconds
-        self._step_started, self._longest_step = None, 0.0
+        self._step_started: float | None = None
+        self._longest_step = 0.0
 
     @property
     def seconds(self) -> float:
