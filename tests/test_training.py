@@ -208,10 +208,12 @@ def test_a_click_trains_the_best_alternative_and_a_box_the_single_mask() -> None
     for name, is_click in (("click", True), ("box", False)):
         result = losses.prompt_losses(logits, torch.zeros(1, 4), targets, torch.tensor([is_click]))
         (gradient,) = torch.autograd.grad(result.mask, logits)
-        strength[name] = gradient.abs().sum((0, 2, 3))
-    assert strength["click"][2] > 5 * strength["click"][3]
-    assert strength["click"][2] > 2 * strength["box"][2]
-    assert strength["box"][0] > 2 * strength["click"][0]
+        strength[name] = gradient.abs().sum((0, 2, 3)).tolist()
+    alone = strength["box"][0]  # of a mask like masks 1 and 3, with its full weight
+    assert strength["click"][0] == pytest.approx(0.3 * alone, rel=1e-4)
+    assert strength["click"][3] == pytest.approx(0.05 / 3 * alone, rel=1e-4)
+    assert strength["box"][2] == pytest.approx(0.3 * strength["click"][2], rel=1e-4)
+    assert strength["click"][2] > 3 * strength["click"][3]
     assert result.iou.tolist() == [[0, 0, 1, 0]]
     assert result.iou_head.item() == pytest.approx(1 / 4)
 
@@ -252,7 +254,7 @@ def test_a_crop_sees_its_place_on_the_canvas() -> None:
 
 def test_a_crop_has_to_fit() -> None:
     model = fresh_model()
-    with pytest.raises(ValueError, match="must start at 0..2"):
+    with pytest.raises(ValueError, match=r"must start at 0\.\.2"):
         CropModel(model, 96, origin=(0, 3))
     with pytest.raises(ValueError, match="got 100 px"):
         CropModel(model, 100)
@@ -267,9 +269,9 @@ def test_training_learns_one_scene() -> None:
     first = learner.train_step(0.0)
     batch = learner._batch(learner.stages[0], np.random.default_rng(1))
     learner._batch = lambda stage, rng: batch  # type: ignore[method-assign]
-    seen = torch.stack([learner.train_step(0.0)[0] for _ in range(60)])
+    seen = torch.stack([learner.train_step(0.0)[0] for _ in range(40)])
     assert torch.isfinite(first[:2]).all()
-    assert seen[-10:].mean() < 0.6 * seen[:10].mean()
+    assert seen[-5:].mean() < 0.3 * seen[:5].mean()
 
 
 def test_a_resumed_run_continues_to_the_bit(tmp_path: Path) -> None:

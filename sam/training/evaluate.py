@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from ..build_sam import load_model
 from ..checkpoint import read_checkpoint
@@ -174,7 +175,7 @@ def _score_objects(
 def evaluate(model: Sam, scenes: int) -> dict[str, Any]:
     """The table over the first ``scenes`` held-out scenes, and what it is of."""
     start, scores = time.perf_counter(), Scores()
-    for index in range(scenes):
+    for index in tqdm(range(scenes), unit="scene", disable=None):
         score_scene(model, held_out_scene(index), index, scores)
     if not scores.share:
         raise ValueError(f"no object of {SMALLEST} px in {scenes} scenes")
