@@ -264,14 +264,14 @@ def test_a_crop_has_to_fit() -> None:
 
 
 def test_training_learns_one_scene() -> None:
-    """The same scene over and over, as it is: the loss falls and the masks come."""
+    """The same picture over and over, with other prompts each time."""
     learner = trainer(stages=(Stage(1.0, 128, 1, 6, 0.0),))
     first = learner.train_step(0.0)
     batch = learner._batch(learner.stages[0], np.random.default_rng(1))
     learner._batch = lambda stage, rng: batch  # type: ignore[method-assign]
     seen = torch.stack([learner.train_step(0.0)[0] for _ in range(40)])
     assert torch.isfinite(first[:2]).all()
-    assert seen[-5:].mean() < 0.3 * seen[:5].mean()
+    assert seen[-10:].mean() < 0.5 * seen[:5].mean()
 
 
 def test_a_resumed_run_continues_to_the_bit(tmp_path: Path) -> None:

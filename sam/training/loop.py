@@ -81,7 +81,7 @@ def arithmetic(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
+    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -244,7 +244,7 @@ def train(
             rows = torch.stack([means for _, means in pending]).tolist()
             with (out / "log.jsonl").open("a") as log:
                 for (step, _), row in zip(pending, rows, strict=True):
-                    measured = {name: value for name, value in zip(_MEANS, row, strict=True) if value == value}
+                    measured = {name: value for name, value in zip(_MEANS, row, strict=True) if not math.isnan(value)}
                     log.write(json.dumps({"step": step, **measured}) + "\n")
             recent.extend(rows)
             del recent[:-50]
@@ -269,11 +269,12 @@ def train(
 
 
 def _progress_line(trainer: Trainer, progress: float, rate: float, recent: list[list[float]]) -> str:
+    """Where the run is, and the means of the last steps."""
     columns = np.array(recent, dtype=np.float64)
-    measured = [f"{name} {column[column == column].mean():.3f}" for name, column in zip(_MEANS, columns.T, strict=True)
-                if (column == column).any()]  # fmt: skip
+    known = [(name, column[~np.isnan(column)]) for name, column in zip(_MEANS, columns.T, strict=True)]
+    means = ", ".join(f"{name} {values.mean():.3f}" for name, values in known if len(values))
     stage = stage_at(trainer.stages, progress)
-    return f"step {trainer.step} ({progress:.0%}, {rate:.2f}/s, {stage.size} px): " + ", ".join(measured)
+    return f"step {trainer.step} ({progress:.0%}, {rate:.2f}/s, {stage.size} px): {means}"
 
 
 def save(trainer: Trainer, schedule: Schedule, out: Path) -> None:
