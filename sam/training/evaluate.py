@@ -18,6 +18,7 @@ from ..build_sam import load_model
 from ..checkpoint import read_checkpoint
 from ..files import write_atomically
 from ..modeling import Sam
+from ..modeling.prompt_encoder import LABEL_FOREGROUND, LABEL_PADDING, box_labels
 from ..overlay import draw_overlay
 from ..preprocess import resize_image
 from ..prompts import Prompt
@@ -31,7 +32,6 @@ LARGE = 0.05  # share of the picture from which an object is large
 CORRECTIONS = 3
 _DISC_RADII = np.geomspace(3, 220, 40)
 _PROMPTS_AT_ONCE = {"cpu": 8, "cuda": 64}
-_FOREGROUND, _PADDING = 1, -1
 
 ROWS = {
     "click": "click, mask of highest predicted IoU",
@@ -136,40 +136,47 @@ def _score_objects(
     scores.add("filled_box", [filled_box_iou(mask) for mask in masks])
 
     def click_prompts(clicks: Tensor) -> tuple[Tensor, Tensor]:
-        labels = torch.tensor([_FOREGROUND, _PADDING], device=device).expand(count, 2)
+        labels = torch.tensor([LABEL_FOREGROUND, LABEL_PADDING], device=device).expand(count, 2)
         return torch.stack([clicks, torch.zeros_like(clicks)], 1), labels
 
-    def ask(coords: Tensor, labels: Tensor, mask_inputs: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Low-res logits [N, 4, h, w], predicted IoU [N, 4] and true IoU [N, 4]."""
+    def ask(
+        coords: Tensor, labels: Tensor, which: slice, mask_inputs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Low-res logits [N, M, h, w], predicted IoU [N, M] and true IoU [N, M] of the masks of ``which``."""
         images = torch.zeros(count, dtype=torch.int64, device=device)
         logits, predicted = crop.decode(features, coords, labels, images, mask_inputs)
-        full = torch.stack([upsample(logits[:, i], crop.size) > 0 for i in range(logits.shape[1])], 1)
-        return logits, predicted.float(), _ious(full, truth[:, None])
+        logits, predicted = logits[:, which].float(), predicted[:, which].float()
+        true = [_ious(upsample(mask, crop.size) > 0, truth) for mask in logits.unbind(1)]
+        return logits, predicted, torch.stack(true, 1)
 
-    rows = torch.arange(count, device=device)
-    coords, labels = click_prompts(torch.tensor(centers, dtype=torch.float32, device=device))
-    logits, predicted, true = ask(coords, labels)
-    chosen = 1 + predicted[:, 1:].argmax(1)
+    rows, single, alternatives = torch.arange(count, device=device), slice(0, 1), slice(1, None)
+    coords, labels = click_prompts(_points(centers, device))
+    logits, predicted, true = ask(coords, labels, alternatives)
+    chosen = predicted.argmax(1)
     scores.add("click", true[rows, chosen])
-    scores.add("click_best", true[:, 1:].amax(1))
-    scores.iou_error.extend((predicted - true).abs()[:, 1:].flatten().tolist())
+    scores.add("click_best", true.amax(1))
+    scores.iou_error.extend((predicted - true).abs().flatten().tolist())
 
-    shown = logits[rows, chosen].float()
+    shown = logits[rows, chosen]
     for _ in range(CORRECTIONS):
         wrong = ((upsample(shown, crop.size) > 0) != truth).cpu().numpy()
         clicks = [deepest_point(w if w.any() else m) for w, m in zip(wrong, masks, strict=True)]
-        coords, labels = append_clicks(coords, labels, torch.tensor(clicks, dtype=torch.float32, device=device), truth)
-        logits, _, true = ask(coords, labels, shown)
-        shown = logits[:, 0].float()
+        coords, labels = append_clicks(coords, labels, _points(clicks, device), truth)
+        logits, _, true = ask(coords, labels, single, shown)
+        shown = logits[:, 0]
     scores.add("corrected", true[:, 0])
 
-    _, predicted, true = ask(*click_prompts(random_clicks(truth, generator)))
-    scores.add("random_click", true[rows, 1 + predicted[:, 1:].argmax(1)])
+    _, predicted, true = ask(*click_prompts(random_clicks(truth, generator)), alternatives)
+    scores.add("random_click", true[rows, predicted.argmax(1)])
 
     corners = tight_boxes(truth).view(count, 2, 2)
-    _, predicted, true = ask(corners, torch.tensor([2, 3], device=device).expand(count, 2))
+    _, predicted, true = ask(corners, box_labels(corners), single)
     scores.add("box", true[:, 0])
     scores.iou_error.extend((predicted - true).abs()[:, 0].tolist())
+
+
+def _points(places: list[tuple[int, int]], device: torch.device) -> Tensor:
+    return torch.tensor(places, dtype=torch.float32, device=device)
 
 
 def evaluate(model: Sam, scenes: int) -> dict[str, Any]:
