@@ -48,8 +48,9 @@ class CropModel:
         """[B, 3, size, size] normalised -> [B, C, grid, grid]."""
         encoder = self.model.image_encoder
         if self.size == self._config.image_size:
-            return encoder(pixels)
-        return functional_call(_shapes_of(self._config.with_image_size(self.size)), self._cropped_weights(), (pixels,))
+            return encoder(pixels, kernels="torch")
+        shapes = _shapes_of(self._config.with_image_size(self.size))
+        return functional_call(shapes, self._cropped_weights(), (pixels,), {"kernels": "torch"})
 
     def _cropped_weights(self) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = dict(self.model.image_encoder.named_parameters())

@@ -28,6 +28,7 @@ from ..modeling.build import build_from_config
 from .batches import Batch, ScenePool
 from .crops import CropModel
 from .losses import prompt_losses
+from .muon import Muon, hidden_matrices
 from .prompts import Objects, add_corrections, choose_objects, first_prompts
 from .schedule import CONTINUED, FROM_SCRATCH, Schedule, Stage, balance_at, learning_rate, stage_at
 
@@ -38,7 +39,7 @@ _AVERAGE_DECAY = 0.995
 _BOX_SHARE = 0.45
 _SECOND_CORRECTION, _LOGITS_FED_BACK = 0.5, 0.75  # shares of the correction steps
 _CORRECTION_WEIGHT = 0.5
-_IOU_HEAD_WEIGHT = 3.0
+_IOU_HEAD_WEIGHT = 1.5
 _SMALLEST_SHARE = 100 / 512**2  # of the picture that an object must show to be asked for
 _MEANS = ("mask loss", "IoU head loss", "click IoU", "best of three", "box IoU", "corrected IoU", "gradient norm")
 
@@ -85,8 +86,21 @@ def arithmetic(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def _optimizers(model: Sam, trained: list[Tensor], peak: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of hidden layers, AdamW for all else."""
+    matrices = hidden_matrices(model)
+    taken = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in trained if id(parameter) not in taken]
+    decayed, plain = ([p for p in others if (p.ndim > 1) == many] for many in (True, False))
+    groups = [{"params": decayed, "weight_decay": _WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
+    return [
+        Muon(matrices, lr=peak, weight_decay=_WEIGHT_DECAY),
+        torch.optim.AdamW(groups, lr=peak, betas=_BETAS, fused=True),
+    ]
+
+
 class Trainer:
-    """A model, its optimiser and average, and where in the data it is."""
+    """A model, its optimisers and average, and where in the data it is."""
 
     def __init__(
         self,
@@ -106,9 +120,7 @@ class Trainer:
         self._pool: ScenePool | None = None
         self._next_scene = 0
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
-        matrices, vectors = ([p for p in self._trained if (p.ndim > 1) == many] for many in (True, False))
-        groups = [{"params": matrices, "weight_decay": _WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.peak, betas=_BETAS, fused=True)
+        self.optimizers = _optimizers(self.model, self._trained, settings.peak)
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
     # One step ----------------------------------------------------------------------------------------------
@@ -121,9 +133,10 @@ class Trainer:
         batch = self._batch(stage, rng)
         area = stage.size**2
         objects = choose_objects(batch.ids, batch.parents, stage.prompts, math.ceil(_SMALLEST_SHARE * area), generator)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings.peak, self.step, progress)
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.settings.peak, self.step, progress)
+            optimizer.zero_grad()
         means = torch.full((len(_MEANS),), torch.nan, device=self.device)
         if len(objects.masks):  # else a batch of empty pictures, which teaches nothing
             corrected = rng.random() < stage.corrections
@@ -133,7 +146,8 @@ class Trainer:
             crop = CropModel(self.model, stage.size, tuple(rng.integers(0, grid + 1, 2).tolist()))
             self._backward(crop, batch, objects, rounds, fed_back, generator, means)
             means[6] = torch.nn.utils.clip_grad_norm_(self._trained, _LARGEST_GRADIENT)
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             self._update_average()
         self.step += 1
         return means
@@ -174,7 +188,7 @@ class Trainer:
             ambiguous = is_click if turn == 0 else torch.zeros_like(is_click)
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 logits, iou = crop.decode(shared_features, coords, labels, objects.image_index, mask_inputs)
-            losses = prompt_losses(logits, iou, targets, ambiguous, balance)
+            losses = prompt_losses(logits, iou, targets, objects.masks, ambiguous, balance)
             weight = 1.0 if turn == 0 else _CORRECTION_WEIGHT
             (weight * (losses.mask + _IOU_HEAD_WEIGHT * losses.iou_head)).backward()
 
@@ -208,14 +222,15 @@ class Trainer:
             "settings": asdict(self.settings),
             "model": self.model.state_dict(),
             "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "next_scene": self._pool.next_scene if self._pool is not None else self._next_scene,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
         self.average = {name: value.to(self.device) for name, value in state["average"].items()}
         self.step, self._next_scene, self._pool = state["step"], state["next_scene"], None
 

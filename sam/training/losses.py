@@ -1,4 +1,5 @@
-"""The losses of SAM: focal and dice for masks, the best of three for ambiguous prompts, MSE for the predicted IoU.
+"""The losses of SAM: focal and dice for masks, the best of three for ambiguous prompts, and the error of
+the predicted IoU.
 
 Throughout: N prompts, 4 masks a prompt (the single mask first, then the three alternatives), targets that say how
 much of each low-resolution pixel an object covers. Source: Segment Anything (arXiv 2304.02643), appendix A.
@@ -13,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .prompts import upsample
+
 FOCAL_WEIGHT = 20.0
 _FOCAL_ALPHA, _FOCAL_GAMMA = 0.25, 2.0
 # Both outputs answer every prompt in use, so the one not meant for it learns a little too.
 _SINGLE_MASK_ON_CLICKS = 0.3
 _ALTERNATIVES_ON_OTHERS = 0.3
+_IOU_BETA = 0.1  # errors of the predicted IoU beyond this count by their size, not by its square
 _ALL_ALTERNATIVES = 0.05  # share of the mean over the three: none of them dies
 
 MaskLoss = Callable[[Tensor, Tensor], Tensor]
@@ -60,20 +64,31 @@ def balanced_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return on_object + on_ground
 
 
-def mask_iou(logits: Tensor, targets: Tensor) -> Tensor:
-    """IoU of the thresholded masks with the thresholded targets: [..., h, w] -> [...]."""
-    predicted, true = logits > 0, targets > 0.5
-    union = (predicted | true).sum((-1, -2))
-    return (predicted & true).sum((-1, -2)) / union.clamp(min=1)
+@torch.no_grad()
+def mask_iou(logits: Tensor, truth: Tensor) -> Tensor:
+    """IoU of masks as the predictor enlarges them, [N, M, h, w], with the truth [N, H, W] bool -> [N, M].
+
+    Measured in full: a small object has a handful of low-resolution pixels, too few to say how good a mask is.
+    """
+
+    def of_one(mask: Tensor) -> Tensor:
+        predicted = upsample(mask, truth.shape[-1]) > 0
+        overlap, size = (predicted & truth).sum((1, 2)), predicted.sum((1, 2))
+        return overlap / (size + truth.sum((1, 2)) - overlap).clamp(min=1)
+
+    return torch.stack([of_one(mask) for mask in logits.unbind(1)], 1)
 
 
-def prompt_losses(logits: Tensor, iou: Tensor, targets: Tensor, is_click: Tensor, balance: float = 0.0) -> Losses:
+def prompt_losses(
+    logits: Tensor, iou: Tensor, targets: Tensor, truth: Tensor, is_click: Tensor, balance: float = 0.0
+) -> Losses:
     """The losses of one round of prompts.
 
     Args:
         logits: [N, 4, h, w].
         iou: [N, 4] as predicted.
-        targets: [N, h, w] in 0..1.
+        targets: [N, h, w], the share of each pixel that the object covers.
+        truth: [N, H, W] bool.
         is_click: [N] bool, a single click: the best of the three alternatives counts, by its loss.
         balance: share of the class-balanced start, from 1 to 0.
     """
@@ -86,6 +101,6 @@ def prompt_losses(logits: Tensor, iou: Tensor, targets: Tensor, is_click: Tensor
     best = (1 - _ALL_ALTERNATIVES) * alternatives.min(1).values + _ALL_ALTERNATIVES * alternatives.mean(1)
     on_click = best + _SINGLE_MASK_ON_CLICKS * single
     on_other = single + _ALTERNATIVES_ON_OTHERS * best
-    with torch.no_grad():
-        true_iou = mask_iou(logits, wanted)
-    return Losses(torch.where(is_click, on_click, on_other).mean(), F.mse_loss(iou.float(), true_iou), true_iou)
+    true_iou = mask_iou(logits, truth)
+    iou_head = F.smooth_l1_loss(iou.float(), true_iou, beta=_IOU_BETA)
+    return Losses(torch.where(is_click, on_click, on_other).mean(), iou_head, true_iou)
