@@ -181,6 +181,7 @@ class Trainer:
             features = crop.encode(batch.pixels)
         shared_features = features.detach().requires_grad_()
         targets = torch.nn.functional.avg_pool2d(objects.masks.float()[:, None], self.patch // 4)[:, 0]
+        truth = torch.nn.functional.avg_pool2d(objects.masks.float()[:, None], 2)[:, 0] > 0.5
         coords, labels, is_click = first_prompts(objects, _BOX_SHARE, generator)
         balance = balance_at(self.step) if self.settings.init == SCRATCH else 0.0
         mask_inputs = None
@@ -188,7 +189,7 @@ class Trainer:
             ambiguous = is_click if turn == 0 else torch.zeros_like(is_click)
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 logits, iou = crop.decode(shared_features, coords, labels, objects.image_index, mask_inputs)
-            losses = prompt_losses(logits, iou, targets, objects.masks, ambiguous, balance)
+            losses = prompt_losses(logits, iou, targets, truth, ambiguous, balance)
             weight = 1.0 if turn == 0 else _CORRECTION_WEIGHT
             (weight * (losses.mask + _IOU_HEAD_WEIGHT * losses.iou_head)).backward()
 

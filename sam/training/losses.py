@@ -66,9 +66,9 @@ def balanced_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mask_iou(logits: Tensor, truth: Tensor) -> Tensor:
-    """IoU of masks as the predictor enlarges them, [N, M, h, w], with the truth [N, H, W] bool -> [N, M].
+    """IoU of masks [N, M, h, w], enlarged as the predictor does it, with the truth [N, H, W] bool -> [N, M].
 
-    Measured in full: a small object has a handful of low-resolution pixels, too few to say how good a mask is.
+    A small object has a handful of low-resolution pixels, too few to say how good a mask is.
     """
 
     def of_one(mask: Tensor) -> Tensor:
