@@ -186,8 +186,15 @@ def test_losses_have_the_values_worked_out_by_hand() -> None:
     assert losses.focal_loss(logits, targets).item() == pytest.approx((on_object + on_ground) / 2)
     assert losses.dice_loss(logits, targets).item() == pytest.approx(1 - (2 * 0.75 + 1) / (1.25 + 1 + 1))
     assert losses.balanced_cross_entropy(logits, targets).item() == pytest.approx(math.log(4 / 3) + math.log(2))
-    assert losses.mask_iou(logits, targets).item() == 1
-    assert losses.mask_iou(-logits, targets).item() == 0
+
+
+def test_iou_is_measured_on_enlarged_masks() -> None:
+    truth = torch.zeros(1, 16, 16, dtype=torch.bool)
+    truth[:, :, 6:] = True
+    logits = torch.full((1, 2, 4, 4), -1.0)
+    logits[:, 0, :, 2:] = 1  # half of the picture, exactly; the border between two pixels stays where it is
+    logits[:, 1, :, :2] = 1  # the other half
+    assert losses.mask_iou(logits, truth).tolist() == [[pytest.approx(128 / 160), pytest.approx(32 / 256)]]
 
 
 @pytest.mark.parametrize("loss", [losses.focal_loss, losses.dice_loss, losses.balanced_cross_entropy])
@@ -199,14 +206,15 @@ def test_losses_have_the_right_gradients(loss: losses.MaskLoss) -> None:
 
 
 def test_a_click_trains_the_best_alternative_and_a_box_the_single_mask() -> None:
-    targets = torch.zeros(1, 8, 8)
-    targets[:, 2:6, 2:6] = 1
+    truth = torch.zeros(1, 16, 16, dtype=torch.bool)
+    truth[:, 4:12, 4:12] = True
+    targets = torch.nn.functional.avg_pool2d(truth.float(), 2)
     logits = torch.zeros(1, 4, 8, 8)
     logits[:, 2] = 4 * targets - 2  # the best of the three
     logits.requires_grad_()
     strength = {}
     for name, is_click in (("click", True), ("box", False)):
-        result = losses.prompt_losses(logits, torch.zeros(1, 4), targets, torch.tensor([is_click]))
+        result = losses.prompt_losses(logits, torch.zeros(1, 4), targets, truth, torch.tensor([is_click]))
         (gradient,) = torch.autograd.grad(result.mask, logits)
         strength[name] = gradient.abs().sum((0, 2, 3)).tolist()
     alone = strength["box"][0]  # of a mask like masks 1 and 3, with its full weight
@@ -214,8 +222,9 @@ def test_a_click_trains_the_best_alternative_and_a_box_the_single_mask() -> None
     assert strength["click"][3] == pytest.approx(0.05 / 3 * alone, rel=1e-4)
     assert strength["box"][2] == pytest.approx(0.3 * strength["click"][2], rel=1e-4)
     assert strength["click"][2] > 3 * strength["click"][3]
-    assert result.iou.tolist() == [[0, 0, 1, 0]]
-    assert result.iou_head.item() == pytest.approx(1 / 4)
+    assert result.iou[0, [0, 1, 3]].tolist() == [0, 0, 0]
+    assert result.iou[0, 2] == pytest.approx(1, abs=0.07)  # enlarging rounds the corners off
+    assert result.iou_head.item() == pytest.approx((result.iou[0, 2].item() - 0.05) / 4)
 
 
 # Crops ----------------------------------------------------------------------------------------------------
@@ -228,7 +237,7 @@ def test_the_largest_crop_is_the_model() -> None:
     coords, labels = torch.tensor([[[30.0, 40.0], [0.0, 0.0]]]), torch.tensor([[1, -1]])
     with torch.no_grad():
         features = crop.encode(pixels)
-        assert torch.equal(features, model.image_encoder(pixels))
+        torch.testing.assert_close(features, model.image_encoder(pixels), atol=1e-5, rtol=1e-4)
         logits, iou = crop.decode(features, coords, labels, torch.tensor([1]))
         sparse, dense = model.prompt_encoder((coords[:, :1], labels[:, :1]), None, None)
         image_pe = model.prompt_encoder.get_dense_pe()

@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("checkpoint", nargs="?", type=Path, default=NANO_CHECKPOINT, help="(default: the embedded)")
     evaluate.add_argument("--scenes", type=int, default=500, help="(default: %(default)s)")
     evaluate.add_argument("--out", type=Path, help="folder of the table and the picture (default: the checkpoint's)")
+    evaluate.add_argument("--workers", type=int, help="processes that score on a CPU (default: a core each)")
     _add_device(evaluate)
     return parser
 
@@ -57,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if args.command == "evaluate":
-            print(evaluate_checkpoint(args.checkpoint, args.scenes, device, args.out or args.checkpoint.parent))
+            workers = (os.cpu_count() or 1) if args.workers is None else args.workers
+            out = args.out or args.checkpoint.parent
+            print(evaluate_checkpoint(args.checkpoint, args.scenes, device, out, workers))
         else:
             _train(args, device)
     except (ValueError, OSError, ImportError) as error:

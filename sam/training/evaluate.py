@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ SMALLEST = 100  # visible pixels of an object that is asked for
 LARGE = 0.05  # share of the picture from which an object is large
 CORRECTIONS = 3
 _DISC_RADII = np.geomspace(3, 220, 40)
+_SCENES_A_SHARE = 5  # that a process takes at a time
 _PROMPTS_AT_ONCE = {"cpu": 8, "cuda": 64}
 
 ROWS = {
@@ -54,6 +58,12 @@ class Scores:
 
     def add(self, name: str, values: Any) -> None:
         self.ious.setdefault(name, []).extend(float(value) for value in values)
+
+    def extend(self, other: Scores) -> None:
+        for name, values in other.ious.items():
+            self.add(name, values)
+        self.iou_error.extend(other.iou_error)
+        self.share.extend(other.share)
 
     def table(self) -> dict[str, dict[str, float | None]]:
         """Means over all objects and over the large ones (None where there is none), in the order of ``ROWS``."""
@@ -179,11 +189,45 @@ def _points(places: list[tuple[int, int]], device: torch.device) -> Tensor:
     return torch.tensor(places, dtype=torch.float32, device=device)
 
 
-def evaluate(model: Sam, scenes: int) -> dict[str, Any]:
-    """The table over the first ``scenes`` held-out scenes, and what it is of."""
-    start, scores = time.perf_counter(), Scores()
-    for index in tqdm(range(scenes), unit="scene", disable=None):
+def score_scenes(model: Sam, indices: Iterable[int]) -> Scores:
+    """All objects of held-out scenes."""
+    scores = Scores()
+    for index in indices:
         score_scene(model, held_out_scene(index), index, scores)
+    return scores
+
+
+_worker_model: Sam | None = None  # of a process that scores
+
+
+def _start_worker(checkpoint: Path) -> None:
+    global _worker_model
+    torch.set_num_threads(1)
+    _worker_model = load_model(checkpoint, device="cpu", kernels="torch")
+
+
+def _work(indices: range) -> Scores:
+    assert _worker_model is not None
+    return score_scenes(_worker_model, indices)
+
+
+def evaluate(checkpoint: Path, scenes: int, device: torch.device, workers: int = 0) -> dict[str, Any]:
+    """The table over the first ``scenes`` held-out scenes, and what it is of.
+
+    Args:
+        workers: processes of one thread each that share the scenes on a CPU; 0 for this one.
+    """
+    start, scores = time.perf_counter(), Scores()
+    shares = [range(first, min(first + _SCENES_A_SHARE, scenes)) for first in range(0, scenes, _SCENES_A_SHARE)]
+    if workers and device.type == "cpu":
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(checkpoint,))
+        with pool:
+            for some in tqdm(pool.map(_work, shares), total=len(shares), disable=None):
+                scores.extend(some)
+    else:
+        model = load_model(checkpoint, device=device, kernels="torch")
+        for share in tqdm(shares, disable=None):
+            scores.extend(score_scenes(model, share))
     if not scores.share:
         raise ValueError(f"no object of {SMALLEST} px in {scenes} scenes")
     return {
@@ -194,7 +238,8 @@ def evaluate(model: Sam, scenes: int) -> dict[str, Any]:
         "iou_error": float(np.mean(scores.iou_error)),
         "evaluation": {
             "seconds": round(time.perf_counter() - start, 1),
-            "machine": machine(model.device),
+            "machine": machine(device),
+            "processes": max(workers, 1),
             "revision": revision(),
             "torch": torch.__version__,
         },
@@ -220,10 +265,10 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def evaluate_checkpoint(checkpoint: Path, scenes: int, device: torch.device, out: Path) -> str:
+def evaluate_checkpoint(checkpoint: Path, scenes: int, device: torch.device, out: Path, workers: int = 0) -> str:
     """Measure ``checkpoint`` and write ``<name>.evaluation.json``, ``.md`` and ``.png`` into ``out``; the Markdown."""
+    result = evaluate(checkpoint, scenes, device, workers)
     model = load_model(checkpoint, device=device, kernels="torch")
-    result = evaluate(model, scenes)
     metadata = read_checkpoint(checkpoint).metadata
     result["weights"] = {"file": checkpoint.name, "model hash": model.model_hash, **metadata}
     out.mkdir(parents=True, exist_ok=True)
