@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 _WARM_UP = 20  # steps
-_DECAY_FROM = 0.4  # of the run: constant learning rate before, linear to zero after
+_DECAY_FROM = 0.2  # of the run: constant learning rate before, linear to zero after
 _BALANCED_STEPS = 400  # of a run from fresh weights
 
 
@@ -37,9 +37,8 @@ FROM_SCRATCH = (
     Stage(until=1.0, size=512, images=3, prompts=8, corrections=0.5),
 )
 CONTINUED = (
-    Stage(until=0.4, size=224, images=16, prompts=8, corrections=0.25),
-    Stage(until=0.65, size=448, images=4, prompts=10, corrections=0.4),
-    Stage(until=1.0, size=512, images=3, prompts=10, corrections=0.4),
+    Stage(until=0.35, size=448, images=6, prompts=6, corrections=0.3),
+    Stage(until=1.0, size=512, images=4, prompts=8, corrections=0.3),
 )
 
 
