@@ -16,6 +16,7 @@ from sam import Sam
 from sam.training import evaluate, losses, prompts, schedule
 from sam.training.crops import CropModel
 from sam.training.loop import Settings, Trainer, resume, save, train
+from sam.training.muon import Muon, hidden_matrices, orthogonalized
 from sam.training.scenes import Scene, held_out_scene, scene_rng, training_scene
 from sam.training.schedule import Schedule, Stage
 
@@ -227,6 +228,44 @@ def test_a_click_trains_the_best_alternative_and_a_box_the_single_mask() -> None
     assert result.iou_head.item() == pytest.approx((result.iou[0, 2].item() - 0.05) / 4)
 
 
+# Muon -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 16, 96), (2, 96, 16)])
+def test_muon_makes_matrices_nearly_orthogonal(shape: tuple[int, int, int]) -> None:
+    u, _, vh = torch.linalg.svd(torch.randn(shape, generator=generator()), full_matrices=False)
+    matrices = u @ torch.diag(torch.linspace(0.1, 5, min(shape[1:]))) @ vh
+    updates = orthogonalized(matrices)
+    values = torch.linalg.svdvals(updates)
+    assert 0.5 < values.min() <= values.max() < 1.3
+    assert ((updates * (u @ vh)).sum((1, 2)) > 0.75 * min(shape[1:])).all()  # the same singular vectors
+
+
+def test_muon_finds_the_minimum_and_keeps_its_momentum() -> None:
+    target = torch.randn(8, 12, generator=generator())
+    weight = torch.nn.Parameter(torch.zeros(8, 12))
+    optimizer = Muon([weight], lr=0.05, weight_decay=0.0)
+    for step in range(400):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 400)
+        weight.grad = weight.detach() - target
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), target, atol=0.02, rtol=0)
+    copy = Muon([torch.nn.Parameter(weight.detach().clone())], lr=0.05, weight_decay=0.0)
+    copy.load_state_dict(optimizer.state_dict())
+    (state,) = copy.state.values()
+    assert torch.equal(state["momentum"], optimizer.state[weight]["momentum"])
+
+
+def test_muon_leaves_heads_and_tables_alone() -> None:
+    model = fresh_model()
+    chosen = {id(matrix) for matrix in hidden_matrices(model)}
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in chosen]
+    assert "image_encoder.blocks.0.attn.qkv.weight" in names
+    assert "mask_decoder.transformer.layers.1.mlp.lin1.weight" in names
+    assert "mask_decoder.iou_prediction_head.layers.2.weight" not in names
+    assert not any("rel_pos" in name or "embed" in name or "bias" in name for name in names)
+
+
 # Crops ----------------------------------------------------------------------------------------------------
 
 
@@ -349,10 +388,18 @@ def test_a_run_ends_in_time_with_its_schedule_done() -> None:
 def test_a_resumed_run_has_the_time_that_was_left() -> None:
     clock = FakeClock()
     left = Schedule(minutes=2, spent_seconds=90, clock=clock)
-    assert left.progress(0) == pytest.approx(0.75)
+    assert left.progress(60) == pytest.approx(0.75)
     clock.now += 31
-    assert left.progress(0) == 1
-    assert not left.goes_on(0)
+    assert left.progress(60) == 1
+    assert not left.goes_on(60)
+
+
+def test_the_first_steps_of_a_run_do_not_depend_on_the_clock() -> None:
+    clock = FakeClock()
+    short = Schedule(minutes=1, clock=clock)
+    clock.now += 59
+    assert [short.progress(step) for step in (0, 49)] == [0, 0]
+    assert short.progress(50) == pytest.approx(59 / 60)
 
 
 def test_stages_follow_one_another() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 _WARM_UP = 20  # steps
 _DECAY_FROM = 0.2  # of the run: constant learning rate before, linear to zero after
+_CLOCKLESS_STEPS = 50  # at the start of every run, so that these repeat exactly however short it is
 _BALANCED_STEPS = 400  # of a run from fresh weights
 
 
@@ -49,7 +50,7 @@ def stage_at(stages: tuple[Stage, ...], progress: float) -> Stage:
 def learning_rate(peak: float, step: int, progress: float) -> float:
     """Warm-up by steps, a plateau, and a linear fall to zero at the end of the run.
 
-    Only the fall depends on the clock, so two runs of one seed are the same until then.
+    Only the fall depends on the clock, so two runs of one seed are the same until then, and for 50 steps at least.
     """
     fall = min((1 - progress) / (1 - _DECAY_FROM), 1.0)
     return peak * min((step + 1) / _WARM_UP, 1.0) * max(fall, 0.0)
@@ -93,6 +94,8 @@ class Schedule:
         """In 0..1, before ``step`` (counted from 0)."""
         if self.steps is not None:
             return min(step / self.steps, 1.0)
+        if step < _CLOCKLESS_STEPS:
+            return 0.0
         return min(self.seconds / self.limit, 1.0)  # type: ignore[operator]
 
     def goes_on(self, step: int) -> bool:
