@@ -173,7 +173,7 @@ def test_objects_are_wholes_with_their_parts_and_empty_pictures_give_none() -> N
     assert objects.image_index.tolist() == [0] * 50
     areas = objects.masks.sum((1, 2))
     assert set(areas.tolist()) == {9, 100}
-    assert (areas == 100).sum() > (areas == 9).sum()
+    assert 15 < (areas == 100).sum() < 35
 
 
 # Losses ---------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def test_a_click_trains_the_best_alternative_and_a_box_the_single_mask() -> None
     assert strength["click"][2] > 3 * strength["click"][3]
     assert result.iou[0, [0, 1, 3]].tolist() == [0, 0, 0]
     assert result.iou[0, 2] == pytest.approx(1, abs=0.07)  # enlarging rounds the corners off
-    assert result.iou_head.item() == pytest.approx((result.iou[0, 2].item() - 0.05) / 4)
+    assert result.iou_head.item() == pytest.approx((result.iou[0, 2].item() - 0.125) / 4)
 
 
 # Muon -----------------------------------------------------------------------------------------------------

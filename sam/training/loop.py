@@ -39,7 +39,7 @@ _AVERAGE_DECAY = 0.995
 _BOX_SHARE = 0.45
 _SECOND_CORRECTION, _LOGITS_FED_BACK = 0.5, 0.75  # shares of the correction steps
 _CORRECTION_WEIGHT = 0.5
-_IOU_HEAD_WEIGHT = 1.5
+_IOU_HEAD_WEIGHT = 4.0
 _SMALLEST_SHARE = 100 / 512**2  # of the picture that an object must show to be asked for
 _MEANS = ("mask loss", "IoU head loss", "click IoU", "best of three", "box IoU", "corrected IoU", "gradient norm")
 

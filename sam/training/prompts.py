@@ -27,7 +27,7 @@ class Objects:
 
 
 def choose_objects(ids: Tensor, parents: Tensor, per_image: int, smallest: int, generator: Generator) -> Objects:
-    """Draw objects and parts of each picture, larger ones a little more often (with the fourth root of the area).
+    """Draw objects and parts of each picture, small ones as often as large ones.
 
     Args:
         ids: [B, H, W] uint8 visible ids, 0 for the ground.
@@ -39,8 +39,8 @@ def choose_objects(ids: Tensor, parents: Tensor, per_image: int, smallest: int, 
     flat = ids.flatten(1).long()
     shown = torch.zeros(batch, 256, device=ids.device).scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float32))
     areas = shown.scatter_add(1, parents.long(), shown * (parents > 0))
-    areas[:, 0] = 0
-    weights = areas**0.25 * (areas >= smallest)
+    weights = (areas >= smallest).float()
+    weights[:, 0] = 0
     some = weights.sum(1) > 0
     drawn = torch.multinomial(weights + (~some[:, None]).float(), per_image, replacement=True, generator=generator)
     image_index = torch.arange(batch, device=ids.device)[some].repeat_interleave(per_image)
