@@ -7,7 +7,7 @@ OUT ?= out/gpu
 BIN := .venv/bin
 SOURCES := sam fastsam_kernels benchmarks tests
 
-.PHONY: demo test test-all bench compile-report gpu-test gpu-bench lint format clean
+.PHONY: demo test test-all test-oracles bench compile-report gpu-test gpu-bench lint format clean
 
 demo: .venv/.demo
 	$(BIN)/python -m sam demo
@@ -17,6 +17,10 @@ test: .venv/.test
 
 test-all: .venv/.test
 	$(BIN)/python -m pytest
+
+test-oracles: .venv/.test
+	$(BIN)/python -m pytest --hypothesis-profile=oracles tests/test_rle.py tests/kernels/test_nms.py \
+		tests/kernels/test_connected_components.py
 
 bench: .venv/.test
 	$(BIN)/python -m benchmarks all

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors.torch
@@ -16,8 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .files import write_atomically
-from .modeling.transformer import SharedImageSide
 from .preprocess import ImageGeometry
+
+if TYPE_CHECKING:
+    from .modeling.transformer import SharedImageSide
 
 _FORMAT = "sam-image-embedding-1"
 
