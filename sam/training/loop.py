@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__
 from ..build_sam import NANO_CHECKPOINT, load_model
@@ -86,7 +86,7 @@ def arithmetic(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def _optimizers(model: Sam, trained: list[Tensor], peak: float) -> list[torch.optim.Optimizer]:
+def _optimizers(model: Sam, trained: list[nn.Parameter], peak: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of hidden layers, AdamW for all else."""
     matrices = hidden_matrices(model)
     taken = {id(matrix) for matrix in matrices}

@@ -36,27 +36,29 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:  # type: ignore[override]
+        """One update from the gradients as they are."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
-                updates = orthogonalized(torch.stack([self._momentum(parameter) for parameter in parameters]))
+                updates = orthogonalized(torch.stack([self._direction(parameter) for parameter in parameters]))
                 scale = _RMS_OF_ADAMW * max(shape) ** 0.5
                 for parameter, update in zip(parameters, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"] * scale)
 
-    def _momentum(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - _MOMENTUM)
-        return parameter.grad.lerp(state["momentum"], _MOMENTUM)
+    def _direction(self, parameter: Tensor) -> Tensor:
+        """Nesterov: the gradient, led by the momentum that it has just joined."""
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+        momentum.lerp_(gradient, 1 - _MOMENTUM)
+        return gradient.lerp(momentum, _MOMENTUM)
 
 
-def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+def hidden_matrices(model: nn.Module) -> list[Tensor]:
     """Weights of the linear layers, but for those with a few outputs, which are heads."""
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return [linear.weight for linear in linears if min(linear.weight.shape) >= 16 and linear.weight.requires_grad]
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    return [weight for weight in weights if min(weight.shape) >= 16 and weight.requires_grad]
