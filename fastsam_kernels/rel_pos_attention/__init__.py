@@ -170,6 +170,11 @@ def _padding_bias(rel_h: Tensor, rel_w: Tensor, window: tuple[int, int]) -> Tens
     return torch.stack(parts, -1).logsumexp(-1, keepdim=True).to(rel_h.dtype)  # autocast widens it
 
 
+@torch.compiler.assume_constant_result
+def _scores_at_once(on_cpu: bool) -> int:
+    return _SCORES_A_THREAD * torch.get_num_threads() if on_cpu else _SCORES_ELSEWHERE
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, padding: Tensor | None) -> Tensor:
     """Queries [N, heads, rows, columns, d] on keys [N, heads, keys, d].
 
@@ -177,8 +182,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, paddi
     ``padding`` [N, heads, rows, columns, 1] for a last key that has no place.
     """
     count, heads, rows, columns, _ = q.shape
-    on_cpu = q.device.type == "cpu"
-    limit = _SCORES_A_THREAD * torch.get_num_threads() if on_cpu else _SCORES_ELSEWHERE
+    limit = _scores_at_once(q.device.type == "cpu")
     some_rows = min(max(_QUERIES_AT_ONCE // columns, 1), rows)
     some_heads = min(max(limit // (some_rows * columns * k.shape[2]), 1), heads)
     some = max(limit // (heads * rows * columns * k.shape[2]), 1)

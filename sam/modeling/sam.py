@@ -6,7 +6,7 @@ import hashlib
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from .image_encoder import ImageEncoderViT
 from .mask_decoder import DecodedPrompts, MaskDecoder
 from .prompt_encoder import LABEL_ABSENT, PromptEncoder
 from .transformer import SharedImageSide
+
+if TYPE_CHECKING:
+    from ..runtime import Runtime
 
 
 class Sam(DerivedWeights, Fp32Buffers):
@@ -55,6 +58,7 @@ class Sam(DerivedWeights, Fp32Buffers):
         self.mask_decoder = mask_decoder
         self.config = config
         self._kernels = "auto"
+        self.runtime: Runtime | None = None  # set by load_model(compile=True)
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
@@ -107,6 +111,9 @@ class Sam(DerivedWeights, Fp32Buffers):
             lines = list(pool.map(checksum, entries))
         architecture = self.config.to_json() if self.config is not None else str(self)
         return hashlib.sha256("\n".join([architecture, *lines]).encode()).hexdigest()[:32]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "runtime": None}  # a copy runs eagerly
 
     # Images ------------------------------------------------------------------------------------------------
 
@@ -163,6 +170,8 @@ class Sam(DerivedWeights, Fp32Buffers):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """What the encoder makes of :meth:`preprocess`'s pixels [B, 3, size, size], by the kernels of this model."""
+        if self.runtime is not None and is_ours(self.image_encoder, ImageEncoderViT):
+            return self.runtime.image_features(pixels)
         if is_ours(self.image_encoder, ImageEncoderViT):
             return self.image_encoder(pixels, self._kernels)
         return self.image_encoder(pixels)
@@ -254,6 +263,10 @@ class Sam(DerivedWeights, Fp32Buffers):
     def _decode_chunk(
         self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
     ) -> tuple[Tensor, Tensor]:
+        if self.runtime is not None:
+            found = self.runtime.decode(embeddings, batch, multimask_output)
+            if found is not None:
+                return found[0].to(self._logits_dtype), found[1].to(self._logits_dtype)
         decoded = self.decode_tokens(embeddings, batch)
         iou = decoded.iou[:, MaskDecoder.mask_slice(multimask_output)]
         return self.decode_masks(decoded, multimask_output), iou.to(self._logits_dtype)
@@ -275,7 +288,7 @@ class Sam(DerivedWeights, Fp32Buffers):
             dense,
             image_index=batch.image_index if len(embeddings) > 1 else None,
             token_mask=batch.labels != LABEL_ABSENT if batch.ragged else None,
-            shared=self._shared_image_side(embeddings) if share else None,
+            shared=self.shared_image_side(embeddings) if share else None,
             kernels=self._kernels,
         )
 
@@ -284,7 +297,8 @@ class Sam(DerivedWeights, Fp32Buffers):
         masks = MaskDecoder.mask_slice(multimask_output)
         return self.mask_decoder.decode_masks(decoded, masks, rows, self._kernels).to(self._logits_dtype)
 
-    def _shared_image_side(self, embeddings: Sequence[ImageEmbedding]) -> SharedImageSide:
+    def shared_image_side(self, embeddings: Sequence[ImageEmbedding]) -> SharedImageSide:
+        """What prompts without a mask input share of each image, kept in its embedding; one row an image."""
         prompt_encoder = self.prompt_encoder
         weights = (
             prompt_encoder.no_mask_embed.weight,
