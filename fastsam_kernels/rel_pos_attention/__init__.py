@@ -28,6 +28,7 @@ from ..dispatch import choose
 
 # Biases alive at once in the torch form: on a CPU 8 MB in fp32 for a thread, a GPU wants larger products.
 _SCORES_A_THREAD = 2**21
+_THREADS_OF_A_GRAPH = 4
 _SCORES_ELSEWHERE = 2**26
 _QUERIES_AT_ONCE = 1024  # of a head: PyTorch's attention on a CPU takes its large tiles from 768 on
 HEAD_DIMS = (32, 64, 80)
@@ -170,9 +171,11 @@ def _padding_bias(rel_h: Tensor, rel_w: Tensor, window: tuple[int, int]) -> Tens
     return torch.stack(parts, -1).logsumexp(-1, keepdim=True).to(rel_h.dtype)  # autocast widens it
 
 
-@torch.compiler.assume_constant_result
 def _scores_at_once(on_cpu: bool) -> int:
-    return _SCORES_A_THREAD * torch.get_num_threads() if on_cpu else _SCORES_ELSEWHERE
+    if not on_cpu:
+        return _SCORES_ELSEWHERE
+    # A graph cannot ask for the number of threads.
+    return _SCORES_A_THREAD * (_THREADS_OF_A_GRAPH if torch.compiler.is_compiling() else torch.get_num_threads())
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, padding: Tensor | None) -> Tensor:
