@@ -3,7 +3,7 @@
     python -m benchmarks.official_masks --segment-anything PATH [--only NAME ...]
 
 PATH is the folder from which ``import segment_anything`` works. To be run again when the embedded weights change.
-Some of it takes long, a quarter of an hour in all: ``--only`` does what it names and keeps what is there of the same weights.
+It takes a quarter of an hour; ``--only`` does what it names and keeps what is there of the same weights.
 """
 
 from __future__ import annotations
