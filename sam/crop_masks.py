@@ -3,8 +3,11 @@
 Cheap questions come first. The predicted IoU is known before the decoder's upscaling, stability and box follow from
 logits of low resolution, and what the suppression leaves is made in bits and encoded as runs.
 
-On a GPU the host waits for the device twice a batch of clicks: to know which masks are confident, and for the table
-of what is known of them with the verdict of the suppression. Memory allowing, all clicks are one batch.
+On a GPU the host waits for the device once a batch of clicks, to know which masks are confident, and once a crop, for
+the table of what is known of them with the verdict of the suppression; the runs of what is left are the last copy.
+Memory allowing, all clicks are one batch and all runs one copy. What does not fit costs further waits and nothing
+else: more clicks are more batches, logits over the limit become runs before the suppression, and runs for which there
+was no room come in a second copy.
 """
 
 from __future__ import annotations
@@ -77,7 +80,7 @@ def masks_of_crop(
     tables = [torch.zeros(0, _Columns.COUNT, device=model.device)]
     for start in range(0, len(prompts), memory.points_at_once):
         batch = prompts.rows(start, start + memory.points_at_once)
-        table, logits = _candidates(model, crop, batch, criteria)
+        table, logits = _candidates(model, crop, batch, criteria, memory.count_early)
         table[:, _Columns.CLICK] += start
         tables.append(table)
         waiting.append(logits)
@@ -112,18 +115,18 @@ def _prompts(model: Sam, clicks: np.ndarray, size: tuple[int, int]) -> PromptBat
 
 
 def confident_masks(
-    model: Sam, embedding: ImageEmbedding, batch: PromptBatch, iou_threshold: float | None
+    model: Sam, embedding: ImageEmbedding, batch: PromptBatch, iou_threshold: float | None, count_early: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of three masks a prompt, those of a predicted IoU above a threshold; None takes all.
 
-    The decoder upscales prompts of which a mask is left, and only those. A CPU decides after each chunk, whose image
-    side is in its cache then; elsewhere the host waits once, after the tokens of the whole batch.
+    The decoder upscales prompts of which a mask is left, and only those. What is left is counted after each chunk with
+    ``count_early``, while its image side is in the cache of a CPU, else once, after the tokens of the whole batch.
 
     Returns:
         logits [N, h, w] and predicted IoU [N], fp32 at least, and the prompt of each, [N] int64, in rising order.
     """
     size = model.prompts_per_chunk
-    together = size if model.device.type == "cpu" else max(len(batch), 1)
+    together = size if count_early else max(len(batch), 1)
     found = []
     for start in range(0, len(batch), together):
         part = batch.rows(start, start + together)
@@ -154,10 +157,16 @@ def _upload(indices: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(indices).to(device, non_blocking=True)
 
 
-def _candidates(model: Sam, crop: Crop, batch: PromptBatch, criteria: Criteria) -> tuple[Tensor, Tensor]:
-    """The table [N, columns] of confident masks and their logits [N, h, w]."""
+def _candidates(
+    model: Sam, crop: Crop, batch: PromptBatch, criteria: Criteria, count_early: bool
+) -> tuple[Tensor, Tensor]:
+    """The table [N, columns] of confident masks and their logits [N, h, w].
+
+    With ``count_early`` without the masks that are not stable or cut off by the crop; else these stay as rows of NaN,
+    whose boxes overlap nothing.
+    """
     threshold = criteria.pred_iou_thresh if criteria.pred_iou_thresh > 0 else None
-    logits, iou, clicks = confident_masks(model, crop.embedding, batch, threshold)
+    logits, iou, clicks = confident_masks(model, crop.embedding, batch, threshold, count_early)
     statistics = mask_statistics(
         logits,
         crop.resizing,
@@ -173,9 +182,8 @@ def _candidates(model: Sam, crop: Crop, batch: PromptBatch, criteria: Criteria) 
         good &= ~is_box_near_crop_edge(statistics.boxes, [*crop.box], [0, 0, width, height])
     columns = (iou, statistics.stability, *statistics.boxes.unbind(1), clicks)
     table = torch.stack([column.to(iou.dtype) for column in columns], dim=1)
-    if table.device.type == "cpu":
+    if count_early:
         return table[good], logits[good]
-    # To ask how many are left would be to wait: the others stay as rows of NaN, whose boxes overlap nothing.
     return table.where(good[:, None], torch.nan), logits
 
 

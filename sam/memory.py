@@ -38,11 +38,14 @@ class MaskMemory:
         points_at_once: clicks decoded together.
         masks_at_once: masks of full size, in bits, that exist at a time.
         held_bytes: logits of low resolution that wait for the end of the suppression.
+        count_early: whether the masks that are left are counted after each step, which a GPU would have to wait for,
+            or stay in place until the suppression.
     """
 
     points_at_once: int
     masks_at_once: int
     held_bytes: int
+    count_early: bool
 
     @classmethod
     def plan(cls, model: Sam, size: tuple[int, int], points_per_batch: int, max_memory: int | None) -> MaskMemory:
@@ -78,4 +81,5 @@ class MaskMemory:
             points_at_once=points,
             masks_at_once=max(1, min(64, share // mask) if on_cpu else share // mask),
             held_bytes=max(0, 2 * share),
+            count_early=on_cpu,
         )

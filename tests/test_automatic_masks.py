@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,21 @@ def test_little_memory_changes_nothing(generator: Generator, photograph: np.ndar
         assert one["point_coords"] == other["point_coords"]
         assert one["predicted_iou"] == pytest.approx(other["predicted_iou"], abs=1e-5)
         assert one["area"] == pytest.approx(other["area"], abs=2)
+
+
+def test_masks_may_be_counted_late(
+    generator: Generator, photograph: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the masks that go stay in place until the suppression."""
+    some = generator(crop_n_layers=1, output_mode="coco_rle")
+    expected = some.generate(photograph)
+    plan = MaskMemory.plan
+
+    def late(*arguments: Any) -> MaskMemory:
+        return replace(plan(*arguments), count_early=False)
+
+    monkeypatch.setattr(MaskMemory, "plan", late)
+    assert some.generate(photograph) == expected
 
 
 def test_too_little_memory_is_said(small: Sam, generator: Generator, photograph: np.ndarray) -> None:
