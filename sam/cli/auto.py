@@ -105,7 +105,9 @@ def run(args: argparse.Namespace) -> int:
             if args.traceback:
                 raise
             failed += 1
-            tqdm.write(f"fastsam auto: {path}: {' '.join(str(error).split())}", file=sys.stderr)
+            message = " ".join(str(error).split())
+            where = "" if str(path) in message else f"{path}: "
+            tqdm.write(f"fastsam auto: {where}{message}", file=sys.stderr)
         else:
             masks += len(records)
     print(f"{len(waiting) - failed} images, {masks} masks in {out}" + (f"; {failed} failed" if failed else ""))
