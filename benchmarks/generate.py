@@ -2,6 +2,7 @@
 
     python -m benchmarks.generate time --segment-anything PATH [--dtype bf16]
     python -m benchmarks.generate memory --segment-anything PATH
+    python -m benchmarks.generate tail --segment-anything PATH
 
 PATH is the folder from which ``import segment_anything`` works. ViT-B with random weights, a grid of 32 x 32 clicks.
 The encoder and the decoder do their work; what they say is then replaced by discs of which a tenth is confident, no
@@ -11,6 +12,7 @@ two by the same click, so that what comes after has to do with masks as they are
   clicks; each of the other quarters is taken to last as long.
 - memory: each in a process of its own, an image of 3000 x 4000; the most that is resident at a time, beyond what was
   before the call. The official code decodes one batch of 64 clicks: it holds nothing larger later.
+- tail: only what comes after the decoder, of 3072 masks all of which are confident and a tenth stable.
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ from sam import ImageEmbedding, Sam, SamAutomaticMaskGenerator
 from sam.modeling.mask_decoder import DecodedPrompts
 from sam.prompts import PromptBatch
 
+from .model.automatic_masks import Tail
 from .operations.mask_postprocess import discs
-from .peers import import_segment_anything, official_copy
+from .peers import SegmentAnything, import_segment_anything, official_copy
 
 CLICKS = 32  # a side
 BATCH = 64
@@ -133,17 +136,31 @@ def compare_times(path: str, dtype: str, repeats: int) -> dict[str, Any]:
     encode, quarter = official(package, official_copy(package, model), known, image, batches)
     whole = ours(model.to(DTYPES[dtype]), known, image)
 
-    def seconds(run: Run) -> float:
-        begin = time.perf_counter()
-        run()
-        return time.perf_counter() - begin
-
     for run in (whole, encode):
         run()
-    rows = [{"ours": seconds(whole), "encode": seconds(encode), "quarter": seconds(quarter)} for _ in range(repeats)]
+    rows = [{"ours": _seconds(whole), "encode": _seconds(encode), "quarter": _seconds(quarter)} for _ in range(repeats)]
     found = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     extrapolated = found["encode"] + 4 * (found["quarter"] - found["encode"])
     return {"dtype": dtype, "runs": rows, "official": extrapolated, "times faster": extrapolated / found["ours"]}
+
+
+def compare_tails(path: str, repeats: int) -> list[dict[str, Any]]:
+    rows = []
+    for size in ((1024, 1024), (1500, 2250)):
+        tail = Tail(3 * CLICKS**2, size, torch.device("cpu"))
+        forms = {"ours": tail.ours("auto"), "official": tail.official(SegmentAnything(tail.model, path))}
+        records = {name: form() for name, form in forms.items()}
+        same = sum(a["segmentation"] == b["segmentation"] for a, b in zip(*records.values(), strict=True))
+        seconds = {name: statistics.median(_seconds(form) for _ in range(repeats)) for name, form in forms.items()}
+        ratio = seconds["official"] / seconds["ours"]
+        rows.append({"size": size, "masks": len(records["ours"]), "equal": same, **seconds, "times faster": ratio})
+    return rows
+
+
+def _seconds(run: Run) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
 
 
 def resident_growth(run: Run) -> int:
@@ -181,7 +198,9 @@ def compare_memory(path: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.generate", description=__doc__)
-    parser.add_argument("what", choices=("time", "memory", "ours", "official"), help="the last two: memory of one")
+    parser.add_argument(
+        "what", choices=("time", "memory", "tail", "ours", "official"), help="the last two: memory of one"
+    )
     parser.add_argument("--segment-anything", default="", metavar="PATH", help="folder of the package")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of ours")
     parser.add_argument("--repeats", type=int, default=3)
@@ -191,6 +210,8 @@ def main() -> None:
             print(memory_of(args.what, args.segment_anything))
         elif args.what == "memory":
             print(json.dumps(compare_memory(args.segment_anything)))
+        elif args.what == "tail":
+            print(json.dumps(compare_tails(args.segment_anything, args.repeats)))
         else:
             print(json.dumps(compare_times(args.segment_anything, args.dtype, args.repeats)))
 
