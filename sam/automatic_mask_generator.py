@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fastsam_kernels import nms
 
+from .embedding import ImageEmbedding
 from .modeling import Sam
 from .postprocess import upscale_masks
 from .predictor import SamPredictor
@@ -116,7 +118,25 @@ class SamAutomaticMaskGenerator:
         Raises:
             TypeError, ValueError: another kind of image.
         """
-        data = self._generate_masks(validate_image(image))
+        steps = self.steps(validate_image(image))
+        while True:
+            try:
+                next(steps)
+            except StopIteration as stop:
+                return stop.value
+
+    @torch.no_grad()
+    def steps(self, image: np.ndarray | ImageEmbedding) -> Generator[None, None, list[dict[str, Any]]]:
+        """``generate`` in pieces, for who has other work between them: it pauses after each batch of clicks.
+
+        An embedding serves in place of the image where no crops are asked for. The generator returns the records.
+
+        Raises:
+            ValueError: an embedding, and crops to be encoded.
+        """
+        if isinstance(image, ImageEmbedding) and len(self.point_grids) > 1:
+            raise ValueError(f"crop_n_layers={len(self.point_grids) - 1} needs the image, got its embedding")
+        data = yield from self._generate_masks(image)
         if self.min_mask_region_area > 0:
             threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
             data = self.postprocess_small_regions(data, self.min_mask_region_area, threshold)
@@ -138,12 +158,12 @@ class SamAutomaticMaskGenerator:
             for index, rle in enumerate(data["rles"])
         ]
 
-    def _generate_masks(self, image: np.ndarray) -> MaskData:
-        size = image.shape[:2]
+    def _generate_masks(self, image: np.ndarray | ImageEmbedding) -> Generator[None, None, MaskData]:
+        size = image.geometry.original_size if isinstance(image, ImageEmbedding) else image.shape[:2]
         crop_boxes, layers = generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
         data = MaskData()
         for crop_box, layer in zip(crop_boxes, layers, strict=True):
-            data.cat(self._process_crop(image, crop_box, layer, size))
+            data.cat((yield from self._process_crop(image, crop_box, layer, size)))
         if len(crop_boxes) > 1:
             x0, y0, x1, y1 = data["crop_boxes"].unbind(1)
             smaller_first = 1 / ((x1 - x0) * (y1 - y0))
@@ -151,15 +171,19 @@ class SamAutomaticMaskGenerator:
         return data
 
     def _process_crop(
-        self, image: np.ndarray, crop_box: list[int], crop_layer_idx: int, orig_size: tuple[int, ...]
-    ) -> MaskData:
+        self, image: np.ndarray | ImageEmbedding, crop_box: list[int], crop_layer_idx: int, orig_size: tuple[int, ...]
+    ) -> Generator[None, None, MaskData]:
         x0, y0, x1, y1 = crop_box
         size = (y1 - y0, x1 - x0)
-        self.predictor.set_image(image[y0:y1, x0:x1])
+        if isinstance(image, ImageEmbedding):
+            self.predictor.set_embedding(image)
+        else:
+            self.predictor.set_image(image[y0:y1, x0:x1])
         clicks = self.point_grids[crop_layer_idx] * (size[1], size[0])
         data = MaskData()
         for (points,) in batch_iterator(self.points_per_batch, clicks):
             data.cat(self._process_batch(points, size, crop_box, orig_size))
+            yield
         self.predictor.reset_image()
         data.filter(nms(data["boxes"], data["iou_preds"], self.box_nms_thresh))
         data["boxes"] = uncrop_boxes_xyxy(data["boxes"], crop_box)

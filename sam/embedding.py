@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors.torch
@@ -16,8 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .files import write_atomically
-from .modeling.transformer import SharedImageSide
 from .preprocess import ImageGeometry
+
+if TYPE_CHECKING:
+    from .modeling.transformer import SharedImageSide
 
 _FORMAT = "sam-image-embedding-1"
 
@@ -51,6 +54,15 @@ class ImageEmbedding:
     @property
     def device(self) -> torch.device:
         return self.features.device
+
+    @property
+    def nbytes(self) -> int:
+        """Of the features and of what the decoder attached to them."""
+        tensors = [self.features]
+        if self._shared is not None:
+            side = self._shared[1]
+            tensors += [side.keys, side.k, side.v, side.q]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def to(self, device: torch.device | str) -> ImageEmbedding:
         """The same embedding on another device."""
