@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import convert, demo, info, segment
+from . import convert, demo, info, segment, serve
 
 
 class _Parser(argparse.ArgumentParser):
@@ -18,7 +18,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastsam", description="Segment Anything on the command line.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (segment, info, convert, demo):
+    for command in (segment, info, convert, demo, serve):
         command.add_parser(commands)
     return parser
 

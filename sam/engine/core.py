@@ -70,7 +70,7 @@ class Engine:
         self.deadline = deadline
         self.max_images = max_images or (1 if model.device.type == "cpu" else 8)
         self.failure: BaseException | None = None
-        self._on_failure = on_failure
+        self.on_failure = on_failure
         self._model_hash = model.model_hash
         self._cache = EmbeddingCache(embedding_cache_bytes)
         self._counters: Counter[str] = Counter()
@@ -232,7 +232,7 @@ class Engine:
                     work[stage](batch)
                 del taken, batch  # an idle engine holds on to no request
         except BaseException as error:
-            self._fail(error)
+            self.fail(error)
 
     def _take(self) -> tuple[str, list[Any]] | None:
         """The next stage that has work, and the work; None when there will be none any more."""
@@ -397,7 +397,8 @@ class Engine:
             self._counters[f"{kind}_batches"] += 1
             self._counters[f"{kind}s"] += amount
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
+        """Give up: whoever waits, and whoever asks from now on, gets :class:`EngineFailed`."""
         with self._changed:
             self.failure = error
             jobs = list(self._accepted)
@@ -405,8 +406,8 @@ class Engine:
                 queue.clear()
         for job in jobs:
             job.fail(EngineFailed("the model failed"))
-        if self._on_failure is not None:
-            self._on_failure(error)
+        if self.on_failure is not None:
+            self.on_failure(error)
 
     # Its state ---------------------------------------------------------------------------------------------
 
