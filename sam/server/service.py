@@ -156,12 +156,12 @@ def warm_up(engine: Engine) -> None:
     embedding = engine.embed(image).result(limit)
     low_res = np.zeros((1, *model.prompt_encoder.mask_input_size), np.float32)
     kinds = (Prompt([(1, 1)], [1]), Prompt(box=(1, 1, 9, 9)), Prompt([(1, 1)], [1], mask_input=low_res))
+    # Nothing is compiled for a CPU, so one prompt of each kind will do there.
+    counts = [1] if model.device.type == "cpu" else range(1, engine.max_batch + 1)
     for prompt in kinds:
         for multimask in (True, False):
-            count = 1
-            while count <= engine.max_batch:
+            for count in counts:
                 engine.segment(embedding, [prompt] * count, multimask, deadline=limit).result(limit)
-                count = min(2 * count, engine.max_batch) if count < engine.max_batch else count + 1
 
 
 async def unless_gone(receive: Callable[[], Awaitable[object]], work: Awaitable[T]) -> T | None:
