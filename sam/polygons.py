@@ -15,7 +15,6 @@ def multipolygon(mask: np.ndarray) -> dict[str, Any]:
     Pixels that touch at a corner only are apart. A polygon is a list of rings, its outline first (clockwise as
     seen on a screen) and its holes after it; a ring's last corner is its first.
     """
-    height, width = mask.shape
     padded = np.pad(mask.astype(np.int8), 1)
     # 1 where the mask begins below or to the right of the edge, -1 where it ends.
     rows = np.diff(padded, axis=0)[:, 1:-1]  # [H + 1, W] horizontal edges

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ def fill(polygons: list[list[list[list[int]]]], shape: tuple[int, ...]) -> np.nd
     crossings = np.zeros((shape[0], shape[1] + 1), int)
     for polygon in polygons:
         for ring in polygon:
-            for (x0, y0), (x1, y1) in zip(ring, ring[1:], strict=False):
+            for (x0, y0), (x1, y1) in itertools.pairwise(ring):
                 assert (x0 == x1) != (y0 == y1)
                 if x0 == x1:
                     crossings[min(y0, y1) : max(y0, y1), x0] += 1

@@ -1,18 +1,18 @@
 """A batch engine: requests of many clients, one model, no HTTP. ``Engine`` is all that a caller needs."""
 
 from .core import Engine
-from .errors import DeadlineExceeded, EngineClosed, EngineError, EngineFailed, OutOfMemory, QueueFull
+from .errors import DeadlineExceededError, EngineClosedError, EngineError, EngineFailedError, OutOfMemoryError, QueueFullError
 from .jobs import AutomaticOptions, PreparedImage, PromptMasks
 
 __all__ = [
     "AutomaticOptions",
-    "DeadlineExceeded",
+    "DeadlineExceededError",
     "Engine",
-    "EngineClosed",
+    "EngineClosedError",
     "EngineError",
-    "EngineFailed",
-    "OutOfMemory",
+    "EngineFailedError",
+    "OutOfMemoryError",
     "PreparedImage",
     "PromptMasks",
-    "QueueFull",
+    "QueueFullError",
 ]

@@ -21,7 +21,7 @@ from ..modeling import Sam
 from ..preprocess import ImageGeometry
 from ..prompts import Prompt, check_mask_inputs, ragged_chunks
 from .cache import EmbeddingCache
-from .errors import DeadlineExceeded, EngineClosed, EngineFailed, OutOfMemory, QueueFull, is_out_of_memory
+from .errors import DeadlineExceededError, EngineClosedError, EngineFailedError, OutOfMemoryError, QueueFullError, is_out_of_memory
 from .jobs import AutomaticJob, AutomaticOptions, Job, PreparedImage, PromptMasks, SegmentJob
 
 Piece = TypeVar("Piece")
@@ -74,6 +74,8 @@ class Engine:
         self._model_hash = model.model_hash
         self._cache = EmbeddingCache(embedding_cache_bytes)
         self._counters: Counter[str] = Counter()
+        # From the start, so that whoever watches them sees zeros and not nothing.
+        self._counters.update(dict.fromkeys(("accepted", "completed", "rejected", "cancelled", "expired", "failed"), 0))
         self._accepted: set[Job] = set()
         self._queues: dict[str, deque[Any]] = {stage: deque() for stage in _STAGES}
         self._turns = deque(_STAGES)
@@ -107,7 +109,7 @@ class Engine:
 
         Raises:
             TypeError, ValueError: another kind of image.
-            QueueFull, EngineClosed, EngineFailed: nothing was accepted.
+            QueueFullError, EngineClosedError, EngineFailedError: nothing was accepted.
         """
         return self._submit(Job(*self._source(image), self._expiry(deadline)))
 
@@ -130,7 +132,7 @@ class Engine:
 
         Raises:
             TypeError, ValueError: a bad image, no prompts, a mask input of the wrong size, a foreign embedding.
-            QueueFull, EngineClosed, EngineFailed: nothing was accepted.
+            QueueFullError, EngineClosedError, EngineFailedError: nothing was accepted.
         """
         if not prompts:
             raise ValueError("at least one prompt is needed")
@@ -154,7 +156,7 @@ class Engine:
 
         Raises:
             TypeError, ValueError: a bad image or a foreign embedding.
-            QueueFull, EngineClosed, EngineFailed: nothing was accepted.
+            QueueFullError, EngineClosedError, EngineFailedError: nothing was accepted.
         """
         options = options or AutomaticOptions()
         source = self._source(image)
@@ -178,12 +180,12 @@ class Engine:
     def _submit(self, job: Job) -> Future[Any]:
         with self._changed:
             if self.failure is not None:
-                raise EngineFailed("the model failed earlier; start a new engine")
+                raise EngineFailedError("the model failed earlier; start a new engine")
             if self._closing:
-                raise EngineClosed("the engine is stopping")
+                raise EngineClosedError("the engine is stopping")
             if len(self._accepted) >= self.max_queue:
                 self._counters["rejected"] += 1
-                raise QueueFull(f"{self.max_queue} requests are waiting already")
+                raise QueueFullError(f"{self.max_queue} requests are waiting already")
             self._counters["accepted"] += 1
             self._accepted.add(job)
         job.future.add_done_callback(lambda future: self._forget(job))
@@ -200,7 +202,7 @@ class Engine:
                 self._counters["cancelled"] += 1
             else:
                 error = job.future.exception()
-                self._counters["completed" if error is None else type(error).__name__] += 1
+                self._counters[getattr(error, "counter", "failed") if error else "completed"] += 1
             self._changed.notify_all()
 
     def _advance(self, job: Job) -> None:
@@ -215,7 +217,7 @@ class Engine:
                 self._queues[stage].append(job)
                 self._changed.notify_all()
         if failed:
-            job.fail(EngineFailed("the model failed"))
+            job.fail(EngineFailedError("the model failed"))
 
     # The thread --------------------------------------------------------------------------------------------
 
@@ -251,7 +253,7 @@ class Engine:
             self._turns.rotate(-1)
             batch = getattr(self, f"_take_{stage}")() if self._queues[stage] else []
         for job in expired:  # outside the lock: a client's callback may do anything
-            job.fail(DeadlineExceeded("the request waited for longer than its deadline"))
+            job.fail(DeadlineExceededError("the request waited for longer than its deadline"))
         return stage, batch
 
     def _take_encode(self) -> list[list[Job]]:
@@ -293,7 +295,7 @@ class Engine:
                 with self._changed:
                     self._cache.put(str(group[0].key), embedding)
             for job in group:
-                if isinstance(embedding, OutOfMemory):
+                if isinstance(embedding, OutOfMemoryError):
                     job.fail(embedding)
                 else:
                     job.embedding, job.image = embedding, None
@@ -301,9 +303,9 @@ class Engine:
 
     def _decode(self, pieces: list[tuple[SegmentJob, int]]) -> None:
         self._count("prompt", len(pieces))
-        failed: dict[SegmentJob, OutOfMemory] = {}
+        failed: dict[SegmentJob, OutOfMemoryError] = {}
         for (job, _), masks in zip(pieces, self._halving(pieces, self._decode_some), strict=True):
-            if isinstance(masks, OutOfMemory):
+            if isinstance(masks, OutOfMemoryError):
                 failed[job] = masks
             else:
                 job.done.append(masks)
@@ -358,7 +360,7 @@ class Engine:
                 raise
             self._relieve()
             if job.retried or job.points_per_batch == 1:
-                job.fail(OutOfMemory("not enough memory, not for half the batch either"))
+                job.fail(OutOfMemoryError("not enough memory, not for half the batch either"))
             else:
                 job.retried, job.steps, job.points_per_batch = True, None, job.points_per_batch // 2
                 self._advance(job)
@@ -366,7 +368,7 @@ class Engine:
             self._advance(job)
 
     def _halving(self, pieces: list[Piece], run: Callable[[list[Piece]], list[Any]]) -> list[Any]:
-        """``run(pieces)``, a result a piece; when memory runs out once more in halves, then :class:`OutOfMemory`."""
+        """``run(pieces)``, a result a piece; when memory runs out once more in halves, then :class:`OutOfMemoryError`."""
         try:
             return run(pieces)
         except Exception as error:
@@ -382,7 +384,7 @@ class Engine:
                 if not is_out_of_memory(error):
                     raise
                 self._relieve()
-                shortage = OutOfMemory("not enough memory, not for half the batch either")
+                shortage = OutOfMemoryError("not enough memory, not for half the batch either")
                 results += [shortage] * len(half)
         return results
 
@@ -398,14 +400,14 @@ class Engine:
             self._counters[f"{kind}s"] += amount
 
     def fail(self, error: BaseException) -> None:
-        """Give up: whoever waits, and whoever asks from now on, gets :class:`EngineFailed`."""
+        """Give up: whoever waits, and whoever asks from now on, gets :class:`EngineFailedError`."""
         with self._changed:
             self.failure = error
             jobs = list(self._accepted)
             for queue in self._queues.values():
                 queue.clear()
         for job in jobs:
-            job.fail(EngineFailed("the model failed"))
+            job.fail(EngineFailedError("the model failed"))
         if self.on_failure is not None:
             self.on_failure(error)
 
@@ -431,7 +433,7 @@ class Engine:
 
     def close(self, timeout: float | None = None) -> bool:
         """Take nothing more, answer what was accepted, stop. True if that took no longer than ``timeout`` seconds;
-        else whoever still waits gets :class:`EngineClosed`."""
+        else whoever still waits gets :class:`EngineClosedError`."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -439,7 +441,7 @@ class Engine:
         with self._changed:
             left = list(self._accepted)
         for job in left:
-            job.fail(EngineClosed("the engine stopped before the answer was ready"))
+            job.fail(EngineClosedError("the engine stopped before the answer was ready"))
         return not left
 
     def __enter__(self) -> Engine:

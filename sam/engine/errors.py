@@ -6,27 +6,39 @@ import torch
 
 
 class EngineError(RuntimeError):
-    """The base of what an engine raises by itself."""
+    """The base of what an engine raises by itself; ``counter`` is where the engine counts it."""
+
+    counter = "failed"
 
 
-class QueueFull(EngineError):
+class QueueFullError(EngineError):
     """As many requests are waiting as the engine was told to hold; ask again later."""
 
+    counter = "rejected"
 
-class DeadlineExceeded(EngineError):
+
+class DeadlineExceededError(EngineError):
     """The request waited for longer than it may; whatever was not computed by then was not computed."""
 
+    counter = "expired"
 
-class OutOfMemory(EngineError):
+
+class OutOfMemoryError(EngineError):
     """The device's memory did not suffice, not for half the batch either; the engine goes on."""
 
+    counter = "failed_out_of_memory"
 
-class EngineFailed(EngineError):
+
+class EngineFailedError(EngineError):
     """The model raised something other than a shortage of memory; the engine answers nothing any more."""
 
+    counter = "failed"
 
-class EngineClosed(EngineError):
+
+class EngineClosedError(EngineError):
     """The engine was told to stop before the request came, or could not finish it in time."""
+
+    counter = "abandoned"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from .. import __version__
 from .. import engine as engines
 from ..embedding import ImageEmbedding
 from ..engine import AutomaticOptions, Engine, PreparedImage, PromptMasks
@@ -48,7 +49,7 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
         yield
 
     app = FastAPI(
-        title="Segment Anything", version=openapi.VERSION, description=openapi.DESCRIPTION, lifespan=lifespan,
+        title="Segment Anything", version=__version__, description=openapi.DESCRIPTION, lifespan=lifespan,
         docs_url=None, redoc_url=None,
     )  # fmt: skip
     app.state.service = service
@@ -132,15 +133,15 @@ async def _answer(
     try:
         computing = asyncio.wait_for(work(service, asked, subject, request.state.request_id), left)
         response = await unless_gone(request.receive, computing)
-    except (asyncio.TimeoutError, engines.DeadlineExceeded):
+    except (asyncio.TimeoutError, engines.DeadlineExceededError):
         raise ApiError("deadline_exceeded") from None
-    except engines.QueueFull:
+    except engines.QueueFullError:
         raise ApiError("queue_full") from None
-    except (engines.OutOfMemory, MemoryError):
+    except (engines.OutOfMemoryError, MemoryError):
         raise ApiError("out_of_memory") from None
-    except engines.EngineClosed:
+    except engines.EngineClosedError:
         raise ApiError("draining") from None
-    except engines.EngineFailed:
+    except engines.EngineFailedError:
         raise ApiError("model_failed") from None
     return response if response is not None else Response(status_code=499)
 

@@ -16,9 +16,7 @@ _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 class Metrics:
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "sam_requests", "Requests answered.", ["route", "status"], registry=self.registry
-        )
+        self.requests = Counter("sam_requests", "Requests answered.", ["route", "status"], registry=self.registry)
         self.errors = Counter("sam_errors", "Requests that ended with an error.", ["code"], registry=self.registry)
         self.seconds = Histogram(
             "sam_request_seconds", "From the head to the end.", ["route"], buckets=_BUCKETS, registry=self.registry

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import __version__ as VERSION  # noqa: N812
 from .errors import KINDS
 from .schemas import AutomaticRequest, EmbedRequest, SegmentRequest
 
@@ -110,7 +109,10 @@ def _error(status: int) -> dict[str, Any]:
             "request_id": {"type": "string"},
         },
     }
-    return {"description": " ".join(KINDS[code].message for code in codes), "content": {"application/json": {"schema": schema}}}
+    return {
+        "description": " ".join(KINDS[code].message for code in codes),
+        "content": {"application/json": {"schema": schema}},
+    }
 
 
 def _body(name: str) -> dict[str, Any]:

@@ -73,9 +73,7 @@ class AutomaticRequest(_Strict):
 
 
 _NAMES = {
-    name
-    for model in (MaskReference, PromptRequest, SegmentRequest, AutomaticRequest)
-    for name in model.model_fields
+    name for model in (MaskReference, PromptRequest, SegmentRequest, AutomaticRequest) for name in model.model_fields
 }
 
 
