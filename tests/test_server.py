@@ -67,18 +67,18 @@ class Local:
         finally:
             connection.close()
 
-    def post(self, path: str, image: bytes | None = None, headers: dict[str, str] | None = None, **fields: Any) -> Any:
+    def post(self, route: str, image: bytes | None = None, headers: dict[str, str] | None = None, **fields: Any) -> Any:
         """Multipart with an image, else JSON; the answer as JSON where it is."""
         if image is None:
             body, kind = json.dumps(fields).encode(), "application/json"
         else:
             body, kind = multipart(image, fields)
-        status, answered, content = self.request("POST", path, body, {"Content-Type": kind, **(headers or {})})
+        status, answered, content = self.request("POST", route, body, {"Content-Type": kind, **(headers or {})})
         is_json = answered.get("content-type") == "application/json"
         return status, json.loads(content) if is_json else content, answered
 
-    def error(self, path: str, image: bytes | None = None, **fields: Any) -> tuple[int, str]:
-        status, answer, _ = self.post(path, image, **fields)
+    def error(self, route: str, image: bytes | None = None, **fields: Any) -> tuple[int, str]:
+        status, answer, _ = self.post(route, image, **fields)
         assert set(answer) == {"error", "request_id"}
         assert answer["error"]["message"] == KINDS[answer["error"]["code"]].message
         return status, answer["error"]["code"]
@@ -236,7 +236,7 @@ def test_health_model_and_metrics(local: Local, model: Sam) -> None:
     assert local.request("GET", "/v2/models/other")[0] == 404
     local.post("/v1/embed", PNG)
     text = local.request("GET", "/metrics")[2].decode()
-    for name in ("sam_requests_total{route=\"/v1/embed\",status=\"200\"}", "sam_ready 1.0", "sam_engine_accepted_total"):
+    for name in ('sam_requests_total{route="/v1/embed",status="200"}', "sam_ready 1.0", "sam_engine_accepted_total"):
         assert name in text
 
 
@@ -471,7 +471,9 @@ def test_who_left_is_dropped_before_dispatch(gated: tuple[Local, Gate]) -> None:
         busy = pool.submit(running.post, "/v1/embed", PNG)
         assert gate.entered.wait(SECONDS)
         body, kind = multipart(file_of(random_image(40, 40)), {"prompts": CLICK})
-        head = f"POST /v1/segment HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+        head = (
+            f"POST /v1/segment HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+        )
         with socket.create_connection(("127.0.0.1", running.port)) as leaving:
             leaving.sendall(head.encode() + b"\r\n" + body)
             wait_until(lambda: running.engine.pending == 2)
