@@ -24,7 +24,8 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 from serving import SECONDS, Server
 from test_server import file_of, multipart
 
-CASES = int(os.environ.get("HOSTILE_CASES", "5000"))  # of the corpus; schemathesis makes as many
+REQUESTS = int(os.environ.get("HOSTILE_REQUESTS", "10000"))
+CORPUS, GENERATED = REQUESTS * 4 // 5, REQUESTS // 5  # schemathesis takes longer to make a case than to ask it
 GROWTH = 100 * 2**20
 PNG, JPEG, WEBP = (file_of(random_image(40, 50), kind) for kind in ("PNG", "JPEG", "WEBP"))
 pytestmark = pytest.mark.slow
@@ -132,14 +133,14 @@ def test_corpus(server: Server) -> None:
     rng = random.Random(0)
     statuses: Counter[int] = Counter()
     before = 0
-    for case in range(CASES):
+    for case in range(CORPUS):
         body, kind = rng.choice([_multipart_case, _multipart_case, _json_case, _raw_case])(rng)
         path = rng.choice(["/v1/segment", "/v1/segment", "/v1/embed"])
         statuses[_ask(server, path, body, kind, chunked=rng.random() < 0.2)] += 1
-        if case == CASES // 10:
+        if case == CORPUS // 10:
             before = server.resident_bytes()
     growth = server.resident_bytes() - before
-    print(f"\n{CASES} cases: {dict(statuses)}; resident memory grew by {growth / 2**20:.1f} MiB")
+    print(f"\n{CORPUS} cases: {dict(statuses)}; resident memory grew by {growth / 2**20:.1f} MiB")
     assert not [status for status in statuses if status >= 500]
     assert statuses[200] > 0
     assert server.get("/v2/health/ready")[0] == 200
@@ -172,6 +173,7 @@ def test_schemathesis(server: Server) -> None:
     assert len(operations) == 7
     posts = [operation for operation in operations if operation.method.upper() == "POST"]
     statuses: Counter[int] = Counter()
+    asked: Counter[str] = Counter()
 
     def ask_often(operation: Any, mode: Any, times: int) -> None:
         @settings(max_examples=times, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -179,6 +181,7 @@ def test_schemathesis(server: Server) -> None:
         def ask(data: st.DataObject) -> None:
             response = data.draw(operation.as_strategy(generation_mode=mode)).call(timeout=SECONDS)
             statuses[response.status_code] += 1
+            asked[operation.path] += 1
             assert response.status_code < 500, response.text
 
         with contextlib.suppress(Unsatisfiable, schemathesis.errors.SchemathesisError):  # nothing can be wrong there
@@ -186,8 +189,10 @@ def test_schemathesis(server: Server) -> None:
 
     for operation in operations:
         for mode in modes:
-            ask_often(operation, mode, max(1, CASES // (len(posts) * len(modes))) if operation in posts else 50)
+            ask_often(operation, mode, max(1, GENERATED // (len(posts) * len(modes))) if operation in posts else 50)
     print(f"\n{sum(statuses.values())} cases: {dict(statuses)}")
+    assert set(asked) == {operation.path for operation in operations}
+    assert sum(asked[operation.path] for operation in posts) >= 0.7 * GENERATED
     assert server.get("/v2/health/ready")[0] == 200
 
 
@@ -196,11 +201,11 @@ def test_memory_over_ten_thousand_requests(server: Server) -> None:
     files = [file_of(random_image(60, 70, seed)) for seed in range(200)]
     prompts = {"prompts": [{"points": [[5, 5]]}]}
     before = 0
-    for index in range(2 * CASES):
-        if index == CASES // 5:
+    for index in range(REQUESTS):
+        if index == REQUESTS // 10:
             before = server.resident_bytes()
         body, kind = multipart(files[index % len(files)], prompts)
         assert _ask(server, "/v1/segment", body, kind, chunked=False) == 200
     growth = server.resident_bytes() - before
-    print(f"\n{2 * CASES} requests: resident memory grew by {growth / 2**20:.1f} MiB")
+    print(f"\n{REQUESTS} requests: resident memory grew by {growth / 2**20:.1f} MiB")
     assert growth <= GROWTH

@@ -21,7 +21,14 @@ from ..modeling import Sam
 from ..preprocess import ImageGeometry
 from ..prompts import Prompt, check_mask_inputs, ragged_chunks
 from .cache import EmbeddingCache
-from .errors import DeadlineExceededError, EngineClosedError, EngineFailedError, OutOfMemoryError, QueueFullError, is_out_of_memory
+from .errors import (
+    DeadlineExceededError,
+    EngineClosedError,
+    EngineFailedError,
+    OutOfMemoryError,
+    QueueFullError,
+    is_out_of_memory,
+)
 from .jobs import AutomaticJob, AutomaticOptions, Job, PreparedImage, PromptMasks, SegmentJob
 
 Piece = TypeVar("Piece")
