@@ -22,13 +22,13 @@ from test_engine import Gate
 from test_polygons import fill
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
-import uvicorn  # noqa: E402
+import uvicorn
 
-from sam import Prompt, Sam, rle  # noqa: E402
-from sam.engine import Engine  # noqa: E402
-from sam.server import Settings, create_app  # noqa: E402
-from sam.server.errors import KINDS  # noqa: E402
-from sam.server.service import Service  # noqa: E402
+from sam import Prompt, Sam, rle
+from sam.engine import Engine
+from sam.server import Settings, create_app
+from sam.server.errors import KINDS
+from sam.server.service import Service
 
 SECONDS = 30
 TOKEN = "a-token-for-tests"
@@ -106,6 +106,7 @@ def file_of(image: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) 
 
 
 PNG = file_of(IMAGE)
+_IMAGE_AS_TEXT = b'--b\r\nContent-Disposition: form-data; name="image"\r\n\r\nx\r\n--b--\r\n'
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +232,7 @@ def test_upright(local: Local) -> None:
 def test_health_model_and_metrics(local: Local, model: Sam) -> None:
     assert local.request("GET", "/v2/health/live")[::2] == (200, b'{"live":true}')
     assert local.request("GET", "/v2/health/ready")[::2] == (200, b'{"ready":true}')
-    status, _, text = local.request("GET", "/v2/models/custom")
+    _, _, text = local.request("GET", "/v2/models/custom")
     assert json.loads(text)["versions"] == [model.model_hash]
     assert local.request("GET", "/v2/models/other")[0] == 404
     local.post("/v1/embed", PNG)
@@ -342,10 +343,9 @@ def test_bombs_are_refused_by_their_header(local: Local, monkeypatch: pytest.Mon
         (b"x", "multipart/form-data", 400, "bad_request"),
         (b"x", "multipart/form-data; boundary=b", 400, "bad_request"),
         (b"--b\r\n\r\n\r\n--b--", "multipart/form-data; boundary=b", 400, "bad_request"),
-        (b'--b\r\nContent-Disposition: form-data; name="image"\r\n\r\nx\r\n--b--\r\n', "multipart/form-data; boundary=b",
-         400, "bad_request"),
+        (_IMAGE_AS_TEXT, "multipart/form-data; boundary=b", 400, "bad_request"),
     ],
-)  # fmt: skip
+)
 def test_bad_bodies(local: Local, body: bytes, kind: str, status: int, code: str) -> None:
     answered, _, text = local.request("POST", "/v1/segment", body, {"Content-Type": kind})
     assert (answered, json.loads(text)["error"]["code"]) == (status, code)

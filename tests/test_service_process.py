@@ -20,12 +20,12 @@ from models import random_image
 from PIL import Image
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
-from serving import ROOT, SECONDS, Server  # noqa: E402
-from test_server import TOKEN, file_of, multipart  # noqa: E402
+from serving import ROOT, SECONDS, Server
+from test_server import TOKEN, file_of, multipart
 
-import sam  # noqa: E402
-from sam.cli import main  # noqa: E402
-from sam.client import Client, ServiceError  # noqa: E402
+import sam
+from sam.cli import main
+from sam.client import Client, ServiceError
 
 SMALL = ("--image-size", "128", "--device", "cpu")
 # The service with a model that fails on images 13 pixels wide, as a broken device would on any.

@@ -375,7 +375,7 @@ class Engine:
             self._advance(job)
 
     def _halving(self, pieces: list[Piece], run: Callable[[list[Piece]], list[Any]]) -> list[Any]:
-        """``run(pieces)``, a result a piece; when memory runs out once more in halves, then :class:`OutOfMemoryError`."""
+        """``run(pieces)``, a result a piece; :class:`OutOfMemoryError` where memory runs out again in a half."""
         try:
             return run(pieces)
         except Exception as error:
