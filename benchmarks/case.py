@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastsam_kernels.launch import Launch
+from fastsam_kernels.launch import Launch, Launches
 from fastsam_kernels.tile_config import TileConfig
 
 from .measure import Form, Work
@@ -64,7 +64,7 @@ class TuneProblem:
         candidates: tiles to try.
     """
 
-    launch: Callable[[TileConfig], Launch]
+    launch: Callable[[TileConfig], Launch | Launches]
     out: Tensor
     truth: Callable[[], Tensor]
     plain: Callable[[], Tensor]

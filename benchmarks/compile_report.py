@@ -43,8 +43,9 @@ def to_markdown(rows: list[Compiled], facts: dict[str, Any]) -> str:
         f"triton {facts['triton']}, revision {facts['revision']}, {facts['date']}. Regenerate: "
         "`python -m benchmarks compile-report --write`.",
         "",
-        "Compiled, not run. 16-bit tiles must have no stack, fit the shared memory and use tensor cores where there is",
-        "a dot; fp32, exact and slow, is only reported, and so is gfx942, for which the tiles of sm_80 are compiled.",
+        "Compiled, not run. Every tile must fit the shared memory; 16-bit tiles must have no stack and use tensor",
+        "cores where there is a dot, with 64 rows or more HGMMA on sm_90 and UTC*MMA on sm_100. fp32 is exact and slow",
+        "and may spill. gfx942 is only reported, with the tiles of sm_80.",
         "",
         "| " + " | ".join(columns) + " |",
         "|" + "---|" * len(columns),

@@ -26,7 +26,8 @@ def status_table() -> str:
 
 
 def _interpreted(operation: str) -> str:
-    tests = ROOT / "tests" / "kernels" / f"test_{operation}.py"
+    name = getattr(OPERATIONS[operation], "TESTS", f"test_{operation}.py")  # several operations may share a file
+    tests = ROOT / "tests" / "kernels" / name
     return f"fp32, fp16: `{tests.relative_to(ROOT)}`" if tests.exists() else "no"
 
 

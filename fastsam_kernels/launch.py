@@ -35,3 +35,14 @@ class Launch:
         self.kernel[self.grid](
             **self.arguments, **self.constexprs, num_warps=self.tile.num_warps, num_stages=self.tile.num_stages
         )
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Launches that follow one another on the same stream."""
+
+    launches: tuple[Launch, ...]
+
+    def run(self) -> None:
+        for launch in self.launches:
+            launch.run()

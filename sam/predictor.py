@@ -60,7 +60,7 @@ class SamPredictor:
         long_side, shape = self.model.image_encoder.img_size, list(transformed_image.shape)
         if len(shape) != 4 or shape[1] != 3 or max(shape[2:]) != long_side:
             raise ValueError(f"set_torch_image takes [1, 3, h, w] with a longer side of {long_side}, got {shape}")
-        features = self.model.image_encoder(self.model.preprocess(transformed_image))
+        features = self.model.image_features(self.model.preprocess(transformed_image))
         self.reset_image()
         self.original_size = original_image_size
         self.input_size = (transformed_image.shape[-2], transformed_image.shape[-1])

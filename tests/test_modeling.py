@@ -320,7 +320,8 @@ def test_lora_in_place_of_the_projections(tiny: Sam) -> None:
         block.attn.qkv = Wrapped(block.attn.qkv)
     for layer in tiny.mask_decoder.transformer.layers:
         layer.cross_attn_token_to_image.v_proj = Wrapped(layer.cross_attn_token_to_image.v_proj)
-    assert torch.equal(tiny.predict(tiny.encode(image), prompts).low_res_logits, expected)
+    # A wrapped projection runs as it is instead of being folded: the same result with other roundings.
+    assert_close_l2(tiny.predict(tiny.encode(image), prompts).low_res_logits, expected, 1e-5, "wrapped projections")
 
 
 def test_kernels_resolve_where_the_model_is(tiny: Sam, monkeypatch: pytest.MonkeyPatch) -> None:

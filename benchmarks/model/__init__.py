@@ -1,5 +1,5 @@
 """Parts of the model against the official way, a module each, with its ``CASES``."""
 
-from . import decoder
+from . import decoder, encoder
 
-PARTS = {"decoder": decoder}
+PARTS = {"decoder": decoder, "encoder": encoder}

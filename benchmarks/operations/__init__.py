@@ -5,6 +5,11 @@
 - ``TUNING``: for each shape class, the problem on which ``python -m benchmarks tune`` chooses a tile.
 """
 
-from . import hypernetwork_masks
+from . import hypernetwork_masks, image_to_token_attention, rel_pos_attention, token_to_image_attention
 
-OPERATIONS = {"hypernetwork_masks": hypernetwork_masks}
+OPERATIONS = {
+    "hypernetwork_masks": hypernetwork_masks,
+    "image_to_token_attention": image_to_token_attention,
+    "rel_pos_attention": rel_pos_attention,
+    "token_to_image_attention": token_to_image_attention,
+}

@@ -41,6 +41,14 @@ class LayerNorm2d(nn.Module):
         return (normed * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
+def is_ours(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``module`` is of a class of this package, compiled or not, and so takes ``kernels``.
+
+    What a user put in its place is called as the official code calls it.
+    """
+    return isinstance(getattr(module, "_orig_mod", module), kind)
+
+
 def weights_key(*sources: Tensor) -> Hashable:
     """Changes whenever one of ``sources`` is replaced or written in place."""
     return tuple((s.data_ptr(), s.dtype, 0 if s.is_inference() else s._version) for s in sources)

@@ -12,7 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import LayerNorm2d, MLPBlock
+from fastsam_kernels import rel_pos_attention
+
+from .common import DerivedWeights, LayerNorm2d, MLPBlock, is_ours
+
+# Tokens that pass through the MLP together, so that its hidden channels stay near a CPU's cache.
+_TOKENS_AT_ONCE = {"cpu": 2048}
 
 
 class ImageEncoderViT(nn.Module):
@@ -69,14 +74,15 @@ class ImageEncoderViT(nn.Module):
             LayerNorm2d(out_chans),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kernels: str = "reference") -> Tensor:
+        """``kernels`` chooses the implementation of the blocks; the default is the official modules one by one."""
         if x.ndim != 4 or x.shape[-2:] != (self.img_size, self.img_size):
             raise ValueError(f"the image encoder takes [B, 3, {self.img_size}, {self.img_size}], got {list(x.shape)}")
         x = self.patch_embed(x)
         if self.pos_embed is not None:
             x = x + self.pos_embed
         for block in self.blocks:
-            x = block(x)
+            x = block(x, kernels) if is_ours(block, Block) else block(x)
         return self.neck(x.permute(0, 3, 1, 2))
 
 
@@ -110,8 +116,10 @@ class Block(nn.Module):
         self.mlp = MLPBlock(embedding_dim=dim, mlp_dim=int(dim * mlp_ratio), act=act_layer)
         self.window_size = window_size
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kernels: str = "reference") -> Tensor:
         attended = self.norm1(x)
+        if kernels != "reference" and is_ours(self.attn, Attention):
+            return self._add_mlp(x + self.attn(attended, self.window_size, kernels))
         if self.window_size > 0:
             # The zero padding passes through qkv, so a padded key is the qkv bias and takes part in the softmax.
             windows, padded_size = window_partition(attended, self.window_size)
@@ -121,8 +129,21 @@ class Block(nn.Module):
         x = x + attended
         return x + self.mlp(self.norm2(x))
 
+    def _add_mlp(self, x: Tensor) -> Tensor:
+        """x + mlp(norm2(x)), written to ``x`` unless somebody would notice."""
+        layers = (self.norm2, self.mlp)
+        weights = [weight for layer in layers for weight in layer.parameters()]
+        recording = torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights))
+        hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in (*layers, *self.mlp.children()))
+        if recording or hooked or type(self.mlp) is not MLPBlock or torch.is_autocast_enabled(x.device.type):
+            return x + self.mlp(self.norm2(x))
+        tokens = x.reshape(-1, x.shape[-1])
+        for some in tokens.split(_TOKENS_AT_ONCE.get(x.device.type, len(tokens))):
+            some += self.mlp(self.norm2(some))
+        return tokens.view(x.shape)
 
-class Attention(nn.Module):
+
+class Attention(DerivedWeights):
     """Multi-head self-attention over all of [B, H, W, dim], with decomposed relative position."""
 
     def __init__(
@@ -150,7 +171,10 @@ class Attention(nn.Module):
                 nn.init.trunc_normal_(self.rel_pos_h, std=0.02)
                 nn.init.trunc_normal_(self.rel_pos_w, std=0.02)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, window_size: int = 0, kernels: str = "reference") -> Tensor:
+        """Over all of ``x``, which may be a window; in its windows with ``kernels`` other than "reference"."""
+        if kernels != "reference":
+            return self.proj(self.attend(self.qkv(x), window_size, kernels))
         batch, height, width, _ = x.shape
         tokens = height * width
         q, k, v = (
@@ -167,6 +191,38 @@ class Attention(nn.Module):
         out = scores.softmax(dim=-1) @ v  # [B * heads, tokens, head_dim]
         out = out.view(batch, self.num_heads, height, width, -1).permute(0, 2, 3, 1, 4).flatten(3)
         return self.proj(out)
+
+    def attend(self, qkv: Tensor, window_size: int, kernels: str) -> Tensor:
+        """The output of :attr:`qkv` for a whole grid, [B, H, W, 3 * dim] -> what goes into :attr:`proj`."""
+        size = (window_size, window_size) if window_size else (qkv.shape[1], qkv.shape[2])
+        tables = self._tables(qkv, size)
+        # Of a stand-in for the projection: what is padded is zero before it.
+        plain = isinstance(self.qkv, nn.Linear)
+        bias = self.qkv.bias if plain else self.qkv(qkv.new_zeros(1, qkv.shape[3] // 3))[0]
+        return rel_pos_attention(
+            qkv,
+            *(table.to(qkv.dtype) for table in tables),  # autocast may have narrowed the projection
+            num_heads=self.num_heads,
+            window_size=window_size,
+            qkv_bias=None if bias is None else bias.to(qkv.dtype),
+            kernels=kernels,
+        )
+
+    def _tables(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Of relative position, [2 * side - 1, head_dim] for both sides; zero without relative position."""
+        lengths = (2 * size[0] - 1, 2 * size[1] - 1)
+        if not self.use_rel_pos:
+            head_dim = qkv.shape[3] // (3 * self.num_heads)
+            return qkv.new_zeros(lengths[0], head_dim), qkv.new_zeros(lengths[1], head_dim)
+        tables = (self.rel_pos_h, self.rel_pos_w)
+        if (len(tables[0]), len(tables[1])) == lengths:
+            return tables
+
+        def resize() -> tuple[Tensor, Tensor]:
+            resized = [resize_rel_pos(table, length) for table, length in zip(tables, lengths, strict=True)]
+            return resized[0], resized[1]
+
+        return self.derived(f"rel_pos {size}", resize, *tables)
 
 
 def window_partition(x: Tensor, window_size: int) -> tuple[Tensor, tuple[int, int]]:
@@ -191,6 +247,13 @@ def window_unpartition(windows: Tensor, window_size: int, pad_hw: tuple[int, int
     return x[:, : hw[0], : hw[1]].contiguous()
 
 
+def resize_rel_pos(rel_pos: Tensor, length: int) -> Tensor:
+    """A table [L, C] resized linearly to [length, C]."""
+    if rel_pos.shape[0] == length:
+        return rel_pos
+    return F.interpolate(rel_pos.t()[None], size=length, mode="linear")[0].t()
+
+
 def get_rel_pos(q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
     """The table's row for every pair of positions along one axis.
 
@@ -200,9 +263,7 @@ def get_rel_pos(q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
     Returns:
         [q_size, k_size, C]
     """
-    length = 2 * max(q_size, k_size) - 1
-    if rel_pos.shape[0] != length:
-        rel_pos = F.interpolate(rel_pos.t()[None], size=length, mode="linear")[0].t()
+    rel_pos = resize_rel_pos(rel_pos, 2 * max(q_size, k_size) - 1)
     q_stretch, k_stretch = max(k_size / q_size, 1.0), max(q_size / k_size, 1.0)
     q_coords = torch.arange(q_size, device=rel_pos.device)[:, None] * q_stretch
     k_coords = torch.arange(k_size, device=rel_pos.device)[None, :] * k_stretch

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,23 @@ from fastsam_kernels import UnsupportedKernelError, UpscalingWeights, hypernetwo
 
 from .common import DerivedWeights, LayerNorm2d
 from .transformer import SharedImageSide, TwoWayTransformer
+
+
+@dataclass(frozen=True)
+class DecodedPrompts:
+    """P prompts after the transformer: all but their masks, which cost as much again.
+
+    Attributes:
+        keys: [P, h * w, C] image tokens as each prompt sees them.
+        mask_tokens: [P, M, C], one for each mask the decoder knows, the single mask first.
+        iou: [P, M] predicted IoU of each, in the weights' dtype.
+        grid: (h, w).
+    """
+
+    keys: Tensor
+    mask_tokens: Tensor
+    iou: Tensor
+    grid: tuple[int, int]
 
 
 class MaskDecoder(DerivedWeights):
@@ -104,29 +123,43 @@ class MaskDecoder(DerivedWeights):
         dense: Tensor,
         *,
         mask_slice: slice,
+        kernels: str = "reference",
+        **request: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`decode_tokens`, then :meth:`decode_masks` of every prompt.
+
+        Returns:
+            logits [P, masks, 4h, 4w] in at least fp32, in the weights' dtype for "reference"; predicted IoU
+            [P, masks] in the weights' dtype.
+        """
+        decoded = self.decode_tokens(image_embeddings, image_pe, sparse, dense, kernels=kernels, **request)
+        return self.decode_masks(decoded, mask_slice, kernels=kernels), decoded.iou[:, mask_slice]
+
+    def decode_tokens(
+        self,
+        image_embeddings: Tensor,
+        image_pe: Tensor,
+        sparse: Tensor,
+        dense: Tensor,
+        *,
         image_index: Tensor | None = None,
         token_mask: Tensor | None = None,
         shared: SharedImageSide | None = None,
         kernels: str = "reference",
-    ) -> tuple[Tensor, Tensor]:
-        """Masks for P prompts spread over I images.
+    ) -> DecodedPrompts:
+        """The transformer on P prompts spread over I images, and the predicted IoU of their masks.
 
         Args:
             image_embeddings: [I, C, h, w].
             image_pe: [1, C, h, w].
             sparse: [P, S, C].
             dense: [P or 1, C, h, w]; not read where ``shared`` stands for it.
-            mask_slice: which of the mask tokens answer.
             image_index: [P], int64, the image of each prompt; None for one image, or for an image a prompt.
             token_mask: [P, S], False for tokens that are padding; None when there are none.
             shared: from :meth:`share_image_side`, for prompts without a mask input.
             kernels: implementation of the operations; "auto" resolves for each of them.
-
-        Returns:
-            logits [P, masks, 4h, 4w] in at least fp32, in the weights' dtype for "reference"; predicted IoU
-            [P, masks] in the weights' dtype.
         """
-        prompts, (height, width) = sparse.shape[0], image_embeddings.shape[-2:]
+        prompts = sparse.shape[0]
         dtype = self.iou_token.weight.dtype
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat([output_tokens.expand(prompts, -1, -1), sparse.to(dtype)], dim=1)
@@ -134,30 +167,48 @@ class MaskDecoder(DerivedWeights):
             token_mask = F.pad(token_mask, (output_tokens.shape[0], 0), value=True)
 
         if shared is not None:
-            shared = shared.select(image_index, prompts)
             keys = shared.keys
+            if image_index is None and len(keys) != prompts:
+                image_index = torch.zeros(prompts, dtype=torch.int64, device=keys.device)
         else:
             if image_index is not None:
                 image_embeddings = image_embeddings.index_select(0, image_index)
-            keys = _tokens_of(image_embeddings + dense.to(image_embeddings.dtype))
-            keys = keys.expand(prompts, -1, -1)
+            keys = _tokens_of(image_embeddings + dense.to(image_embeddings.dtype)).expand(prompts, -1, -1)
+            image_index = None
         key_pe = _tokens_of(image_pe[:1]).to(dtype)
 
-        tokens, keys = self.transformer.attend(keys, key_pe, tokens, token_mask, shared, kernels)
-        iou_token, mask_tokens = tokens[:, 0], tokens[:, 1 : 1 + self.num_mask_tokens]
+        tokens, keys = self.transformer.attend(keys, key_pe, tokens, token_mask, shared, image_index, kernels)
+        return DecodedPrompts(
+            keys=keys,
+            mask_tokens=tokens[:, 1 : 1 + self.num_mask_tokens],
+            iou=self.iou_prediction_head(tokens[:, 0]),
+            grid=(image_embeddings.shape[-2], image_embeddings.shape[-1]),
+        )
+
+    def decode_masks(
+        self, decoded: DecodedPrompts, mask_slice: slice, rows: Tensor | None = None, kernels: str = "reference"
+    ) -> Tensor:
+        """Low-resolution logits of decoded prompts, of those in ``rows`` only, an int64 index, where it is given.
+
+        What is not asked for costs nothing: upscaling is 45 % of the decoder's work.
+
+        Returns:
+            [P or rows, masks, 4h, 4w] in at least fp32, in the weights' dtype for "reference".
+        """
+        keys, mask_tokens, dtype = decoded.keys, decoded.mask_tokens, self.iou_token.weight.dtype
+        if rows is not None:
+            keys, mask_tokens = keys.index_select(0, rows), mask_tokens.index_select(0, rows)
         if kernels == "reference" or not self._has_official_upscaling(kernels):
-            masks = self._masks_by_modules(keys, mask_tokens, mask_slice, (height, width))
-        else:
-            masks = hypernetwork_masks(
-                keys.to(dtype),
-                self._upscaling(),
-                self._hypernetworks(mask_tokens, mask_slice).to(dtype),  # autocast may have narrowed it
-                grid=(height, width),
-                eps=self.output_upscaling[1].eps,  # type: ignore[arg-type]
-                out_dtype=torch.promote_types(dtype, torch.float32),
-                kernels=kernels,
-            )
-        return masks, self.iou_prediction_head(iou_token)[:, mask_slice]
+            return self._masks_by_modules(keys, mask_tokens, mask_slice, decoded.grid)
+        return hypernetwork_masks(
+            keys.to(dtype),
+            self._upscaling(),
+            self._hypernetworks(mask_tokens, mask_slice).to(dtype),  # autocast may have narrowed it
+            grid=decoded.grid,
+            eps=self.output_upscaling[1].eps,  # type: ignore[arg-type]
+            out_dtype=torch.promote_types(dtype, torch.float32),
+            kernels=kernels,
+        )
 
     def _masks_by_modules(self, keys: Tensor, mask_tokens: Tensor, mask_slice: slice, grid: tuple[int, int]) -> Tensor:
         upscaled = self.output_upscaling(keys.transpose(1, 2).unflatten(2, grid))

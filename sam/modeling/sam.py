@@ -20,7 +20,7 @@ from ..embedding import ImageEmbedding, hash_image
 from ..preprocess import ImageGeometry
 from ..prompts import Prompt, PromptBatch, check_mask_inputs, ragged_chunks
 from ..results import MaskPrediction
-from .common import DerivedWeights, Fp32Buffers, weights_key
+from .common import DerivedWeights, Fp32Buffers, is_ours, weights_key
 from .image_encoder import ImageEncoderViT
 from .mask_decoder import MaskDecoder
 from .prompt_encoder import LABEL_ABSENT, PromptEncoder
@@ -148,7 +148,7 @@ class Sam(DerivedWeights, Fp32Buffers):
                 for image, geometry in zip(images[some], geometries[some], strict=True)
             ]
             pixels = [self.preprocess(preprocess.image_to_tensor(image, self.device)) for image in resized]
-            features = self.image_encoder(torch.stack(pixels))
+            features = self.image_features(torch.stack(pixels))
             for row, (image, geometry) in enumerate(zip(resized, geometries[some], strict=True)):
                 embeddings.append(
                     ImageEmbedding(
@@ -160,6 +160,12 @@ class Sam(DerivedWeights, Fp32Buffers):
                     )
                 )
         return embeddings
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """What the encoder makes of :meth:`preprocess`'s pixels [B, 3, size, size], by the kernels of this model."""
+        if is_ours(self.image_encoder, ImageEncoderViT):
+            return self.image_encoder(pixels, self._kernels)
+        return self.image_encoder(pixels)
 
     def _geometry(self, image: np.ndarray) -> ImageGeometry:
         return ImageGeometry.of(image.shape[0], image.shape[1], self.image_encoder.img_size)
@@ -353,7 +359,7 @@ class Sam(DerivedWeights, Fp32Buffers):
         """
         pixels = torch.stack([self.preprocess(record["image"]) for record in batched_input])
         outputs = []
-        for record, features in zip(batched_input, self.image_encoder(pixels), strict=True):
+        for record, features in zip(batched_input, self.image_features(pixels), strict=True):
             size = record["image"].shape[-2:]
             geometry = ImageGeometry(record["original_size"], size, self.image_encoder.img_size)
             points = (record["point_coords"], record["point_labels"]) if "point_coords" in record else None

@@ -1,0 +1,112 @@
+"""Attention of image tokens to prompt tokens at the sizes of SAM: 8 heads, 64 x 64 image tokens of 256 channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastsam_kernels import image_to_token_attention
+from fastsam_kernels.launch import Launch
+from fastsam_kernels.tile_config import TileConfig
+from fastsam_kernels.two_way_attention import image_to_token_reference
+
+from ..case import Case, Problem, TuneProblem, candidates, draw, few_rows, meta
+from ..measure import Form, Work
+from .token_to_image_attention import CHANNELS, CLICK_TOKENS, HEADS, MOST_TOKENS
+
+EPS = 1e-5
+
+
+def _inputs(prompts: int, image_tokens: int, tokens: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    shapes = (
+        ((prompts, image_tokens, CHANNELS), 1.0),
+        ((image_tokens, CHANNELS), 1.0),
+        ((prompts, HEADS, tokens, CHANNELS), 0.1),
+        ((prompts, HEADS, tokens), 1.0),
+        ((prompts, HEADS, tokens, CHANNELS), 0.5),
+        ((CHANNELS,), 1.0),
+        ((CHANNELS,), 0.3),
+    )
+    return [draw(shape, device, dtype, seed, scale) for seed, (shape, scale) in enumerate(shapes)]
+
+
+def _rows(inputs: list[Tensor], rows: list[int], dtype: torch.dtype) -> list[Tensor]:
+    keys, key_pe, *tokens, norm_weight, norm_bias = inputs
+    some = (keys[rows], key_pe, *(tensor[rows] for tensor in tokens), norm_weight, norm_bias)
+    return [tensor.to(dtype) for tensor in some]
+
+
+def work(prompts: int, tokens: int, element_size: int) -> Work:
+    """Image tokens read and written once, two products over them, one exponential a score."""
+    rows = HEADS * tokens
+    return Work(
+        bytes=prompts * element_size * (2 * 4096 * CHANNELS + 2 * rows * CHANNELS),
+        flops=prompts * 4 * 4096 * rows * CHANNELS,
+        scalar_ops=prompts * 4096 * rows,
+    )
+
+
+def _case(prompts: int) -> Callable[[torch.device, torch.dtype], Problem]:
+    def make(device: torch.device, dtype: torch.dtype) -> Problem:
+        inputs, rows = _inputs(prompts, 4096, CLICK_TOKENS, device, dtype), few_rows(prompts)
+
+        def form(kernels: str) -> Form:
+            return lambda: image_to_token_attention(*inputs, eps=EPS, kernels=kernels)
+
+        names = ("reference", "torch", "triton") if device.type == "cuda" else ("reference", "torch")
+        return Problem(
+            forms={name: form(name) for name in names},
+            truth=lambda: image_to_token_reference(*_rows(inputs, rows, torch.float64), EPS),
+            rows=rows,
+            work=work(prompts, CLICK_TOKENS, inputs[0].element_size()),
+        )
+
+    return make
+
+
+CASES = [
+    *(Case(f"image_to_token_attention, {prompts} clicks", _case(prompts)) for prompts in (1, 8)),
+    *(Case(f"image_to_token_attention, {p} clicks", _case(p), devices=("cuda",)) for p in (64, 1024)),
+]
+
+
+def _launches(tokens: int, dtype: torch.dtype, tile: TileConfig) -> Iterator[tuple[str, Launch]]:
+    from fastsam_kernels.two_way_attention.image_to_token_kernel import plan
+
+    folded = (64, HEADS, tokens, 256)
+    shapes = ((64, 4096, 256), (4096, 256), folded, folded[:3], folded, (256,), (256,))
+    inputs = [meta(*shape, dtype=dtype) for shape in shapes]
+    yield f"{tokens} tokens, 64x64", plan(*inputs, EPS, None, meta(64, 4096, 256, dtype=dtype), tile)
+
+
+TESTS = "test_two_way_attention.py"
+LAUNCHES = {"8 tokens": partial(_launches, CLICK_TOKENS), "16 tokens": partial(_launches, MOST_TOKENS)}
+
+
+def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProblem:
+    from fastsam_kernels.two_way_attention.image_to_token_kernel import plan
+
+    prompts, image_tokens = (128, 4096) if device.type == "cuda" else (1, 64)
+    inputs, rows = _inputs(prompts, image_tokens, tokens, device, dtype), few_rows(prompts)
+    out = torch.empty(prompts, image_tokens, CHANNELS, device=device, dtype=dtype)
+    exact = dtype == torch.float32
+    return TuneProblem(
+        launch=lambda tile: plan(*inputs, EPS, None, out, tile),
+        out=out,
+        truth=lambda: image_to_token_reference(*_rows(inputs, rows, torch.float64), EPS),
+        plain=lambda: image_to_token_reference(*_rows(inputs, rows, dtype), EPS),
+        rows=rows,
+        candidates=candidates(
+            (4, 8),
+            (1,) if exact else (2, 3),
+            BLOCK_N=(16,) if exact else (32, 64),
+            TILES=(4, 8, 16),
+            HEADS=(1,) if exact else (1, 2, 4),
+        ),
+    )
+
+
+TUNING = {"8 tokens": partial(_tuning, CLICK_TOKENS), "16 tokens": partial(_tuning, MOST_TOKENS)}

@@ -1,0 +1,248 @@
+"""The two cross-attentions of SAM's mask decoder, with the projections of the image side folded into the token side.
+
+For image tokens x_n [C] at positions e_n, heads h of d channels, and the tokens t of one prompt:
+
+    token to image:  s_n = (W_k,h (x_n + e_n) + b_k,h) . q_ht / sqrt(d);  o_ht = sum_n softmax_n(s) (W_v,h x_n + b_v,h)
+    image to token:  s_t = (W_q,h (x_n + e_n) + b_q,h) . k_ht / sqrt(d)      y_n = W_o concat_h sum_t softmax_t(s) v_ht
+
+K, V and Q of the image are never formed, because the few tokens can carry their weights instead:
+
+    token to image:  a_ht = W_k,h^T q_ht / sqrt(d);  s_n = a_ht . (x_n + e_n)  (b_k is the same for all n: it cancels);
+                     o_ht = W_v,h (sum_n softmax_n(s) x_n) + b_v,h
+    image to token:  a_ht = W_q,h^T k_ht / sqrt(d), b_ht = b_q,h . k_ht / sqrt(d);  s_t = a_ht . (x_n + e_n) + b_ht;
+                     u_ht = W_o,h v_ht + b_o / H;  y_n = sum_ht softmax_t(s) u_ht,  then the residual and the norm.
+
+With N = 4096 and C = 256 that is less work than projecting the image up to about 16 tokens a prompt, and memory sees
+the image tokens once. The operations take the folded operands a, b and u; :mod:`sam.modeling.transformer` folds.
+
+Source: Segment Anything (arXiv 2304.02643), appendix A; ``transformer.py`` of segment-anything.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import choose
+
+MOST_TOKENS = 16  # for which folding saves work, and which the Triton forms hold in registers
+
+
+def token_to_image_attention(
+    queries: Tensor,
+    keys: Tensor,
+    key_pe: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    *,
+    image_index: Tensor | None = None,
+    kernels: str = "auto",
+) -> Tensor:
+    """Attention of prompt tokens to image tokens, before its output projection.
+
+    Args:
+        queries: [P, H, T, C], W_k,h^T q_ht / sqrt(d).
+        keys: [I, N, C] image tokens; I is P, or what ``image_index`` counts.
+        key_pe: [N, C] positions, added to the keys and not to the values.
+        value_weight, value_bias: [H * d, C] and [H * d] of the projection of the values.
+        image_index: [P] int64, the row of ``keys`` of each prompt; None when every prompt has its own.
+        kernels: "reference", "torch", "triton" or "auto".
+
+    Returns:
+        [P, T, H * d] in the dtype of ``queries``.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together, or an unknown ``kernels``.
+        UnsupportedKernelError: "triton" where it cannot run; the message says why.
+    """
+    inputs = (queries, keys, key_pe, value_weight, value_bias)
+    _check_image(queries, keys, key_pe, image_index)
+    heads, channels = queries.shape[1], queries.shape[3]
+    if value_weight.ndim != 2 or value_weight.shape[1] != channels or len(value_weight) % heads:
+        raise ValueError(f"value_weight must be [{heads} * d, {channels}], got {list(value_weight.shape)}")
+    if value_bias.shape != value_weight.shape[:1]:
+        raise ValueError(f"value_bias must be [{len(value_weight)}], got {list(value_bias.shape)}")
+    _check_dtypes(queries, key_pe=key_pe, keys=keys, value_weight=value_weight, value_bias=value_bias)
+    constraint = _constraint(queries, value_weight.shape[0] // heads)
+    chosen = choose("token_to_image_attention", kernels, keys.device, constraint, *inputs)
+    if chosen == "reference":
+        return token_to_image_reference(*inputs, image_index)
+    if chosen == "torch":
+        return token_to_image_torch(*inputs, image_index)
+    from .token_to_image_kernel import token_to_image_triton
+
+    return token_to_image_triton(*inputs, image_index)
+
+
+def image_to_token_attention(
+    keys: Tensor,
+    key_pe: Tensor,
+    token_keys: Tensor,
+    token_bias: Tensor,
+    token_values: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    eps: float = 1e-5,
+    image_index: Tensor | None = None,
+    kernels: str = "auto",
+) -> Tensor:
+    """Attention of image tokens to prompt tokens, its output projection, the residual and the layer norm.
+
+    Args:
+        keys: [I, N, C] image tokens; I is P, or what ``image_index`` counts.
+        key_pe: [N, C] positions, added before the scores and not to the residual.
+        token_keys: [P, H, T, C], W_q,h^T k_ht / sqrt(d).
+        token_bias: [P, H, T], b_q,h . k_ht / sqrt(d); -inf for tokens that are padding, never for all of a prompt.
+        token_values: [P, H, T, C], W_o,h v_ht + b_o / H.
+        norm_weight, norm_bias, eps: of the layer norm, [C].
+        image_index: [P] int64, the row of ``keys`` of each prompt; None when every prompt has its own.
+        kernels: "reference", "torch", "triton" or "auto".
+
+    Returns:
+        [P, N, C], contiguous, in the dtype of ``keys``.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together, or an unknown ``kernels``.
+        UnsupportedKernelError: "triton" where it cannot run; the message says why.
+    """
+    inputs = (keys, key_pe, token_keys, token_bias, token_values, norm_weight, norm_bias)
+    _check_image(token_keys, keys, key_pe, image_index)
+    if token_values.shape != token_keys.shape or token_bias.shape != token_keys.shape[:3]:
+        raise ValueError(
+            f"token_values and token_bias must be {list(token_keys.shape)} and {list(token_keys.shape[:3])}, "
+            f"got {list(token_values.shape)} and {list(token_bias.shape)}"
+        )
+    named = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    for name, vector in named.items():
+        if vector.shape != keys.shape[2:]:
+            raise ValueError(f"{name} must be [{keys.shape[2]}], got {list(vector.shape)}")
+    _check_dtypes(keys, key_pe=key_pe, token_keys=token_keys, token_bias=token_bias, token_values=token_values, **named)
+    chosen = choose("image_to_token_attention", kernels, keys.device, _constraint(token_keys, 16), *inputs)
+    if chosen == "reference":
+        return image_to_token_reference(*inputs, eps, image_index)
+    if chosen == "torch":
+        return image_to_token_torch(*inputs, eps, image_index)
+    from .image_to_token_kernel import image_to_token_triton
+
+    return image_to_token_triton(*inputs, eps, image_index)
+
+
+def token_to_image_reference(
+    queries: Tensor,
+    keys: Tensor,
+    key_pe: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    image_index: Tensor | None = None,
+) -> Tensor:
+    """The formula."""
+    keys = keys if image_index is None else keys[image_index]
+    weights = torch.einsum("phtc,pnc->phtn", queries, keys + key_pe).softmax(dim=-1)
+    attended = torch.einsum("phtn,pnc->phtc", weights, keys)
+    values = torch.einsum("phtc,hdc->pthd", attended, value_weight.unflatten(0, (queries.shape[1], -1)))
+    return values.flatten(2) + value_bias
+
+
+def image_to_token_reference(
+    keys: Tensor,
+    key_pe: Tensor,
+    token_keys: Tensor,
+    token_bias: Tensor,
+    token_values: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    image_index: Tensor | None = None,
+) -> Tensor:
+    """The formula."""
+    keys = keys if image_index is None else keys[image_index]
+    scores = torch.einsum("pnc,phtc->pnht", keys + key_pe, token_keys) + token_bias[:, None]
+    attended = torch.einsum("pnht,phtc->pnc", scores.softmax(dim=-1), token_values)
+    return F.layer_norm(keys + attended, norm_weight.shape, norm_weight, norm_bias, eps)
+
+
+def token_to_image_torch(
+    queries: Tensor,
+    keys: Tensor,
+    key_pe: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    image_index: Tensor | None = None,
+) -> Tensor:
+    """Two batched products over the image tokens, the scores overwritten by their softmax."""
+    keys = _of_prompts(keys, image_index, len(queries))
+    (prompts, heads, tokens, _), recording = queries.shape, _recording(queries, keys)
+    scores = queries.flatten(1, 2) @ (keys + key_pe).transpose(1, 2)  # [P, H * T, N]
+    weights = torch.softmax(scores, -1, out=None if recording else scores)
+    attended = (weights @ keys).unflatten(1, (heads, tokens))  # [P, H, T, C]
+    values = attended.transpose(0, 1).flatten(1, 2) @ value_weight.unflatten(0, (heads, -1)).transpose(1, 2)
+    return values.unflatten(1, (prompts, tokens)).permute(1, 2, 0, 3).flatten(2) + value_bias
+
+
+def image_to_token_torch(
+    keys: Tensor,
+    key_pe: Tensor,
+    token_keys: Tensor,
+    token_bias: Tensor,
+    token_values: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    image_index: Tensor | None = None,
+) -> Tensor:
+    """Scores with the image tokens innermost, so that the softmax over a few tokens runs along them; in place."""
+    keys = _of_prompts(keys, image_index, len(token_keys))
+    shape, recording = token_keys.shape, _recording(keys, token_keys, token_values)
+    located = (keys + key_pe).transpose(1, 2)
+    scores = torch.baddbmm(token_bias.flatten(1)[..., None], token_keys.flatten(1, 2), located)  # [P, H * T, N]
+    by_head = scores.view(*shape[:3], keys.shape[1])
+    weights = torch.softmax(by_head, 2, out=None if recording else by_head).flatten(1, 2)
+    updated = torch.baddbmm(keys, weights.transpose(1, 2), token_values.flatten(1, 2))
+    return F.layer_norm(updated, norm_weight.shape, norm_weight, norm_bias, eps)
+
+
+def _of_prompts(keys: Tensor, image_index: Tensor | None, prompts: int) -> Tensor:
+    """[P, N, C]; one image serves all prompts without a copy."""
+    if image_index is None:
+        return keys
+    return keys.expand(prompts, -1, -1) if len(keys) == 1 else keys.index_select(0, image_index)
+
+
+def _recording(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _check_image(tokens: Tensor, keys: Tensor, key_pe: Tensor, image_index: Tensor | None) -> None:
+    if tokens.ndim != 4:
+        raise ValueError(f"the folded tokens must be [P, H, T, C], got {list(tokens.shape)}")
+    prompts, channels = tokens.shape[0], tokens.shape[3]
+    if keys.ndim != 3 or keys.shape[2] != channels or (image_index is None and len(keys) != prompts):
+        images = prompts if image_index is None else "I"
+        raise ValueError(f"keys must be [{images}, N, {channels}], got {list(keys.shape)}")
+    if key_pe.shape != keys.shape[1:]:
+        raise ValueError(f"key_pe must be {list(keys.shape[1:])}, got {list(key_pe.shape)}")
+    if image_index is not None and (image_index.shape != (prompts,) or image_index.dtype != torch.int64):
+        raise ValueError(f"image_index must be [{prompts}] of int64, got {list(image_index.shape)} {image_index.dtype}")
+
+
+def _check_dtypes(main: Tensor, **others: Tensor) -> None:
+    for name, tensor in others.items():
+        if tensor.dtype != main.dtype:
+            raise ValueError(f"{name} must have the dtype of the others, {main.dtype}, got {tensor.dtype}")
+
+
+def _constraint(tokens: Tensor, head_dim: int) -> str | None:
+    """What keeps the Triton forms from these inputs."""
+    prompts, heads, count, channels = tokens.shape
+    if tokens.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the tensors must be fp32, fp16 or bf16, got {tokens.dtype}"
+    if count > MOST_TOKENS:
+        return f"a prompt may have up to {MOST_TOKENS} tokens, got {count}"
+    for what, number, least in (("channels", channels, 64), ("heads", heads, 2), ("channels a head", head_dim, 1)):
+        if number < least or number & (number - 1):
+            return f"the {what} must be a power of two of at least {least}, got {number}"
+    if prompts == 0:
+        return "there are no prompts"
+    return None

@@ -1,0 +1,179 @@
+"""The Triton form of ``image_to_token_attention``: one pass over the image tokens, from scores to the layer norm.
+
+A program takes TILES tiles of BLOCK_N image tokens of one prompt, one after the other: scores against the tokens of
+HEADS heads in one product, a softmax over each head's few tokens in registers, the folded values added to the residual
+in a second product, and after all heads the norm. The prompt's operands come from the L2 cache, a group of heads at a
+time: all of them at once leave no room on architectures with 99 KB of shared memory, and spill elsewhere. Every image
+token is independent, so that no batch changes a bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import Launch
+from ..tile_config import TileConfig, arch_of, lookup
+from .token_to_image_kernel import padded_tokens, shape_class
+
+
+@triton.jit
+def image_to_token_kernel(
+    keys_ptr,
+    key_pe_ptr,  # [N, C]
+    token_keys_ptr,  # [P, H, T, C]
+    token_bias_ptr,  # [P, H, T]
+    token_values_ptr,  # [P, H, T, C]
+    norm_weight_ptr,  # [C]
+    norm_bias_ptr,
+    index_ptr,  # [P] or None
+    out_ptr,  # [P, N, C]
+    image_tokens,  # N
+    tokens,  # T
+    programs,  # a prompt
+    stride_ki,  # of keys [I, N, C], in elements
+    stride_kn,
+    stride_kc,
+    eps,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    T_PADDED: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    R: tl.constexpr = HEADS * T_PADDED
+    prompt = (tl.program_id(0) // programs).to(tl.int64)
+    first = (tl.program_id(0) % programs) * (TILES * BLOCK_N)
+    image = prompt
+    if HAS_INDEX:
+        image = tl.load(index_ptr + prompt)
+    r = tl.arange(0, R)
+    c = tl.arange(0, C)
+    token = r % T_PADDED
+    row_of_group = prompt * (H * tokens) + (r // T_PADDED) * tokens + token
+    real = token < tokens
+    p_token_keys = token_keys_ptr + row_of_group[None, :] * C + c[:, None]
+    p_token_values = token_values_ptr + row_of_group[:, None] * C + c[None, :]
+    norm_weight = tl.load(norm_weight_ptr + c).to(tl.float32)
+    norm_bias = tl.load(norm_bias_ptr + c).to(tl.float32)
+    p_image = keys_ptr + image * stride_ki
+    p_out = out_ptr + prompt * image_tokens * C
+    for start in tl.range(first, tl.minimum(first + TILES * BLOCK_N, image_tokens), BLOCK_N, num_stages=STAGES):
+        n = start + tl.arange(0, BLOCK_N)
+        valid = n < image_tokens
+        keys = tl.load(
+            p_image + n.to(tl.int64)[:, None] * stride_kn + c[None, :] * stride_kc, mask=valid[:, None], other=0.0
+        )
+        key_pe = tl.load(key_pe_ptr + n[:, None] * C + c[None, :], mask=valid[:, None], other=0.0)
+        located = (keys.to(tl.float32) + key_pe.to(tl.float32)).to(keys.dtype)
+        y = keys.to(tl.float32)
+        for group in tl.range(0, H, HEADS):
+            row = row_of_group + group * tokens
+            token_keys = tl.load(p_token_keys + group * tokens * C, mask=real[None, :], other=0.0)  # [C, R]
+            token_bias = tl.load(token_bias_ptr + row, mask=real, other=float("-inf")).to(tl.float32)
+            scores = tl.dot(located, token_keys, input_precision=PRECISION) + token_bias[None, :]
+            scores = tl.reshape(scores * 1.4426950408889634, [BLOCK_N, HEADS, T_PADDED])  # in bits
+            weights = tl.exp2(scores - tl.max(scores, 2)[:, :, None])
+            weights = weights / tl.sum(weights, 2)[:, :, None]
+            weights = tl.reshape(weights, [BLOCK_N, R]).to(keys.dtype)
+            token_values = tl.load(p_token_values + group * tokens * C, mask=real[:, None], other=0.0)  # [R, C]
+            y = tl.dot(weights, token_values, y, input_precision=PRECISION)  # [BLOCK_N, C]
+        y -= tl.sum(y, 1)[:, None] / C
+        variance = tl.sum(y * y, 1) / C
+        y = y * tl.rsqrt(variance + eps)[:, None] * norm_weight[None, :] + norm_bias[None, :]
+        p_rows = p_out + n[:, None] * C + c[None, :]
+        tl.store(p_rows, y.to(out_ptr.dtype.element_ty), mask=valid[:, None])
+
+
+def plan(
+    keys: Tensor,
+    key_pe: Tensor,
+    token_keys: Tensor,
+    token_bias: Tensor,
+    token_values: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    image_index: Tensor | None,
+    out: Tensor,
+    tile: TileConfig,
+) -> Launch:
+    """The launch that fills ``out`` [P, N, C], contiguous; tensors may be on the meta device."""
+    prompts, heads, tokens, channels = token_keys.shape
+    tile = replace(tile, blocks={**tile.blocks, "HEADS": min(tile.blocks["HEADS"], heads)})
+    image_tokens = keys.shape[1]
+    programs = triton.cdiv(image_tokens, tile.blocks["BLOCK_N"] * tile.blocks["TILES"])
+    return Launch(
+        kernel=image_to_token_kernel,
+        grid=(prompts * programs,),
+        arguments={
+            "keys_ptr": keys,
+            "key_pe_ptr": key_pe.contiguous(),
+            "token_keys_ptr": token_keys.contiguous(),
+            "token_bias_ptr": token_bias.contiguous(),
+            "token_values_ptr": token_values.contiguous(),
+            "norm_weight_ptr": norm_weight.contiguous(),
+            "norm_bias_ptr": norm_bias.contiguous(),
+            "index_ptr": image_index,
+            "out_ptr": out,
+            "image_tokens": image_tokens,
+            "tokens": tokens,
+            "programs": programs,
+            "stride_ki": keys.stride(0),
+            "stride_kn": keys.stride(1),
+            "stride_kc": keys.stride(2),
+            "eps": eps,
+        },
+        constants={
+            "H": heads,
+            "C": channels,
+            "T_PADDED": padded_tokens(tokens),
+            "HAS_INDEX": image_index is not None,
+            "PRECISION": "ieee" if keys.dtype == torch.float32 else "tf32",
+            "STAGES": tile.num_stages,
+        },
+        tile=tile,
+    )
+
+
+@torch.library.custom_op("fastsam::image_to_token_attention", mutates_args=())
+def image_to_token_triton(
+    keys: Tensor,
+    key_pe: Tensor,
+    token_keys: Tensor,
+    token_bias: Tensor,
+    token_values: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    image_index: Tensor | None,
+) -> Tensor:
+    """The registered operation; see :func:`fastsam_kernels.image_to_token_attention` for the arguments."""
+    out = keys.new_empty((token_keys.shape[0], *keys.shape[1:]))
+    tile = lookup("image_to_token_attention", arch_of(keys.device), keys.dtype, shape_class(token_keys.shape[2]))
+    inputs = (keys, key_pe, token_keys, token_bias, token_values, norm_weight, norm_bias)
+    plan(*inputs, eps, image_index, out, tile).run()
+    return out
+
+
+@image_to_token_triton.register_fake
+def _(
+    keys: Tensor,
+    key_pe: Tensor,
+    token_keys: Tensor,
+    token_bias: Tensor,
+    token_values: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    image_index: Tensor | None,
+) -> Tensor:
+    return keys.new_empty((token_keys.shape[0], *keys.shape[1:]))

@@ -1,0 +1,236 @@
+"""The Triton form of ``token_to_image_attention``: image tokens are read once for all heads and tokens of a prompt.
+
+A program takes HEADS heads of one prompt and one of SPLITS shares of the image tokens. Its folded queries stay on the
+chip; an online softmax runs over tiles of BLOCK_N image tokens, whose sum with their positions exists in registers
+only. What a share attends to, [HEADS * T, C], goes through W_v before it is stored, which is linear and leaves d of C
+channels. A second kernel adds the shares up in their order. SPLITS is a constant of the tile: how many prompts there
+are changes no bit.
+
+Weighed: one program a prompt would need no second kernel and leave a single click to one multiprocessor; splitting by
+the number of prompts would let a batch change results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import Launch, Launches
+from ..tile_config import TileConfig, arch_of, lookup
+
+
+@triton.jit
+def token_to_image_kernel(
+    queries_ptr,  # [P, H, T, C]
+    keys_ptr,
+    key_pe_ptr,  # [N, C]
+    value_weight_ptr,  # [H * D, C]
+    index_ptr,  # [P] or None
+    partial_ptr,  # [P, SPLITS, H * T_PADDED, D] fp32
+    stats_ptr,  # [P, SPLITS, 2, H * T_PADDED] fp32: the largest score, in bits, and the sum of weights
+    image_tokens,  # N
+    tokens,  # T
+    stride_ki,  # of keys [I, N, C], in elements
+    stride_kn,
+    stride_kc,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    T_PADDED: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    R: tl.constexpr = HEADS * T_PADDED
+    GROUPS: tl.constexpr = H // HEADS
+    prompt = (tl.program_id(0) // (SPLITS * GROUPS)).to(tl.int64)
+    split = tl.program_id(0) // GROUPS % SPLITS
+    first_head = tl.program_id(0) % GROUPS * HEADS
+    image = prompt
+    if HAS_INDEX:
+        image = tl.load(index_ptr + prompt)
+    r = tl.arange(0, R)
+    c = tl.arange(0, C)
+    head = first_head + r // T_PADDED
+    token = r % T_PADDED
+    p_queries = queries_ptr + prompt * (H * tokens * C) + (head * tokens + token)[:, None] * C + c[None, :]
+    queries = tl.load(p_queries, mask=(token < tokens)[:, None], other=0.0)  # [R, C]
+
+    largest = tl.full([R], float("-inf"), tl.float32)
+    total = tl.zeros([R], tl.float32)
+    attended = tl.zeros([R, C], tl.float32)
+    share = tl.cdiv(tl.cdiv(image_tokens, BLOCK_N), SPLITS) * BLOCK_N
+    begin = split * share
+    p_image = keys_ptr + image * stride_ki
+    for start in tl.range(begin, tl.minimum(begin + share, image_tokens), BLOCK_N, num_stages=STAGES):
+        n = start + tl.arange(0, BLOCK_N)
+        valid = n < image_tokens
+        keys = tl.load(
+            p_image + n.to(tl.int64)[:, None] * stride_kn + c[None, :] * stride_kc, mask=valid[:, None], other=0.0
+        )
+        key_pe = tl.load(key_pe_ptr + n[:, None] * C + c[None, :], mask=valid[:, None], other=0.0)
+        located = (keys.to(tl.float32) + key_pe.to(tl.float32)).to(keys.dtype)
+        scores = tl.dot(queries, tl.trans(located), input_precision=PRECISION) * 1.4426950408889634  # in bits
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, 1))
+        weights = tl.exp2(scores - larger[:, None])
+        shrink = tl.exp2(largest - larger)
+        total = total * shrink + tl.sum(weights, 1)
+        attended = tl.dot(weights.to(keys.dtype), keys, attended * shrink[:, None], input_precision=PRECISION)
+        largest = larger
+
+    # A share may be empty when there are few image tokens: its weights are zero, and so is its part of the sum.
+    attended = attended / tl.where(total > 0.0, total, 1.0)[:, None]
+    attended = attended.to(value_weight_ptr.dtype.element_ty)
+    # All rows by the weights of all heads, of which each row keeps its own head's.
+    hd = first_head * D + tl.arange(0, HEADS * D)
+    value_weight = tl.load(value_weight_ptr + hd[None, :] * C + c[:, None])  # [C, HEADS * D]
+    product = tl.dot(attended, value_weight, input_precision=PRECISION)
+    own = (head[:, None] == hd[None, :] // D).to(tl.float32)
+    values = tl.sum(tl.reshape(product * own, [R, HEADS, D]), 1)  # [R, D]
+    place = (prompt * SPLITS + split) * (H * T_PADDED)
+    row = first_head * T_PADDED + r
+    tl.store(partial_ptr + (place + row)[:, None] * D + tl.arange(0, D)[None, :], values)
+    tl.store(stats_ptr + place * 2 + row, largest)
+    tl.store(stats_ptr + place * 2 + H * T_PADDED + row, total)
+
+
+@triton.jit
+def combine_kernel(
+    partial_ptr,
+    stats_ptr,
+    value_bias_ptr,  # [H * D]
+    out_ptr,  # [P, T, H * D]
+    tokens,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    T_PADDED: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    R: tl.constexpr = H * T_PADDED
+    prompt = tl.program_id(0).to(tl.int64)
+    r = tl.arange(0, R)
+    d = tl.arange(0, D)
+    head = r // T_PADDED
+    token = r % T_PADDED
+    p_stats = stats_ptr + prompt * (SPLITS * 2 * R) + r
+    largest = tl.load(p_stats)
+    for split in tl.static_range(1, SPLITS):
+        largest = tl.maximum(largest, tl.load(p_stats + split * (2 * R)))
+    total = tl.zeros([R], tl.float32)
+    values = tl.zeros([R, D], tl.float32)
+    for split in tl.static_range(SPLITS):
+        weight = tl.exp2(tl.load(p_stats + split * (2 * R)) - largest) * tl.load(p_stats + split * (2 * R) + R)
+        p_partial = partial_ptr + (prompt * SPLITS + split) * (R * D) + r[:, None] * D + d[None, :]
+        values += weight[:, None] * tl.load(p_partial)
+        total += weight
+    bias = tl.load(value_bias_ptr + head[:, None] * D + d[None, :]).to(tl.float32)
+    values = values / total[:, None] + bias
+    p_out = out_ptr + prompt * (tokens * H * D) + token[:, None] * (H * D) + head[:, None] * D + d[None, :]
+    tl.store(p_out, values.to(out_ptr.dtype.element_ty), mask=(token < tokens)[:, None])
+
+
+def padded_tokens(tokens: int) -> int:
+    """The power of two that a prompt's tokens are padded to: at least 8, the tokens of a click."""
+    return max(triton.next_power_of_2(tokens), 8)
+
+
+def plan(
+    queries: Tensor,
+    keys: Tensor,
+    key_pe: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    image_index: Tensor | None,
+    out: Tensor,
+    tile: TileConfig,
+) -> Launches:
+    """The two launches that fill ``out`` [P, T, H * d], contiguous; tensors may be on the meta device."""
+    prompts, heads, tokens, channels = queries.shape
+    tile = replace(tile, blocks={**tile.blocks, "HEADS": min(tile.blocks["HEADS"], heads)})
+    splits, padded = tile.blocks["SPLITS"], padded_tokens(tokens)
+    head_dim = len(value_weight) // heads
+    rows = heads * padded
+    partial = queries.new_empty((prompts, splits, rows, head_dim), dtype=torch.float32)
+    stats = queries.new_empty((prompts, splits, 2, rows), dtype=torch.float32)
+    sizes = {"H": heads, "D": head_dim, "T_PADDED": padded}
+    attend = Launch(
+        kernel=token_to_image_kernel,
+        grid=(prompts * splits * (heads // tile.blocks["HEADS"]),),
+        arguments={
+            "queries_ptr": queries.contiguous(),
+            "keys_ptr": keys,
+            "key_pe_ptr": key_pe.contiguous(),
+            "value_weight_ptr": value_weight.contiguous(),
+            "index_ptr": image_index,
+            "partial_ptr": partial,
+            "stats_ptr": stats,
+            "image_tokens": keys.shape[1],
+            "tokens": tokens,
+            "stride_ki": keys.stride(0),
+            "stride_kn": keys.stride(1),
+            "stride_kc": keys.stride(2),
+        },
+        constants={
+            **sizes,
+            "C": channels,
+            "HAS_INDEX": image_index is not None,
+            "PRECISION": "ieee" if queries.dtype == torch.float32 else "tf32",
+            "STAGES": tile.num_stages,
+        },
+        tile=tile,
+    )
+    combine = Launch(
+        kernel=combine_kernel,
+        grid=(prompts,),
+        arguments={
+            "partial_ptr": partial,
+            "stats_ptr": stats,
+            "value_bias_ptr": value_bias.contiguous(),
+            "out_ptr": out,
+            "tokens": tokens,
+        },
+        constants=sizes,
+        tile=TileConfig({"SPLITS": splits}, 4, 1, tile.provisional, tile.provenance),
+    )
+    return Launches((attend, combine))
+
+
+def shape_class(tokens: int) -> str:
+    """As the tile file names it: the padded number of tokens."""
+    return f"{padded_tokens(tokens)} tokens"
+
+
+@torch.library.custom_op("fastsam::token_to_image_attention", mutates_args=())
+def token_to_image_triton(
+    queries: Tensor,
+    keys: Tensor,
+    key_pe: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    image_index: Tensor | None,
+) -> Tensor:
+    """The registered operation; see :func:`fastsam_kernels.token_to_image_attention` for the arguments."""
+    out = queries.new_empty((queries.shape[0], queries.shape[2], len(value_weight)))
+    tile = lookup("token_to_image_attention", arch_of(keys.device), queries.dtype, shape_class(queries.shape[2]))
+    plan(queries, keys, key_pe, value_weight, value_bias, image_index, out, tile).run()
+    return out
+
+
+@token_to_image_triton.register_fake
+def _(
+    queries: Tensor,
+    keys: Tensor,
+    key_pe: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    image_index: Tensor | None,
+) -> Tensor:
+    return queries.new_empty((queries.shape[0], queries.shape[2], len(value_weight)))
