@@ -176,7 +176,7 @@ class SamAutomaticMaskGenerator:
         x0, y0, x1, y1 = crop_box
         size = (y1 - y0, x1 - x0)
         if isinstance(image, ImageEmbedding):
-            self.predictor.set_embedding(image)
+            self._set_embedding(image)
         else:
             self.predictor.set_image(image[y0:y1, x0:x1])
         clicks = self.point_grids[crop_layer_idx] * (size[1], size[0])
@@ -190,6 +190,13 @@ class SamAutomaticMaskGenerator:
         data["points"] = uncrop_points(data["points"], crop_box)
         data["crop_boxes"] = torch.tensor([crop_box] * len(data["rles"]), dtype=torch.int64).reshape(-1, 4)
         return data
+
+    def _set_embedding(self, embedding: ImageEmbedding) -> None:
+        predictor = self.predictor
+        predictor.model._check_embedding(embedding)
+        predictor.reset_image()
+        predictor.original_size, predictor.input_size = embedding.geometry.original_size, embedding.geometry.input_size
+        predictor.features, predictor._handle, predictor.is_image_set = embedding.features, embedding, True
 
     def _process_batch(
         self, points: np.ndarray, im_size: tuple[int, ...], crop_box: list[int], orig_size: tuple[int, ...]

@@ -67,20 +67,6 @@ class SamPredictor:
         self.features = features
         self.is_image_set = True
 
-    def set_embedding(self, embedding: ImageEmbedding) -> None:
-        """Take an image that ``model.encode`` embedded.
-
-        Raises:
-            ValueError: an embedding of another model or on another device.
-        """
-        self.model._check_embedding(embedding)
-        self.reset_image()
-        self.original_size = embedding.geometry.original_size
-        self.input_size = embedding.geometry.input_size
-        self.features = embedding.features
-        self._handle = embedding
-        self.is_image_set = True
-
     def predict(
         self,
         point_coords: np.ndarray | None = None,

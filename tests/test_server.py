@@ -26,7 +26,7 @@ import uvicorn
 
 from sam import Prompt, Sam, rle
 from sam.engine import Engine
-from sam.server import Settings, create_app
+from sam.server import Settings, app, create_app
 from sam.server.errors import KINDS
 from sam.server.service import Service
 
@@ -321,6 +321,39 @@ def test_bad_images(local: Local, image: bytes, status: int, code: str) -> None:
     assert local.error("/v1/embed", image) == (status, code)
 
 
+def test_a_jpeg_of_very_many_scans_is_refused(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred bytes a scan, and each a pass over all pixels: hours for a small file."""
+    data = file_of(IMAGE, "JPEG", progressive=True)
+    assert local.post("/v1/embed", data)[0] == 200
+    last_scan = data[data.rfind(b"\xff\xc4") : -2]
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    assert local.error("/v1/embed", data[:-2] + last_scan * 100 + data[-2:]) == (422, "bad_image")
+
+
+def test_large_json_does_not_keep_others_waiting(local: Local) -> None:
+    """The largest document that is allowed, and the slowest to read: health answers meanwhile."""
+    _, embedded, _ = local.post("/v1/embed", PNG)
+    most = [{"points": [[1.5, 1.5]] * 64, "labels": [1] * 64}] * 1024
+    slowest = b"[" + b"1," * (2**21 - 2) + b"1]"
+    bodies = [json.dumps({"embedding": embedded["embedding"], "prompts": [*most[:-1], {}]}).encode(), slowest]
+    start = time.perf_counter()
+    json.loads(slowest, parse_int=lambda digits: int(digits))
+    alone = time.perf_counter() - start
+    with ThreadPoolExecutor(2) as pool:
+        asked = [
+            pool.submit(local.request, "POST", "/v1/segment", body, {"Content-Type": "application/json"})
+            for body in bodies * 2
+        ]
+        waits = []
+        while not all(future.done() for future in asked):
+            start = time.perf_counter()
+            assert local.request("GET", "/v2/health/live")[0] == 200
+            waits.append(time.perf_counter() - start)
+        assert {future.result()[0] for future in asked} == {422}
+    assert len(waits) > 3
+    assert max(waits) < alone
+
+
 def test_bombs_are_refused_by_their_header(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small file of very many pixels is never decoded."""
     size = b"\0\0\x80\0" * 2  # 32768 x 32768
@@ -484,6 +517,30 @@ def test_who_left_is_dropped_before_dispatch(gated: tuple[Local, Gate]) -> None:
     assert gate.encoded == [1, 1]
     assert gate.decoded == []
     assert running.engine.counters()["cancelled"] == 1
+
+
+def test_who_left_while_the_image_was_decoded_is_not_dispatched(
+    gated: tuple[Local, Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, gate = gated
+    gate.open.set()
+    decode, gone, before = app.decode_image, threading.Event(), running.engine.counters()["accepted"]
+
+    def slow_decode(*arguments: Any) -> np.ndarray:
+        assert gone.wait(SECONDS)
+        time.sleep(0.1)  # until the loop has read the end of the connection
+        return decode(*arguments)
+
+    monkeypatch.setattr(app, "decode_image", slow_decode)
+    body, kind = multipart(PNG, {})
+    head = f"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", running.port)) as leaving:
+        leaving.sendall(head.encode() + body)
+        wait_until(lambda: running.service.in_flight == 1)
+    gone.set()
+    wait_until(lambda: running.service.in_flight == 0)
+    assert gate.encoded == []
+    assert running.engine.counters()["accepted"] == before
 
 
 def test_deadline() -> None:

@@ -40,8 +40,9 @@ class Engine:
 
     A request is checked where it is made, so a bad one raises there and never meets a batch. Accepted ones wait
     for the one thread that calls the model. Whenever it is free it takes what waits, without delay: images with
-    images, prompts with prompts of any images, a prompt of each request in turn until the batch is full. So a
-    request of a thousand prompts shares every batch with those that came after it. The three stages take turns.
+    images, prompts with prompts of any images, a prompt of each request in turn until the batch is full or its
+    masks are large. So a request of a thousand prompts, or of prompts on an image of 50 megapixels, shares every
+    batch with those that came after it. The three stages take turns.
 
     Futures are those of ``concurrent.futures``; ``asyncio.wrap_future`` makes them awaitable. ``cancel()`` works
     until the last prompt is decoded, and what was not begun by then is not computed.
@@ -75,7 +76,9 @@ class Engine:
         self.max_batch = max_batch
         self.max_queue = max_queue
         self.deadline = deadline
-        self.max_images = max_images or (1 if model.device.type == "cpu" else 8)
+        on_cpu = model.device.type == "cpu"
+        self.max_images = max_images or (1 if on_cpu else 8)
+        self._batch_pixels = 2**24 if on_cpu else 2**28
         self.failure: BaseException | None = None
         self.on_failure = on_failure
         self._model_hash = model.model_hash
@@ -278,7 +281,7 @@ class Engine:
         """(job, place of a prompt): a prompt of each job in turn until the batch is full."""
         queue = self._queues["decode"]
         mates = [job for job in queue if job.multimask_output == queue[0].multimask_output]
-        counts = _fair_shares([job.remaining for job in mates], self.max_batch)
+        counts = _fair_shares([(job.remaining, job.pixels) for job in mates], self.max_batch, self._batch_pixels)
         served = {job: count for job, count in zip(mates, counts, strict=True) if count}
         self._queues["decode"] = deque(job for job in queue if job not in served)
         return [(job, len(job.done) + i) for job, count in served.items() for i in range(count)]
@@ -458,14 +461,18 @@ class Engine:
         self.close()
 
 
-def _fair_shares(wanted: Sequence[int], total: int) -> list[int]:
-    """Give out ``total`` one by one, in turn, to whoever wants more: ``[1, 9, 9], 8 -> [1, 4, 3]``."""
-    shares = [0] * len(wanted)
-    while total > 0:
-        unmet = [index for index, want in enumerate(wanted) if shares[index] < want]
-        if not unmet:
-            break
-        for index in unmet[:total]:
-            shares[index] += 1
-        total -= len(unmet)
-    return shares
+def _fair_shares(wanted: Sequence[tuple[int, int]], most: int, budget: int) -> list[int]:
+    """Give out up to ``most`` one by one, in turn, to whoever wants more; ``wanted`` is how many, and the cost of one.
+
+    What costs more than is left of the budget waits, unless nothing was given yet:
+    ``[(1, 1), (9, 1), (9, 1)], 8, 99 -> [1, 4, 3]`` and ``[(9, 60), (2, 1)], 8, 50 -> [1, 0]``.
+    """
+    shares, given, spent = [0] * len(wanted), 0, 0
+    while True:
+        before = given
+        for index, (count, cost) in enumerate(wanted):
+            if shares[index] < count and given < most and (given == 0 or spent + cost <= budget):
+                shares[index] += 1
+                given, spent = given + 1, spent + cost
+        if given == before:
+            return shares

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -81,14 +82,19 @@ class Job:
     embedding: ImageEmbedding | None
     expires: float  # on the clock of time.monotonic
     future: Future[Any] = field(default_factory=Future)
+    _answered: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def resolve(self, result: Any) -> None:
-        if self.future.set_running_or_notify_cancel():
+        if self._is_first_answer():
             self.future.set_result(result)
 
     def fail(self, error: BaseException) -> None:
-        if not self.future.done() and self.future.set_running_or_notify_cancel():
+        if self._is_first_answer():
             self.future.set_exception(error)
+
+    def _is_first_answer(self) -> bool:
+        """Once, and not for who cancelled: the engine's thread and one that closes it may answer at the same time."""
+        return self._answered.acquire(blocking=False) and self.future.set_running_or_notify_cancel()
 
 
 @dataclass(eq=False)
@@ -102,10 +108,16 @@ class SegmentJob(Job):
     def remaining(self) -> int:
         return len(self.prompts) - len(self.done)
 
+    @property
+    def pixels(self) -> int:
+        """Of one of its masks, once there is an embedding."""
+        height, width = self.embedding.geometry.original_size if self.embedding is not None else (0, 0)
+        return height * width
+
 
 @dataclass(eq=False)
 class AutomaticJob(Job):
     options: AutomaticOptions = field(default_factory=AutomaticOptions)
     points_per_batch: int = 64
     retried: bool = False
-    steps: Iterator[None] | None = None
+    steps: Iterator[Any] | None = None

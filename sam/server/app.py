@@ -33,6 +33,8 @@ T = TypeVar("T")
 STATIC = Path(__file__).parent / "static"
 # Answers of up to so many prompts are remembered, so that a next prompt can refer to their masks.
 _REMEMBERED_PROMPTS = 16
+# What is checked at once; more is checked in a thread, so that others are not kept waiting.
+_SMALL_TEXT, _FEW_PROMPTS = 2**16, 32
 _POLICY = "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
 
 
@@ -131,8 +133,9 @@ async def _answer(
         return Response(status_code=499)
     left = max(0.001, deadline - (asyncio.get_running_loop().time() - started))
     try:
-        computing = asyncio.wait_for(work(service, asked, subject, request.state.request_id), left)
-        response = await unless_gone(request.receive, computing)
+        response = await unless_gone(
+            request.receive, lambda: asyncio.wait_for(work(service, asked, subject, request.state.request_id), left)
+        )
     except (asyncio.TimeoutError, engines.DeadlineExceededError):
         raise ApiError("deadline_exceeded") from None
     except engines.QueueFullError:
@@ -163,7 +166,7 @@ class _Subject:
 
 async def _read(request: Request, service: Service, schema: type[BaseModel]) -> tuple[Any, _Subject]:
     async with read_upload(request, service.settings) as upload:
-        asked = validate(schema, upload.values)
+        asked = await service.aside(lambda: validate(schema, upload.values()), upload.text_size, _SMALL_TEXT)
         key = getattr(asked, "embedding", None)
         if (key is None) == (upload.image is None):
             raise ApiError("invalid_request", ["image"])
@@ -214,7 +217,9 @@ def _pixels(subject: _Subject) -> PreparedImage:
 
 
 async def _segment(service: Service, asked: SegmentRequest, subject: _Subject, request_id: str) -> Response:
-    prompts = [_prompt(service, prompt, subject.key) for prompt in asked.prompts]
+    prompts = await service.aside(
+        lambda: [_prompt(service, prompt, subject.key) for prompt in asked.prompts], len(asked.prompts), _FEW_PROMPTS
+    )
     remembered = len(prompts) <= _REMEMBERED_PROMPTS
     future = service.engine.segment(subject.source, prompts, asked.multimask, keep_logits=remembered)
     answers: list[PromptMasks] = await asyncio.wrap_future(future)
@@ -237,7 +242,7 @@ async def _segment(service: Service, asked: SegmentRequest, subject: _Subject, r
         records = outputs.prompt_records(answers, asked.output, subject.size, limit)
         return _json({"request_id": request_id, **subject.json(), "result": result, "prompts": records}, headers)
 
-    return await service.format(respond)
+    return await service.aside(respond, size=1)
 
 
 def _prompt(service: Service, prompt: PromptRequest, embedding: str) -> Prompt:
@@ -266,7 +271,7 @@ async def _automatic(service: Service, asked: AutomaticRequest, subject: _Subjec
         masks = outputs.automatic_records(records, asked.output, subject.size, limit)
         return _json({"request_id": request_id, **subject.json(), "masks": masks}, headers)
 
-    return await service.format(respond)
+    return await service.aside(respond, size=1)
 
 
 def _json(document: dict[str, Any], headers: dict[str, str]) -> Response:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
+
 from .errors import KINDS
 from .schemas import AutomaticRequest, EmbedRequest, SegmentRequest
 
@@ -45,7 +47,7 @@ _REQUESTS: dict[str, Any] = {
     },
     "automatic": {"embedding": _ID, "points_per_side": 16},
 }
-_SCHEMAS = {"embed": EmbedRequest, "segment": SegmentRequest, "automatic": AutomaticRequest}
+_SCHEMAS: dict[str, type[BaseModel]] = {"embed": EmbedRequest, "segment": SegmentRequest, "automatic": AutomaticRequest}
 _TITLES = {
     "embed": "Embed an image for later prompts",
     "segment": "Masks for points and boxes",

@@ -94,7 +94,8 @@ def serve(engine: Engine, settings: Settings) -> int:
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    for name in ("sam.server", "uvicorn.error"):
+    logging.captureWarnings(True)  # PIL's of odd metadata
+    for name in ("sam.server", "uvicorn.error", "py.warnings"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.INFO if name == "sam.server" else logging.WARNING)

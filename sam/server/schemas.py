@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictBool, StrictInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 
 from .errors import ApiError
 
@@ -14,6 +23,9 @@ Output = Literal["rle", "png", "polygons", "npz"]
 Identifier = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Coordinate = Annotated[FiniteFloat, Field(strict=True, ge=0, le=2**24)]
 Share = Annotated[FiniteFloat, Field(strict=True, ge=0, le=1)]
+# One error says enough, and to note each of 65,536 takes long.
+Points = Annotated[list[tuple[Coordinate, Coordinate]], Field(min_length=1, max_length=MAX_POINTS, fail_fast=True)]
+Labels = Annotated[list[Annotated[StrictInt, Field(ge=0, le=1)]], Field(max_length=MAX_POINTS, fail_fast=True)]
 Request = TypeVar("Request", bound=BaseModel)
 
 
@@ -32,10 +44,8 @@ class MaskReference(_Strict):
 class PromptRequest(_Strict):
     """One question about the image; any combination of points, a box and a mask."""
 
-    points: Annotated[list[tuple[Coordinate, Coordinate]], Field(min_length=1, max_length=MAX_POINTS)] | None = Field(
-        None, description="clicks as [x, y] in pixels of the image"
-    )
-    labels: Annotated[list[Annotated[StrictInt, Field(ge=0, le=1)]], Field(max_length=MAX_POINTS)] | None = Field(
+    points: Points | None = Field(None, description="clicks as [x, y] in pixels of the image")
+    labels: Labels | None = Field(
         None, description="1 for a click on the object, 0 for one on the background; default: all 1"
     )
     box: tuple[Coordinate, Coordinate, Coordinate, Coordinate] | None = Field(
@@ -58,7 +68,7 @@ class EmbedRequest(_Strict):
 
 class SegmentRequest(_Strict):
     embedding: Identifier | None = Field(None, description="of an earlier answer, in place of the image")
-    prompts: Annotated[list[PromptRequest], Field(min_length=1, max_length=MAX_PROMPTS)]
+    prompts: Annotated[list[PromptRequest], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     multimask: StrictBool = Field(True, description="three masks a prompt instead of one")
     output: Output = "rle"
 

@@ -8,7 +8,7 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -82,7 +82,7 @@ class Service:
         self._loop: asyncio.AbstractEventLoop | None = None
         # Two at a time: an image of the largest size takes 150 MB while it is decoded.
         self._decoding = anyio.CapacityLimiter(2)
-        self._formatting = anyio.CapacityLimiter(4)
+        self._aside = anyio.CapacityLimiter(4)
         engine.on_failure = self._model_failed
 
     @property
@@ -142,8 +142,11 @@ class Service:
     async def decode(self, work: Callable[[], T]) -> T:
         return await anyio.to_thread.run_sync(work, limiter=self._decoding)
 
-    async def format(self, work: Callable[[], T]) -> T:
-        return await anyio.to_thread.run_sync(work, limiter=self._formatting)
+    async def aside(self, work: Callable[[], T], size: int, small: int = 0) -> T:
+        """``work()`` in another thread, unless it is so small that the way there would take longer."""
+        if size <= small:
+            return work()
+        return await anyio.to_thread.run_sync(work, limiter=self._aside)
 
 
 def warm_up(engine: Engine) -> None:
@@ -164,15 +167,19 @@ def warm_up(engine: Engine) -> None:
                 engine.segment(embedding, [prompt] * count, multimask, deadline=limit).result(limit)
 
 
-async def unless_gone(receive: Callable[[], Awaitable[object]], work: Awaitable[T]) -> T | None:
-    """``work``'s result, or None as soon as the client has left; then ``work`` is cancelled.
+async def unless_gone(receive: Callable[[], Awaitable[object]], work: Callable[[], Awaitable[T]]) -> T | None:
+    """What ``work`` gives, or None as soon as the client has left; then it is cancelled, or not begun at all.
 
     ``receive`` is the ASGI channel after the whole body was read: what it gives next is the disconnect.
     """
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(receive())
+    tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(receive())]
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return await working if working.done() else None
+        await asyncio.sleep(0)  # who left while the image was decoded is known to have left now
+        if tasks[0].done():
+            return None
+        tasks.append(asyncio.ensure_future(work()))
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return await tasks[1] if tasks[1].done() else None
     finally:
-        for task in (working, leaving):
+        for task in tasks:
             task.cancel()
