@@ -210,6 +210,7 @@ def test_a_visit(browser: Browser, photo_file: Path) -> None:
     picture(browser, "page_click")
     assert browser.run("document.querySelectorAll('#choices input').length") == 3
     corrected = after(browser, lambda: browser.click(70, 90, "right"))
+    picture(browser, "page_corrected")
     assert browser.run("document.getElementById('undo').disabled") is False
     assert after(browser, lambda: browser.key("z")) == one
     assert after(browser, lambda: browser.click(70, 90, modifiers=1)) == corrected  # Alt, as the right button

@@ -98,6 +98,7 @@ const load = (file) => attempt(async () => {
   const started = performance.now();
   await embed(image);
   say(`${width} × ${height}, embedded in ${seconds(started)}. Click on something.`);
+  marks.classList.add("pointed"); // the keyboard works from here, but who uses the mouse needs no ring
   marks.focus({ preventScroll: true });
 });
 
@@ -356,8 +357,10 @@ marks.addEventListener("pointercancel", () => {
   drag = null;
   drawMarks();
 });
+marks.addEventListener("blur", () => marks.classList.remove("pointed"));
 marks.addEventListener("contextmenu", (event) => event.preventDefault());
 marks.addEventListener("keydown", (event) => {
+  marks.classList.remove("pointed");
   const arrow = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
   if (arrow) {
     const by = Math.max(image.width, image.height) / (event.shiftKey ? 20 : 100);
