@@ -45,7 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--write", action="store_true", help="write benchmarks/results/compile_report_triton*")
 
     service = commands.add_parser("service", help="the HTTP service under load, beside the engine without HTTP")
-    service.add_argument("--clients", type=int, default=16, help="of the closed loop (default: 16)")
+    service.add_argument("--clients", type=int, default=48, help="of the closed loop (default: 48)")
+    service.add_argument("--rounds", type=int, default=3, help="of engine and service in turn (default: 3)")
     service.add_argument("--seconds", type=float, default=20.0, help="a load (default: 20)")
     service.add_argument("--checkpoint", metavar="FILE", help="weights (default: the embedded nano)")
     service.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
@@ -74,7 +75,7 @@ def main() -> int:
     if args.command == "service":
         from . import service
 
-        return service.run(args.seconds, args.clients, args.checkpoint, args.json)
+        return service.run(args.seconds, args.rounds, args.clients, args.checkpoint, args.json)
     device = (
         torch.device(args.device, torch.cuda.current_device()) if args.device == "cuda" else torch.device(args.device)
     )

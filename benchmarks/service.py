@@ -32,9 +32,10 @@ from sam.engine import Engine
 
 from .provenance import describe, provenance
 
-_IMAGE = (480, 640)
+_SIZE, _LARGE = (480, 640), (6120, 8160)
 _CLICK = (320.0, 240.0)
 _START_SECONDS = 120
+_PATIENCE = 600
 
 
 @dataclass(frozen=True)
@@ -50,40 +51,44 @@ class Load:
     p99: float
 
 
-def run(seconds: float, clients: int, checkpoint: str | None, json_file: Path | None) -> int:
+def run(seconds: float, rounds: int, clients: int, checkpoint: str | None, json_file: Path | None) -> int:
     """Measure and print; ``seconds`` for each load."""
-    image = _image()
+    image, large = _image(_SIZE), _image(_LARGE)
     model = sam.load_model(checkpoint)
-    with Engine(model, deadline=600) as engine:
+    rows, shares = [], []
+    with Engine(model, deadline=_PATIENCE) as engine, _Server(checkpoint) as server:
         embedding = engine.embed(image).result()
         prompts = [Prompt([_CLICK], [1])]
         ask_engine = lambda: engine.segment(embedding, prompts, keep_logits=True).result()  # noqa: E731
-        for _ in range(3):
-            ask_engine()
-        with _Server(checkpoint) as server:
-            # In turn, so that a drifting machine drifts for both.
-            rows = [
-                _closed(f"{name}, clicks, closed loop, {clients} clients, {turn}", make, seconds / 2, clients)
-                for turn in ("first half", "second half")
+        for turn in range(1, rounds + 1):  # in turn, so that a drifting machine drifts for both
+            both = [
+                _closed(f"{name}, {clients} clients, closed loop, round {turn}", make, seconds, clients)
                 for name, make in (("engine", lambda: ask_engine), ("service", lambda: server.click(image)))
             ]
-            capacity = statistics.mean(row.per_second for row in rows[1::2])
-            for share in (0.5, 0.8):
-                name = f"service, clicks, open loop, {share:.0%} of its throughput"
-                rows.append(_open(name, lambda: server.click(image), seconds, share * capacity))
-            rows.append(_beside_a_huge_request(server, image, seconds))
-    share = rows[1].per_second + rows[3].per_second
-    share /= rows[0].per_second + rows[2].per_second
+            rows += both
+            shares.append(both[1].per_second / both[0].per_second)
+        capacity = statistics.median(row.per_second for row in rows[1::2])
+        for part in (0.5, 0.8):
+            name = f"service, open loop at {part:.0%} of its throughput"
+            rows.append(_open(name, lambda: server.click(image), seconds, part * capacity))
+        click = server.click(image)
+        rows.append(_closed("service, one client", lambda: click, seconds, 1))
+        for name, huge in (
+            ("1,024 prompts", server.click(image, prompts=1024)),
+            ("8 prompts on 50 megapixels", server.click(large, prompts=8)),
+        ):
+            rows.append(_beside(f"service, one client beside {name}", huge, click, seconds))
     print(describe(provenance()))
-    print(f"\n{'':<58}{'requests':>9}{'failed':>8}{'per s':>9}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}")
+    print(f"\n{'':<56}{'requests':>9}{'failed':>8}{'per s':>9}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}")
     for row in rows:
         print(
-            f"{row.name:<58}{row.requests:>9}{row.failed:>8}{row.per_second:>9.1f}"
+            f"{row.name:<56}{row.requests:>9}{row.failed:>8}{row.per_second:>9.1f}"
             f"{row.p50:>9.1f}{row.p95:>9.1f}{row.p99:>9.1f}"
         )
-    print(f"\nthe service answers {share:.0%} of what the engine without HTTP answers")
+    each = ", ".join(f"{share:.0%}" for share in shares)
+    print(f"\nof what the engine answers without HTTP, the service answers {statistics.median(shares):.0%} ({each})")
     if json_file is not None:
-        document = {"provenance": provenance(), "share": share, "loads": [vars(row) for row in rows]}
+        document = {"provenance": provenance(), "shares": shares, "loads": [vars(row) for row in rows]}
         json_file.write_text(json.dumps(document, indent=2) + "\n")
     return 0
 
@@ -94,7 +99,7 @@ class _Server:
     def __init__(self, checkpoint: str | None) -> None:
         arguments = ["--checkpoint", checkpoint] if checkpoint else []
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "sam", "serve", "--port", "0", "--deadline", "600", *arguments],
+            [sys.executable, "-m", "sam", "serve", "--port", "0", "--deadline", str(_PATIENCE), *arguments],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
@@ -119,7 +124,7 @@ class _Server:
 
     def click(self, image: np.ndarray, prompts: int = 1) -> Callable[[], None]:
         """A client with a connection of its own, that embedded the image."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_PATIENCE)
         file = io.BytesIO()
         Image.fromarray(image).save(file, "PNG")
         head = b'--b\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n'
@@ -188,10 +193,9 @@ def _open(name: str, make: Callable[[], Callable[[], Any]], seconds: float, rate
     return _load(name, latencies, len(failures), time.perf_counter() - start)
 
 
-def _beside_a_huge_request(server: _Server, image: np.ndarray, seconds: float) -> Load:
-    """One click after another while requests of 1,024 prompts are under way all the time."""
+def _beside(name: str, huge: Callable[[], Any], click: Callable[[], Any], seconds: float) -> Load:
+    """One click after another while huge requests are under way all the time."""
     stop = threading.Event()
-    huge, click = server.click(image, prompts=1024), server.click(image)
 
     def keep_asking() -> None:
         while not stop.is_set():
@@ -200,7 +204,7 @@ def _beside_a_huge_request(server: _Server, image: np.ndarray, seconds: float) -
     background = threading.Thread(target=keep_asking)
     background.start()
     time.sleep(0.5)
-    row = _closed("service, one click at a time beside 1,024 prompts", lambda: click, seconds, 1)
+    row = _closed(name, lambda: click, seconds, 1)
     stop.set()
     background.join()
     return row
@@ -219,9 +223,10 @@ def _load(name: str, latencies: list[float], failed: int, seconds: float) -> Loa
     return Load(name, len(latencies), failed, len(latencies) / seconds, cuts[49], cuts[94], cuts[98])
 
 
-def _image() -> np.ndarray:
+def _image(size: tuple[int, int]) -> np.ndarray:
     """A disc on a gradient: masks of a usual complexity."""
-    y, x = np.mgrid[: _IMAGE[0], : _IMAGE[1]]
+    height, width = size
+    y, x = np.ogrid[:height, :width]
     disc = (x - _CLICK[0]) ** 2 + (y - _CLICK[1]) ** 2 < 90**2
-    grey = np.where(disc, 220, x * 100 // _IMAGE[1] + y * 60 // _IMAGE[0])
-    return np.repeat(grey[:, :, None], 3, axis=2).astype(np.uint8)
+    grey = np.where(disc, 220, x * 100 // width + y * 60 // height).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2)

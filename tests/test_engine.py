@@ -36,6 +36,7 @@ class Gate:
     """Holds the model before each pass until it is opened, and notes the passes."""
 
     def __init__(self, model: Sam) -> None:
+        self.model = model
         self.open = threading.Event()
         self.entered = threading.Event()
         self.encoded: list[int] = []

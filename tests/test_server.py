@@ -28,7 +28,7 @@ from sam import Prompt, Sam, rle
 from sam.engine import Engine
 from sam.server import Settings, app, create_app
 from sam.server.errors import KINDS
-from sam.server.service import Service
+from sam.server.service import Service, warm_up
 
 SECONDS = 30
 TOKEN = "a-token-for-tests"
@@ -579,6 +579,47 @@ def test_not_ready_while_warming_or_draining(gated: tuple[Local, Gate]) -> None:
         assert running.request("GET", "/v2/health/live")[0] == 200
         assert running.error("/v1/embed", PNG) == (503, code)
         setattr(running.service, attribute, before)
+
+
+def test_warm_up_runs_every_size_of_a_batch() -> None:
+    """Where kernels are compiled, no request meets a size of batch that was not run before."""
+    gate = Gate(random_model(TINY))
+    gate.open.set()
+    with Engine(gate.model, max_batch=3, max_images=2) as engine:
+        warm_up(engine, every_size=True)
+        assert set(gate.encoded) == {1, 2}
+        assert set(gate.decoded) == {1, 2, 3}
+        assert engine.counters()["automatics"] > 0
+
+
+def test_one_bad_request_never_fails_its_batch_mates(gated: tuple[Local, Gate]) -> None:
+    """They wait at the same time for the same model; the good ones are answered as they are alone."""
+    running, gate = gated
+    gate.open.set()
+    asked = {"prompts": CLICK * 2}
+    alone = running.post("/v1/segment", PNG, **asked)[1]["prompts"]
+    gate.open.clear()
+    gate.entered.clear()
+    with ThreadPoolExecutor(4) as pool:
+        busy = pool.submit(running.post, "/v1/embed", file_of(random_image(30, 30)))
+        assert gate.entered.wait(SECONDS)
+        good = [pool.submit(running.post, "/v1/segment", PNG, **asked) for _ in range(2)]
+        wait_until(lambda: running.engine.pending == 3)
+        for image, fields, code in (
+            (PNG[:200], asked, "bad_image"),
+            (PNG, {"prompts": [*CLICK, {"points": [[91, 1]]}]}, "out_of_image"),
+            (PNG, {"prompts": [{"points": [[5, 5]], "mask_input": {"result": "0" * 32}}]}, "unknown_result"),
+        ):
+            assert running.error("/v1/segment", image, **fields)[1] == code
+        gate.open.set()
+        assert busy.result(SECONDS)[0] == 200
+        for future in good:
+            status, answer, _ = future.result(SECONDS)
+            assert status == 200
+            assert [prompt["best"] for prompt in answer["prompts"]] == [prompt["best"] for prompt in alone]
+            for prompt, before in zip(answer["prompts"], alone, strict=True):
+                scores = [[mask["predicted_iou"] for mask in masks["masks"]] for masks in (prompt, before)]
+                assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
 def test_out_of_memory_is_503_and_the_service_lives(gated: tuple[Local, Gate]) -> None:

@@ -14,7 +14,7 @@ import anyio
 import anyio.to_thread
 import numpy as np
 
-from ..engine import Engine
+from ..engine import AutomaticOptions, Engine
 from ..prompts import Prompt
 from .errors import ApiError
 from .metrics import Metrics
@@ -96,7 +96,7 @@ class Service:
 
     def _warm_up(self) -> None:
         try:
-            warm_up(self.engine)
+            warm_up(self.engine, every_size=self.engine.model.device.type != "cpu")
         except Exception as error:
             log.exception("warm-up failed")
             if self.engine.failure is None:
@@ -149,22 +149,26 @@ class Service:
         return await anyio.to_thread.run_sync(work, limiter=self._aside)
 
 
-def warm_up(engine: Engine) -> None:
-    """Run every batch size that requests can make, so that the first of them waits for no compilation."""
+def warm_up(engine: Engine, every_size: bool) -> None:
+    """Ask what requests can ask, so that the first of them does not wait.
+
+    Where kernels are compiled, ``every_size`` of a batch is run: none is compiled for a request.
+    """
     model, limit = engine.model, _WARM_UP_SECONDS
     side = model.image_encoder.img_size
     image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    for count in range(1, engine.max_images + 1):
+    for count in range(1, engine.max_images + 1) if every_size else ():
         model.encode([image] * count, batch_size=count)
     embedding = engine.embed(image).result(limit)
     low_res = np.zeros((1, *model.prompt_encoder.mask_input_size), np.float32)
     kinds = (Prompt([(1, 1)], [1]), Prompt(box=(1, 1, 9, 9)), Prompt([(1, 1)], [1], mask_input=low_res))
-    # Nothing is compiled for a CPU, so one prompt of each kind will do there.
-    counts = [1] if model.device.type == "cpu" else range(1, engine.max_batch + 1)
+    counts = range(1, engine.max_batch + 1) if every_size else [1]
     for prompt in kinds:
         for multimask in (True, False):
             for count in counts:
                 engine.segment(embedding, [prompt] * count, multimask, deadline=limit).result(limit)
+    everything = AutomaticOptions(1, pred_iou_thresh=0.0, stability_score_thresh=0.0)
+    engine.automatic(embedding, everything, deadline=limit).result(limit)
 
 
 async def unless_gone(receive: Callable[[], Awaitable[object]], work: Callable[[], Awaitable[T]]) -> T | None:
