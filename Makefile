@@ -7,10 +7,13 @@ OUT ?= out/gpu
 BIN := .venv/bin
 SOURCES := sam fastsam_kernels benchmarks tests
 
-.PHONY: demo test test-all bench compile-report gpu-test gpu-bench lint format clean
+.PHONY: demo test test-all test-page test-soak serve bench bench-service compile-report gpu-test gpu-bench lint format clean
 
 demo: .venv/.demo
 	$(BIN)/python -m sam demo
+
+serve: .venv/.serve
+	$(BIN)/python -m sam serve
 
 test: .venv/.test
 	$(BIN)/python -m pytest -m "not slow"
@@ -18,8 +21,17 @@ test: .venv/.test
 test-all: .venv/.test
 	$(BIN)/python -m pytest
 
+test-page: .venv/.test
+	$(BIN)/python -m pytest -s -m browser
+
+test-soak: .venv/.test
+	$(BIN)/python -m pytest -s -m soak
+
 bench: .venv/.test
 	$(BIN)/python -m benchmarks all
+
+bench-service: .venv/.test
+	$(BIN)/python -m benchmarks service
 
 compile-report: .venv/.test
 	$(BIN)/python -m benchmarks compile-report --write

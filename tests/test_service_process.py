@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,21 +77,40 @@ def test_client(server: Server, nano: sam.Sam, photo: np.ndarray, tmp_path: Path
         Client("127.0.0.1:8000")
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_curl_lines_of_the_readme(server: Server, photo: np.ndarray, tmp_path: Path) -> None:
-    """Each in turn, with this server's address and token; ``EMBEDDING`` is what the first one answered."""
-    lines = re.findall(r"^curl (?:.*\\\n)*.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    if not lines:
-        pytest.skip("the README has no curl lines")
+@pytest.fixture
+def readme(photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the README says of the service; in a folder where its photo is."""
     Image.fromarray(photo).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text()
+    return text.partition("<!-- service")[2].partition("<!-- end of service -->")[0]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_curl_lines_of_the_readme(server: Server, readme: str) -> None:
+    """Each in turn, with this server's address and token; ``EMBEDDING`` is what the first one answered."""
+    lines = re.findall(r"^curl (?:.*\\\n)*.*$", readme, re.MULTILINE)
+    assert len(lines) >= 4
     embedding = ""
     for line in lines:
         command = line.replace("http://127.0.0.1:8000", server.url).replace("EMBEDDING", embedding)
         command = command.replace("curl ", f"curl --fail-with-body -sS -H 'Authorization: Bearer {TOKEN}' ", 1)
-        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=SECONDS)
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         if not embedding:
             embedding = json.loads(done.stdout)["embedding"]
+    assert Image.open("mask.png").size == (451, 300)
+
+
+def test_client_lines_of_the_readme(server: Server, readme: str) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    here = 'Client("http://127.0.0.1:8000")'
+    assert here in code
+    scope: dict[str, Any] = {}
+    exec(code.replace(here, f"Client({server.url!r}, {TOKEN!r})"), scope)
+    assert scope["first"].masks.shape == (3, 300, 451)
+    assert scope["second"].masks.shape == (1, 300, 451)
+    assert isinstance(scope["everything"], list)
 
 
 def test_the_log_is_json_with_request_ids(server: Server) -> None:
