@@ -79,6 +79,10 @@ class Server:
         finally:
             connection.close()
 
+    def tracebacks(self) -> str:
+        """Of mistakes of the server's, for a message."""
+        return "\n".join(record["traceback"] for record in self.log if "traceback" in record)
+
     def resident_bytes(self) -> int:
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")

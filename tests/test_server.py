@@ -275,6 +275,7 @@ def test_the_page_needs_nothing_from_elsewhere(local: Local) -> None:
         ({"prompts": [{"points": [[1, 1]] * 65}]}, 422, "invalid_request"),
         ({"prompts": [{}]}, 422, "invalid_request"),
         ({"prompts": [{"points": [[1, 1]], "labels": [1, 0]}]}, 422, "invalid_request"),
+        ({"prompts": [{"box": [1, 1, 9, 9], "labels": []}]}, 422, "invalid_request"),
         ({"prompts": [{"points": [[1, 1]], "labels": [True]}]}, 422, "invalid_request"),
         ({"prompts": [{"points": [["1", 1]]}]}, 422, "invalid_request"),
         ({"prompts": [{"points": [[1, 1, 1]]}]}, 422, "invalid_request"),

@@ -57,7 +57,7 @@ class PromptRequest(_Strict):
     def _something_is_asked(self) -> PromptRequest:
         if self.points is None and self.box is None:
             raise ValueError("points or a box are needed")
-        if self.labels is not None and len(self.labels) != len(self.points or ()):
+        if self.labels is not None and (self.points is None or len(self.labels) != len(self.points)):
             raise ValueError("as many labels as points are needed")
         return self
 
