@@ -14,6 +14,8 @@ from fastsam_kernels.tile_config import TileConfig
 
 from .measure import Form, Work
 
+Result = Tensor | tuple[Tensor, ...]
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -28,7 +30,7 @@ class Problem:
     """
 
     forms: dict[str, Form]
-    truth: Callable[[], Tensor]
+    truth: Callable[[], Result]
     rows: list[int]
     work: Work
     compile: bool = True
@@ -65,9 +67,9 @@ class TuneProblem:
     """
 
     launch: Callable[[TileConfig], Launch | Launches]
-    out: Tensor
-    truth: Callable[[], Tensor]
-    plain: Callable[[], Tensor]
+    out: Result
+    truth: Callable[[], Result]
+    plain: Callable[[], Result]
     rows: list[int]
     candidates: list[TileConfig]
 
@@ -78,6 +80,24 @@ def candidates(warps: tuple[int, ...], stages: tuple[int, ...], **blocks: tuple[
         TileConfig(dict(zip(blocks, sizes, strict=True)), num_warps, num_stages)
         for *sizes, num_warps, num_stages in itertools.product(*blocks.values(), warps, stages)
     ]
+
+
+def parts(result: Result) -> tuple[Tensor, ...]:
+    """The tensors of a result, one as a rule."""
+    return result if isinstance(result, tuple) else (result,)
+
+
+def relative_error(some: Result, truth: Result) -> float:
+    """Relative L2 of the worst part; infinite when something is not finite."""
+    errors = [
+        float((part.double() - exact.double()).norm() / exact.double().norm())
+        for part, exact in zip(parts(some), parts(truth), strict=True)
+    ]
+    return max(error if error == error else float("inf") for error in errors)  # NaN differs from itself
+
+
+def rows_of(result: Result, rows: list[int]) -> Result:
+    return tuple(part[rows] for part in parts(result))
 
 
 def few_rows(count: int) -> list[int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 Form = Callable[[], Any]
-_PAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ def _percentiles(values: list[float]) -> Timing:
 def peak_memory(form: Form, device: torch.device) -> int:
     """Bytes that ``form`` takes at its most beyond what is allocated before it.
 
-    On a GPU torch counts them. On a CPU the resident memory of the process is sampled each millisecond, after a
-    run that warmed the allocator; memory that the allocator kept counts only as far as it is touched anew.
+    On a GPU torch counts them. On a CPU it is the peak of the process's resident memory, as Linux keeps it, over
+    what is resident once the C library has given back all that earlier runs freed.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -76,24 +75,16 @@ def peak_memory(form: Form, device: torch.device) -> int:
         form()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    peak, done = 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, _resident())
-
-    before = _resident()
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    before = _peak_resident()
     form()
-    done.set()
-    watcher.join()
-    return max(0, max(peak, _resident()) - before)
+    return _peak_resident() - before
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
+def _peak_resident() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 # Limits ---------------------------------------------------------------------------------------------------

@@ -11,10 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from .case import Case, Problem
+from .case import Case, Problem, Result, parts, relative_error, rows_of
 from .cases import select
 from .measure import Timing, limit_ms, peak_memory, time_forms
 from .provenance import describe, provenance
@@ -81,15 +80,10 @@ def run_case(case: Case, device: torch.device, dtype: torch.dtype, seconds: floa
     return rows
 
 
-def form_errors(problem: Problem, forms: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
+def form_errors(problem: Problem, forms: dict[str, Callable[[], Result]]) -> dict[str, float]:
     """Relative L2 error of each form on the problem's rows; infinite when something is not finite."""
-    truth = problem.truth()
-    errors = {}
-    for name, form in forms.items():
-        difference = form()[problem.rows].double() - truth
-        error = float(difference.norm() / truth.norm())
-        errors[name] = error if error == error else float("inf")  # NaN differs from itself
-    return errors
+    truth = parts(problem.truth())
+    return {name: relative_error(rows_of(form(), problem.rows), truth) for name, form in forms.items()}
 
 
 def error_budget(baseline: float, dtype: torch.dtype) -> float:
@@ -97,7 +91,7 @@ def error_budget(baseline: float, dtype: torch.dtype) -> float:
     return 2 * baseline + torch.finfo(dtype).eps
 
 
-def _compile(problem: Problem) -> Callable[[], Tensor]:
+def _compile(problem: Problem) -> Callable[[], Result]:
     torch._dynamo.reset()
     form = torch.compile(problem.forms["torch"])
     form()

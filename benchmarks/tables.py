@@ -9,6 +9,7 @@ from typing import Any
 from fastsam_kernels.tile_config import read_entries
 
 from .compile_cases import AMD
+from .model.decoder_work import work_table
 from .operations import OPERATIONS
 from .provenance import RESULTS, ROOT
 
@@ -69,7 +70,10 @@ def _documents(pattern: str) -> list[Any]:
 
 
 # What stands between <!-- NAME --> and <!-- /NAME --> in a page.
-TABLES = {"status": (Path("benchmarks/README.md"), status_table)}
+TABLES = {
+    "status": (Path("benchmarks/README.md"), status_table),
+    "decoder work": (Path("benchmarks/README.md"), work_table),
+}
 
 
 def fill(page: str, name: str, table: str) -> str:

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from fastsam_kernels.tile_config import TileConfig, arch_of
 
-from .case import TuneProblem
+from .case import Result, TuneProblem, parts, relative_error, rows_of
 from .measure import time_forms
 from .operations import OPERATIONS
 from .provenance import describe, provenance
@@ -38,9 +37,8 @@ class Trial:
 
 def try_all(problem: TuneProblem, device: torch.device, seconds: float) -> list[Trial]:
     """Check every candidate, then time the right ones side by side."""
-    truth = problem.truth().double()
-    plain = float((problem.plain().double() - truth).norm() / truth.norm())
-    budget = error_budget(plain, problem.plain().dtype)
+    truth, plain = parts(problem.truth()), parts(problem.plain())
+    budget = error_budget(relative_error(plain, truth), plain[0].dtype)
     rejected, right = [], []
     for tile in tqdm(problem.candidates, desc="check", disable=None, leave=False):
         reason = _check(problem, tile, truth, budget)
@@ -52,12 +50,13 @@ def try_all(problem: TuneProblem, device: torch.device, seconds: float) -> list[
     return sorted(timed, key=lambda trial: trial.milliseconds or 0.0) + rejected
 
 
-def _check(problem: TuneProblem, tile: TileConfig, truth: Tensor, budget: float) -> str:
+def _check(problem: TuneProblem, tile: TileConfig, truth: Result, budget: float) -> str:
     """Why a tile must not be used; empty if it may."""
-    problem.out.fill_(torch.nan)
+    for out in parts(problem.out):
+        out.fill_(torch.nan)
     try:
         problem.launch(tile).run()
-        error = float((problem.out[problem.rows].double() - truth).norm() / truth.norm())
+        error = relative_error(rows_of(problem.out, problem.rows), truth)
     except Exception as failure:  # out of shared memory or registers, or the compiler gave up
         return f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}"
     return "" if error <= budget else f"error {error:.1e} over {budget:.1e}"

@@ -4,7 +4,7 @@ from .dispatch import KERNELS, UnsupportedKernelError, check_kernels, resolve_ke
 from .hypernetwork_masks import UpscalingWeights, hypernetwork_masks, pack_upscaling
 from .nms import nms
 from .rel_pos_attention import rel_pos_attention
-from .two_way_attention import MOST_TOKENS, image_to_token_attention, token_to_image_attention
+from .two_way_attention import MOST_TOKENS, image_to_token_attention, token_to_image_attention, two_way_attention
 
 __all__ = [
     "KERNELS",
@@ -19,4 +19,5 @@ __all__ = [
     "rel_pos_attention",
     "resolve_kernels",
     "token_to_image_attention",
+    "two_way_attention",
 ]

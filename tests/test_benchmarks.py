@@ -16,6 +16,7 @@ from benchmarks import tables, tune
 from benchmarks.case import Case, Problem, TuneProblem, candidates
 from benchmarks.cases import GROUPS, select
 from benchmarks.measure import Timing, Work, peak_memory, time_forms
+from benchmarks.model import decoder_work
 from benchmarks.operations import OPERATIONS
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.runner import Row, run_case, to_table
@@ -121,6 +122,25 @@ def test_peak_memory_sees_what_is_touched() -> None:
 
     peak = peak_memory(allocate, CPU)
     assert 0.8 * megabytes * 2**20 < peak < 1.5 * megabytes * 2**20
+
+
+def test_peak_memory_is_the_same_again() -> None:
+    """What an earlier run left with the allocator hides nothing."""
+
+    def allocate() -> None:
+        sum(torch.ones(2**18).sum() for _ in range(8))
+
+    allocate()
+    first, second = (peak_memory(allocate, CPU) for _ in range(2))
+    assert first > 2**19
+    assert second > 2**19
+
+
+def test_the_decoder_s_work_is_within_its_limits() -> None:
+    """Of 1024 prompts: what fusing the passes is for."""
+    moved, flops = decoder_work.totals(decoder_work.passes(1024))
+    assert moved <= 12e9
+    assert flops <= 2.1e12
 
 
 class Multiply:

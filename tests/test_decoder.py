@@ -142,26 +142,27 @@ def test_folding_is_used_up_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> Non
     from sam.modeling import transformer
 
     calls: list[int] = []
-    original = transformer.token_to_image_attention
+    original = transformer.two_way_attention
 
-    def counted(queries: Tensor, *rest: Tensor, **options: object) -> Tensor:
-        calls.append(queries.shape[2])
-        return original(queries, *rest, **options)
+    def counted(keys: Tensor, key_pe: Tensor, token_keys: Tensor, *rest: Tensor, **options: object) -> object:
+        calls.append(token_keys.shape[2])
+        return original(keys, key_pe, token_keys, *rest, **options)
 
-    monkeypatch.setattr(transformer, "token_to_image_attention", counted)
+    monkeypatch.setattr(transformer, "two_way_attention", counted)
     model = random_model(TINY)
     embedding = model.encode(random_image(48, 60))
     most = MOST_TOKENS - OUTPUT_TOKENS - 1  # a padding point goes with points
     model.predict(embedding, some_prompts(1, most))
-    assert calls == [MOST_TOKENS] * 2  # block 1 and the final attention; block 0 has its keys and values kept
+    assert calls == [MOST_TOKENS] * 2  # one of each block
     calls.clear()
     model.predict(embedding, some_prompts(1, most + 1))
     assert calls == []
-    model.mask_decoder.transformer.final_attn_token_to_image.k_proj = torch.nn.Sequential(
-        model.mask_decoder.transformer.final_attn_token_to_image.k_proj
-    )
-    model.predict(embedding, some_prompts(1, 1))
-    assert len(calls) == 1
+    final = model.mask_decoder.transformer.final_attn_token_to_image
+    expected = model.predict(embedding, some_prompts(1, 1)).low_res_logits
+    calls.clear()
+    final.k_proj = torch.nn.Sequential(final.k_proj)
+    assert_close_l2(model.predict(embedding, some_prompts(1, 1)).low_res_logits, expected, 1e-5, "k_proj replaced")
+    assert calls == []
 
 
 def test_weights_that_change_are_seen() -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 import sam
 from fastsam_kernels import hypernetwork_masks
 from sam.modeling.mask_decoder import MaskDecoder
+from sam.modeling.prompt_encoder import append_padding_point
 
 from ..case import Case, Problem, draw, few_rows
-from ..measure import Form
+from ..measure import Form, Work
 from ..operations.hypernetwork_masks import work
+from ..peers import chosen_peers
+from . import decoder_work
 
 
 def _decoder(device: torch.device, dtype: torch.dtype) -> MaskDecoder:
@@ -50,4 +56,67 @@ def _mask_head(device: torch.device, dtype: torch.dtype) -> Problem:
     return Problem(forms, truth, rows, work(prompts, 3, keys.element_size()), compile=False)
 
 
-CASES = [Case("mask head, 64 prompts", _mask_head)]
+def _clicks(prompts: int, kept: slice = slice(None)) -> Callable[[torch.device, torch.dtype], Problem]:
+    """One-point prompts on one image to three low-resolution masks each; of the prompts in ``kept`` only."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> Problem:
+        torch.manual_seed(0)
+        model = sam.build_from_config(sam.VARIANTS["vit_b"]).requires_grad_(False).to(device, dtype)
+        features = draw((1, 256, 64, 64), device, dtype, 1)
+        coords = 1024 * torch.rand(prompts, 1, 2, generator=torch.Generator().manual_seed(2)).to(device)
+        labels = torch.ones(prompts, 1, dtype=torch.int64, device=device)
+        count = len(range(prompts)[kept])
+        rows = few_rows(count)
+
+        def forms_of(model: sam.Sam, kernels: str) -> Form:
+            return lambda: _decode(model, features, coords, labels, kept, kernels)
+
+        def official(model: sam.Sam, coords: Tensor, labels: Tensor, features: Tensor) -> Tensor:
+            sparse, dense = model.prompt_encoder((coords, labels), None, None)
+            return model.mask_decoder(features, model.prompt_encoder.get_dense_pe(), sparse, dense, True)[0]
+
+        def truth() -> Tensor:
+            chosen = torch.arange(prompts, device=device)[kept][rows]
+            return official(copy.deepcopy(model).double(), coords[chosen], labels[chosen], features.double())
+
+        forms: dict[str, Form] = {
+            "reference": lambda: official(model, coords, labels, features)[kept],
+            "torch": forms_of(model, "torch"),
+        }
+        if device.type == "cuda":
+            forms["triton"] = forms_of(model, "triton")
+        for name, peer in chosen_peers(model).items():
+            forms[name] = lambda peer=peer: peer.decode(features, coords, labels)[0][kept]  # type: ignore[misc]
+        moved, flops = decoder_work.totals(decoder_work.passes(prompts))
+        return Problem(forms, truth, rows, Work(moved, flops), compile=count == prompts)
+
+    return make
+
+
+def _decode(model: sam.Sam, features: Tensor, coords: Tensor, labels: Tensor, kept: slice, kernels: str) -> Tensor:
+    """As the model decodes, a chunk of prompts at a time, with the image's side made anew."""
+    encoder, decoder = model.prompt_encoder, model.mask_decoder
+    image_pe, wanted = encoder.get_dense_pe(), MaskDecoder.mask_slice(True)
+    shared = decoder.share_image_side(features, image_pe, encoder.no_mask_embed.weight)
+    dense = encoder.no_mask_embed.weight.view(1, -1, 1, 1)
+    size, wide = model.prompts_per_chunk, torch.promote_types(features.dtype, torch.float32)
+    places = range(len(coords))[kept]
+    masks = torch.empty(len(places), 3, 256, 256, device=features.device, dtype=wide)
+    filled = 0
+    for start in range(0, len(coords), size):
+        some = slice(start, start + size)
+        sparse = encoder.embed_tokens(*append_padding_point(coords[some], labels[some]))
+        decoded = decoder.decode_tokens(features, image_pe, sparse, dense, shared=shared, kernels=kernels)
+        rows = [place - start for place in places if start <= place < start + size]
+        index = None if len(rows) == len(sparse) else torch.tensor(rows, device=features.device)
+        masks[filled : filled + len(rows)] = decoder.decode_masks(decoded, wanted, index, kernels)
+        filled += len(rows)
+    return masks
+
+
+CASES = [
+    Case("mask head, 64 prompts", _mask_head),
+    Case("decoder, 64 clicks", _clicks(64)),
+    Case("decoder, 1024 clicks", _clicks(1024), devices=("cuda",)),
+    Case("decoder, 1024 clicks, masks of every tenth", _clicks(1024, slice(None, None, 10)), devices=("cuda",)),
+]

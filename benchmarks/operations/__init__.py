@@ -5,11 +5,18 @@
 - ``TUNING``: for each shape class, the problem on which ``python -m benchmarks tune`` chooses a tile.
 """
 
-from . import hypernetwork_masks, image_to_token_attention, rel_pos_attention, token_to_image_attention
+from . import (
+    hypernetwork_masks,
+    image_to_token_attention,
+    rel_pos_attention,
+    token_to_image_attention,
+    two_way_attention,
+)
 
 OPERATIONS = {
     "hypernetwork_masks": hypernetwork_masks,
     "image_to_token_attention": image_to_token_attention,
     "rel_pos_attention": rel_pos_attention,
     "token_to_image_attention": token_to_image_attention,
+    "two_way_attention": two_way_attention,
 }

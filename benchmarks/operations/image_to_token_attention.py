@@ -20,7 +20,7 @@ from .token_to_image_attention import CHANNELS, CLICK_TOKENS, HEADS, MOST_TOKENS
 EPS = 1e-5
 
 
-def _inputs(prompts: int, image_tokens: int, tokens: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def inputs(prompts: int, image_tokens: int, tokens: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     shapes = (
         ((prompts, image_tokens, CHANNELS), 1.0),
         ((image_tokens, CHANNELS), 1.0),
@@ -33,8 +33,8 @@ def _inputs(prompts: int, image_tokens: int, tokens: int, device: torch.device, 
     return [draw(shape, device, dtype, seed, scale) for seed, (shape, scale) in enumerate(shapes)]
 
 
-def _rows(inputs: list[Tensor], rows: list[int], dtype: torch.dtype) -> list[Tensor]:
-    keys, key_pe, *tokens, norm_weight, norm_bias = inputs
+def rows_of(of_all: list[Tensor], rows: list[int], dtype: torch.dtype) -> list[Tensor]:
+    keys, key_pe, *tokens, norm_weight, norm_bias = of_all
     some = (keys[rows], key_pe, *(tensor[rows] for tensor in tokens), norm_weight, norm_bias)
     return [tensor.to(dtype) for tensor in some]
 
@@ -51,17 +51,17 @@ def work(prompts: int, tokens: int, element_size: int) -> Work:
 
 def _case(prompts: int) -> Callable[[torch.device, torch.dtype], Problem]:
     def make(device: torch.device, dtype: torch.dtype) -> Problem:
-        inputs, rows = _inputs(prompts, 4096, CLICK_TOKENS, device, dtype), few_rows(prompts)
+        made, rows = inputs(prompts, 4096, CLICK_TOKENS, device, dtype), few_rows(prompts)
 
         def form(kernels: str) -> Form:
-            return lambda: image_to_token_attention(*inputs, eps=EPS, kernels=kernels)
+            return lambda: image_to_token_attention(*made, eps=EPS, kernels=kernels)
 
         names = ("reference", "torch", "triton") if device.type == "cuda" else ("reference", "torch")
         return Problem(
             forms={name: form(name) for name in names},
-            truth=lambda: image_to_token_reference(*_rows(inputs, rows, torch.float64), EPS),
+            truth=lambda: image_to_token_reference(*rows_of(made, rows, torch.float64), EPS),
             rows=rows,
-            work=work(prompts, CLICK_TOKENS, inputs[0].element_size()),
+            work=work(prompts, CLICK_TOKENS, made[0].element_size()),
         )
 
     return make
@@ -78,8 +78,8 @@ def _launches(tokens: int, dtype: torch.dtype, tile: TileConfig) -> Iterator[tup
 
     folded = (64, HEADS, tokens, 256)
     shapes = ((64, 4096, 256), (4096, 256), folded, folded[:3], folded, (256,), (256,))
-    inputs = [meta(*shape, dtype=dtype) for shape in shapes]
-    yield f"{tokens} tokens, 64x64", plan(*inputs, EPS, None, meta(64, 4096, 256, dtype=dtype), tile)
+    tensors = [meta(*shape, dtype=dtype) for shape in shapes]
+    yield f"{tokens} tokens, 64x64", plan(*tensors, EPS, None, meta(64, 4096, 256, dtype=dtype), tile)
 
 
 TESTS = "test_two_way_attention.py"
@@ -90,14 +90,14 @@ def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProble
     from fastsam_kernels.two_way_attention.image_to_token_kernel import plan
 
     prompts, image_tokens = (128, 4096) if device.type == "cuda" else (1, 64)
-    inputs, rows = _inputs(prompts, image_tokens, tokens, device, dtype), few_rows(prompts)
+    made, rows = inputs(prompts, image_tokens, tokens, device, dtype), few_rows(prompts)
     out = torch.empty(prompts, image_tokens, CHANNELS, device=device, dtype=dtype)
     exact = dtype == torch.float32
     return TuneProblem(
-        launch=lambda tile: plan(*inputs, EPS, None, out, tile),
+        launch=lambda tile: plan(*made, EPS, None, out, tile),
         out=out,
-        truth=lambda: image_to_token_reference(*_rows(inputs, rows, torch.float64), EPS),
-        plain=lambda: image_to_token_reference(*_rows(inputs, rows, dtype), EPS),
+        truth=lambda: image_to_token_reference(*rows_of(made, rows, torch.float64), EPS),
+        plain=lambda: image_to_token_reference(*rows_of(made, rows, dtype), EPS),
         rows=rows,
         candidates=candidates(
             (4, 8),

@@ -58,13 +58,9 @@ def token_to_image_attention(
     """
     inputs = (queries, keys, key_pe, value_weight, value_bias)
     _check_image(queries, keys, key_pe, image_index)
-    heads, channels = queries.shape[1], queries.shape[3]
-    if value_weight.ndim != 2 or value_weight.shape[1] != channels or len(value_weight) % heads:
-        raise ValueError(f"value_weight must be [{heads} * d, {channels}], got {list(value_weight.shape)}")
-    if value_bias.shape != value_weight.shape[:1]:
-        raise ValueError(f"value_bias must be [{len(value_weight)}], got {list(value_bias.shape)}")
+    _check_values(queries, value_weight, value_bias)
     _check_dtypes(queries, key_pe=key_pe, keys=keys, value_weight=value_weight, value_bias=value_bias)
-    constraint = _constraint(queries, value_weight.shape[0] // heads)
+    constraint = _constraint(queries, value_weight.shape[0] // queries.shape[1])
     chosen = choose("token_to_image_attention", kernels, keys.device, constraint, *inputs)
     if chosen == "reference":
         return token_to_image_reference(*inputs, image_index)
@@ -108,17 +104,7 @@ def image_to_token_attention(
         UnsupportedKernelError: "triton" where it cannot run; the message says why.
     """
     inputs = (keys, key_pe, token_keys, token_bias, token_values, norm_weight, norm_bias)
-    _check_image(token_keys, keys, key_pe, image_index)
-    if token_values.shape != token_keys.shape or token_bias.shape != token_keys.shape[:3]:
-        raise ValueError(
-            f"token_values and token_bias must be {list(token_keys.shape)} and {list(token_keys.shape[:3])}, "
-            f"got {list(token_values.shape)} and {list(token_bias.shape)}"
-        )
-    named = {"norm_weight": norm_weight, "norm_bias": norm_bias}
-    for name, vector in named.items():
-        if vector.shape != keys.shape[2:]:
-            raise ValueError(f"{name} must be [{keys.shape[2]}], got {list(vector.shape)}")
-    _check_dtypes(keys, key_pe=key_pe, token_keys=token_keys, token_bias=token_bias, token_values=token_values, **named)
+    _check_update(*inputs, image_index)
     chosen = choose("image_to_token_attention", kernels, keys.device, _constraint(token_keys, 16), *inputs)
     if chosen == "reference":
         return image_to_token_reference(*inputs, eps, image_index)
@@ -127,6 +113,61 @@ def image_to_token_attention(
     from .image_to_token_kernel import image_to_token_triton
 
     return image_to_token_triton(*inputs, eps, image_index)
+
+
+def two_way_attention(
+    keys: Tensor,
+    key_pe: Tensor,
+    token_keys: Tensor,
+    token_bias: Tensor,
+    token_values: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    queries: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    *,
+    eps: float = 1e-5,
+    image_index: Tensor | None = None,
+    kernels: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """:func:`image_to_token_attention`, then :func:`token_to_image_attention` on what it made of the image tokens.
+
+    The decoder may ask both at once because the tokens of the next attention to the image do not depend on how this
+    block changed it.
+
+    Args:
+        keys, key_pe, token_keys, token_bias, token_values, norm_weight, norm_bias, eps, image_index: of the former.
+        queries: [P, H, T, C] of the latter, with as many tokens.
+        value_weight, value_bias: of the latter.
+        kernels: "reference", "torch", "triton" or "auto".
+
+    Returns:
+        image tokens [P, N, C], contiguous, and what the prompts' tokens learn of them, [P, T, H * d]; both in the
+        dtype of ``keys``.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together, or an unknown ``kernels``.
+        UnsupportedKernelError: "triton" where it cannot run; the message says why.
+    """
+    update = (keys, key_pe, token_keys, token_bias, token_values, norm_weight, norm_bias)
+    ask = (queries, value_weight, value_bias)
+    _check_update(*update, image_index)
+    if queries.shape != token_keys.shape:
+        raise ValueError(f"queries must be as token_keys, {list(token_keys.shape)}, got {list(queries.shape)}")
+    _check_values(*ask)
+    _check_dtypes(keys, queries=queries, value_weight=value_weight, value_bias=value_bias)
+    constraint = _constraint(queries, value_weight.shape[0] // queries.shape[1])
+    chosen = choose("two_way_attention", kernels, keys.device, constraint, *update, *ask)
+    if chosen == "triton":
+        from .two_way_kernel import two_way_triton
+
+        return two_way_triton(*update, *ask, eps, image_index)
+    if chosen == "reference":
+        keys = image_to_token_reference(*update, eps, image_index)
+        return keys, token_to_image_reference(queries, keys, key_pe, value_weight, value_bias)
+    keys = image_to_token_torch(*update, eps, image_index)
+    return keys, token_to_image_torch(queries, keys, key_pe, value_weight, value_bias)
 
 
 def token_to_image_reference(
@@ -225,6 +266,37 @@ def _check_image(tokens: Tensor, keys: Tensor, key_pe: Tensor, image_index: Tens
         raise ValueError(f"key_pe must be {list(keys.shape[1:])}, got {list(key_pe.shape)}")
     if image_index is not None and (image_index.shape != (prompts,) or image_index.dtype != torch.int64):
         raise ValueError(f"image_index must be [{prompts}] of int64, got {list(image_index.shape)} {image_index.dtype}")
+
+
+def _check_values(queries: Tensor, value_weight: Tensor, value_bias: Tensor) -> None:
+    heads, channels = queries.shape[1], queries.shape[3]
+    if value_weight.ndim != 2 or value_weight.shape[1] != channels or len(value_weight) % heads:
+        raise ValueError(f"value_weight must be [{heads} * d, {channels}], got {list(value_weight.shape)}")
+    if value_bias.shape != value_weight.shape[:1]:
+        raise ValueError(f"value_bias must be [{len(value_weight)}], got {list(value_bias.shape)}")
+
+
+def _check_update(
+    keys: Tensor,
+    key_pe: Tensor,
+    token_keys: Tensor,
+    token_bias: Tensor,
+    token_values: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    image_index: Tensor | None,
+) -> None:
+    _check_image(token_keys, keys, key_pe, image_index)
+    if token_values.shape != token_keys.shape or token_bias.shape != token_keys.shape[:3]:
+        raise ValueError(
+            f"token_values and token_bias must be {list(token_keys.shape)} and {list(token_keys.shape[:3])}, "
+            f"got {list(token_values.shape)} and {list(token_bias.shape)}"
+        )
+    named = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    for name, vector in named.items():
+        if vector.shape != keys.shape[2:]:
+            raise ValueError(f"{name} must be [{keys.shape[2]}], got {list(vector.shape)}")
+    _check_dtypes(keys, key_pe=key_pe, token_keys=token_keys, token_bias=token_bias, token_values=token_values, **named)
 
 
 def _check_dtypes(main: Tensor, **others: Tensor) -> None:

@@ -22,6 +22,65 @@ from .token_to_image_kernel import padded_tokens, shape_class
 
 
 @triton.jit
+def update_image_tokens(
+    p_image,  # the image tokens of a prompt, [N, C]
+    stride_kn,
+    stride_kc,
+    key_pe_ptr,
+    p_token_keys,  # of a prompt, [H, T, C]
+    p_token_bias,  # [H, T]
+    p_token_values,  # [H, T, C]
+    norm_weight_ptr,
+    norm_bias_ptr,
+    p_out,  # [N, C]
+    begin,
+    end,
+    tokens,
+    eps,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    T_PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """The image tokens of a prompt from ``begin`` to ``end`` attend to its tokens."""
+    R: tl.constexpr = HEADS * T_PADDED
+    r = tl.arange(0, R)
+    c = tl.arange(0, C)
+    token = r % T_PADDED
+    row_of_group = (r // T_PADDED) * tokens + token
+    real = token < tokens
+    norm_weight = tl.load(norm_weight_ptr + c).to(tl.float32)
+    norm_bias = tl.load(norm_bias_ptr + c).to(tl.float32)
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        n = start + tl.arange(0, BLOCK_N)
+        valid = n < end
+        keys = tl.load(
+            p_image + n.to(tl.int64)[:, None] * stride_kn + c[None, :] * stride_kc, mask=valid[:, None], other=0.0
+        )
+        key_pe = tl.load(key_pe_ptr + n[:, None] * C + c[None, :], mask=valid[:, None], other=0.0)
+        located = (keys.to(tl.float32) + key_pe.to(tl.float32)).to(keys.dtype)
+        y = keys.to(tl.float32)
+        for group in tl.range(0, H, HEADS):
+            row = row_of_group + group * tokens
+            token_keys = tl.load(p_token_keys + row[None, :] * C + c[:, None], mask=real[None, :], other=0.0)  # [C, R]
+            token_bias = tl.load(p_token_bias + row, mask=real, other=float("-inf")).to(tl.float32)
+            scores = tl.dot(located, token_keys, input_precision=PRECISION) + token_bias[None, :]
+            scores = tl.reshape(scores * 1.4426950408889634, [BLOCK_N, HEADS, T_PADDED])  # in bits
+            weights = tl.exp2(scores - tl.max(scores, 2)[:, :, None])
+            weights = weights / tl.sum(weights, 2)[:, :, None]
+            weights = tl.reshape(weights, [BLOCK_N, R]).to(keys.dtype)
+            token_values = tl.load(p_token_values + row[:, None] * C + c[None, :], mask=real[:, None], other=0.0)
+            y = tl.dot(weights, token_values, y, input_precision=PRECISION)  # [BLOCK_N, C]
+        y -= tl.sum(y, 1)[:, None] / C
+        variance = tl.sum(y * y, 1) / C
+        y = y * tl.rsqrt(variance + eps)[:, None] * norm_weight[None, :] + norm_bias[None, :]
+        tl.store(p_out + n[:, None] * C + c[None, :], y.to(p_out.dtype.element_ty), mask=valid[:, None])
+
+
+@triton.jit
 def image_to_token_kernel(
     keys_ptr,
     key_pe_ptr,  # [N, C]
@@ -49,48 +108,34 @@ def image_to_token_kernel(
     TILES: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    R: tl.constexpr = HEADS * T_PADDED
     prompt = (tl.program_id(0) // programs).to(tl.int64)
-    first = (tl.program_id(0) % programs) * (TILES * BLOCK_N)
+    begin = (tl.program_id(0) % programs) * (TILES * BLOCK_N)
     image = prompt
     if HAS_INDEX:
         image = tl.load(index_ptr + prompt)
-    r = tl.arange(0, R)
-    c = tl.arange(0, C)
-    token = r % T_PADDED
-    row_of_group = prompt * (H * tokens) + (r // T_PADDED) * tokens + token
-    real = token < tokens
-    p_token_keys = token_keys_ptr + row_of_group[None, :] * C + c[:, None]
-    p_token_values = token_values_ptr + row_of_group[:, None] * C + c[None, :]
-    norm_weight = tl.load(norm_weight_ptr + c).to(tl.float32)
-    norm_bias = tl.load(norm_bias_ptr + c).to(tl.float32)
-    p_image = keys_ptr + image * stride_ki
-    p_out = out_ptr + prompt * image_tokens * C
-    for start in tl.range(first, tl.minimum(first + TILES * BLOCK_N, image_tokens), BLOCK_N, num_stages=STAGES):
-        n = start + tl.arange(0, BLOCK_N)
-        valid = n < image_tokens
-        keys = tl.load(
-            p_image + n.to(tl.int64)[:, None] * stride_kn + c[None, :] * stride_kc, mask=valid[:, None], other=0.0
-        )
-        key_pe = tl.load(key_pe_ptr + n[:, None] * C + c[None, :], mask=valid[:, None], other=0.0)
-        located = (keys.to(tl.float32) + key_pe.to(tl.float32)).to(keys.dtype)
-        y = keys.to(tl.float32)
-        for group in tl.range(0, H, HEADS):
-            row = row_of_group + group * tokens
-            token_keys = tl.load(p_token_keys + group * tokens * C, mask=real[None, :], other=0.0)  # [C, R]
-            token_bias = tl.load(token_bias_ptr + row, mask=real, other=float("-inf")).to(tl.float32)
-            scores = tl.dot(located, token_keys, input_precision=PRECISION) + token_bias[None, :]
-            scores = tl.reshape(scores * 1.4426950408889634, [BLOCK_N, HEADS, T_PADDED])  # in bits
-            weights = tl.exp2(scores - tl.max(scores, 2)[:, :, None])
-            weights = weights / tl.sum(weights, 2)[:, :, None]
-            weights = tl.reshape(weights, [BLOCK_N, R]).to(keys.dtype)
-            token_values = tl.load(p_token_values + group * tokens * C, mask=real[:, None], other=0.0)  # [R, C]
-            y = tl.dot(weights, token_values, y, input_precision=PRECISION)  # [BLOCK_N, C]
-        y -= tl.sum(y, 1)[:, None] / C
-        variance = tl.sum(y * y, 1) / C
-        y = y * tl.rsqrt(variance + eps)[:, None] * norm_weight[None, :] + norm_bias[None, :]
-        p_rows = p_out + n[:, None] * C + c[None, :]
-        tl.store(p_rows, y.to(out_ptr.dtype.element_ty), mask=valid[:, None])
+    update_image_tokens(
+        keys_ptr + image * stride_ki,
+        stride_kn,
+        stride_kc,
+        key_pe_ptr,
+        token_keys_ptr + prompt * (H * tokens * C),
+        token_bias_ptr + prompt * (H * tokens),
+        token_values_ptr + prompt * (H * tokens * C),
+        norm_weight_ptr,
+        norm_bias_ptr,
+        out_ptr + prompt * image_tokens * C,
+        begin,
+        tl.minimum(begin + TILES * BLOCK_N, image_tokens),
+        tokens,
+        eps,
+        H,
+        C,
+        T_PADDED,
+        PRECISION,
+        STAGES,
+        BLOCK_N,
+        HEADS,
+    )
 
 
 def plan(

@@ -24,6 +24,73 @@ from ..tile_config import TileConfig, arch_of, lookup
 
 
 @triton.jit
+def attend_share(
+    p_queries,  # of a prompt, [H, T, C]
+    p_image,  # its image tokens, [N, C]
+    stride_kn,
+    stride_kc,
+    key_pe_ptr,
+    value_weight_ptr,
+    p_partial,  # of a share, [H * T_PADDED, D]
+    p_stats,  # of a share, [2, H * T_PADDED]
+    first_head,
+    begin,
+    end,
+    tokens,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    T_PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """HEADS heads of a prompt attend to its image tokens from ``begin`` to ``end``."""
+    R: tl.constexpr = HEADS * T_PADDED
+    r = tl.arange(0, R)
+    c = tl.arange(0, C)
+    head = first_head + r // T_PADDED
+    token = r % T_PADDED
+    p_rows = p_queries + (head * tokens + token)[:, None] * C + c[None, :]
+    queries = tl.load(p_rows, mask=(token < tokens)[:, None], other=0.0)  # [R, C]
+
+    largest = tl.full([R], float("-inf"), tl.float32)
+    total = tl.zeros([R], tl.float32)
+    attended = tl.zeros([R, C], tl.float32)
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        n = start + tl.arange(0, BLOCK_N)
+        valid = n < end
+        keys = tl.load(
+            p_image + n.to(tl.int64)[:, None] * stride_kn + c[None, :] * stride_kc, mask=valid[:, None], other=0.0
+        )
+        key_pe = tl.load(key_pe_ptr + n[:, None] * C + c[None, :], mask=valid[:, None], other=0.0)
+        located = (keys.to(tl.float32) + key_pe.to(tl.float32)).to(keys.dtype)
+        scores = tl.dot(queries, tl.trans(located), input_precision=PRECISION) * 1.4426950408889634  # in bits
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, 1))
+        weights = tl.exp2(scores - larger[:, None])
+        shrink = tl.exp2(largest - larger)
+        total = total * shrink + tl.sum(weights, 1)
+        attended = tl.dot(weights.to(keys.dtype), keys, attended * shrink[:, None], input_precision=PRECISION)
+        largest = larger
+
+    # A share may be empty when there are few image tokens: its weights are zero, and so is its part of the sum.
+    attended = attended / tl.where(total > 0.0, total, 1.0)[:, None]
+    attended = attended.to(value_weight_ptr.dtype.element_ty)
+    # All rows by the weights of all heads, of which each row keeps its own head's.
+    hd = first_head * D + tl.arange(0, HEADS * D)
+    value_weight = tl.load(value_weight_ptr + hd[None, :] * C + c[:, None])  # [C, HEADS * D]
+    product = tl.dot(attended, value_weight, input_precision=PRECISION)
+    own = (head[:, None] == hd[None, :] // D).to(tl.float32)
+    values = tl.sum(tl.reshape(product * own, [R, HEADS, D]), 1)  # [R, D]
+    row = first_head * T_PADDED + r
+    tl.store(p_partial + row[:, None] * D + tl.arange(0, D)[None, :], values)
+    tl.store(p_stats + row, largest)
+    tl.store(p_stats + H * T_PADDED + row, total)
+
+
+@triton.jit
 def token_to_image_kernel(
     queries_ptr,  # [P, H, T, C]
     keys_ptr,
@@ -48,7 +115,6 @@ def token_to_image_kernel(
     HEADS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    R: tl.constexpr = HEADS * T_PADDED
     GROUPS: tl.constexpr = H // HEADS
     prompt = (tl.program_id(0) // (SPLITS * GROUPS)).to(tl.int64)
     split = tl.program_id(0) // GROUPS % SPLITS
@@ -56,50 +122,31 @@ def token_to_image_kernel(
     image = prompt
     if HAS_INDEX:
         image = tl.load(index_ptr + prompt)
-    r = tl.arange(0, R)
-    c = tl.arange(0, C)
-    head = first_head + r // T_PADDED
-    token = r % T_PADDED
-    p_queries = queries_ptr + prompt * (H * tokens * C) + (head * tokens + token)[:, None] * C + c[None, :]
-    queries = tl.load(p_queries, mask=(token < tokens)[:, None], other=0.0)  # [R, C]
-
-    largest = tl.full([R], float("-inf"), tl.float32)
-    total = tl.zeros([R], tl.float32)
-    attended = tl.zeros([R, C], tl.float32)
     share = tl.cdiv(tl.cdiv(image_tokens, BLOCK_N), SPLITS) * BLOCK_N
     begin = split * share
-    p_image = keys_ptr + image * stride_ki
-    for start in tl.range(begin, tl.minimum(begin + share, image_tokens), BLOCK_N, num_stages=STAGES):
-        n = start + tl.arange(0, BLOCK_N)
-        valid = n < image_tokens
-        keys = tl.load(
-            p_image + n.to(tl.int64)[:, None] * stride_kn + c[None, :] * stride_kc, mask=valid[:, None], other=0.0
-        )
-        key_pe = tl.load(key_pe_ptr + n[:, None] * C + c[None, :], mask=valid[:, None], other=0.0)
-        located = (keys.to(tl.float32) + key_pe.to(tl.float32)).to(keys.dtype)
-        scores = tl.dot(queries, tl.trans(located), input_precision=PRECISION) * 1.4426950408889634  # in bits
-        scores = tl.where(valid[None, :], scores, float("-inf"))
-        larger = tl.maximum(largest, tl.max(scores, 1))
-        weights = tl.exp2(scores - larger[:, None])
-        shrink = tl.exp2(largest - larger)
-        total = total * shrink + tl.sum(weights, 1)
-        attended = tl.dot(weights.to(keys.dtype), keys, attended * shrink[:, None], input_precision=PRECISION)
-        largest = larger
-
-    # A share may be empty when there are few image tokens: its weights are zero, and so is its part of the sum.
-    attended = attended / tl.where(total > 0.0, total, 1.0)[:, None]
-    attended = attended.to(value_weight_ptr.dtype.element_ty)
-    # All rows by the weights of all heads, of which each row keeps its own head's.
-    hd = first_head * D + tl.arange(0, HEADS * D)
-    value_weight = tl.load(value_weight_ptr + hd[None, :] * C + c[:, None])  # [C, HEADS * D]
-    product = tl.dot(attended, value_weight, input_precision=PRECISION)
-    own = (head[:, None] == hd[None, :] // D).to(tl.float32)
-    values = tl.sum(tl.reshape(product * own, [R, HEADS, D]), 1)  # [R, D]
     place = (prompt * SPLITS + split) * (H * T_PADDED)
-    row = first_head * T_PADDED + r
-    tl.store(partial_ptr + (place + row)[:, None] * D + tl.arange(0, D)[None, :], values)
-    tl.store(stats_ptr + place * 2 + row, largest)
-    tl.store(stats_ptr + place * 2 + H * T_PADDED + row, total)
+    attend_share(
+        queries_ptr + prompt * (H * tokens * C),
+        keys_ptr + image * stride_ki,
+        stride_kn,
+        stride_kc,
+        key_pe_ptr,
+        value_weight_ptr,
+        partial_ptr + place * D,
+        stats_ptr + place * 2,
+        first_head,
+        begin,
+        tl.minimum(begin + share, image_tokens),
+        tokens,
+        H,
+        D,
+        C,
+        T_PADDED,
+        PRECISION,
+        STAGES,
+        BLOCK_N,
+        HEADS,
+    )
 
 
 @triton.jit
@@ -160,7 +207,6 @@ def plan(
     rows = heads * padded
     partial = queries.new_empty((prompts, splits, rows, head_dim), dtype=torch.float32)
     stats = queries.new_empty((prompts, splits, 2, rows), dtype=torch.float32)
-    sizes = {"H": heads, "D": head_dim, "T_PADDED": padded}
     attend = Launch(
         kernel=token_to_image_kernel,
         grid=(prompts * splits * (heads // tile.blocks["HEADS"]),),
@@ -179,15 +225,26 @@ def plan(
             "stride_kc": keys.stride(2),
         },
         constants={
-            **sizes,
+            "H": heads,
+            "D": head_dim,
             "C": channels,
+            "T_PADDED": padded,
             "HAS_INDEX": image_index is not None,
             "PRECISION": "ieee" if queries.dtype == torch.float32 else "tf32",
             "STAGES": tile.num_stages,
         },
         tile=tile,
     )
-    combine = Launch(
+    return Launches((attend, combine(partial, stats, value_bias, tokens, out, tile)))
+
+
+def combine(
+    partial: Tensor, stats: Tensor, value_bias: Tensor, tokens: int, out: Tensor, attending: TileConfig
+) -> Launch:
+    """The launch that adds up what the shares of ``attending``'s tile left, into ``out`` [P, T, H * d]."""
+    prompts, splits, rows, head_dim = partial.shape
+    padded = padded_tokens(tokens)
+    return Launch(
         kernel=combine_kernel,
         grid=(prompts,),
         arguments={
@@ -197,10 +254,9 @@ def plan(
             "out_ptr": out,
             "tokens": tokens,
         },
-        constants=sizes,
-        tile=TileConfig({"SPLITS": splits}, 4, 1, tile.provisional, tile.provenance),
+        constants={"H": rows // padded, "D": head_dim, "T_PADDED": padded},
+        tile=TileConfig({"SPLITS": splits}, 4, 1, attending.provisional, attending.provenance),
     )
-    return Launches((attend, combine))
 
 
 def shape_class(tokens: int) -> str:

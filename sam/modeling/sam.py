@@ -226,7 +226,7 @@ class Sam(DerivedWeights, Fp32Buffers):
         low_res = torch.empty((total, masks_each, side, side), device=self.device, dtype=self._logits_dtype)
         iou = torch.empty((total, masks_each), device=self.device, dtype=self._logits_dtype)
         geometries = [embedding.geometry for embedding in embeddings]
-        for chunk in ragged_chunks(prompts, geometries, self.device, self._prompts_per_chunk):
+        for chunk in ragged_chunks(prompts, geometries, self.device, self.prompts_per_chunk):
             low_res[chunk.places], iou[chunk.places] = self.decode(embeddings, chunk.batch, multimask_output)
 
         counts = [len(of_image) for of_image in prompts]
@@ -243,7 +243,7 @@ class Sam(DerivedWeights, Fp32Buffers):
         ``batch.image_index`` counts ``embeddings``; without it there is one of them. Prompts are decoded a chunk
         at a time, so memory does not grow with their number beyond the result.
         """
-        size = self._prompts_per_chunk
+        size = self.prompts_per_chunk
         chunks = [batch.rows(start, start + size) for start in range(0, max(len(batch), 1), size)]
         decoded = [self._decode_chunk(embeddings, chunk, multimask_output) for chunk in chunks]
         if len(decoded) == 1:
@@ -334,9 +334,10 @@ class Sam(DerivedWeights, Fp32Buffers):
         return self.prompt_encoder.mask_input_size[0]
 
     @property
-    def _prompts_per_chunk(self) -> int:
+    def prompts_per_chunk(self) -> int:
+        """Prompts that the decoder takes at a time."""
         # The image side of a chunk (4 MB a prompt in fp32) should stay near a CPU's cache; a GPU wants work.
-        return 4 if self.device.type == "cpu" else 64
+        return 4 if self.device.type == "cpu" else 128
 
     # The official interface --------------------------------------------------------------------------------
 

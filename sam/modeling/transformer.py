@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsam_kernels import MOST_TOKENS, image_to_token_attention, token_to_image_attention
+from fastsam_kernels import MOST_TOKENS, token_to_image_attention, two_way_attention
 
 from .common import MLPBlock
 
@@ -99,26 +99,13 @@ class Attention(nn.Module):
         values = self._by_head(self.v_proj(v), self.out_proj.weight.t()) + self.out_proj.bias / self.num_heads
         return self._by_head(offered, self.q_proj.weight), bias.transpose(1, 2), values
 
-    def attend_folded(self, tokens: Tensor, keys: Tensor, key_pe: Tensor, kernels: str) -> Tensor:
-        """What tokens [P, T, C] learn of image tokens [P, N, C] at ``key_pe`` [1, N, C], which are not projected."""
-        value = self.v_proj
-        return self.out_proj(
-            token_to_image_attention(
-                self.fold_queries(tokens), keys, key_pe[0], value.weight, value.bias, kernels=kernels
-            )
-        )
+    def attend_shared(self, tokens: Tensor, image: SharedImageSide, kernels: str) -> Tensor:
+        """What tokens [P, T, C] learn of one image whose keys and values are kept.
 
-    def attend_shared(self, tokens: Tensor, image: SharedImageSide, image_index: Tensor | None, kernels: str) -> Tensor:
-        """What tokens [P, T, C] learn of images whose keys and values are kept: one image, or one a prompt by index.
-
-        The tokens of all prompts on a single image are one set of queries, and its keys are read once.
+        The tokens of all prompts are one set of queries, and the image is read once.
         """
         asked = self.q_proj(tokens)
-        if len(image.k) == 1:
-            return self.attend(asked.flatten(0, 1)[None], image.k, image.v, None, kernels).view(tokens.shape)
-        if image_index is not None:
-            image = image.select(image_index)
-        return self.attend(asked, image.k, image.v, None, kernels)
+        return self.attend(asked.flatten(0, 1)[None], image.k, image.v, None, kernels).view(tokens.shape)
 
     def _by_head(self, x: Tensor, weight: Tensor) -> Tensor:
         """[P, T, D] and [D, C] -> [P, heads, T, C], each head's channels of x by its rows of the weight."""
@@ -135,20 +122,6 @@ class Attention(nn.Module):
         """Whether all projections are plain linears with a bias, whose weights can be folded."""
         projections = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
         return all(type(layer) is nn.Linear and layer.bias is not None for layer in projections)
-
-
-def _folds(tokens: Tensor, kernels: str, *attentions: Attention) -> bool:
-    """Whether the image side of ``attentions`` is folded into these tokens [P, T, C].
-
-    Beyond :data:`MOST_TOKENS` tokens it would cost more than it saves; autocast would mix dtypes; and what a
-    fine-tune put in place of a projection runs as it is.
-    """
-    return (
-        kernels != "reference"
-        and tokens.shape[1] <= MOST_TOKENS
-        and not torch.is_autocast_enabled(tokens.device.type)
-        and all(attention.is_official for attention in attentions)
-    )
 
 
 class TwoWayAttentionBlock(nn.Module):
@@ -173,6 +146,12 @@ class TwoWayAttentionBlock(nn.Module):
         self.norm4 = nn.LayerNorm(embedding_dim)
         self.cross_attn_image_to_token = Attention(embedding_dim, num_heads, attention_downsample_rate)
         self.skip_first_layer_pe = skip_first_layer_pe
+
+    @property
+    def is_official(self) -> bool:
+        """Whether the projections between tokens and image can be folded, and the norm of the image fused."""
+        crossing = (self.cross_attn_token_to_image, self.cross_attn_image_to_token)
+        return type(self.norm4) is nn.LayerNorm and all(attention.is_official for attention in crossing)
 
     def image_side_weights(self) -> list[Tensor]:
         """The weights that :meth:`share_image_side` reads."""
@@ -209,68 +188,33 @@ class TwoWayAttentionBlock(nn.Module):
             token_mask: [P, T], False for tokens that are padding.
             shared: image tokens and their projections, one row an image, made beforehand.
             image_index: [P] int64, the row of ``shared`` of each prompt.
-            kernels: "reference" is the official modules; anything else folds the projections of the image where
-                that saves work, and goes to the operations of ``fastsam_kernels``.
+            kernels: "reference" is the official formula; anything else takes PyTorch's fused attention.
         """
+        queries = self.attend_self(queries, query_pe, token_mask, kernels)
+        if shared is None:
+            shared = self.share_image_side(keys, key_pe)
+        elif image_index is not None:
+            shared = shared.select(image_index)
+        to_image, to_token = self.cross_attn_token_to_image, self.cross_attn_image_to_token
+        asked = to_image.q_proj(queries + query_pe)
+        queries = self.update_tokens(queries, to_image.attend(asked, shared.k, shared.v, None, kernels))
+        offered = to_token.k_proj(queries + query_pe)
+        attended = to_token.attend(shared.q, offered, to_token.v_proj(queries), token_mask, kernels)
+        return queries, self.norm4(shared.keys + attended)
+
+    def attend_self(self, queries: Tensor, query_pe: Tensor, token_mask: Tensor | None, kernels: str) -> Tensor:
+        """The tokens after their self-attention."""
         if self.skip_first_layer_pe:
             queries = self.self_attn(queries, queries, queries, token_mask, kernels)
         else:
             located = queries + query_pe
             queries = queries + self.self_attn(located, located, queries, token_mask, kernels)
-        queries = self.norm1(queries)
-        if type(self.norm4) is nn.LayerNorm and _folds(
-            queries, kernels, self.cross_attn_token_to_image, self.cross_attn_image_to_token
-        ):
-            return self._cross_folded(queries, keys, query_pe, key_pe, token_mask, shared, image_index, kernels)
-        if shared is None:
-            shared = self.share_image_side(keys, key_pe)
-        elif image_index is not None:
-            shared = shared.select(image_index)
-        return self._cross(queries, query_pe, token_mask, shared, kernels)
+        return self.norm1(queries)
 
-    def _cross(
-        self, queries: Tensor, query_pe: Tensor, token_mask: Tensor | None, image: SharedImageSide, kernels: str
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens to image, MLP, image to tokens, with the image projected: ``image`` has one row a prompt."""
-        to_image, to_token = self.cross_attn_token_to_image, self.cross_attn_image_to_token
-        asked = to_image.q_proj(queries + query_pe)
-        queries = self.norm2(queries + to_image.attend(asked, image.k, image.v, None, kernels))
-        queries = self.norm3(queries + self.mlp(queries))
-        offered = to_token.k_proj(queries + query_pe)
-        attended = to_token.attend(image.q, offered, to_token.v_proj(queries), token_mask, kernels)
-        return queries, self.norm4(image.keys + attended)
-
-    def _cross_folded(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        query_pe: Tensor,
-        key_pe: Tensor,
-        token_mask: Tensor | None,
-        shared: SharedImageSide | None,
-        image_index: Tensor | None,
-        kernels: str,
-    ) -> tuple[Tensor, Tensor]:
-        """The same, with the projections of the image folded into the tokens."""
-        to_image, to_token = self.cross_attn_token_to_image, self.cross_attn_image_to_token
-        if shared is None:
-            attended = to_image.attend_folded(queries + query_pe, keys, key_pe, kernels)
-        else:
-            keys = shared.keys
-            attended = to_image.attend_shared(queries + query_pe, shared, image_index, kernels)
+    def update_tokens(self, queries: Tensor, attended: Tensor) -> Tensor:
+        """The tokens after what they learnt of the image, and their MLP."""
         queries = self.norm2(queries + attended)
-        queries = self.norm3(queries + self.mlp(queries))
-        keys = image_to_token_attention(
-            keys,
-            key_pe[0],
-            *to_token.fold_tokens(queries + query_pe, queries, token_mask),
-            self.norm4.weight,
-            self.norm4.bias,
-            eps=self.norm4.eps,
-            image_index=image_index,
-            kernels=kernels,
-        )
-        return queries, keys
+        return self.norm3(queries + self.mlp(queries))
 
 
 class TwoWayTransformer(nn.Module):
@@ -332,6 +276,8 @@ class TwoWayTransformer(nn.Module):
         kernels: str = "reference",
     ) -> tuple[Tensor, Tensor]:
         """As ``forward`` on image tokens [P, N, C]; see :class:`TwoWayAttentionBlock` for the rest."""
+        if self._folds(tokens, kernels):
+            return self._attend_folded(keys, key_pe[0], tokens, token_mask, shared, image_index, kernels)
         queries = tokens
         for index, layer in enumerate(self.layers):
             queries, keys = layer(
@@ -344,9 +290,75 @@ class TwoWayTransformer(nn.Module):
                 image_index=image_index if index == 0 else None,
                 kernels=kernels,
             )
-        final = self.final_attn_token_to_image
-        if _folds(tokens, kernels, final):
-            attended = final.attend_folded(queries + tokens, keys, key_pe, kernels)
+        attended = self.final_attn_token_to_image(queries + tokens, keys + key_pe, keys, None, kernels)
+        return self.norm_final_attn(queries + attended), keys
+
+    def _folds(self, tokens: Tensor, kernels: str) -> bool:
+        """Whether the projections of the image are folded into these tokens [P, T, C].
+
+        Beyond :data:`MOST_TOKENS` tokens it would cost more than it saves; autocast would mix dtypes; and what a
+        fine-tune put in place of a projection, a norm or a block runs as it is.
+        """
+        return (
+            kernels != "reference"
+            and tokens.shape[1] <= MOST_TOKENS
+            and not torch.is_autocast_enabled(tokens.device.type)
+            and all(type(layer) is TwoWayAttentionBlock and layer.is_official for layer in self.layers)
+            and self.final_attn_token_to_image.is_official
+        )
+
+    def _attend_folded(
+        self,
+        keys: Tensor,
+        key_pe: Tensor,
+        tokens: Tensor,
+        token_mask: Tensor | None,
+        shared: SharedImageSide | None,
+        image_index: Tensor | None,
+        kernels: str,
+    ) -> tuple[Tensor, Tensor]:
+        """With the projections of the image folded into the tokens.
+
+        What a block tells the image does not reach the next block's tokens before their attention to the image, so
+        the two are one pass over the image tokens.
+        """
+        layers: list[TwoWayAttentionBlock] = list(self.layers)  # type: ignore[arg-type]
+        first = layers[0]
+        queries = first.attend_self(tokens, tokens, token_mask, kernels)
+        to_image = first.cross_attn_token_to_image
+        if shared is not None and len(shared.keys) == 1:
+            attended = to_image.attend_shared(queries + tokens, shared, kernels)
         else:
-            attended = final(queries + tokens, keys + key_pe, keys, None, kernels)
+            values = token_to_image_attention(
+                to_image.fold_queries(queries + tokens),
+                keys if shared is None else shared.keys,
+                key_pe,
+                to_image.v_proj.weight,
+                to_image.v_proj.bias,
+                image_index=image_index,
+                kernels=kernels,
+            )
+            attended = to_image.out_proj(values)
+        keys = keys if shared is None else shared.keys
+        for layer, following in zip(layers, [*layers[1:], None], strict=True):
+            queries = layer.update_tokens(queries, attended)
+            told = layer.cross_attn_image_to_token.fold_tokens(queries + tokens, queries, token_mask)
+            to_image = self.final_attn_token_to_image
+            if following is not None:
+                queries = following.attend_self(queries, tokens, token_mask, kernels)
+                to_image = following.cross_attn_token_to_image
+            keys, values = two_way_attention(
+                keys,
+                key_pe,
+                *told,
+                layer.norm4.weight,
+                layer.norm4.bias,
+                to_image.fold_queries(queries + tokens),
+                to_image.v_proj.weight,
+                to_image.v_proj.bias,
+                eps=layer.norm4.eps,
+                image_index=image_index,
+                kernels=kernels,
+            )
+            attended, image_index = to_image.out_proj(values), None  # from here on every prompt has its own keys
         return self.norm_final_attn(queries + attended), keys

@@ -1,0 +1,130 @@
+"""Image to token, then token to image, as one pass over the image tokens; sizes of SAM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastsam_kernels import image_to_token_attention, token_to_image_attention, two_way_attention
+from fastsam_kernels.launch import Launch
+from fastsam_kernels.tile_config import TileConfig
+
+from ..case import Case, Problem, Result, TuneProblem, candidates, draw, few_rows, meta
+from ..measure import Form, Work
+from . import image_to_token_attention as to_token
+from .token_to_image_attention import CHANNELS, CLICK_TOKENS, HEAD_CHANNELS, HEADS, MOST_TOKENS
+
+EPS = 1e-5
+
+
+def _inputs(prompts: int, image_tokens: int, tokens: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    asked = (
+        ((prompts, HEADS, tokens, CHANNELS), 0.1),
+        ((HEADS * HEAD_CHANNELS, CHANNELS), 0.06),
+        ((HEADS * HEAD_CHANNELS,), 1.0),
+    )
+    asking = [draw(shape, device, dtype, 10 + seed, scale) for seed, (shape, scale) in enumerate(asked)]
+    return [*to_token.inputs(prompts, image_tokens, tokens, device, dtype), *asking]
+
+
+def _rows(inputs: list[Tensor], rows: list[int], dtype: torch.dtype) -> list[Tensor]:
+    *update, queries, value_weight, value_bias = inputs
+    return [
+        *to_token.rows_of(update, rows, dtype),
+        *(tensor.to(dtype) for tensor in (queries[rows], value_weight, value_bias)),
+    ]
+
+
+def _formula(inputs: list[Tensor]) -> Result:
+    return two_way_attention(*inputs, eps=EPS, kernels="reference")  # type: ignore[misc]
+
+
+def _two_operations(inputs: list[Tensor], kernels: str) -> Result:
+    *update, queries, value_weight, value_bias = inputs
+    keys = image_to_token_attention(*update, eps=EPS, kernels=kernels)  # type: ignore[misc]
+    return keys, token_to_image_attention(queries, keys, update[1], value_weight, value_bias, kernels=kernels)
+
+
+def work(prompts: int, tokens: int, element_size: int) -> Work:
+    """Image tokens read once and written once, four products over them, two exponentials a token and image token."""
+    rows = HEADS * tokens
+    operands = 3 * rows * CHANNELS + tokens * HEADS * HEAD_CHANNELS
+    return Work(
+        bytes=prompts * element_size * (2 * 4096 * CHANNELS + operands),
+        flops=prompts * (8 * 4096 * rows * CHANNELS + 2 * rows * CHANNELS * HEAD_CHANNELS),
+        scalar_ops=prompts * 2 * 4096 * rows,
+    )
+
+
+def _case(prompts: int) -> Callable[[torch.device, torch.dtype], Problem]:
+    def make(device: torch.device, dtype: torch.dtype) -> Problem:
+        inputs, rows = _inputs(prompts, 4096, CLICK_TOKENS, device, dtype), few_rows(prompts)
+
+        def form(kernels: str) -> Form:
+            return lambda: two_way_attention(*inputs, eps=EPS, kernels=kernels)  # type: ignore[misc]
+
+        forms = {name: form(name) for name in ("reference", "torch")}
+        if device.type == "cuda":
+            forms["triton"] = form("triton")
+            forms["triton, two kernels"] = lambda: _two_operations(inputs, "triton")
+        return Problem(
+            forms=forms,
+            truth=lambda: _formula(_rows(inputs, rows, torch.float64)),
+            rows=rows,
+            work=work(prompts, CLICK_TOKENS, inputs[0].element_size()),
+        )
+
+    return make
+
+
+CASES = [
+    *(Case(f"two_way_attention, {prompts} clicks", _case(prompts)) for prompts in (1, 8)),
+    *(Case(f"two_way_attention, {p} clicks", _case(p), devices=("cuda",)) for p in (64, 1024)),
+]
+
+
+def _launches(tokens: int, dtype: torch.dtype, tile: TileConfig) -> Iterator[tuple[str, Launch]]:
+    from fastsam_kernels.two_way_attention.two_way_kernel import plan
+
+    folded = (64, HEADS, tokens, 256)
+    update = ((64, 4096, 256), (4096, 256), folded, folded[:3], folded, (256,), (256,))
+    inputs = [meta(*shape, dtype=dtype) for shape in (*update, folded, (128, 256), (128,))]
+    outputs = [meta(*shape, dtype=dtype) for shape in ((64, 4096, 256), (64, tokens, 128))]
+    update_and_ask, _ = plan(*inputs, EPS, None, *outputs, tile).launches
+    yield f"{tokens} tokens, 64x64", update_and_ask
+
+
+TESTS = "test_two_way_pass.py"
+LAUNCHES = {"8 tokens": partial(_launches, CLICK_TOKENS), "16 tokens": partial(_launches, MOST_TOKENS)}
+
+
+def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProblem:
+    from fastsam_kernels.two_way_attention.two_way_kernel import plan
+
+    prompts, image_tokens = (128, 4096) if device.type == "cuda" else (1, 64)
+    inputs, rows = _inputs(prompts, image_tokens, tokens, device, dtype), few_rows(prompts)
+    out_keys = torch.empty(prompts, image_tokens, CHANNELS, device=device, dtype=dtype)
+    out = torch.empty(prompts, tokens, HEADS * HEAD_CHANNELS, device=device, dtype=dtype)
+    exact = dtype == torch.float32
+    return TuneProblem(
+        launch=lambda tile: plan(*inputs, EPS, None, out_keys, out, tile),
+        out=(out_keys, out),
+        truth=lambda: _formula(_rows(inputs, rows, torch.float64)),
+        plain=lambda: _formula(_rows(inputs, rows, dtype)),
+        rows=rows,
+        candidates=candidates(
+            (4, 8),
+            (1,) if exact else (1, 2),
+            BLOCK_N=(16,) if exact else (32, 64),
+            HEADS=(1,) if exact else (2, 4),
+            ASKED_N=(16,) if exact else (32, 64),
+            ASKING_HEADS=(1,) if exact else (4, 8),
+            SPLITS=(8, 16, 32),
+        ),
+    )
+
+
+TUNING = {"8 tokens": partial(_tuning, CLICK_TOKENS), "16 tokens": partial(_tuning, MOST_TOKENS)}

@@ -1,0 +1,229 @@
+"""The Triton form of ``two_way_attention``: image tokens are updated and asked while they are near.
+
+A program takes one of SPLITS shares of a prompt's image tokens. It updates them as ``image_to_token_kernel`` does,
+waits until all of its own threads have written theirs, and attends to them as ``token_to_image_kernel`` does, so
+memory sees the updated tokens once, on their way out: a share of 512 tokens is 256 KB in bf16 and comes back from the
+cache. The results are bit-equal to those of the two kernels with the same tiles.
+
+Weighed: asking a tile while it is in registers reads nothing back, but the sums of all heads (64 x 256 in fp32 for a
+click) then live beside the norm of the tile, which leaves tiles of 32 rows on sm_90 and one stage on sm_80, and spills
+elsewhere. Not writing the tokens of the first block at all and computing them twice saves as many bytes as it costs
+products (0.2 GFLOP a prompt), where products are the tighter limit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import Launch, Launches
+from ..tile_config import TileConfig, arch_of, lookup
+from .image_to_token_kernel import update_image_tokens
+from .token_to_image_kernel import attend_share, combine, padded_tokens, shape_class
+
+
+@triton.jit
+def two_way_kernel(
+    keys_ptr,
+    key_pe_ptr,  # [N, C]
+    token_keys_ptr,  # [P, H, T, C]
+    token_bias_ptr,  # [P, H, T]
+    token_values_ptr,  # [P, H, T, C]
+    norm_weight_ptr,  # [C]
+    norm_bias_ptr,
+    queries_ptr,  # [P, H, T, C]
+    value_weight_ptr,  # [H * D, C]
+    index_ptr,  # [P] or None
+    out_ptr,  # [P, N, C]
+    partial_ptr,  # [P, SPLITS, H * T_PADDED, D] fp32
+    stats_ptr,  # [P, SPLITS, 2, H * T_PADDED] fp32
+    image_tokens,  # N
+    tokens,  # T
+    stride_ki,  # of keys [I, N, C], in elements
+    stride_kn,
+    stride_kc,
+    eps,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    T_PADDED: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr,
+    ASKED_N: tl.constexpr,
+    ASKING_HEADS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    prompt = (tl.program_id(0) // SPLITS).to(tl.int64)
+    split = tl.program_id(0) % SPLITS
+    image = prompt
+    if HAS_INDEX:
+        image = tl.load(index_ptr + prompt)
+    LARGER: tl.constexpr = BLOCK_N if BLOCK_N > ASKED_N else ASKED_N
+    share = tl.cdiv(tl.cdiv(image_tokens, LARGER), SPLITS) * LARGER
+    begin = split * share
+    end = tl.minimum(begin + share, image_tokens)
+    p_out = out_ptr + prompt * image_tokens * C
+    update_image_tokens(
+        keys_ptr + image * stride_ki,
+        stride_kn,
+        stride_kc,
+        key_pe_ptr,
+        token_keys_ptr + prompt * (H * tokens * C),
+        token_bias_ptr + prompt * (H * tokens),
+        token_values_ptr + prompt * (H * tokens * C),
+        norm_weight_ptr,
+        norm_bias_ptr,
+        p_out,
+        begin,
+        end,
+        tokens,
+        eps,
+        H,
+        C,
+        T_PADDED,
+        PRECISION,
+        STAGES,
+        BLOCK_N,
+        HEADS,
+    )
+    tl.debug_barrier()  # what the threads of this program wrote is seen by all of them
+    place = (prompt * SPLITS + split) * (H * T_PADDED)
+    for first_head in tl.range(0, H, ASKING_HEADS, num_stages=1):
+        attend_share(
+            queries_ptr + prompt * (H * tokens * C),
+            p_out,
+            C,
+            1,
+            key_pe_ptr,
+            value_weight_ptr,
+            partial_ptr + place * D,
+            stats_ptr + place * 2,
+            first_head,
+            begin,
+            end,
+            tokens,
+            H,
+            D,
+            C,
+            T_PADDED,
+            PRECISION,
+            STAGES,
+            ASKED_N,
+            ASKING_HEADS,
+        )
+
+
+def plan(
+    keys: Tensor,
+    key_pe: Tensor,
+    token_keys: Tensor,
+    token_bias: Tensor,
+    token_values: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    queries: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    eps: float,
+    image_index: Tensor | None,
+    out_keys: Tensor,
+    out: Tensor,
+    tile: TileConfig,
+) -> Launches:
+    """The two launches that fill ``out_keys`` [P, N, C] and ``out`` [P, T, H * d], both contiguous.
+
+    Tensors may be on the meta device.
+    """
+    prompts, heads, tokens, channels = queries.shape
+    few = {name: min(tile.blocks[name], heads) for name in ("HEADS", "ASKING_HEADS")}
+    tile = replace(tile, blocks={**tile.blocks, **few})
+    splits, rows = tile.blocks["SPLITS"], heads * padded_tokens(tokens)
+    head_dim = len(value_weight) // heads
+    partial = queries.new_empty((prompts, splits, rows, head_dim), dtype=torch.float32)
+    stats = queries.new_empty((prompts, splits, 2, rows), dtype=torch.float32)
+    update_and_ask = Launch(
+        kernel=two_way_kernel,
+        grid=(prompts * splits,),
+        arguments={
+            "keys_ptr": keys,
+            "key_pe_ptr": key_pe.contiguous(),
+            "token_keys_ptr": token_keys.contiguous(),
+            "token_bias_ptr": token_bias.contiguous(),
+            "token_values_ptr": token_values.contiguous(),
+            "norm_weight_ptr": norm_weight.contiguous(),
+            "norm_bias_ptr": norm_bias.contiguous(),
+            "queries_ptr": queries.contiguous(),
+            "value_weight_ptr": value_weight.contiguous(),
+            "index_ptr": image_index,
+            "out_ptr": out_keys,
+            "partial_ptr": partial,
+            "stats_ptr": stats,
+            "image_tokens": keys.shape[1],
+            "tokens": tokens,
+            "stride_ki": keys.stride(0),
+            "stride_kn": keys.stride(1),
+            "stride_kc": keys.stride(2),
+            "eps": eps,
+        },
+        constants={
+            "H": heads,
+            "D": head_dim,
+            "C": channels,
+            "T_PADDED": padded_tokens(tokens),
+            "HAS_INDEX": image_index is not None,
+            "PRECISION": "ieee" if queries.dtype == torch.float32 else "tf32",
+            "STAGES": tile.num_stages,
+        },
+        tile=tile,
+    )
+    return Launches((update_and_ask, combine(partial, stats, value_bias, tokens, out, tile)))
+
+
+@torch.library.custom_op("fastsam::two_way_attention", mutates_args=())
+def two_way_triton(
+    keys: Tensor,
+    key_pe: Tensor,
+    token_keys: Tensor,
+    token_bias: Tensor,
+    token_values: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    queries: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    eps: float,
+    image_index: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The registered operation; see :func:`fastsam_kernels.two_way_attention` for the arguments."""
+    out_keys = keys.new_empty((len(queries), *keys.shape[1:]))
+    out = queries.new_empty((len(queries), queries.shape[2], len(value_weight)))
+    tile = lookup("two_way_attention", arch_of(keys.device), keys.dtype, shape_class(queries.shape[2]))
+    update = (keys, key_pe, token_keys, token_bias, token_values, norm_weight, norm_bias)
+    plan(*update, queries, value_weight, value_bias, eps, image_index, out_keys, out, tile).run()
+    return out_keys, out
+
+
+@two_way_triton.register_fake
+def _(
+    keys: Tensor,
+    key_pe: Tensor,
+    token_keys: Tensor,
+    token_bias: Tensor,
+    token_values: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    queries: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    eps: float,
+    image_index: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    out_keys = keys.new_empty((len(queries), *keys.shape[1:]))
+    return out_keys, queries.new_empty((len(queries), queries.shape[2], len(value_weight)))

@@ -1,0 +1,199 @@
+"""Both cross-attentions in one pass over the image tokens: what the two operations give, one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from comparison import assert_close_l2, assert_within_budget
+from kernels.foundation import DTYPES, assert_bands_untouched, guarded, guarded_output, kernel_without
+from kernels.test_two_way_attention import EPS, HEAD_DIM, HEADS, to_image_inputs, to_token_inputs
+from torch import Tensor
+
+from fastsam_kernels import (
+    UnsupportedKernelError,
+    image_to_token_attention,
+    token_to_image_attention,
+    two_way_attention,
+)
+from fastsam_kernels.launch import Launches
+from fastsam_kernels.tile_config import TileConfig, lookup
+
+Inputs = tuple[Tensor, ...]
+KEYS, BY_PROMPT = 0, (2, 3, 4, 7)
+
+
+def make_inputs(
+    prompts: int, tokens: int, grid: int, dtype: torch.dtype, device: Any = "cpu", channels: int = 64, images: int = 0
+) -> Inputs:
+    update = to_token_inputs(prompts, tokens, grid, dtype, device, channels, images)
+    queries, _, _, value_weight, value_bias = to_image_inputs(prompts, tokens, grid, dtype, device, channels)
+    return (*update, queries, value_weight, value_bias)
+
+
+def one_after_the_other(*inputs: Tensor, kernels: str = "reference", index: Tensor | None = None) -> Inputs:
+    *update, queries, value_weight, value_bias = inputs
+    keys = image_to_token_attention(*update, eps=EPS, image_index=index, kernels=kernels)
+    return keys, token_to_image_attention(queries, keys, update[1], value_weight, value_bias, kernels=kernels)
+
+
+def plan(inputs: Inputs, out_keys: Tensor, out: Tensor) -> Launches:
+    from fastsam_kernels.two_way_attention.two_way_kernel import plan
+
+    shape_class = "8 tokens" if out.shape[1] <= 8 else "16 tokens"
+    return plan(*inputs, EPS, None, out_keys, out, lookup("two_way_attention", 80, inputs[0].dtype, shape_class))
+
+
+def rows(inputs: Inputs, some: slice) -> Inputs:
+    places = {KEYS, *BY_PROMPT}
+    return tuple(tensor[some] if place in places else tensor for place, tensor in enumerate(inputs))
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+@pytest.mark.parametrize("kernels", ["reference", "torch"])
+def test_forms_in_pytorch(kernels: str, images: int) -> None:
+    inputs = make_inputs(3, 7, 5, torch.float32, images=images)
+    index = torch.tensor([1, 0, 1]) % images if images else None
+    expected = one_after_the_other(*inputs, kernels=kernels, index=index)
+    for some, other in zip(two_way_attention(*inputs, image_index=index, kernels=kernels), expected, strict=True):
+        assert torch.equal(some, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("prompts", "tokens", "grid"), [(2, 7, 16), (1, 16, 5)])
+def test_triton_form(device: torch.device, prompts: int, tokens: int, grid: int, dtype: torch.dtype) -> None:
+    inputs = make_inputs(prompts, tokens, grid, dtype, device)
+    found = two_way_attention(*inputs, kernels="triton")
+    for place, (out, what) in enumerate(zip(found, ("image tokens", "tokens"), strict=True)):
+        assert out.is_contiguous()
+        assert_within_budget(out, lambda *i, p=place: one_after_the_other(*i)[p], inputs, f"{what}, {dtype}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("prompts", "tokens", "grid"), [(2, 7, 9), (1, 11, 7)])
+def test_bit_equal_to_two_kernels_of_the_same_tiles(
+    device: torch.device, prompts: int, tokens: int, grid: int, dtype: torch.dtype
+) -> None:
+    from fastsam_kernels.two_way_attention import image_to_token_kernel, token_to_image_kernel
+
+    inputs = make_inputs(prompts, tokens, grid, dtype, device)
+    *update, queries, value_weight, value_bias = inputs
+    tile = lookup("two_way_attention", 80, dtype, "8 tokens" if tokens <= 8 else "16 tokens")
+    blocks = tile.blocks
+    assert blocks["BLOCK_N"] == blocks["ASKED_N"], "else the shares begin at other image tokens"
+    out_keys, out = torch.empty_like(update[0]), queries.new_empty(prompts, tokens, HEADS * HEAD_DIM)
+    telling = {"BLOCK_N": blocks["BLOCK_N"], "TILES": 2, "HEADS": blocks["HEADS"]}
+    asking = {"BLOCK_N": blocks["ASKED_N"], "HEADS": blocks["ASKING_HEADS"], "SPLITS": blocks["SPLITS"]}
+    to_token, to_image = (TileConfig(some, tile.num_warps, tile.num_stages) for some in (telling, asking))
+    image_to_token_kernel.plan(*update, EPS, None, out_keys, to_token).run()
+    token_to_image_kernel.plan(queries, out_keys, update[1], value_weight, value_bias, None, out, to_image).run()
+    found_keys, found = two_way_attention(*inputs, kernels="triton")
+    assert torch.equal(found_keys, out_keys)
+    assert torch.equal(found, out)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="real sizes take a GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("prompts", "tokens"), [(1, 7), (33, 16), (1024, 7)])
+def test_triton_form_at_real_size(device: torch.device, prompts: int, tokens: int, dtype: torch.dtype) -> None:
+    inputs = make_inputs(prompts, tokens, 64, dtype, device, channels=256)
+    found = two_way_attention(*inputs, kernels="triton")
+    last = slice(prompts - 1, prompts)
+    for place, out in enumerate(found):
+        assert torch.isfinite(out).all()
+        assert_within_budget(
+            out[last], lambda *i, p=place: one_after_the_other(*i)[p], rows(inputs, last), f"{prompts}, {dtype}"
+        )
+    for some, again in zip(found, two_way_attention(*inputs, kernels="triton"), strict=True):
+        assert torch.equal(some, again)
+
+
+def test_prompts_of_several_images(device: torch.device) -> None:
+    inputs = make_inputs(3, 7, 6, torch.float32, device, images=2)
+    index = torch.tensor([1, 0, 1], device=device)
+    expected = one_after_the_other(*inputs, index=index)
+    found = two_way_attention(*inputs, image_index=index, kernels="triton")
+    for some, other in zip(found, expected, strict=True):
+        assert_close_l2(some, other, 1e-5, "two images")
+
+
+def test_strided_keys_and_nothing_written_beside_the_outputs(device: torch.device) -> None:
+    inputs = make_inputs(2, 7, 5, torch.float16, device)
+    expected = two_way_attention(*inputs, kernels="triton")
+    strided = (guarded(inputs[KEYS], (0, 2, 1)), *inputs[1:])
+    outputs, buffers = zip(*(guarded_output(x.shape, torch.float16, device) for x in expected), strict=True)
+    plan(strided, *outputs).run()
+    for out, buffer, other in zip(outputs, buffers, expected, strict=True):
+        assert_bands_untouched(buffer, out.numel())
+        assert torch.equal(out, other)
+
+
+def test_batches_are_bit_equal(device: torch.device) -> None:
+    inputs = make_inputs(3, 7, 6, torch.float16, device)
+    whole = two_way_attention(*inputs, kernels="triton")
+    last = slice(2, 3)
+    for some, alone in zip(whole, two_way_attention(*rows(inputs, last), kernels="triton"), strict=True):
+        assert torch.equal(some[last], alone)
+
+
+def test_offsets_are_64_bit(device: torch.device) -> None:
+    """The keys of three prompts 2^30 elements apart; the kernel without its casts reads what is not a key."""
+    from fastsam_kernels.two_way_attention import two_way_kernel
+
+    inputs = list(make_inputs(3, 7, 2, torch.float16, device))
+    expected = two_way_attention(*inputs, kernels="triton")
+    keys, stride = inputs[KEYS], 2**30
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    storage = torch.empty(6 * stride, dtype=keys.dtype, device=keys.device)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    inputs[KEYS] = storage.as_strided(keys.shape, (stride, keys.stride(1), 1), 3 * stride).copy_(keys)
+    found = two_way_attention(*inputs, kernels="triton")
+    assert all(torch.equal(some, other) for some, other in zip(found, expected, strict=True))
+
+    outputs = [torch.zeros_like(tensor) for tensor in expected]
+    update_and_ask, combine = plan(tuple(inputs), *outputs).launches
+    mutated = kernel_without(two_way_kernel, two_way_kernel.two_way_kernel, ".to(tl.int64)")
+    replace(update_and_ask, kernel=mutated).run()
+    combine.run()
+    for some, other in zip(outputs, expected, strict=True):
+        assert torch.equal(some[:2], other[:2])
+        assert not torch.equal(some[2], other[2])
+
+
+def test_opcheck_and_one_graph(device: torch.device) -> None:
+    from fastsam_kernels.two_way_attention.two_way_kernel import two_way_triton
+
+    inputs = make_inputs(2, 7, 3, torch.float16, device, images=1)
+    index = torch.zeros(2, dtype=torch.int64, device=device)
+    results = torch.library.opcheck(two_way_triton, (*inputs, EPS, index))
+    assert len(results) == 4
+    assert set(results.values()) == {"SUCCESS"}
+
+    def attend(*inputs: Tensor) -> Tensor:
+        keys, out = two_way_attention(*inputs, image_index=index, kernels="triton")
+        return keys.sum() + out.sum()
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*inputs), attend(*inputs))
+
+
+def test_gradients_of_the_torch_form() -> None:
+    inputs = tuple(tensor.requires_grad_(True) for tensor in make_inputs(1, 3, 2, torch.float64))
+    assert torch.autograd.gradcheck(lambda *t: two_way_attention(*t, kernels="torch"), inputs, fast_mode=True)
+
+
+def test_bad_input() -> None:
+    inputs = make_inputs(2, 7, 3, torch.float32)
+    other = make_inputs(2, 6, 3, torch.float32)
+    with pytest.raises(ValueError, match=r"queries must be as token_keys, \[2, 8, 7, 64\], got \[2, 8, 6, 64\]"):
+        two_way_attention(*inputs[:7], other[7], *inputs[8:])
+    with pytest.raises(ValueError, match=r"value_bias must be \[64\], got \[63\]"):
+        two_way_attention(*inputs[:9], inputs[9][1:])
+    with pytest.raises(
+        ValueError, match=r"queries must have the dtype of the others, torch.float32, got torch.float16"
+    ):
+        two_way_attention(*inputs[:7], inputs[7].half(), *inputs[8:])
+    with pytest.raises(UnsupportedKernelError, match="a prompt may have up to 16 tokens, got 17"):
+        two_way_attention(*make_inputs(1, 17, 2, torch.float32), kernels="triton")
