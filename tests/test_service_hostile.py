@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from models import random_image
@@ -33,7 +33,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.soak]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with Server("--image-size", "64", "--device", "cpu", "--max-batch", "64") as running:
+    # A request may be valid and take long on a busy machine; how long is not what is tested here.
+    with Server("--image-size", "64", "--device", "cpu", "--max-batch", "64", "--deadline", "300") as running:
         yield running
         assert running.stop() == 0
 
@@ -172,17 +173,23 @@ def test_schemathesis(server: Server) -> None:
     operations = [result.ok() for result in schema.get_all_operations()]
     assert len(operations) == 7
     posts = [operation for operation in operations if operation.method.upper() == "POST"]
-    statuses: Counter[int] = Counter()
+    statuses: Counter[str] = Counter()
     asked: Counter[str] = Counter()
 
     def ask_often(operation: Any, mode: Any, times: int) -> None:
-        @settings(max_examples=times, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(
+            max_examples=times,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
         @given(data=st.data())
         def ask(data: st.DataObject) -> None:
-            response = data.draw(operation.as_strategy(generation_mode=mode)).call(timeout=SECONDS)
-            statuses[response.status_code] += 1
+            response = data.draw(operation.as_strategy(generation_mode=mode)).call(timeout=300)
+            statuses[f"{operation.path} {response.status_code}"] += 1
             asked[operation.path] += 1
-            assert response.status_code < 500, server.tracebacks()
+            assert response.status_code < 500, (operation.path, response.text, server.tracebacks())
 
         with contextlib.suppress(Unsatisfiable, schemathesis.errors.SchemathesisError):  # nothing can be wrong there
             ask()
