@@ -195,6 +195,16 @@ def test_automatic(local: Local) -> None:
         assert (status, headers["content-type"]) == (200, kind)
 
 
+def test_empty_masks_of_everything_have_no_stability(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON has no NaN."""
+    monkeypatch.setattr(local.engine.model, "mask_threshold", 1e9)
+    options = {"points_per_side": 1, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
+    status, answer, _ = local.post("/v1/automatic", PNG, **options)
+    assert status == 200
+    assert {record["area"] for record in answer["masks"]} == {0}
+    assert {record["stability_score"] for record in answer["masks"]} == {None}
+
+
 def test_mask_input_by_reference(local: Local) -> None:
     """The logits stay with the service; the answer is that of the same logits given by hand."""
     _, first, _ = local.post("/v1/segment", PNG, prompts=CLICK)

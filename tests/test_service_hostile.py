@@ -25,7 +25,7 @@ from serving import SECONDS, Server
 from test_server import file_of, multipart
 
 REQUESTS = int(os.environ.get("HOSTILE_REQUESTS", "10000"))
-CORPUS, GENERATED = REQUESTS * 4 // 5, REQUESTS // 5  # schemathesis takes longer to make a case than to ask it
+CORPUS, GENERATED = REQUESTS * 9 // 10, REQUESTS // 10  # schemathesis takes longer to make a case than to ask it
 GROWTH = 100 * 2**20
 PNG, JPEG, WEBP = (file_of(random_image(40, 50), kind) for kind in ("PNG", "JPEG", "WEBP"))
 pytestmark = [pytest.mark.slow, pytest.mark.soak]

@@ -33,6 +33,10 @@ from .jobs import AutomaticJob, AutomaticOptions, Job, PreparedImage, PromptMask
 
 Piece = TypeVar("Piece")
 _STAGES = ("encode", "decode", "automatic")
+_COUNTERS = (
+    "accepted", "completed", "rejected", "cancelled", "expired", "failed", "out_of_memory",
+    "images", "image_batches", "prompts", "prompt_batches", "automatics", "automatic_batches",
+)  # fmt: skip
 
 
 class Engine:
@@ -85,7 +89,7 @@ class Engine:
         self._cache = EmbeddingCache(embedding_cache_bytes)
         self._counters: Counter[str] = Counter()
         # From the start, so that whoever watches them sees zeros and not nothing.
-        self._counters.update(dict.fromkeys(("accepted", "completed", "rejected", "cancelled", "expired", "failed"), 0))
+        self._counters.update(dict.fromkeys(_COUNTERS, 0))
         self._accepted: set[Job] = set()
         self._queues: dict[str, deque[Any]] = {stage: deque() for stage in _STAGES}
         self._turns = deque(_STAGES)

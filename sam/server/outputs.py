@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,9 +49,17 @@ def prompt_records(
 def automatic_records(
     records: Sequence[dict[str, Any]], output: str, size: tuple[int, int], max_pixels: int
 ) -> list[dict[str, Any]]:
+    """The generator's records; the stability of an empty mask, 0 / 0, is null."""
     if output == "polygons":
         _check_pixels(len(records), size, max_pixels)
-    return [{**record, "segmentation": segmentation(record["segmentation"], output)} for record in records]
+    return [
+        {
+            **record,
+            "segmentation": segmentation(record["segmentation"], output),
+            "stability_score": None if math.isnan(record["stability_score"]) else record["stability_score"],
+        }
+        for record in records
+    ]
 
 
 def bounding_box(encoded: dict[str, Any]) -> list[int]:
