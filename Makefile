@@ -7,7 +7,8 @@ OUT ?= out/gpu
 BIN := .venv/bin
 SOURCES := sam fastsam_kernels benchmarks tests
 
-.PHONY: demo test test-all test-page test-soak serve bench bench-service compile-report gpu-test gpu-bench lint format clean
+.PHONY: demo serve test test-all test-oracles test-page test-soak bench bench-service compile-report gpu-test gpu-bench \
+	lint format clean
 
 demo: .venv/.demo
 	$(BIN)/python -m sam demo
@@ -26,6 +27,10 @@ test-page: .venv/.test
 
 test-soak: .venv/.test
 	$(BIN)/python -m pytest -s -m soak
+
+test-oracles: .venv/.test
+	$(BIN)/python -m pytest --hypothesis-profile=oracles tests/test_rle.py tests/kernels/test_nms.py \
+		tests/kernels/test_connected_components.py
 
 bench: .venv/.test
 	$(BIN)/python -m benchmarks all

@@ -53,7 +53,7 @@ def try_all(problem: TuneProblem, device: torch.device, seconds: float) -> list[
 def _check(problem: TuneProblem, tile: TileConfig, truth: Result, budget: float) -> str:
     """Why a tile must not be used; empty if it may."""
     for out in parts(problem.out):
-        out.fill_(torch.nan)
+        out.fill_(torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).max)
     try:
         problem.launch(tile).run()
         error = relative_error(rows_of(problem.out, problem.rows), truth)

@@ -1,23 +1,33 @@
 """Operations of Segment Anything that are worth a kernel, each checked against a plain PyTorch reference."""
 
+from .connected_components import connected_components
 from .dispatch import KERNELS, UnsupportedKernelError, check_kernels, resolve_kernels
 from .hypernetwork_masks import UpscalingWeights, hypernetwork_masks, pack_upscaling
-from .nms import nms
+from .mask_postprocess import MaskStatistics, Resizing, mask_statistics, pack_masks, packed_masks, unpack_masks
+from .nms import nms, ranked_nms
 from .rel_pos_attention import rel_pos_attention
 from .two_way_attention import MOST_TOKENS, image_to_token_attention, token_to_image_attention, two_way_attention
 
 __all__ = [
     "KERNELS",
     "MOST_TOKENS",
+    "MaskStatistics",
+    "Resizing",
     "UnsupportedKernelError",
     "UpscalingWeights",
     "check_kernels",
+    "connected_components",
     "hypernetwork_masks",
     "image_to_token_attention",
+    "mask_statistics",
     "nms",
+    "pack_masks",
     "pack_upscaling",
+    "packed_masks",
+    "ranked_nms",
     "rel_pos_attention",
     "resolve_kernels",
     "token_to_image_attention",
     "two_way_attention",
+    "unpack_masks",
 ]

@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from tqdm import tqdm
 
 from fastsam_kernels import nms
 
+from . import rle as run_lengths
+from .crop_masks import Criteria, Crop, masks_of_crop
 from .embedding import ImageEmbedding
+from .memory import MaskMemory, parse_bytes
 from .modeling import Sam
-from .postprocess import upscale_masks
+from .postprocess import remove_small_regions
 from .predictor import SamPredictor
-from .preprocess import ImageGeometry, validate_image
-from .prompts import PromptBatch
+from .preprocess import validate_image
 from .utils.amg import (
     MaskData,
     area_from_rle,
-    batch_iterator,
     batched_mask_to_box,
-    box_xyxy_to_xywh,
     build_all_layer_point_grids,
-    calculate_stability_score,
-    coco_encode_rle,
     generate_crop_boxes,
-    is_box_near_crop_edge,
     mask_to_rle_pytorch,
-    remove_small_regions,
     rle_to_mask,
-    uncrop_boxes_xyxy,
-    uncrop_masks,
-    uncrop_points,
 )
 
 _OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
-_MASKS_AT_ONCE = 16  # full-size float logits that exist at a time
+_CROPS_AT_ONCE = 8  # a pass of the encoder on a GPU
+# The embedded model rates its own masks low: with SAM's thresholds, the defaults below, next to nothing is left.
+NANO_THRESHOLDS = {"pred_iou_thresh": 0.6, "stability_score_thresh": 0.8}
 
 
 class SamAutomaticMaskGenerator:
@@ -62,6 +57,9 @@ class SamAutomaticMaskGenerator:
         point_grids: list[np.ndarray] | None = None,
         min_mask_region_area: int = 0,
         output_mode: str = "binary_mask",
+        *,
+        max_memory: int | str | None = None,
+        progress: bool | Callable[[int, int], None] = False,
     ) -> None:
         """
         Args:
@@ -79,9 +77,15 @@ class SamAutomaticMaskGenerator:
             point_grids: for each layer, clicks [N, 2] in the unit square, in place of ``points_per_side``.
             min_mask_region_area: fill holes and drop islands smaller than this, in pixels; 0 leaves them.
             output_mode: "binary_mask", "uncompressed_rle" or "coco_rle".
+            max_memory: bytes, or a string like "2GB", for decoding clicks and making masks: beyond the model, the
+                encoding of the image and the returned records. Clicks and masks are taken in chunks that fit. None
+                takes chunks that suit most machines and refuses nothing.
+            progress: True shows a bar on stderr; a function is called with the clicks done and their number in all
+                after each batch.
 
         Raises:
-            ValueError: both or none of ``points_per_side`` and ``point_grids``, or an unknown ``output_mode``.
+            ValueError: both or none of ``points_per_side`` and ``point_grids``, an unknown ``output_mode``, or a
+                ``max_memory`` that is no size; from ``generate``, one that a single click or mask does not fit.
         """
         if (points_per_side is None) == (point_grids is None):
             raise ValueError("exactly one of points_per_side and point_grids must be given")
@@ -103,8 +107,9 @@ class SamAutomaticMaskGenerator:
         self.crop_n_points_downscale_factor = crop_n_points_downscale_factor
         self.min_mask_region_area = min_mask_region_area
         self.output_mode = output_mode
+        self.progress = progress
+        self.max_memory = None if max_memory is None else parse_bytes(max_memory)
 
-    @torch.no_grad()
     def generate(self, image: np.ndarray) -> list[dict[str, Any]]:
         """Masks of everything in an image.
 
@@ -118,146 +123,176 @@ class SamAutomaticMaskGenerator:
         Raises:
             TypeError, ValueError: another kind of image.
         """
-        steps = self.steps(validate_image(image))
-        while True:
-            try:
-                next(steps)
-            except StopIteration as stop:
-                return stop.value
+        (records,) = self.generate_batch([image])
+        return records
 
-    @torch.no_grad()
-    def steps(self, image: np.ndarray | ImageEmbedding) -> Generator[None, None, list[dict[str, Any]]]:
-        """``generate`` in pieces, for who has other work between them: it pauses after each batch of clicks.
+    def generate_batch(self, images: Sequence[np.ndarray]) -> list[list[dict[str, Any]]]:
+        """``generate`` for images of any sizes, several of which, or of their crops, are encoded together on a GPU.
 
-        An embedding serves in place of the image where no crops are asked for. The generator returns the records.
+        Returns:
+            the records of each image, in the order of the images.
 
         Raises:
-            ValueError: an embedding, and crops to be encoded.
+            TypeError, ValueError: an image of another kind, named by its place; nothing was encoded.
         """
-        if isinstance(image, ImageEmbedding) and len(self.point_grids) > 1:
-            raise ValueError(f"crop_n_layers={len(self.point_grids) - 1} needs the image, got its embedding")
-        data = yield from self._generate_masks(image)
-        if self.min_mask_region_area > 0:
-            threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
-            data = self.postprocess_small_regions(data, self.min_mask_region_area, threshold)
-        output = {
-            "binary_mask": rle_to_mask,
-            "uncompressed_rle": lambda rle: rle,
-            "coco_rle": coco_encode_rle,
-        }[self.output_mode]
-        return [
-            {
-                "segmentation": output(rle),
-                "area": area_from_rle(rle),
-                "bbox": box_xyxy_to_xywh(data["boxes"][index]).tolist(),
-                "predicted_iou": data["iou_preds"][index].item(),
-                "point_coords": [data["points"][index].tolist()],
-                "stability_score": data["stability_score"][index].item(),
-                "crop_box": box_xyxy_to_xywh(data["crop_boxes"][index]).tolist(),
-            }
-            for index, rle in enumerate(data["rles"])
-        ]
+        for index, image in enumerate(images):
+            try:
+                validate_image(image)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"image {index}: {error}" if len(images) > 1 else str(error)) from None
+        plans = [self._crop_boxes(image.shape[:2]) for image in images]
+        parts = [image[y0:y1, x0:x1] for image, plan in zip(images, plans, strict=True) for (x0, y0, x1, y1), _ in plan]
+        embeddings = self._embeddings(parts)
+        report = _Progress(self.progress, sum(len(self.point_grids[layer]) for plan in plans for _, layer in plan))
+        with report:
+            return [
+                report.follow(self._steps(embeddings, plan, image.shape[:2]))
+                for image, plan in zip(images, plans, strict=True)
+            ]
 
-    def _generate_masks(self, image: np.ndarray | ImageEmbedding) -> Generator[None, None, MaskData]:
-        size = image.geometry.original_size if isinstance(image, ImageEmbedding) else image.shape[:2]
-        crop_boxes, layers = generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
+    def steps(self, image: np.ndarray | ImageEmbedding) -> Generator[int, None, list[dict[str, Any]]]:
+        """``generate`` in pieces, for who has other work between them: it pauses after each batch of clicks.
+
+        An embedding serves in place of the image where no crops are asked for. Yields the number of clicks of the
+        batch; the generator returns the records.
+
+        Raises:
+            TypeError, ValueError: another kind of image, or an embedding where there are crops to be encoded.
+        """
+        if not isinstance(image, ImageEmbedding):
+            size = validate_image(image).shape[:2]
+            plan = self._crop_boxes(size)
+            return self._steps(self._embeddings([image[y0:y1, x0:x1] for (x0, y0, x1, y1), _ in plan]), plan, size)
+        if self.crop_n_layers > 0:
+            raise ValueError(f"crop_n_layers={self.crop_n_layers} needs the image, got its embedding")
+        self.predictor.model.check_embedding(image)
+        size = image.geometry.original_size
+        return self._steps(iter([image]), self._crop_boxes(size), size)
+
+    def _crop_boxes(self, size: tuple[int, ...]) -> list[tuple[tuple[int, int, int, int], int]]:
+        """Boxes in an image of ``size`` that clicks are made in, and the layer of each; none without a pixel."""
+        boxes, layers = generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
+        crops = zip(boxes, layers, strict=True)
+        return [((x0, y0, x1, y1), layer) for (x0, y0, x1, y1), layer in crops if x0 < x1 and y0 < y1]
+
+    @torch.no_grad()
+    def _embeddings(self, parts: Sequence[np.ndarray]) -> Iterator[ImageEmbedding]:
+        """Encode when they are asked for, several together where that pays."""
+        predictor, model = self.predictor, self.predictor.model
+        at_once = 1 if model.device.type == "cpu" else _CROPS_AT_ONCE
+        for start in range(0, len(parts), at_once):
+            some = parts[start : start + at_once]
+            if len(some) > 1:
+                yield from model.encode(some)
+            else:
+                predictor.set_image(some[0])
+                embedding = predictor.embedding
+                predictor.reset_image()
+                yield embedding
+
+    @torch.no_grad()
+    def _steps(
+        self,
+        embeddings: Iterator[ImageEmbedding],
+        plan: list[tuple[tuple[int, int, int, int], int]],
+        size: tuple[int, ...],
+    ) -> Generator[int, None, list[dict[str, Any]]]:
+        """The records of an image of ``size`` whose crops are in ``plan`` and come next from ``embeddings``."""
+        model = self.predictor.model
+        criteria = Criteria(
+            self.pred_iou_thresh, self.stability_score_thresh, self.stability_score_offset, self.box_nms_thresh
+        )
         data = MaskData()
-        for crop_box, layer in zip(crop_boxes, layers, strict=True):
-            data.cat((yield from self._process_crop(image, crop_box, layer, size)))
-        if len(crop_boxes) > 1:
+        for (box, layer), embedding in zip(plan, embeddings, strict=False):
+            crop = Crop(embedding, box, (size[0], size[1]))
+            height, width = embedding.geometry.original_size
+            memory = MaskMemory.plan(model, (height, width), self.points_per_batch, self.max_memory)
+            clicks = self.point_grids[layer] * (width, height)
+            data.cat((yield from masks_of_crop(model, crop, clicks, criteria, memory)))
+        if len(plan) > 1:
             x0, y0, x1, y1 = data["crop_boxes"].unbind(1)
             smaller_first = 1 / ((x1 - x0) * (y1 - y0))
             data.filter(nms(data["boxes"], smaller_first, self.crop_nms_thresh))
-        return data
+        if self.min_mask_region_area > 0:
+            threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
+            data = _clean(data, self.min_mask_region_area, threshold, model.device)
+        return self._records(data)
 
-    def _process_crop(
-        self, image: np.ndarray | ImageEmbedding, crop_box: list[int], crop_layer_idx: int, orig_size: tuple[int, ...]
-    ) -> Generator[None, None, MaskData]:
-        x0, y0, x1, y1 = crop_box
-        size = (y1 - y0, x1 - x0)
-        if isinstance(image, ImageEmbedding):
-            self._set_embedding(image)
-        else:
-            self.predictor.set_image(image[y0:y1, x0:x1])
-        clicks = self.point_grids[crop_layer_idx] * (size[1], size[0])
-        data = MaskData()
-        for (points,) in batch_iterator(self.points_per_batch, clicks):
-            data.cat(self._process_batch(points, size, crop_box, orig_size))
-            yield
-        self.predictor.reset_image()
-        data.filter(nms(data["boxes"], data["iou_preds"], self.box_nms_thresh))
-        data["boxes"] = uncrop_boxes_xyxy(data["boxes"], crop_box)
-        data["points"] = uncrop_points(data["points"], crop_box)
-        data["crop_boxes"] = torch.tensor([crop_box] * len(data["rles"]), dtype=torch.int64).reshape(-1, 4)
-        return data
+    def _records(self, data: MaskData) -> list[dict[str, Any]]:
+        boxes, crop_boxes = data["boxes"], data["crop_boxes"].clone()
+        for corners in (boxes, crop_boxes):
+            corners[:, 2:] -= corners[:, :2]
+        columns = {
+            "segmentation": self._segmentations(data["rles"]),
+            "area": [area_from_rle(rle) for rle in data["rles"]],
+            "bbox": boxes.tolist(),
+            "predicted_iou": data["iou_preds"].tolist(),
+            "point_coords": data["points"][:, None].tolist(),
+            "stability_score": data["stability_score"].tolist(),
+            "crop_box": crop_boxes.tolist(),
+        }
+        return [dict(zip(columns, record, strict=True)) for record in zip(*columns.values(), strict=True)]
 
-    def _set_embedding(self, embedding: ImageEmbedding) -> None:
-        predictor = self.predictor
-        predictor.model._check_embedding(embedding)
-        predictor.reset_image()
-        predictor.original_size, predictor.input_size = embedding.geometry.original_size, embedding.geometry.input_size
-        predictor.features, predictor._handle, predictor.is_image_set = embedding.features, embedding, True
-
-    def _process_batch(
-        self, points: np.ndarray, im_size: tuple[int, ...], crop_box: list[int], orig_size: tuple[int, ...]
-    ) -> MaskData:
-        """Decode some clicks; the predicted IoU decides before any mask is made large."""
-        predictor, model = self.predictor, self.predictor.model
-        coords = torch.as_tensor(predictor.transform.apply_coords(points, im_size))[:, None]
-        batch = PromptBatch.from_tensors((coords, torch.ones(coords.shape[:2])), None, None, model.device)
-        embedding = predictor.embedding
-        low_res, iou = model.decode([embedding], batch, multimask_output=True)
-        clicks = torch.as_tensor(points).repeat_interleave(iou.shape[1], dim=0)
-        data = MaskData(low_res=low_res.flatten(0, 1), iou_preds=iou.flatten(), points=clicks)
-        if self.pred_iou_thresh > 0:
-            data.filter(data["iou_preds"] > self.pred_iou_thresh)
-
-        pieces = [
-            self._full_size(piece, embedding.geometry, crop_box, orig_size)
-            for piece in data["low_res"].split(_MASKS_AT_ONCE)
-        ]
-        del data["low_res"]
-        data["stability_score"] = torch.cat([piece["stability_score"] for piece in pieces])
-        data["boxes"] = torch.cat([piece["boxes"] for piece in pieces])
-        data["rles"] = [rle for piece in pieces for rle in piece["rles"]]
-        if self.stability_score_thresh > 0:
-            data.filter(data["stability_score"] >= self.stability_score_thresh)
-        height, width = orig_size
-        data.filter(~is_box_near_crop_edge(data["boxes"], crop_box, [0, 0, width, height]))
-        return data
-
-    def _full_size(
-        self, low_res: Tensor, geometry: ImageGeometry, crop_box: list[int], orig_size: tuple[int, ...]
-    ) -> MaskData:
-        """Stability, box and RLE of masks [N, h, w] of the crop that ``geometry`` describes."""
-        threshold = self.predictor.model.mask_threshold
-        logits = upscale_masks(low_res[:, None], geometry)[:, 0]
-        masks = logits > threshold
-        return MaskData(
-            stability_score=calculate_stability_score(logits, threshold, self.stability_score_offset),
-            boxes=batched_mask_to_box(masks),
-            rles=mask_to_rle_pytorch(uncrop_masks(masks, crop_box, *orig_size)),
-        )
+    def _segmentations(self, rles: list[dict[str, Any]]) -> list[Any]:
+        if self.output_mode == "binary_mask":
+            return [rle_to_mask(rle) for rle in rles]
+        if self.output_mode == "uncompressed_rle":
+            return rles
+        strings = run_lengths.compress_all([rle["counts"] for rle in rles])
+        return [{"size": rle["size"], "counts": string} for rle, string in zip(rles, strings, strict=True)]
 
     @staticmethod
     def postprocess_small_regions(mask_data: MaskData, min_area: int, nms_thresh: float) -> MaskData:
         """Clean every mask of regions under ``min_area`` pixels, then drop what became a duplicate.
 
-        Masks that were clean win over those that had to be changed. Needs SciPy.
+        Masks that were clean win over those that had to be changed. Needs SciPy on a CPU.
         """
-        if not mask_data["rles"]:
-            return mask_data
-        masks, untouched = [], []
-        for rle in mask_data["rles"]:
-            mask, filled = remove_small_regions(rle_to_mask(rle), min_area, mode="holes")
-            mask, dropped = remove_small_regions(mask, min_area, mode="islands")
-            masks.append(torch.from_numpy(mask))
-            untouched.append(float(not (filled or dropped)))
-        boxes = batched_mask_to_box(torch.stack(masks))
-        keep = nms(boxes, torch.tensor(untouched), nms_thresh)
-        for index in keep.tolist():
-            if not untouched[index]:
-                (mask_data["rles"][index],) = mask_to_rle_pytorch(masks[index][None])
-                mask_data["boxes"][index] = boxes[index]
-        mask_data.filter(keep)
-        return mask_data
+        return _clean(mask_data, min_area, nms_thresh, torch.device("cpu"))
+
+
+def _clean(data: MaskData, min_area: int, nms_thresh: float, device: torch.device) -> MaskData:
+    """``postprocess_small_regions`` with the components found on ``device``."""
+    if not data["rles"]:
+        return data
+    rles, boxes = list(data["rles"]), data["boxes"].clone()
+    untouched = torch.ones(len(rles))
+    for index, rle in enumerate(rles):
+        mask = torch.from_numpy(rle_to_mask(rle))[None].to(device)
+        mask, filled = remove_small_regions(mask, min_area, "holes")
+        mask, dropped = remove_small_regions(mask, min_area, "islands")
+        if filled or dropped:
+            untouched[index] = 0
+            (rles[index],) = mask_to_rle_pytorch(mask)
+            boxes[index] = batched_mask_to_box(mask)[0]
+    data["rles"], data["boxes"] = rles, boxes
+    data.filter(nms(boxes, untouched, nms_thresh))
+    return data
+
+
+class _Progress:
+    """Tells of clicks that are done: a bar on stderr, a function, or nothing."""
+
+    def __init__(self, progress: bool | Callable[[int, int], None], total: int) -> None:
+        self._call = progress if callable(progress) else None
+        self._bar = tqdm(total=total, desc="clicks", leave=False) if progress is True else None
+        self._done, self._total = 0, total
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def follow(self, steps: Generator[int, None, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Go through to the end; what the generator returns."""
+        while True:
+            try:
+                count = next(steps)
+            except StopIteration as stop:
+                return stop.value
+            self._done += count
+            if self._bar is not None:
+                self._bar.update(count)
+            if self._call is not None:
+                self._call(self._done, self._total)

@@ -12,10 +12,13 @@ if not torch.cuda.is_available():
     # Kernels run in Triton's interpreter then, which has to be chosen before triton is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
+from hypothesis import settings
 from models import TINY, random_model
 
 import sam
 from sam import Sam
+
+settings.register_profile("oracles", max_examples=1000)  # make test-oracles
 
 
 @pytest.fixture(scope="session")

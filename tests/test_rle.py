@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco
 
+from fastsam_kernels import pack_masks
 from sam import rle
 from sam.utils import amg
 
@@ -18,7 +19,7 @@ masks_strategy = st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1,
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(deadline=None)
 @given(masks_strategy)
 def test_encoding_equals_pycocotools(masks: np.ndarray) -> None:
     for mask, encoded in zip(masks, rle.encode(torch.from_numpy(masks)), strict=True):
@@ -32,10 +33,20 @@ def test_encoding_equals_pycocotools(masks: np.ndarray) -> None:
         assert amg.coco_encode_rle(encoded) == {"size": list(mask.shape), "counts": theirs["counts"].decode()}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=30))
 def test_strings_of_any_counts_round_trip(counts: list[int]) -> None:
     np.testing.assert_array_equal(rle.decompress(rle.compress(counts)), counts)
+
+
+def test_words_that_come_in_one_copy() -> None:
+    """A device is not asked how many words have an edge; those that do not fit come in a second copy."""
+    changes = torch.zeros(500, dtype=torch.int32)
+    changes[[3, 77, 300, 499]] = torch.tensor([1, -1, 2**31 - 1, -(2**31)], dtype=torch.int32)
+    expected = rle._nonzero_words(changes)
+    assert expected.tolist() == [3 << 32 | 1, 77 << 32 | 2**32 - 1, 300 << 32 | 2**31 - 1, 499 << 32 | 2**31]
+    for room in (0, 3, 4, 500):
+        assert rle._copy_nonzero_words(changes, room).equal(expected)
 
 
 def test_a_large_noisy_mask() -> None:
@@ -51,7 +62,7 @@ def test_bad_runs(counts: object) -> None:
         rle.decode({"size": [2, 3], "counts": counts})
 
 
-@settings(max_examples=200, deadline=None)
+@settings(deadline=None)
 @given(masks_strategy)
 def test_boxes_of_masks(masks: np.ndarray) -> None:
     boxes = amg.batched_mask_to_box(torch.from_numpy(masks)).tolist()
@@ -140,3 +151,24 @@ def test_batches() -> None:
     assert list(amg.batch_iterator(2, [1, 2, 3], "abc")) == [[[1, 2], "ab"], [[3], "c"]]
     with pytest.raises(ValueError, match=r"inputs of one length, got \[3, 2\]"):
         list(amg.batch_iterator(2, [1, 2, 3], [1, 2]))
+
+
+@settings(deadline=None)
+@given(
+    st.integers(0, 2), st.integers(1, 70), st.integers(1, 9), st.tuples(*[st.integers(0, 3)] * 4), st.integers(0, 999)
+)
+def test_packed_masks_of_crops_equal_pycocotools(
+    count: int, height: int, width: int, border: tuple[int, ...], seed: int
+) -> None:
+    """Words that do and do not end with a column, crops that do and do not touch the image's edges."""
+    rng = np.random.default_rng(seed)
+    masks = rng.random((count, height, width)) < rng.choice([0.0, 0.05, 0.5, 0.95, 1.0])
+    left, top, right, bottom = border
+    full = np.pad(masks, ((0, 0), (top, bottom), (left, right)))
+    size = (full.shape[1], full.shape[2])
+    encoded = rle.encode_packed(pack_masks(torch.from_numpy(masks)), (height, width), (left, top), size)
+    strings = rle.compress_all([mask["counts"] for mask in encoded])
+    assert len(encoded) == len(strings) == count
+    for mask, runs, string in zip(full, encoded, strings, strict=True):
+        theirs = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+        assert theirs == {"size": runs["size"], "counts": string.encode()}

@@ -6,16 +6,22 @@
 """
 
 from . import (
+    connected_components,
     hypernetwork_masks,
     image_to_token_attention,
+    mask_postprocess,
+    nms,
     rel_pos_attention,
     token_to_image_attention,
     two_way_attention,
 )
 
 OPERATIONS = {
+    "connected_components": connected_components,
     "hypernetwork_masks": hypernetwork_masks,
     "image_to_token_attention": image_to_token_attention,
+    "mask_postprocess": mask_postprocess,
+    "nms": nms,
     "rel_pos_attention": rel_pos_attention,
     "token_to_image_attention": token_to_image_attention,
     "two_way_attention": two_way_attention,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import convert, demo, info, segment, serve
+from . import auto, convert, demo, info, segment, serve, verify
 
 
 class _Parser(argparse.ArgumentParser):
@@ -18,16 +18,19 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastsam", description="Segment Anything on the command line.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (segment, info, convert, demo, serve):
+    for command in (segment, auto, serve, info, verify, convert, demo):
         command.add_parser(commands)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; a mistake of the user's is one line on stderr and exit status 2."""
+    """Run one command; a mistake of the user's is one line on stderr and exit status 2.
+
+    A command that could do a part of its work only returns 1.
+    """
     args = build_parser().parse_args(arguments)
     try:
-        args.run(args)
+        status = args.run(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
         if args.traceback:
             raise
@@ -36,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"fastsam {args.command}: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def _one_line(error: BaseException) -> str:

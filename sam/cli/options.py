@@ -18,9 +18,15 @@ from ..modeling import Sam
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights in any known layout (default: the embedded nano)")
-    parser.add_argument("--variant", help="what the weights must be, for example vit_b (default: inferred)")
+def add_model_options(parser: argparse.ArgumentParser, checkpoint: bool = True) -> None:
+    """``checkpoint``: an option too; else the command has an argument of that name."""
+    if checkpoint:
+        parser.add_argument(
+            "--checkpoint", metavar="FILE", help="weights in any known layout (default: the embedded nano)"
+        )
+    parser.add_argument(
+        "--variant", "--model-type", help="what the weights must be, for example vit_b (default: inferred)"
+    )
     parser.add_argument(
         "--image-size", type=int, metavar="PX", help="side of the model's input (default: the weights')"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from typing import Any
 
 from .options import add_model_options, add_traceback_option, model_from
@@ -27,7 +26,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     try:
         from ..server import Settings, serve
     except ImportError as error:
@@ -37,5 +36,4 @@ def run(args: argparse.Namespace) -> None:
     token = args.token or os.environ.get("SAM_TOKEN") or None
     settings = Settings(args.host, args.port, token, args.insecure)
     engine = Engine(model_from(args), args.max_batch, args.max_queue, args.deadline, args.cache_mb * 10**6)
-    if status := serve(engine, settings):
-        sys.exit(status)
+    return serve(engine, settings)

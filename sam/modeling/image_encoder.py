@@ -117,17 +117,18 @@ class Block(nn.Module):
         self.window_size = window_size
 
     def forward(self, x: Tensor, kernels: str = "reference") -> Tensor:
-        attended = self.norm1(x)
+        x = x + self.attend(self.norm1(x), kernels)
+        return self._add_mlp(x) if kernels != "reference" else x + self.mlp(self.norm2(x))
+
+    def attend(self, x: Tensor, kernels: str = "reference") -> Tensor:
+        """The attention of [B, H, W, dim], normalised, in this block's windows, with its projection."""
         if kernels != "reference" and is_ours(self.attn, Attention):
-            return self._add_mlp(x + self.attn(attended, self.window_size, kernels))
-        if self.window_size > 0:
-            # The zero padding passes through qkv, so a padded key is the qkv bias and takes part in the softmax.
-            windows, padded_size = window_partition(attended, self.window_size)
-            attended = window_unpartition(self.attn(windows), self.window_size, padded_size, (x.shape[1], x.shape[2]))
-        else:
-            attended = self.attn(attended)
-        x = x + attended
-        return x + self.mlp(self.norm2(x))
+            return self.attn(x, self.window_size, kernels)
+        if self.window_size == 0:
+            return self.attn(x)
+        # The zero padding passes through qkv, so a padded key is the qkv bias and takes part in the softmax.
+        windows, padded_size = window_partition(x, self.window_size)
+        return window_unpartition(self.attn(windows), self.window_size, padded_size, (x.shape[1], x.shape[2]))
 
     def _add_mlp(self, x: Tensor) -> Tensor:
         """x + mlp(norm2(x)), written to ``x`` unless somebody would notice."""

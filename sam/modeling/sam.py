@@ -22,7 +22,7 @@ from ..prompts import Prompt, PromptBatch, check_mask_inputs, ragged_chunks
 from ..results import MaskPrediction
 from .common import DerivedWeights, Fp32Buffers, is_ours, weights_key
 from .image_encoder import ImageEncoderViT
-from .mask_decoder import MaskDecoder
+from .mask_decoder import DecodedPrompts, MaskDecoder
 from .prompt_encoder import LABEL_ABSENT, PromptEncoder
 from .transformer import SharedImageSide
 
@@ -215,7 +215,7 @@ class Sam(DerivedWeights, Fp32Buffers):
         if len(embeddings) != len(prompts):
             raise ValueError(f"{len(embeddings)} embeddings need as many lists of prompts, got {len(prompts)}")
         for embedding in embeddings:
-            self._check_embedding(embedding)
+            self.check_embedding(embedding)
         total = sum(len(of_image) for of_image in prompts)
         for prompt in (prompt for of_image in prompts for prompt in of_image):
             if prompt.mask_input is not None:
@@ -254,23 +254,35 @@ class Sam(DerivedWeights, Fp32Buffers):
     def _decode_chunk(
         self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
     ) -> tuple[Tensor, Tensor]:
+        decoded = self.decode_tokens(embeddings, batch)
+        iou = decoded.iou[:, MaskDecoder.mask_slice(multimask_output)]
+        return self.decode_masks(decoded, multimask_output), iou.to(self._logits_dtype)
+
+    def decode_tokens(self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch) -> DecodedPrompts:
+        """The first half of :meth:`decode`, of a batch as one chunk: all but the masks, their predicted IoU included.
+
+        It holds the image side of each prompt: ask for :attr:`prompts_per_chunk` prompts or so at a time.
+        """
         if batch.mask_inputs is not None:
             dense = self.prompt_encoder._embed_masks(batch.mask_inputs)
         else:
             dense = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
         share = batch.mask_inputs is None and self._kernels != "reference"
-        logits, iou = self.mask_decoder.decode(
+        return self.mask_decoder.decode_tokens(
             _rows([embedding.features for embedding in embeddings]),
             self.prompt_encoder.get_dense_pe(),
             self.prompt_encoder.embed_tokens(batch.coords, batch.labels),
             dense,
-            mask_slice=MaskDecoder.mask_slice(multimask_output),
             image_index=batch.image_index if len(embeddings) > 1 else None,
             token_mask=batch.labels != LABEL_ABSENT if batch.ragged else None,
             shared=self._shared_image_side(embeddings) if share else None,
             kernels=self._kernels,
         )
-        return logits.to(self._logits_dtype), iou.to(self._logits_dtype)
+
+    def decode_masks(self, decoded: DecodedPrompts, multimask_output: bool, rows: Tensor | None = None) -> Tensor:
+        """The second half: low-resolution logits [P, C, h, w], fp32 at least, or of the prompts ``rows`` [R] only."""
+        masks = MaskDecoder.mask_slice(multimask_output)
+        return self.mask_decoder.decode_masks(decoded, masks, rows, self._kernels).to(self._logits_dtype)
 
     def _shared_image_side(self, embeddings: Sequence[ImageEmbedding]) -> SharedImageSide:
         prompt_encoder = self.prompt_encoder
@@ -300,7 +312,8 @@ class Sam(DerivedWeights, Fp32Buffers):
             return postprocess.upscale_masks(low_res, geometry)
         return postprocess.masks_from_logits(low_res, geometry, self.mask_threshold)
 
-    def _check_embedding(self, embedding: ImageEmbedding) -> None:
+    def check_embedding(self, embedding: ImageEmbedding) -> None:
+        """Raise ``ValueError`` unless this model can decode ``embedding``."""
         if embedding.model_hash is not None and embedding.model_hash != self._known_hash():
             raise ValueError(
                 f"this embedding was made by model {embedding.model_name} {embedding.model_hash}, not by this "

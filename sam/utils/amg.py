@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import postprocess
 from .. import rle as run_lengths
 
 
@@ -72,12 +73,11 @@ class MaskData:
 
 def is_box_near_crop_edge(boxes: Tensor, crop_box: list[int], orig_box: list[int], atol: float = 20.0) -> Tensor:
     """[N], whether a box in a crop's frame lies within ``atol`` px of the crop's edge but not of the image's."""
-    placed = uncrop_boxes_xyxy(boxes, crop_box).float()
-    near_crop, near_image = (
-        (placed - torch.tensor(edge, dtype=torch.float32, device=boxes.device)).abs() <= atol
-        for edge in (crop_box, orig_box)
-    )
-    return (near_crop & ~near_image).any(dim=1)
+    near = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+    for side, (of_crop, of_image) in enumerate(zip(crop_box, orig_box, strict=True)):
+        placed = (boxes[:, side] + crop_box[side % 2]).float()
+        near |= ((placed - of_crop).abs() <= atol) & ~((placed - of_image).abs() <= atol)
+    return near
 
 
 def box_xyxy_to_xywh(box_xyxy: Tensor) -> Tensor:
@@ -185,20 +185,9 @@ def remove_small_regions(mask: np.ndarray, area_thresh: float, mode: str) -> tup
     Returns:
         the mask [H, W], and whether it changed.
     """
-    if mode not in ("holes", "islands"):
-        raise ValueError(f"mode must be 'holes' or 'islands', got {mode!r}")
-    from scipy import ndimage
-
-    mask = np.asarray(mask, dtype=bool)
-    regions, count = ndimage.label(~mask if mode == "holes" else mask, structure=np.ones((3, 3)))
-    sizes = np.bincount(regions.ravel(), minlength=count + 1)[1:]
-    small = sizes < area_thresh
-    if not small.any():
-        return mask, False
-    if mode == "holes":
-        return mask | np.isin(regions, np.flatnonzero(small) + 1), True
-    kept = np.flatnonzero(~small) if not small.all() else [sizes.argmax()]
-    return np.isin(regions, np.asarray(kept) + 1), True
+    masks = torch.from_numpy(np.array(mask, dtype=bool))[None]
+    cleaned, changed = postprocess.remove_small_regions(masks, area_thresh, mode, kernels="torch")
+    return cleaned[0].numpy(), bool(changed)
 
 
 def batched_mask_to_box(masks: Tensor) -> Tensor:

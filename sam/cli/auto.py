@@ -1,0 +1,196 @@
+"""``auto IMAGE_OR_FOLDER``: masks of everything in images, as PNGs with a table or as COCO JSON."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from .. import rle
+from ..automatic_mask_generator import NANO_THRESHOLDS, SamAutomaticMaskGenerator
+from ..files import write_atomically
+from ..overlay import draw_overlay
+from .images import MAX_MEGAPIXELS, read_image
+from .options import add_model_options, add_traceback_option, model_from
+
+_SETTINGS: tuple[tuple[str, type, Any, str], ...] = (
+    ("points_per_side", int, 32, "clicks along a side of the grid"),
+    ("points_per_batch", int, 64, "clicks decoded together"),
+    ("pred_iou_thresh", float, 0.88, "masks of a predicted IoU up to this go"),
+    ("stability_score_thresh", float, 0.95, "masks of a lower stability go"),
+    ("stability_score_offset", float, 1.0, "how far stability moves the threshold, in logits"),
+    ("box_nms_thresh", float, 0.7, "IoU of boxes above which the worse of two masks goes"),
+    ("crop_n_layers", int, 0, "layers of crops to look at besides the whole image"),
+    ("crop_nms_thresh", float, 0.7, "as --box-nms-thresh, between crops"),
+    ("crop_overlap_ratio", float, 512 / 1500, "overlap of crops, as a share of the shorter side"),
+    ("crop_n_points_downscale_factor", int, 1, "how much thinner the grid is a layer"),
+    ("min_mask_region_area", int, 0, "fill holes and drop islands smaller than this, in pixels"),
+)
+# The columns of the official script's table.
+_COLUMNS = (
+    "id", "area", "bbox_x0", "bbox_y0", "bbox_w", "bbox_h", "point_input_x", "point_input_y", "predicted_iou",
+    "stability_score", "crop_box_x0", "crop_box_y0", "crop_box_w", "crop_box_h",
+)  # fmt: skip
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "auto",
+        help="masks of everything in an image or a folder of images",
+        epilog="The embedded nano rates its own masks low: with SAM's thresholds next to nothing of them is left. So "
+        "other defaults suit it, which are named beside SAM's.",
+    )
+    parser.add_argument("source", metavar="IMAGE_OR_FOLDER", help="a photograph, or a folder of them")
+    parser.add_argument("--out", "--output", default="out", metavar="DIR", help="folder for the results (default: out)")
+    parser.add_argument(
+        "--format",
+        choices=("png", "coco"),
+        default="png",
+        help="png: a folder an image, a PNG a mask and metadata.csv; coco: a JSON an image (default: png)",
+    )
+    parser.add_argument("--convert-to-rle", action="store_const", dest="format", const="coco", help="as --format coco")
+    parser.add_argument("--overlay", action="store_true", help="also draw the masks on the image")
+    parser.add_argument("--force", action="store_true", help="do images anew whose results are there")
+    parser.add_argument("--max-memory", metavar="SIZE", help="for clicks and masks, such as 500MB (default: about 2GB)")
+    parser.add_argument(
+        "--max-megapixels",
+        type=float,
+        default=MAX_MEGAPIXELS,
+        metavar="N",
+        help=f"refuse larger images (default: {MAX_MEGAPIXELS:g}; 0 lifts the limit)",
+    )
+    settings = parser.add_argument_group("automatic masks")
+    for name, kind, default, purpose in _SETTINGS:
+        suited = f"; {NANO_THRESHOLDS[name]:g} for the embedded nano" if name in NANO_THRESHOLDS else ""
+        option = f"--{name.replace('_', '-')}"
+        settings.add_argument(option, type=kind, metavar="N", help=f"{purpose} (default: {default:.3g}{suited})")
+    add_model_options(parser)
+    add_traceback_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    images = find_images(Path(args.source))
+    out = Path(args.out)
+    if out.resolve() == Path(args.source).resolve():
+        raise ValueError(f"--out must be another folder than that of the images, got {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    waiting = {path: out / name for path, name in images.items() if args.force or not _finished(out / name, args)}
+    if skipped := len(images) - len(waiting):
+        print(f"skipped {skipped}, whose results are in {out}; --force does them anew")
+    if not waiting:
+        return 0
+    generator = _generator(args)
+    masks, failed = 0, 0
+    for path, target in tqdm(waiting.items(), desc="auto", unit="image", disable=None, leave=False):
+        try:
+            image = read_image(path, args.max_megapixels or None)
+            records = generator.generate(image)
+            if args.overlay:
+                with write_atomically(_overlay_of(target)) as partial:
+                    _draw(image, records).save(partial)
+            (_write_coco if args.format == "coco" else _write_pngs)(records, target)
+        except (ValueError, OSError) as error:
+            if args.traceback:
+                raise
+            failed += 1
+            tqdm.write(f"fastsam auto: {path}: {' '.join(str(error).split())}", file=sys.stderr)
+        else:
+            masks += len(records)
+    print(f"{len(waiting) - failed} images, {masks} masks in {out}" + (f"; {failed} failed" if failed else ""))
+    return 1 if failed else 0
+
+
+def find_images(source: Path) -> dict[Path, str]:
+    """The images of a folder, or the one image, each with a name of its own for its results.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: a folder without images.
+    """
+    if not source.is_dir():
+        if not source.is_file():
+            raise FileNotFoundError(f"no such image or folder: {source}")
+        return {source: source.stem}
+    known = Image.registered_extensions()
+    paths = sorted(path for path in source.iterdir() if path.is_file() and path.suffix.lower() in known)
+    if not paths:
+        raise ValueError(f"no images in {source}")
+    stems = Counter(path.stem for path in paths)
+    return {path: path.stem if stems[path.stem] == 1 else path.name for path in paths}
+
+
+def _generator(args: argparse.Namespace) -> SamAutomaticMaskGenerator:
+    model = model_from(args)
+    suited = NANO_THRESHOLDS if model.name == "nano" else {}
+    settings = {
+        name: suited.get(name, default) if (given := getattr(args, name)) is None else given
+        for name, _, default, _ in _SETTINGS
+    }
+    return SamAutomaticMaskGenerator(model, **settings, output_mode="coco_rle", max_memory=args.max_memory)
+
+
+def _finished(target: Path, args: argparse.Namespace) -> bool:
+    """Results appear under their names only when they are whole, the masks last."""
+    if args.overlay and not _overlay_of(target).is_file():
+        return False
+    return _json_of(target).is_file() if args.format == "coco" else (target / "metadata.csv").is_file()
+
+
+def _json_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.json")
+
+
+def _overlay_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}_overlay.png")
+
+
+def _write_coco(records: list[dict[str, Any]], target: Path) -> None:
+    with write_atomically(_json_of(target)) as partial:
+        partial.write_text(json.dumps(records) + "\n")
+
+
+def _write_pngs(records: list[dict[str, Any]], target: Path) -> None:
+    with _new_folder(target) as folder, open(folder / "metadata.csv", "w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(_COLUMNS)
+        for number, record in enumerate(records):
+            mask = rle.decode(record["segmentation"])
+            Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"{number}.png")
+            numbers = (*record["bbox"], *record["point_coords"][0], record["predicted_iou"])
+            table.writerow((number, record["area"], *numbers, record["stability_score"], *record["crop_box"]))
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` to fill, which takes its name when the block ends well."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if target.is_dir():
+            shutil.rmtree(target)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _draw(image: np.ndarray, records: list[dict[str, Any]]) -> Image.Image:
+    """The masks on the image, small ones over large ones."""
+    order = sorted(records, key=lambda record: -record["area"])
+    masks = np.zeros((len(order), *image.shape[:2]), bool)
+    for mask, record in zip(masks, order, strict=True):
+        mask[:] = rle.decode(record["segmentation"])
+    return draw_overlay(image, masks)

@@ -1,0 +1,68 @@
+"""``verify [CHECKPOINT]``: hold every operation, on these weights and this machine, against plain PyTorch in fp64."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..files import write_atomically
+from ..modeling import Sam
+from ..verify import Check, verify
+from .images import read_image
+from .options import add_model_options, add_traceback_option, model_from
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "verify", help="hold every operation, on your weights and machine, against plain PyTorch in fp64"
+    )
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="weights (default: the embedded nano)")
+    parser.add_argument("--image", metavar="FILE", help="look at this photograph (default: a drawn one)")
+    parser.add_argument("--json", metavar="FILE", help="write the checks there")
+    add_model_options(parser, checkpoint=False)
+    add_traceback_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    model = model_from(args)
+    image = None if args.image is None else read_image(args.image)
+    print(describe(model))
+    checks: list[Check] = []
+    with tqdm(unit=" checks", disable=None, leave=False) as bar:
+        for check in verify(model, image):
+            checks.append(check)
+            bar.write(to_line(check), file=sys.stdout)
+            bar.update()
+    failed = [check for check in checks if not check.passed]
+    if args.json:
+        document = {"model": describe(model), "passed": not failed, "checks": [check.to_dict() for check in checks]}
+        with write_atomically(args.json) as partial:
+            Path(partial).write_text(json.dumps(document, indent=1) + "\n")
+    if failed:
+        names = ", ".join(dict.fromkeys(check.operation for check in failed))
+        print(f"{len(failed)} of {len(checks)} checks over budget: {names}", file=sys.stderr)
+        return 1
+    print(f"all {len(checks)} checks within budget")
+    return 0
+
+
+def describe(model: Sam) -> str:
+    where = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
+    dtype, kernels = str(model.dtype).removeprefix("torch."), model.resolved_kernels
+    return f"{model.name} {model.model_hash}, {dtype}, kernels {kernels}, {where}, torch {torch.__version__}"
+
+
+def to_line(check: Check) -> str:
+    verdict = "ok" if check.passed else "OVER BUDGET"
+    masks = "" if check.mask_iou is None else f", mask IoU {check.mask_iou:.4f}"
+    return (
+        f"{check.operation + ', ' + check.case:<50} error {check.error:.1e}, plain PyTorch {check.noise:.1e}, "
+        f"budget {check.budget:.1e}{masks}: {verdict}"
+    )

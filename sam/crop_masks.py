@@ -1,0 +1,220 @@
+"""Masks from clicks on one crop of an image: of all that the decoder sees, the confident, the stable and the new.
+
+Cheap questions come first. The predicted IoU is known before the decoder's upscaling, stability and box follow from
+logits of low resolution, and what the suppression leaves is made in bits and encoded as runs.
+
+On a GPU the host waits for the device twice a batch of clicks: to know which masks are confident, and for the table
+of what is known of them with the verdict of the suppression. Memory allowing, all clicks are one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsam_kernels import Resizing, mask_statistics, packed_masks, ranked_nms
+
+from . import rle
+from .embedding import ImageEmbedding
+from .memory import MaskMemory
+from .modeling import Sam
+from .modeling.mask_decoder import MaskDecoder
+from .prompts import PromptBatch
+from .utils.amg import MaskData, is_box_near_crop_edge, uncrop_boxes_xyxy, uncrop_points
+from .utils.transforms import ResizeLongestSide
+
+
+@dataclass(frozen=True)
+class Criteria:
+    """What a mask must have to stay; the arguments of :class:`sam.SamAutomaticMaskGenerator` by the same names."""
+
+    pred_iou_thresh: float
+    stability_score_thresh: float
+    stability_score_offset: float
+    box_nms_thresh: float
+
+
+@dataclass(frozen=True)
+class Crop:
+    """An embedded part of an image, or all of it.
+
+    Attributes:
+        embedding: of the part.
+        box: x0, y0, x1, y1 in the image.
+        image_size: (height, width) of the image.
+    """
+
+    embedding: ImageEmbedding
+    box: tuple[int, int, int, int]
+    image_size: tuple[int, int]
+
+    @property
+    def resizing(self) -> Resizing:
+        geometry = self.embedding.geometry
+        return Resizing(geometry.image_size, geometry.input_size, geometry.original_size)
+
+    @property
+    def is_whole(self) -> bool:
+        height, width = self.image_size
+        return self.box == (0, 0, width, height)
+
+
+def masks_of_crop(
+    model: Sam, crop: Crop, clicks: np.ndarray, criteria: Criteria, memory: MaskMemory
+) -> Generator[int, None, MaskData]:
+    """Masks at ``clicks`` [P, 2] in pixels of the crop, best first, on the host and in the frame of the image.
+
+    Yields the number of clicks of each batch when it is done; the generator returns ``iou_preds``,
+    ``stability_score``, ``boxes``, ``points``, ``crop_boxes`` and ``rles``.
+    """
+    prompts = _prompts(model, clicks, crop.embedding.geometry.original_size)
+    waiting = _Waiting(model, crop, memory)
+    tables = [torch.zeros(0, _Columns.COUNT, device=model.device)]
+    for start in range(0, len(prompts), memory.points_at_once):
+        batch = prompts.rows(start, start + memory.points_at_once)
+        table, logits = _candidates(model, crop, batch, criteria)
+        table[:, _Columns.CLICK] += start
+        tables.append(table)
+        waiting.append(logits)
+        yield len(batch)
+    table = torch.cat(tables)
+    order, new = ranked_nms(
+        table[:, _Columns.BOX], table[:, _Columns.IOU], criteria.box_nms_thresh, kernels=model.kernels
+    )
+    ranked = torch.cat([table[order], order[:, None].to(table), new[:, None].to(table)], dim=1).cpu()
+    box = [*crop.box]
+    ranked = ranked[(ranked[:, -1] > 0) & ~ranked[:, _Columns.CLICK].isnan()]
+    return MaskData(
+        iou_preds=ranked[:, _Columns.IOU],
+        stability_score=ranked[:, _Columns.STABILITY],
+        boxes=uncrop_boxes_xyxy(ranked[:, _Columns.BOX].long(), box),
+        points=uncrop_points(torch.as_tensor(clicks)[ranked[:, _Columns.CLICK].long()], box),
+        crop_boxes=torch.tensor([box] * len(ranked), dtype=torch.int64).reshape(-1, 4),
+        rles=waiting.encode(ranked[:, -2].long()),
+    )
+
+
+class _Columns:
+    """Of the table with a row a mask."""
+
+    IOU, STABILITY, BOX, CLICK, COUNT = 0, 1, slice(2, 6), 6, 7
+
+
+def _prompts(model: Sam, clicks: np.ndarray, size: tuple[int, int]) -> PromptBatch:
+    coords = ResizeLongestSide(model.image_encoder.img_size).apply_coords(clicks, size)
+    points = torch.as_tensor(coords)[:, None].to(model.device, non_blocking=True)
+    return PromptBatch.from_tensors((points, torch.ones_like(points[..., 0])), None, None, model.device)
+
+
+def confident_masks(
+    model: Sam, embedding: ImageEmbedding, batch: PromptBatch, iou_threshold: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of three masks a prompt, those of a predicted IoU above a threshold; None takes all.
+
+    The decoder upscales prompts of which a mask is left, and only those. A CPU decides after each chunk, whose image
+    side is in its cache then; elsewhere the host waits once, after the tokens of the whole batch.
+
+    Returns:
+        logits [N, h, w] and predicted IoU [N], fp32 at least, and the prompt of each, [N] int64, in rising order.
+    """
+    size = model.prompts_per_chunk
+    together = size if model.device.type == "cpu" else max(len(batch), 1)
+    found = []
+    for start in range(0, len(batch), together):
+        part = batch.rows(start, start + together)
+        chunks = [model.decode_tokens([embedding], part.rows(at, at + size)) for at in range(0, len(part), size)]
+        iou = torch.cat([chunk.iou for chunk in chunks])[:, MaskDecoder.mask_slice(multimask_output=True)]
+        confident = torch.ones_like(iou, dtype=torch.bool) if iou_threshold is None else iou > iou_threshold
+        chosen = confident.cpu().numpy()
+        logits = []
+        for chunk, choice in zip(chunks, np.split(chosen, range(size, len(chosen), size)), strict=True):
+            rows = np.flatnonzero(choice.any(axis=1))
+            if len(rows):
+                masks = model.decode_masks(chunk, True, _upload(rows, model.device)).flatten(0, 1)
+                logits.append(masks[_upload(np.flatnonzero(choice[rows]), model.device)])
+        if logits:
+            places = np.flatnonzero(chosen)
+            scores = iou.flatten()[_upload(places, model.device)].to(logits[0].dtype)
+            found.append((torch.cat(logits), scores, _upload(start + places // iou.shape[1], model.device)))
+    if not found:
+        side = model.prompt_encoder.mask_input_size
+        none = torch.zeros(0, device=model.device)
+        return none.view(0, *side), none, none.long()
+    logits_of, iou_of, prompts_of = zip(*found, strict=True)
+    return torch.cat(logits_of), torch.cat(iou_of), torch.cat(prompts_of)
+
+
+def _upload(indices: np.ndarray, device: torch.device) -> Tensor:
+    """Without a wait for the device."""
+    return torch.from_numpy(indices).to(device, non_blocking=True)
+
+
+def _candidates(model: Sam, crop: Crop, batch: PromptBatch, criteria: Criteria) -> tuple[Tensor, Tensor]:
+    """The table [N, columns] of confident masks and their logits [N, h, w]."""
+    threshold = criteria.pred_iou_thresh if criteria.pred_iou_thresh > 0 else None
+    logits, iou, clicks = confident_masks(model, crop.embedding, batch, threshold)
+    statistics = mask_statistics(
+        logits,
+        crop.resizing,
+        threshold=model.mask_threshold,
+        offset=criteria.stability_score_offset,
+        kernels=model.kernels,
+    )
+    good = torch.ones_like(clicks, dtype=torch.bool)
+    if criteria.stability_score_thresh > 0:
+        good &= statistics.stability >= criteria.stability_score_thresh
+    if not crop.is_whole:
+        height, width = crop.image_size
+        good &= ~is_box_near_crop_edge(statistics.boxes, [*crop.box], [0, 0, width, height])
+    columns = (iou, statistics.stability, *statistics.boxes.unbind(1), clicks)
+    table = torch.stack([column.to(iou.dtype) for column in columns], dim=1)
+    if table.device.type == "cpu":
+        return table[good], logits[good]
+    # To ask how many are left would be to wait: the others stay as rows of NaN, whose boxes overlap nothing.
+    return table.where(good[:, None], torch.nan), logits
+
+
+class _Waiting:
+    """Logits of masks that wait for the suppression; once there are too many, the runs in their place."""
+
+    def __init__(self, model: Sam, crop: Crop, memory: MaskMemory) -> None:
+        self._model, self._crop, self._memory = model, crop, memory
+        self._parts: list[Tensor | list[dict[str, Any]]] = []
+        self._held = 0
+
+    def append(self, logits: Tensor) -> None:
+        self._parts.append(logits)
+        self._held += logits.nbytes
+        if self._held > self._memory.held_bytes:
+            self._parts = [self._runs(part) if isinstance(part, Tensor) else part for part in self._parts]
+            self._held = 0
+
+    def encode(self, chosen: Tensor) -> list[dict[str, Any]]:
+        """The runs of masks by their number, in the order of appending."""
+        runs: dict[int, dict[str, Any]] = {}
+        start = 0
+        for part in self._parts:
+            rows = chosen[(chosen >= start) & (chosen < start + len(part))] - start
+            found = self._runs(part, rows) if isinstance(part, Tensor) else [part[row] for row in rows.tolist()]
+            runs.update(zip((rows + start).tolist(), found, strict=True))
+            start += len(part)
+        return [runs[number] for number in chosen.tolist()]
+
+    def _runs(self, logits: Tensor, rows: Tensor | None = None) -> list[dict[str, Any]]:
+        rows = torch.arange(len(logits)) if rows is None else rows
+        crop, resizing = self._crop, self._crop.resizing
+        runs = []
+        for some in rows.split(self._memory.masks_at_once):
+            packed = packed_masks(
+                logits[some.to(logits.device, non_blocking=True)],
+                resizing,
+                threshold=self._model.mask_threshold,
+                kernels=self._model.kernels,
+            )
+            runs += rle.encode_packed(packed, resizing.output_size, (crop.box[0], crop.box[1]), crop.image_size)
+        return runs

@@ -1,0 +1,81 @@
+"""How many clicks and masks automatic masks take at a time, from the memory that they may use."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .modeling import Sam
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_USUAL = {"cpu": 2 * 10**9, "cuda": 8 * 10**9}
+_CLICKS_ON_A_GPU = 1024  # of a batch: the usual grid, so that the host waits once for all
+_DECODER_BYTES = 40 * 10**6  # activations of the mask decoder a click, 64 x 64 tokens in fp32 (34 MB measured)
+_FIXED_BYTES = 64 * 10**6  # of the statistics and bits of masks: blocks of a few masks
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes, as a number or with a unit: "500MB", "2 GB", "1.5GiB".
+
+    Raises:
+        ValueError: neither, or not more than 0.
+    """
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", size.lower())
+        if match is None or match[2] not in _UNITS:
+            raise ValueError(f"a size of memory is a number of bytes or a string like '2GB' or '500MiB', got {size!r}")
+        size = int(float(match[1]) * _UNITS[match[2]])
+    if size <= 0:
+        raise ValueError(f"a size of memory must be more than 0 bytes, got {size}")
+    return size
+
+
+@dataclass(frozen=True)
+class MaskMemory:
+    """A plan that keeps within a budget: half for logits that wait, a quarter each for decoding and for encoding.
+
+    Attributes:
+        points_at_once: clicks decoded together.
+        masks_at_once: masks of full size, in bits, that exist at a time.
+        held_bytes: logits of low resolution that wait for the end of the suppression.
+    """
+
+    points_at_once: int
+    masks_at_once: int
+    held_bytes: int
+
+    @classmethod
+    def plan(cls, model: Sam, size: tuple[int, int], points_per_batch: int, max_memory: int | None) -> MaskMemory:
+        """For masks of ``size`` (height, width).
+
+        Raises:
+            ValueError: a single click or mask needs more than ``max_memory``.
+        """
+        low_height, low_width = model.prompt_encoder.mask_input_size
+        grid_height, grid_width = model.prompt_encoder.image_embedding_size
+        tokens, logits = grid_height * grid_width, 4 * low_height * low_width
+        # The logits of a click's three masks exist three times: in the decoder's chunk, joined, and filtered.
+        chunk_click = _DECODER_BYTES * tokens // 4096 + 9 * logits
+        # Beyond a chunk, more clicks only add their logits, on a GPU their image side too.
+        on_cpu = model.device.type == "cpu"
+        more_click = 9 * logits + (0 if on_cpu else 4 * tokens * model.prompt_encoder.embed_dim)
+        # The words of a mask are compared with their neighbours; its logits are stacked.
+        mask = 6 * 4 * size[1] * (size[0] // 32 + 2) + logits
+        budget = _USUAL.get(model.device.type, _USUAL["cpu"]) if max_memory is None else max_memory
+        share = (budget - _FIXED_BYTES) // 4
+        needed = _FIXED_BYTES + 4 * max(chunk_click, mask)
+        if max_memory is not None and max_memory < needed:
+            raise ValueError(
+                f"max_memory of {max_memory / 1e6:.0f} MB is too little for masks of {size[0]}x{size[1]} "
+                f"(height x width): at least {needed / 1e6:.0f} MB are needed to take them one by one"
+            )
+        points = points_per_batch if on_cpu else max(points_per_batch, _CLICKS_ON_A_GPU)
+        if max_memory is not None:
+            chunk = min(share // chunk_click, model.prompts_per_chunk)
+            room = share - chunk * chunk_click
+            points = min(points, chunk + (room // more_click if chunk == model.prompts_per_chunk else 0))
+        return cls(
+            points_at_once=points,
+            masks_at_once=max(1, min(64, share // mask) if on_cpu else share // mask),
+            held_bytes=max(0, 2 * share),
+        )

@@ -1,0 +1,231 @@
+"""Whether this model on this machine computes what the paper's formulas say: :func:`verify`.
+
+Every operation gets the same input three times: as the model runs it, in plain PyTorch in the model's dtype (the noise
+floor), and in plain PyTorch in fp64 (the truth). It may be twice as far from the truth as plain PyTorch is, and one
+rounding: the rule of flash-attention's tests. The whole way from image to masks is held to the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .embedding import ImageEmbedding
+from .modeling import Sam
+from .modeling.common import is_ours
+from .modeling.image_encoder import Block, ImageEncoderViT
+from .modeling.mask_decoder import DecodedPrompts, MaskDecoder
+from .prompts import Prompt, ragged_chunks
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        operation: what was compared.
+        case: on what.
+        error: relative L2 distance from the truth in fp64.
+        noise: that of plain PyTorch in the model's dtype.
+        budget: what ``error`` may be.
+        mask_iou: the least IoU with the masks of the truth, where the result is masks.
+    """
+
+    operation: str
+    case: str
+    error: float
+    noise: float
+    budget: float
+    mask_iou: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.budget
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+
+@dataclass(frozen=True)
+class _Models:
+    """The model as it is, and two without anything kept or fused: in its dtype, and in fp64."""
+
+    ours: Sam
+    plain: Sam
+    truth: Sam
+
+    def compare(
+        self,
+        operation: str,
+        case: str,
+        run: Callable[[Sam], Tensor],
+        masks: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Check:
+        """``run`` on each of them; ``dtype`` is that of the arithmetic where it is not the model's."""
+        found, plain, truth = (run(model).double() for model in (self.ours, self.plain, self.truth))
+        error, noise = _distance(found, truth), _distance(plain, truth)
+        rounding = torch.finfo(dtype or self.ours.dtype).eps
+        budget = 2 * noise + max(rounding, torch.finfo(torch.float32).eps)
+        return Check(operation, case, error, noise, budget, _least_iou(found, truth) if masks else None)
+
+
+@torch.no_grad()
+def verify(model: Sam, image: np.ndarray | None = None) -> Iterator[Check]:
+    """Hold every operation of a model, and the whole of it, against plain PyTorch in fp64; yields as it goes.
+
+    The model is taken as it is, with the weights it has packed, folded or kept: what is wrong in them shows. It takes
+    three copies of the weights, one of them in fp64, on the model's device.
+
+    Args:
+        image: [H, W, 3] uint8 RGB; None draws one.
+
+    Yields:
+        checks; the model is right where all have ``passed``.
+    """
+    plain = copy.deepcopy(model)  # without what the model derived from its weights
+    plain.kernels = "reference"
+    models = _Models(model, plain, copy.deepcopy(plain).double())
+    image = drawn_image(model.image_encoder.img_size) if image is None else image
+    embedding = models.truth.encode(image)
+    yield from _encoder_checks(models, image)
+    yield from _decoder_checks(models, embedding)
+    found = {id(m): m.encode(image) for m in (models.ours, models.plain, models.truth)}
+    yield models.compare("image encoder", "whole", lambda m: found[id(m)].features)
+    for case, prompts in _prompts(embedding).items():
+
+        def logits(m: Sam, prompts: Sequence[Prompt] = prompts) -> Tensor:
+            return m.predict(found[id(m)], prompts).low_res_logits
+
+        yield models.compare("image to masks", case, logits, masks=True)
+
+
+def _encoder_checks(models: _Models, image: np.ndarray) -> Iterator[Check]:
+    """What each block adds to its input, which is the truth's."""
+    encoders = [m.image_encoder for m in (models.ours, models.plain, models.truth)]
+    if not all(is_ours(encoder, ImageEncoderViT) for encoder in encoders):
+        return  # a stand-in has no blocks of ours; it is part of the whole
+    x = _block_inputs(models.truth, image)
+    for index in range(len(encoders[0].blocks)):
+        blocks = {id(m): m.image_encoder.blocks[index] for m in (models.ours, models.plain, models.truth)}
+        if not all(is_ours(block, Block) for block in blocks.values()):
+            return
+        window = blocks[id(models.truth)].window_size
+        case = f"block {index}, {f'windows of {window}' if window else 'global'}"
+
+        def attention(m: Sam, x: Tensor = x, blocks: dict[int, Any] = blocks) -> Tensor:
+            block = blocks[id(m)]
+            return block.attend(block.norm1(x.to(m.dtype)), m.kernels)
+
+        def added(m: Sam, x: Tensor = x, blocks: dict[int, Any] = blocks) -> Tensor:
+            narrow = x.to(m.dtype)
+            return _run_block(blocks[id(m)], narrow, m.kernels).double() - narrow.double()
+
+        yield models.compare("rel_pos_attention", case, attention)
+        yield models.compare("encoder block", case, added)
+        x = _run_block(blocks[id(models.truth)], x, "reference")
+
+
+def _block_inputs(model: Sam, image: np.ndarray) -> Tensor:
+    """What the first block of the encoder reads, [1, H, W, C]."""
+    seen: list[Tensor] = []
+    hook = model.image_encoder.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        model.encode(image)
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+def _run_block(block: Any, x: Tensor, kernels: str) -> Tensor:
+    return block(x.clone(), kernels)
+
+
+def _decoder_checks(models: _Models, embedding: ImageEmbedding) -> Iterator[Check]:
+    yield models.compare(
+        "positional encoding", "image grid", lambda m: m.prompt_encoder.get_dense_pe(), dtype=torch.float32
+    )
+    yield models.compare("image side of block 0", "kept for an image", lambda m: _image_side(m, embedding))
+    scores: dict[int, list[Tensor]] = {}
+    for case, prompts in _prompts(embedding).items():
+        decoded = {id(m): _decode_tokens(m, embedding, prompts) for m in (models.ours, models.plain, models.truth)}
+
+        def keys(m: Sam, decoded: dict[int, DecodedPrompts] = decoded) -> Tensor:
+            return decoded[id(m)].keys
+
+        def tokens(m: Sam, decoded: dict[int, DecodedPrompts] = decoded) -> Tensor:
+            return decoded[id(m)].mask_tokens
+
+        def masks(m: Sam, decoded: dict[int, DecodedPrompts] = decoded) -> Tensor:
+            given = decoded[id(models.truth)]
+            narrow = DecodedPrompts(given.keys.to(m.dtype), given.mask_tokens.to(m.dtype), given.iou, given.grid)
+            return m.mask_decoder.decode_masks(narrow, MaskDecoder.mask_slice(True), kernels=m.kernels)
+
+        yield models.compare("two-way attention, image tokens", case, keys)
+        yield models.compare("two-way attention, mask tokens", case, tokens)
+        for m, of_case in decoded.items():
+            scores.setdefault(m, []).append(of_case.iou)
+        yield models.compare("hypernetwork_masks", case, masks, masks=True)
+    # Of all cases together: a few numbers are too few to tell noise from error.
+    yield models.compare("predicted IoU", "all prompts", lambda m: torch.cat(scores[id(m)]))
+
+
+def _image_side(model: Sam, embedding: ImageEmbedding) -> Tensor:
+    narrow = embedding.features.to(model.dtype)
+    no_mask = model.prompt_encoder.no_mask_embed.weight
+    side = model.mask_decoder.share_image_side(narrow, model.prompt_encoder.get_dense_pe(), no_mask)
+    return torch.cat([side.keys, side.k, side.v, side.q], dim=-1)
+
+
+def _decode_tokens(model: Sam, embedding: ImageEmbedding, prompts: Sequence[Prompt]) -> DecodedPrompts:
+    narrow = ImageEmbedding(embedding.features.to(model.dtype), embedding.geometry)
+    [chunk] = ragged_chunks([prompts], [narrow.geometry], model.device, len(prompts))
+    return model.decode_tokens([narrow], chunk.batch)
+
+
+def _prompts(embedding: ImageEmbedding) -> dict[str, list[Prompt]]:
+    """One list for each way through the decoder."""
+    height, width = embedding.geometry.original_size
+    rng = np.random.default_rng(0)
+    many = rng.uniform((0, 0), (width, height), (20, 2))
+    labels = np.arange(20) % 2
+    box = np.array([0.2 * width, 0.2 * height, 0.7 * width, 0.8 * height])
+    side = 4 * embedding.features.shape[-1]
+    row, column = np.mgrid[:side, :side] / side
+    drawn = 10 * np.sin(7 * row) * np.cos(5 * column)
+    return {
+        "clicks": [Prompt([point], [1]) for point in many[:3]],
+        "box and points": [Prompt(many[:4], labels[:4], box), Prompt(box=box)],
+        "20 points": [Prompt(many, labels)],
+        "mask input": [Prompt(many[:2], labels[:2], mask_input=drawn[None])],
+    }
+
+
+def drawn_image(side: int) -> np.ndarray:
+    """A landscape of soft shapes, [H, W, 3] uint8, the same everywhere."""
+    rng = np.random.default_rng(0)
+    row, column = np.mgrid[: 3 * side // 4, :side] / side
+    image = np.stack([60 + 80 * row, 90 + 60 * column, 120 - 40 * row], axis=-1)
+    for _ in range(12):
+        y, x, radius = rng.uniform((0, 0, 0.04), (0.75, 1, 0.2))
+        inside = 1 / (1 + np.exp(40 * (np.hypot(row - y, column - x) / radius - 1)))
+        image += inside[..., None] * (rng.uniform(0, 255, 3) - image)
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def _distance(some: Tensor, truth: Tensor) -> float:
+    error = float((some - truth).norm() / truth.norm())
+    return error if error == error else float("inf")  # NaN differs from itself
+
+
+def _least_iou(some: Tensor, truth: Tensor) -> float:
+    """Of the masks [P, M, h, w]; two empty masks agree."""
+    a, b = some > 0, truth > 0
+    union = (a | b).sum((-1, -2))
+    return float(torch.where(union > 0, (a & b).sum((-1, -2)) / union.clamp(min=1), 1.0).min())

@@ -1,0 +1,168 @@
+"""``python -m sam auto``: what it writes, what it skips, what it reports."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import coins
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco
+
+import sam
+from sam import SamAutomaticMaskGenerator
+from sam.automatic_mask_generator import NANO_THRESHOLDS
+from sam.cli import auto, main
+
+QUICK = ("--image-size", "256", "--points-per-side", "5", "--pred-iou-thresh", "0.5", "--stability-score-thresh", "0.6")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two photographs of one stem, a text and a damaged image."""
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.fromarray(coins.photograph()[:120, :150]).save(images / "a.png")
+    Image.fromarray(coins.photograph()[100:200, :140]).save(images / "a.jpg", quality=95)
+    (images / "notes.txt").write_text("not an image")
+    return images
+
+
+def run(*arguments: object) -> int:
+    return main(["auto", *map(str, arguments), *QUICK])
+
+
+def test_png(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run(folder, "--out", out, "--overlay") == 0
+    assert {path.name for path in out.iterdir()} == {"a.png", "a.jpg", "a.png_overlay.png", "a.jpg_overlay.png"}
+    assert "2 images, " in capsys.readouterr().out
+    with open(out / "a.png" / "metadata.csv", newline="") as file:
+        header, *rows = list(csv.reader(file))
+    assert header == [
+        "id", "area", "bbox_x0", "bbox_y0", "bbox_w", "bbox_h", "point_input_x", "point_input_y", "predicted_iou",
+        "stability_score", "crop_box_x0", "crop_box_y0", "crop_box_w", "crop_box_h",
+    ]  # fmt: skip
+    model = sam.load_model(device="cpu", image_size=256)
+    records = SamAutomaticMaskGenerator(model, 5, pred_iou_thresh=0.5, stability_score_thresh=0.6).generate(
+        np.array(Image.open(folder / "a.png"))
+    )
+    assert len(rows) == len(records) > 3
+    for row, record in zip(rows, records, strict=True):
+        mask = np.array(Image.open(out / "a.png" / f"{row[0]}.png"))
+        np.testing.assert_array_equal(mask, record["segmentation"] * np.uint8(255))
+        assert int(row[1]) == record["area"]
+        numbers = [*record["bbox"], *record["point_coords"][0], record["predicted_iou"], record["stability_score"]]
+        assert [float(cell) for cell in row[2:10]] == pytest.approx(numbers)
+        assert row[10:] == ["0", "0", "150", "120"]
+    with Image.open(out / "a.png_overlay.png") as overlay:
+        assert overlay.size == (150, 120)
+
+
+def test_coco(folder: Path, tmp_path: Path) -> None:
+    """``--convert-to-rle`` and ``--output`` are the official script's names."""
+    for options in (("--format", "coco", "--out"), ("--convert-to-rle", "--output")):
+        out = tmp_path / options[0]
+        assert run(folder / "a.png", *options, out) == 0
+        assert [path.name for path in out.iterdir()] == ["a.json"]
+        records = json.loads((out / "a.json").read_text())
+        assert records
+        for record in records:
+            mask = coco.decode(record["segmentation"])
+            assert mask.shape == (120, 150)
+            assert mask.sum() == record["area"]
+
+
+def test_what_is_finished_is_skipped(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run(folder, "--out", out) == 0
+    finished = out / "a.png" / "metadata.csv"
+    before = finished.stat().st_mtime_ns
+    # What a run that was killed leaves: a folder under a name of its own. A folder without its table is not whole.
+    (out / ".a.jpg.partial").mkdir()
+    (out / "a.jpg" / "metadata.csv").unlink()
+    capsys.readouterr()
+    assert run(folder, "--out", out) == 0
+    said = capsys.readouterr().out
+    assert "skipped 1" in said
+    assert "1 images, " in said
+    assert finished.stat().st_mtime_ns == before
+    assert (out / "a.jpg" / "metadata.csv").is_file()
+    assert not (out / ".a.jpg.partial").exists()
+    assert run(folder, "--out", out) == 0
+    assert "skipped 2" in capsys.readouterr().out
+    assert run(folder, "--out", out, "--force") == 0
+    assert finished.stat().st_mtime_ns > before
+
+
+def test_nothing_half_written_is_left(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk is full at the third mask."""
+    save = Image.Image.save
+
+    def full(self: Image.Image, path: Path, *arguments: object) -> None:
+        if Path(path).name == "2.png":
+            raise OSError(28, "No space left on device")
+        save(self, path, *arguments)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    out = tmp_path / "out"
+    assert run(folder / "a.png", "--out", out) == 1
+    assert list(out.iterdir()) == []
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_broken_image_is_reported_and_the_rest_go_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "0.png").write_bytes((folder / "a.png").read_bytes()[:3000])
+    out = tmp_path / "out"
+    assert run(folder, "--out", out, "--format", "coco") == 1
+    captured = capsys.readouterr()
+    assert "0.png" in captured.err
+    assert "damaged" in captured.err
+    assert "2 images, " in captured.out
+    assert "1 failed" in captured.out
+    assert {path.name for path in out.iterdir()} == {"a.png.json", "a.jpg.json"}
+
+
+def test_bad_arguments(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for source, out, message in (
+        (tmp_path / "none", tmp_path, "no such image or folder"),
+        (empty, tmp_path, "no images in"),
+        (folder, folder, "--out must be another folder"),
+    ):
+        assert run(source, "--out", out) == 2
+        assert message in capsys.readouterr().err
+    assert run(folder, "--out", tmp_path / "out", "--max-memory", "much") == 2
+    assert "got 'much'" in capsys.readouterr().err
+
+
+def test_the_help_tells_the_defaults_of_nano(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["auto", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name in NANO_THRESHOLDS:
+        assert f"--{name.replace('_', '-')}" in text
+    assert f"(default: 0.88; {NANO_THRESHOLDS['pred_iou_thresh']:g} for the embedded nano)" in text
+    assert "SAM's thresholds" in text
+
+
+def test_the_defaults_of_nano_are_used(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def watched(model: sam.Sam, **arguments: object) -> SamAutomaticMaskGenerator:
+        seen.update(arguments)
+        return SamAutomaticMaskGenerator(model, 2)
+
+    monkeypatch.setattr(auto, "SamAutomaticMaskGenerator", watched)
+    main(["auto", str(folder / "a.png"), "--out", str(tmp_path / "out"), "--format", "coco", "--box-nms-thresh", "0.5"])
+    assert {name: seen[name] for name in NANO_THRESHOLDS} == NANO_THRESHOLDS
+    assert seen["box_nms_thresh"] == 0.5
+    assert seen["points_per_side"] == 32

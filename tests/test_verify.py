@@ -1,0 +1,132 @@
+"""``verify``: right models pass; a derived weight that was corrupted is found, and its operation named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import TINY, random_model
+
+import sam
+from sam import Sam
+from sam.cli import main
+from sam.verify import drawn_image, verify
+
+
+def failed(model: Sam) -> set[str]:
+    return {check.operation for check in verify(model) if not check.passed}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_a_right_model_passes(kernels: str, dtype: torch.dtype) -> None:
+    model = random_model(TINY).to(dtype=dtype)
+    model.kernels = kernels
+    checks = list(verify(model))
+    assert not [check for check in checks if not check.passed]
+    names = {check.operation for check in checks}
+    assert {"rel_pos_attention", "two-way attention, image tokens", "hypernetwork_masks", "image to masks"} <= names
+    assert all(check.mask_iou is not None for check in checks if check.operation == "image to masks")
+
+
+def corrupt(owner: torch.nn.Module, name: str) -> None:
+    """The first row of what ``owner`` keeps under ``name``."""
+    kept = owner._derived[name][1]  # type: ignore[operator,index]
+    while not isinstance(kept, torch.Tensor):
+        kept = kept[0]
+    kept[0] += 3
+
+
+def in_upscaling(model: Sam) -> None:
+    corrupt(model.mask_decoder, "upscaling")
+
+
+def in_hypernetworks(model: Sam) -> None:
+    corrupt(model.mask_decoder, "hypernetworks 1:None")
+
+
+def in_positions(model: Sam) -> None:
+    corrupt(model.prompt_encoder, "dense_pe")
+
+
+def in_relative_positions(model: Sam) -> None:
+    [name] = model.image_encoder.blocks[0].attn._derived  # type: ignore[union-attr]
+    corrupt(model.image_encoder.blocks[0].attn, name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("corrupting", "operation"),
+    [
+        (in_upscaling, "hypernetwork_masks"),
+        (in_hypernetworks, "hypernetwork_masks"),
+        (in_positions, "positional encoding"),
+        (in_relative_positions, "rel_pos_attention"),
+    ],
+)
+def test_what_is_kept_is_checked(corrupting: Callable[[Sam], None], operation: str) -> None:
+    """The weights are right; what was made of them is not."""
+    model = random_model(TINY)
+    attention = model.image_encoder.blocks[0].attn
+    table = attention.rel_pos_h  # of a fine-tune with other windows: resized once, then kept
+    attention.rel_pos_h = torch.nn.Parameter(torch.cat([table, table[-2:]]), requires_grad=False)  # type: ignore
+    model.predict(model.encode(drawn_image(128)), [sam.Prompt(), sam.Prompt([(9, 9)], [1])])
+    corrupting(model)
+    assert operation in failed(model)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, out = tmp_path / "tiny.safetensors", tmp_path / "checks.json"
+    sam.save_checkpoint(random_model(TINY), path)
+    assert main(["verify", str(path), "--device", "cpu", "--json", str(out)]) == 0
+    document = json.loads(out.read_text())
+    assert document["passed"] is True
+    assert f"all {len(document['checks'])} checks within budget" in capsys.readouterr().out
+
+    def corrupted(args: object) -> Sam:
+        model = sam.load_model(path, device="cpu")
+        model.predict(model.encode(drawn_image(128)), [sam.Prompt()])
+        in_upscaling(model)
+        return model
+
+    monkeypatch.setattr("sam.cli.verify.model_from", corrupted)
+    assert main(["verify", str(path), "--json", str(out)]) == 1
+    assert "checks over budget: hypernetwork_masks" in capsys.readouterr().err
+    document = json.loads(out.read_text())
+    assert document["passed"] is False
+    assert {check["operation"] for check in document["checks"] if not check["passed"]} >= {"hypernetwork_masks"}
+
+
+def test_an_encoder_that_is_not_ours_is_a_part_of_the_whole() -> None:
+    class Foreign(torch.nn.Module):
+        img_size = 128
+
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)
+
+    model = random_model(TINY)
+    model.image_encoder = Foreign(model.image_encoder)  # type: ignore[assignment]
+    names = [check.operation for check in verify(model, drawn_image(128))]
+    assert "rel_pos_attention" not in names
+    assert "image encoder" in names
+
+
+def test_the_drawn_image_is_the_same_everywhere() -> None:
+    image = drawn_image(128)
+    assert image.shape == (96, 128, 3)
+    assert image.dtype == np.uint8
+    assert len(np.unique(image)) > 100
+    assert np.array_equal(image, drawn_image(128))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_nano_from_the_command_line(dtype: str) -> None:
+    assert main(["verify", "--device", "cpu", "--dtype", dtype]) == 0
