@@ -43,17 +43,29 @@ class Gate:
         self.decoded: list[int] = []
         self.faults: list[BaseException] = []
         self.shortage_above: int | None = None
-        encode, decode = model.encode, model.decode
+        encode, decode, decode_tokens = model.encode, model.decode, model.decode_tokens
+        inside = False  # of decode, which asks decode_tokens for chunks of its own
 
         def gated_encode(images: Any, batch_size: int | None = None) -> Any:
             self._pass(self.encoded, len(images))
             return encode(images, batch_size)
 
         def gated_decode(embeddings: Any, batch: Any, multimask_output: bool) -> Any:
+            nonlocal inside
             self._pass(self.decoded, len(batch))
-            return decode(embeddings, batch, multimask_output)
+            inside = True
+            try:
+                return decode(embeddings, batch, multimask_output)
+            finally:
+                inside = False
+
+        def gated_decode_tokens(embeddings: Any, batch: Any) -> Any:
+            if not inside:
+                self._pass(self.decoded, len(batch))
+            return decode_tokens(embeddings, batch)
 
         model.encode = gated_encode  # type: ignore[method-assign,assignment]
+        model.decode_tokens = gated_decode_tokens  # type: ignore[method-assign]
         model.decode = gated_decode  # type: ignore[method-assign]
 
     def _pass(self, passes: list[int], size: int) -> None:
@@ -400,12 +412,12 @@ def test_out_of_memory_halves_the_batch_once(engine_of: Callable[..., Engine], g
 
 
 def test_out_of_memory_in_everything_starts_once_more_with_half(engine_of: Callable[..., Engine], gate: Gate) -> None:
-    engine = engine_of(max_batch=8)
+    engine = engine_of(max_batch=4)
     gate.open.set()
-    gate.shortage_above = 4
-    options = AutomaticOptions(points_per_side=4)
+    gate.shortage_above = 2
+    options = AutomaticOptions(points_per_side=2)
     engine.automatic(random_image(8, 8), options).result(SECONDS)
-    assert gate.decoded == [8, 4, 4, 4, 4]
+    assert gate.decoded == [4, 2, 2]
     gate.shortage_above = 1
     with pytest.raises(OutOfMemoryError):
         engine.automatic(random_image(8, 8), options).result(SECONDS)

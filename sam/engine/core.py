@@ -13,6 +13,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from fastsam_kernels import Resizing, packed_masks
 
 from .. import preprocess, rle
 from ..automatic_mask_generator import SamAutomaticMaskGenerator
@@ -82,7 +85,7 @@ class Engine:
         self.deadline = deadline
         on_cpu = model.device.type == "cpu"
         self.max_images = max_images or (1 if on_cpu else 8)
-        self._batch_pixels = 2**24 if on_cpu else 2**28
+        self._batch_pixels = 2**27 if on_cpu else 2**30
         self.failure: BaseException | None = None
         self.on_failure = on_failure
         self._model_hash = model.model_hash
@@ -180,7 +183,7 @@ class Engine:
         self, image: np.ndarray | PreparedImage | ImageEmbedding
     ) -> tuple[str | None, PreparedImage | None, ImageEmbedding | None]:
         if isinstance(image, ImageEmbedding):
-            self.model._check_embedding(image)
+            self.model.check_embedding(image)
             return None, None, image
         prepared = image if isinstance(image, PreparedImage) else self.prepare(image)
         return prepared.key, prepared, None
@@ -341,20 +344,32 @@ class Engine:
             asked.setdefault(job, []).append(job.prompts[place])
         embeddings = [job.embedding for job in asked if job.embedding is not None]
         geometries = [embedding.geometry for embedding in embeddings]
+        geometry_of = [job.embedding.geometry for job, _ in pieces if job.embedding is not None]
         results: list[PromptMasks | None] = [None] * len(pieces)
         chunks = ragged_chunks(list(asked.values()), geometries, self.model.device, self.max_batch)
         multimask = pieces[0][0].multimask_output
         for chunk in chunks:
             logits, iou = self.model.decode(embeddings, chunk.batch, multimask)
             scores = iou.float().cpu().numpy()
+            rles = self._rles(logits, [geometry_of[place] for place in chunk.places])
             for row, place in enumerate(chunk.places):
-                job = pieces[place][0]
-                assert job.embedding is not None
-                # One prompt's masks at a time: at 50 megapixels each of them takes 200 MB as logits.
-                masks = self.model.masks(logits[row : row + 1], job.embedding.geometry, return_logits=False)
-                kept = logits[row].float().cpu().numpy().copy() if job.keep_logits else None
-                results[place] = PromptMasks(rle.encode(masks[0]), scores[row], kept)
+                kept = logits[row].float().cpu().numpy().copy() if pieces[place][0].keep_logits else None
+                results[place] = PromptMasks(rles[row], scores[row], kept)
         return [result for result in results if result is not None]
+
+    def _rles(self, logits: Tensor, geometries: list[ImageGeometry]) -> list[list[dict[str, Any]]]:
+        """Those of each prompt's masks, prompts of images of one size together; never as pixels, only as bits."""
+        rles: list[list[dict[str, Any]]] = [[] for _ in geometries]
+        for geometry in dict.fromkeys(geometries):
+            rows = [row for row, other in enumerate(geometries) if other == geometry]
+            resizing = Resizing(geometry.image_size, geometry.input_size, geometry.original_size)
+            packed = packed_masks(
+                logits[rows].flatten(0, 1), resizing, threshold=self.model.mask_threshold, kernels=self.model.kernels
+            )
+            encoded = rle.encode_packed(packed, geometry.original_size)
+            for place, row in enumerate(rows):
+                rles[row] = encoded[place * logits.shape[1] : (place + 1) * logits.shape[1]]
+        return rles
 
     def _automatic(self, jobs: list[AutomaticJob]) -> None:
         (job,) = jobs
