@@ -58,8 +58,8 @@ def run(seconds: float, rounds: int, clients: int, checkpoint: str | None, json_
     rows, shares = [], []
     with Engine(model, deadline=_PATIENCE) as engine, _Server(checkpoint) as server:
         embedding = engine.embed(image).result()
-        prompts = [Prompt([_CLICK], [1])]
-        ask_engine = lambda: engine.segment(embedding, prompts, keep_logits=True).result()  # noqa: E731
+        asked = [Prompt([_CLICK], [1])]
+        ask_engine = lambda: engine.segment(embedding, asked, keep_logits=True).result()  # noqa: E731
         for turn in range(1, rounds + 1):  # in turn, so that a drifting machine drifts for both
             both = [
                 _closed(f"{name}, {clients} clients, closed loop, round {turn}", make, seconds, clients)
@@ -71,13 +71,10 @@ def run(seconds: float, rounds: int, clients: int, checkpoint: str | None, json_
         for part in (0.5, 0.8):
             name = f"service, open loop at {part:.0%} of its throughput"
             rows.append(_open(name, lambda: server.click(image), seconds, part * capacity))
-        click = server.click(image)
-        rows.append(_closed("service, one client", lambda: click, seconds, 1))
-        for name, huge in (
-            ("1,024 prompts", server.click(image, prompts=1024)),
-            ("8 prompts on 50 megapixels", server.click(large, prompts=8)),
-        ):
-            rows.append(_beside(f"service, one client beside {name}", huge, click, seconds))
+        rows.append(_closed("service, one client", lambda: server.click(image), seconds, 1))
+        for name, on, prompts in (("1,024 prompts", image, 1024), ("8 prompts on 50 megapixels", large, 8)):
+            huge = server.click(on, prompts)
+            rows.append(_beside(f"service, one client beside {name}", huge, lambda: server.click(image), seconds))
     print(describe(provenance()))
     print(f"\n{'':<56}{'requests':>9}{'failed':>8}{'per s':>9}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}")
     for row in rows:
@@ -193,7 +190,7 @@ def _open(name: str, make: Callable[[], Callable[[], Any]], seconds: float, rate
     return _load(name, latencies, len(failures), time.perf_counter() - start)
 
 
-def _beside(name: str, huge: Callable[[], Any], click: Callable[[], Any], seconds: float) -> Load:
+def _beside(name: str, huge: Callable[[], Any], make: Callable[[], Callable[[], Any]], seconds: float) -> Load:
     """One click after another while huge requests are under way all the time."""
     stop = threading.Event()
 
@@ -204,7 +201,7 @@ def _beside(name: str, huge: Callable[[], Any], click: Callable[[], Any], second
     background = threading.Thread(target=keep_asking)
     background.start()
     time.sleep(0.5)
-    row = _closed(name, lambda: click, seconds, 1)
+    row = _closed(name, make, seconds, 1)
     stop.set()
     background.join()
     return row
