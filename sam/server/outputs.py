@@ -16,11 +16,12 @@ from ..polygons import multipolygon
 from .errors import ApiError
 
 
-def segmentation(encoded: dict[str, Any], output: str) -> dict[str, Any]:
-    """COCO's compressed RLE, or a multipolygon."""
+def segmentations(encoded: Sequence[dict[str, Any]], output: str) -> list[dict[str, Any]]:
+    """COCO's compressed RLEs, or multipolygons."""
     if output == "polygons":
-        return multipolygon(rle.decode(encoded))
-    return {"size": encoded["size"], "counts": rle.compress(encoded["counts"])}
+        return [multipolygon(rle.decode(one)) for one in encoded]
+    strings = rle.compress_all([one["counts"] for one in encoded])
+    return [{"size": one["size"], "counts": string} for one, string in zip(encoded, strings, strict=True)]
 
 
 def prompt_records(
@@ -34,12 +35,14 @@ def prompt_records(
             "best": answer.best,
             "masks": [
                 {
-                    "segmentation": segmentation(encoded, output),
+                    "segmentation": segmentation,
                     "area": rle.area(encoded),
                     "bbox": bounding_box(encoded),
                     "predicted_iou": float(score),
                 }
-                for encoded, score in zip(answer.rles, answer.predicted_iou, strict=True)
+                for encoded, segmentation, score in zip(
+                    answer.rles, segmentations(answer.rles, output), answer.predicted_iou, strict=True
+                )
             ],
         }
         for answer in answers
@@ -55,10 +58,12 @@ def automatic_records(
     return [
         {
             **record,
-            "segmentation": segmentation(record["segmentation"], output),
+            "segmentation": segmentation,
             "stability_score": None if math.isnan(record["stability_score"]) else record["stability_score"],
         }
-        for record in records
+        for record, segmentation in zip(
+            records, segmentations([record["segmentation"] for record in records], output), strict=True
+        )
     ]
 
 
