@@ -101,8 +101,8 @@ def serve(engine: Engine, settings: Settings) -> int:
         logger.setLevel(logging.INFO if name == "sam.server" else logging.WARNING)
     app = create_app(engine, settings)
     config = uvicorn.Config(
-        app, settings.host, settings.port, log_config=None, access_log=False, server_header=False, proxy_headers=False, http="h11",
-        ws="none", loop="asyncio", timeout_keep_alive=15, timeout_graceful_shutdown=3,
+        app, settings.host, settings.port, log_config=None, access_log=False, server_header=False, proxy_headers=False,
+        http="h11", ws="none", loop="asyncio", timeout_keep_alive=15, timeout_graceful_shutdown=3,
     )  # fmt: skip
     server = _Server(config, app.state.service)
     try:
