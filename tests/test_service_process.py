@@ -114,6 +114,12 @@ def test_client_lines_of_the_readme(server: Server, readme: str) -> None:
     assert isinstance(scope["everything"], list)
 
 
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_threads_of_openmp_do_not_spin(server: Server) -> None:
+    """They would take time from those that read and write requests."""
+    assert b"OMP_WAIT_POLICY=PASSIVE" in Path(f"/proc/{server.process.pid}/environ").read_bytes().split(b"\0")
+
+
 def test_the_log_is_json_with_request_ids(server: Server) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)
     connection.request("GET", "/v2/health/live?x=1", headers={"X-Request-ID": "find-me"})

@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A command that could do a part of its work only returns 1.
     """
     args = build_parser().parse_args(arguments)
+    if arguments is None and hasattr(args, "prepare"):
+        args.prepare()
     try:
         status = args.run(args)
     except (ValueError, TypeError, OSError, ImportError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from typing import Any
 
 from .options import add_model_options, add_traceback_option, model_from
@@ -23,7 +24,18 @@ def add_parser(commands: Any) -> None:
     )
     add_model_options(parser)
     add_traceback_option(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, prepare=wait_passively)
+
+
+def wait_passively() -> None:
+    """Start this process anew with OpenMP threads that sleep while they wait, unless the user chose otherwise.
+
+    By default they spin, which takes time from those that read and write requests: on two busy cores the service
+    answered 0.16 to 0.92 of what the engine answers without it, and 0.90 to 1.05 so. It is read when torch is loaded.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def run(args: argparse.Namespace) -> int:
