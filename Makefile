@@ -7,10 +7,14 @@ OUT ?= out/gpu
 BIN := .venv/bin
 SOURCES := sam fastsam_kernels benchmarks tests
 
-.PHONY: demo test test-all test-oracles bench compile-report gpu-test gpu-bench lint format clean
+.PHONY: demo serve test test-all test-oracles test-page test-soak bench bench-service compile-report gpu-test gpu-bench \
+	lint format clean
 
 demo: .venv/.demo
 	$(BIN)/python -m sam demo
+
+serve: .venv/.serve
+	$(BIN)/python -m sam serve
 
 test: .venv/.test
 	$(BIN)/python -m pytest -m "not slow"
@@ -18,12 +22,21 @@ test: .venv/.test
 test-all: .venv/.test
 	$(BIN)/python -m pytest
 
+test-page: .venv/.test
+	$(BIN)/python -m pytest -s -m browser
+
+test-soak: .venv/.test
+	$(BIN)/python -m pytest -s -m soak
+
 test-oracles: .venv/.test
 	$(BIN)/python -m pytest --hypothesis-profile=oracles tests/test_rle.py tests/kernels/test_nms.py \
 		tests/kernels/test_connected_components.py
 
 bench: .venv/.test
 	$(BIN)/python -m benchmarks all
+
+bench-service: .venv/.test
+	$(BIN)/python -m benchmarks service
 
 compile-report: .venv/.test
 	$(BIN)/python -m benchmarks compile-report --write

@@ -50,6 +50,13 @@ def build_parser() -> argparse.ArgumentParser:
     plot.add_argument("results", type=Path, nargs="?", default=RESULTS / "cpu.json", help="(default: %(default)s)")
     plot.add_argument("--out", type=Path, help="(default: beside the results)")
 
+    service = commands.add_parser("service", help="the HTTP service under load, beside the engine without HTTP")
+    service.add_argument("--clients", type=int, default=48, help="of the closed loop (default: 48)")
+    service.add_argument("--rounds", type=int, default=3, help="of engine and service in turn (default: 3)")
+    service.add_argument("--seconds", type=float, default=20.0, help="a load (default: 20)")
+    service.add_argument("--checkpoint", metavar="FILE", help="weights (default: the embedded nano)")
+    service.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+
     tables = commands.add_parser("tables", help="the tables of the pages, from the committed results")
     tables.add_argument("--write", action="store_true", help="put them into the pages")
     return parser
@@ -75,6 +82,10 @@ def main() -> int:
         from . import tables
 
         return tables.run(args.write)
+    if args.command == "service":
+        from . import service
+
+        return service.run(args.seconds, args.rounds, args.clients, args.checkpoint, args.json)
     device = (
         torch.device(args.device, torch.cuda.current_device()) if args.device == "cuda" else torch.device(args.device)
     )

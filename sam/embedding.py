@@ -55,6 +55,15 @@ class ImageEmbedding:
     def device(self) -> torch.device:
         return self.features.device
 
+    @property
+    def nbytes(self) -> int:
+        """Of the features and of what the decoder attached to them."""
+        tensors = [self.features]
+        if self._shared is not None:
+            side = self._shared[1]
+            tensors += [side.keys, side.k, side.v, side.q]
+        return sum(tensor.nbytes for tensor in tensors)
+
     def to(self, device: torch.device | str) -> ImageEmbedding:
         """The same embedding on another device."""
         return replace(self, features=self.features.to(device))

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import auto, convert, demo, info, segment, verify
+from . import auto, convert, demo, info, segment, serve, verify
 
 
 class _Parser(argparse.ArgumentParser):
@@ -18,7 +18,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastsam", description="Segment Anything on the command line.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (segment, auto, info, verify, convert, demo):
+    for command in (segment, auto, serve, info, verify, convert, demo):
         command.add_parser(commands)
     return parser
 
@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A command that could do a part of its work only returns 1.
     """
     args = build_parser().parse_args(arguments)
+    if arguments is None and hasattr(args, "prepare"):
+        args.prepare()
     try:
         status = args.run(args)
     except (ValueError, TypeError, OSError, ImportError) as error:

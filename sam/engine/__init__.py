@@ -1,0 +1,25 @@
+"""A batch engine: requests of many clients, one model, no HTTP. ``Engine`` is all that a caller needs."""
+
+from .core import Engine
+from .errors import (
+    DeadlineExceededError,
+    EngineClosedError,
+    EngineError,
+    EngineFailedError,
+    OutOfMemoryError,
+    QueueFullError,
+)
+from .jobs import AutomaticOptions, PreparedImage, PromptMasks
+
+__all__ = [
+    "AutomaticOptions",
+    "DeadlineExceededError",
+    "Engine",
+    "EngineClosedError",
+    "EngineError",
+    "EngineFailedError",
+    "OutOfMemoryError",
+    "PreparedImage",
+    "PromptMasks",
+    "QueueFullError",
+]

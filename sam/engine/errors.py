@@ -1,0 +1,48 @@
+"""Why a request that was valid did not get its answer."""
+
+from __future__ import annotations
+
+import torch
+
+
+class EngineError(RuntimeError):
+    """The base of what an engine raises by itself; ``counter`` is where the engine counts it."""
+
+    counter = "failed"
+
+
+class QueueFullError(EngineError):
+    """As many requests are waiting as the engine was told to hold; ask again later."""
+
+    counter = "rejected"
+
+
+class DeadlineExceededError(EngineError):
+    """The request waited for longer than it may; whatever was not computed by then was not computed."""
+
+    counter = "expired"
+
+
+class OutOfMemoryError(EngineError):
+    """The device's memory did not suffice, not for half the batch either; the engine goes on."""
+
+    counter = "failed_out_of_memory"
+
+
+class EngineFailedError(EngineError):
+    """The model raised something other than a shortage of memory; the engine answers nothing any more."""
+
+    counter = "failed"
+
+
+class EngineClosedError(EngineError):
+    """The engine was told to stop before the request came, or could not finish it in time."""
+
+    counter = "abandoned"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that an allocation failed; on a CPU torch says so in words only."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

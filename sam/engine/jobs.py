@@ -1,0 +1,123 @@
+"""What the engine holds of a request: what it asks for, how far it has come, and whom to tell."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..embedding import ImageEmbedding
+from ..preprocess import ImageGeometry
+from ..prompts import Prompt
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """An image resized for the encoder, so that a queue of large photographs stays small.
+
+    Attributes:
+        resized: [h, w, 3] uint8.
+        geometry: with the original size.
+        image_hash: of the two.
+        key: of the embedding that this model makes of it: a hash of the image's and the model's.
+    """
+
+    resized: np.ndarray
+    geometry: ImageGeometry
+    image_hash: str
+    key: str
+
+
+@dataclass(frozen=True, eq=False)
+class PromptMasks:
+    """The C masks of one prompt.
+
+    Attributes:
+        rles: uncompressed COCO run-length encodings at the original image's size, see :mod:`sam.rle`.
+        predicted_iou: [C] fp32.
+        low_res_logits: [C, h, w] fp32 if they were asked for; each can be a next prompt's ``mask_input``.
+    """
+
+    rles: list[dict[str, Any]]
+    predicted_iou: np.ndarray
+    low_res_logits: np.ndarray | None = None
+
+    @property
+    def best(self) -> int:
+        """The mask of the highest predicted IoU."""
+        return int(self.predicted_iou.argmax())
+
+
+@dataclass(frozen=True)
+class AutomaticOptions:
+    """Those of :class:`sam.SamAutomaticMaskGenerator` that one embedding of the whole image can serve."""
+
+    points_per_side: int = 32
+    pred_iou_thresh: float = 0.88
+    stability_score_thresh: float = 0.95
+    box_nms_thresh: float = 0.7
+
+    def __post_init__(self) -> None:
+        if self.points_per_side < 1:
+            raise ValueError(f"points_per_side must be at least 1, got {self.points_per_side}")
+        for name in ("pred_iou_thresh", "stability_score_thresh", "box_nms_thresh"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be within 0..1, got {value}")
+
+
+@dataclass(eq=False)
+class Job:
+    """A request for an embedding, and the base of those that go on from there.
+
+    Exactly one of ``image`` and ``embedding`` is set at first; the engine sets the other.
+    """
+
+    key: str | None
+    image: PreparedImage | None
+    embedding: ImageEmbedding | None
+    expires: float  # on the clock of time.monotonic
+    future: Future[Any] = field(default_factory=Future)
+    _answered: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    def resolve(self, result: Any) -> None:
+        if self._is_first_answer():
+            self.future.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        if self._is_first_answer():
+            self.future.set_exception(error)
+
+    def _is_first_answer(self) -> bool:
+        """Once, and not for who cancelled: the engine's thread and one that closes it may answer at the same time."""
+        return self._answered.acquire(blocking=False) and self.future.set_running_or_notify_cancel()
+
+
+@dataclass(eq=False)
+class SegmentJob(Job):
+    prompts: Sequence[Prompt] = ()
+    multimask_output: bool = True
+    keep_logits: bool = False
+    done: list[PromptMasks] = field(default_factory=list)
+
+    @property
+    def remaining(self) -> int:
+        return len(self.prompts) - len(self.done)
+
+    @property
+    def pixels(self) -> int:
+        """Of one of its masks, once there is an embedding."""
+        height, width = self.embedding.geometry.original_size if self.embedding is not None else (0, 0)
+        return height * width
+
+
+@dataclass(eq=False)
+class AutomaticJob(Job):
+    options: AutomaticOptions = field(default_factory=AutomaticOptions)
+    points_per_batch: int = 64
+    retried: bool = False
+    steps: Iterator[Any] | None = None

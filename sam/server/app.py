@@ -1,0 +1,296 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse, JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from .. import __version__
+from .. import engine as engines
+from ..embedding import ImageEmbedding
+from ..engine import AutomaticOptions, Engine, PreparedImage, PromptMasks
+from ..prompts import Prompt
+from . import openapi, outputs
+from .errors import ApiError
+from .middleware import Gatekeeper
+from .schemas import AutomaticRequest, EmbedRequest, PromptRequest, SegmentRequest, validate
+from .service import Service, unless_gone
+from .settings import Settings
+from .uploads import Upload, decode_image, read_upload
+
+T = TypeVar("T")
+STATIC = Path(__file__).parent / "static"
+# Answers of up to so many prompts are remembered, so that a next prompt can refer to their masks.
+_REMEMBERED_PROMPTS = 16
+# What is checked at once; more is checked in a thread, so that others are not kept waiting.
+_SMALL_TEXT, _FEW_PROMPTS = 2**16, 32
+_POLICY = "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+
+
+def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
+    """The ASGI application around an engine; ``app.state.service`` is its state.
+
+    It warms up when it is started and does not close the engine.
+    """
+    service = Service(engine, settings or Settings())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+
+    app = FastAPI(
+        title="Segment Anything", version=__version__, description=openapi.DESCRIPTION, lifespan=lifespan,
+        docs_url=None, redoc_url=None,
+    )  # fmt: skip
+    app.state.service = service
+    app.add_middleware(Gatekeeper, service=service)
+    app.add_exception_handler(ApiError, _error_response)
+    app.add_exception_handler(HTTPException, _error_response)
+    _add_model_routes(app, service)
+    _add_other_routes(app, service)
+    return app
+
+
+def _error_response(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        error = ApiError({404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request"))
+    assert isinstance(error, ApiError)
+    request.app.state.service.metrics.errors.labels(error.code).inc()
+    return JSONResponse(error.body(request.state.request_id), error.status, error.headers)
+
+
+def _add_model_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/embed", **openapi.route("embed"))
+    async def embed(request: Request) -> Response:
+        return await _answer(request, service, EmbedRequest, _embed)
+
+    @app.post("/v1/segment", **openapi.route("segment"))
+    async def segment(request: Request) -> Response:
+        return await _answer(request, service, SegmentRequest, _segment)
+
+    @app.post("/v1/automatic", **openapi.route("automatic"))
+    async def automatic(request: Request) -> Response:
+        return await _answer(request, service, AutomaticRequest, _automatic)
+
+
+def _add_other_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/v2/health/live", **openapi.route("live"))
+    async def live() -> Response:
+        return JSONResponse({"live": True})
+
+    @app.get("/v2/health/ready", **openapi.route("ready"))
+    async def ready() -> Response:
+        return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
+
+    @app.get("/v2/models/{name}", **openapi.route("model"))
+    async def model(name: str) -> Response:
+        if name != service.engine.model.name:
+            raise ApiError("unknown_model")
+        return JSONResponse(_describe(service.engine))
+
+    @app.get("/metrics", **openapi.route("metrics"))
+    async def metrics() -> Response:
+        service.metrics.ready.set(service.ready)
+        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    for path, name in (("/", "index.html"), ("/page.js", "page.js"), ("/page.css", "page.css")):
+        app.get(path, include_in_schema=False)(_static(STATIC / name))
+
+
+def _static(path: Path) -> Callable[[], Awaitable[Response]]:
+    async def page() -> Response:
+        return FileResponse(path, headers={"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"})
+
+    return page
+
+
+async def _answer(
+    request: Request,
+    service: Service,
+    schema: type[Any],
+    work: Callable[[Service, Any, _Subject, str], Awaitable[Response]],
+) -> Response:
+    """Read, check, compute; within the deadline and only as long as the client stays."""
+    deadline = service.engine.deadline
+    started = asyncio.get_running_loop().time()
+    try:
+        asked, subject = await asyncio.wait_for(_read(request, service, schema), deadline)
+    except asyncio.TimeoutError:
+        raise ApiError("request_timeout") from None
+    except ClientDisconnect:
+        return Response(status_code=499)
+    left = max(0.001, deadline - (asyncio.get_running_loop().time() - started))
+    try:
+        response = await unless_gone(
+            request.receive, lambda: asyncio.wait_for(work(service, asked, subject, request.state.request_id), left)
+        )
+    except (asyncio.TimeoutError, engines.DeadlineExceededError):
+        raise ApiError("deadline_exceeded") from None
+    except engines.QueueFullError:
+        raise ApiError("queue_full") from None
+    except (engines.OutOfMemoryError, MemoryError):
+        raise ApiError("out_of_memory") from None
+    except engines.EngineClosedError:
+        raise ApiError("draining") from None
+    except engines.EngineFailedError:
+        raise ApiError("model_failed") from None
+    return response if response is not None else Response(status_code=499)
+
+
+class _Subject:
+    """The image that a request is about: an embedding that is kept, or pixels that may become one."""
+
+    def __init__(self, key: str, source: ImageEmbedding | PreparedImage) -> None:
+        self.key = key
+        self.source = source
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.source.geometry.original_size
+
+    def json(self) -> dict[str, Any]:
+        return {"embedding": self.key, "image": {"height": self.size[0], "width": self.size[1]}}
+
+
+async def _read(request: Request, service: Service, schema: type[BaseModel]) -> tuple[Any, _Subject]:
+    async with read_upload(request, service.settings) as upload:
+        asked = await service.aside(lambda: validate(schema, upload.values()), upload.text_size, _SMALL_TEXT)
+        key = getattr(asked, "embedding", None)
+        if (key is None) == (upload.image is None):
+            raise ApiError("invalid_request", ["image"])
+        subject = await _subject(service, key, upload)
+    if isinstance(asked, SegmentRequest):
+        for index, prompt in enumerate(asked.prompts):
+            _check_inside(prompt, subject.size, index)
+    return asked, subject
+
+
+async def _subject(service: Service, key: str | None, upload: Upload) -> _Subject:
+    if key is not None:
+        embedding = service.engine.embedding(key)
+        if embedding is None:
+            raise ApiError("unknown_embedding")
+        return _Subject(key, embedding)
+    file = upload.image
+    assert file is not None
+
+    def prepare() -> PreparedImage:
+        image = decode_image(file, service.settings.max_pixels)
+        try:
+            return service.engine.prepare(image)
+        except ValueError:
+            raise ApiError("bad_image") from None
+
+    prepared = await service.decode(prepare)
+    return _Subject(prepared.key, prepared)
+
+
+def _check_inside(prompt: PromptRequest, size: tuple[int, int], index: int) -> None:
+    height, width = size
+    for place, (x, y) in enumerate(prompt.points or ()):
+        if x > width or y > height:
+            raise ApiError("out_of_image", ["prompts", index, "points", place])
+    if prompt.box is not None and (max(prompt.box[::2]) > width or max(prompt.box[1::2]) > height):
+        raise ApiError("out_of_image", ["prompts", index, "box"])
+
+
+async def _embed(service: Service, asked: EmbedRequest, subject: _Subject, request_id: str) -> Response:
+    await asyncio.wrap_future(service.engine.embed(_pixels(subject)))
+    return JSONResponse({"request_id": request_id, **subject.json()})
+
+
+def _pixels(subject: _Subject) -> PreparedImage:
+    assert isinstance(subject.source, PreparedImage)
+    return subject.source
+
+
+async def _segment(service: Service, asked: SegmentRequest, subject: _Subject, request_id: str) -> Response:
+    prompts = await service.aside(
+        lambda: [_prompt(service, prompt, subject.key) for prompt in asked.prompts], len(asked.prompts), _FEW_PROMPTS
+    )
+    remembered = len(prompts) <= _REMEMBERED_PROMPTS
+    future = service.engine.segment(subject.source, prompts, asked.multimask, keep_logits=remembered)
+    answers: list[PromptMasks] = await asyncio.wrap_future(future)
+    result = None
+    if remembered:
+        logits = [answer.low_res_logits for answer in answers if answer.low_res_logits is not None]
+        result = service.results.put(subject.key, logits, [answer.best for answer in answers])
+    limit = service.settings.max_output_pixels
+
+    def respond() -> Response:
+        headers = {"X-Embedding": subject.key, **({"X-Result": result} if result else {})}
+        if asked.output == "png":
+            best = [answer.rles[answer.best] for answer in answers]
+            return Response(outputs.label_png(best, subject.size, limit), media_type="image/png", headers=headers)
+        if asked.output == "npz":
+            rles = [encoded for answer in answers for encoded in answer.rles]
+            scores = np.stack([answer.predicted_iou for answer in answers])
+            body = outputs.npz(rles, subject.size, limit, predicted_iou=scores)
+            return Response(body, media_type="application/octet-stream", headers=headers)
+        records = outputs.prompt_records(answers, asked.output, subject.size, limit)
+        return _json({"request_id": request_id, **subject.json(), "result": result, "prompts": records}, headers)
+
+    return await service.aside(respond, size=1)
+
+
+def _prompt(service: Service, prompt: PromptRequest, embedding: str) -> Prompt:
+    labels = prompt.labels if prompt.labels is not None or prompt.points is None else [1] * len(prompt.points)
+    reference = prompt.mask_input
+    mask_input = None
+    if reference is not None:
+        mask_input = service.results.mask_input(reference.result, embedding, reference.prompt, reference.mask)
+    return Prompt(prompt.points, labels, prompt.box, mask_input)
+
+
+async def _automatic(service: Service, asked: AutomaticRequest, subject: _Subject, request_id: str) -> Response:
+    options = AutomaticOptions(**asked.model_dump(exclude={"embedding", "output"}))
+    records = await asyncio.wrap_future(service.engine.automatic(subject.source, options))
+    limit = service.settings.max_output_pixels
+
+    def respond() -> Response:
+        headers = {"X-Embedding": subject.key}
+        # Small ones last, so that a picture of labels shows them.
+        rles = [record["segmentation"] for record in sorted(records, key=lambda record: -record["area"])]
+        if asked.output == "png":
+            return Response(outputs.label_png(rles, subject.size, limit), media_type="image/png", headers=headers)
+        if asked.output == "npz":
+            body = outputs.npz(rles, subject.size, limit)
+            return Response(body, media_type="application/octet-stream", headers=headers)
+        masks = outputs.automatic_records(records, asked.output, subject.size, limit)
+        return _json({"request_id": request_id, **subject.json(), "masks": masks}, headers)
+
+    return await service.aside(respond, size=1)
+
+
+def _json(document: dict[str, Any], headers: dict[str, str]) -> Response:
+    return Response(json.dumps(document, allow_nan=False), media_type="application/json", headers=headers)
+
+
+def _describe(engine: Engine) -> dict[str, Any]:
+    """Metadata in the form of the Open Inference Protocol."""
+    model = engine.model
+    return {
+        "name": model.name,
+        "versions": [model.model_hash],
+        "platform": "pytorch",
+        "inputs": [{"name": "image", "datatype": "UINT8", "shape": [-1, -1, 3]}],
+        "outputs": [{"name": "masks", "datatype": "BOOL", "shape": [-1, -1, -1, -1]}],
+        "parameters": {
+            "image_size": model.image_encoder.img_size,
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "kernels": model.resolved_kernels,
+        },
+    }

@@ -1,0 +1,39 @@
+"""What Prometheus reads. Each service has a registry of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from ..engine import Engine
+
+_GAUGES = {"pending", "cache_bytes", "cache_entries"}
+_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+class Metrics:
+    def __init__(self, engine: Engine) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("sam_requests", "Requests answered.", ["route", "status"], registry=self.registry)
+        self.errors = Counter("sam_errors", "Requests that ended with an error.", ["code"], registry=self.registry)
+        self.seconds = Histogram(
+            "sam_request_seconds", "From the head to the end.", ["route"], buckets=_BUCKETS, registry=self.registry
+        )
+        self.in_flight = Gauge("sam_in_flight", "Requests being answered.", registry=self.registry)
+        self.ready = Gauge("sam_ready", "1 when requests are taken.", registry=self.registry)
+        self.registry.register(_EngineCollector(engine))
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class _EngineCollector:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterable[Metric]:
+        for name, value in sorted(self._engine.counters().items()):
+            family = GaugeMetricFamily if name in _GAUGES else CounterMetricFamily
+            yield family(f"sam_engine_{name.lower()}", "See sam.engine.", value=value)

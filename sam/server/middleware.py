@@ -1,0 +1,123 @@
+"""What happens to every request before and after its route: an id, the token, room, a log line, metrics."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import logging
+import re
+import secrets
+import time
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import ApiError
+from .service import Service
+
+log = logging.getLogger("sam.server")
+OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_CLIENT_LEFT = 499
+
+
+class Gatekeeper:
+    """ASGI middleware; its answers carry ``X-Request-ID``, the client's own if that is a plain one."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app = app
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = request_id
+        started, status, sent = time.perf_counter(), _CLIENT_LEFT, 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status, sent
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                answer = MutableHeaders(scope=message)
+                answer["X-Request-ID"] = request_id
+                answer["X-Content-Type-Options"] = "nosniff"
+            else:
+                sent += len(message.get("body", b""))
+            await send(message)
+
+        async def refuse(error: ApiError) -> None:
+            self.service.metrics.errors.labels(error.code).inc()
+            response = JSONResponse(error.body(request_id), error.status, error.headers)
+            await response(scope, receive, send_with_id)
+
+        admitted = False
+        try:
+            self._check(scope, headers)
+            if scope["path"].startswith("/v1/") and scope["method"] == "POST":
+                self.service.admit()
+                admitted = True
+            await self.app(scope, receive, send_with_id)
+        except ApiError as error:
+            await refuse(error)
+        except Exception:
+            log.exception("request failed", extra={"fields": {"request_id": request_id}})
+            if status == _CLIENT_LEFT:
+                await refuse(ApiError("internal"))
+        finally:
+            if admitted:
+                self.service.release()
+            self._record(scope, request_id, status, time.perf_counter() - started, sent)
+
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        if scope["path"] in OPEN_PATHS:
+            return
+        settings = self.service.settings
+        if settings.token is not None:
+            if not _shows_token(headers.get("authorization", ""), settings.token):
+                raise ApiError("unauthorized")
+        elif settings.loopback:
+            # Without a token a page of another site must not reach the service through the visitor's browser,
+            # under a name of its own that leads to this machine neither.
+            name = headers.get("host", "").rsplit(":", 1)[0] if ":" in headers.get("host", "") else headers.get("host")
+            if name not in _LOCAL_NAMES and name != settings.host and headers.get("host") != "[::1]":
+                raise ApiError("forbidden")
+        if scope["method"] == "POST" and headers.get("sec-fetch-site", "none") in ("cross-site", "same-site"):
+            raise ApiError("forbidden")
+
+    def _record(self, scope: Scope, request_id: str, status: int, seconds: float, sent: int) -> None:
+        route: Any = scope.get("route")
+        path = getattr(route, "path", "other")
+        metrics = self.service.metrics
+        metrics.requests.labels(path, str(status)).inc()
+        metrics.seconds.labels(path).observe(seconds)
+        fields = {
+            "request_id": request_id,
+            "method": scope["method"],
+            "route": path,
+            "status": status,
+            "seconds": round(seconds, 4),
+            "bytes": sent,
+        }
+        log.info("request", extra={"fields": fields})
+
+
+def _shows_token(authorization: str, token: str) -> bool:
+    """``Bearer TOKEN``, or for browsers ``Basic`` with the token as the password."""
+    scheme, _, credentials = authorization.partition(" ")
+    shown = b""
+    if scheme.lower() == "bearer":
+        shown = credentials.strip().encode()
+    elif scheme.lower() == "basic":
+        try:
+            shown = base64.b64decode(credentials, validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            return False
+    return hmac.compare_digest(shown, token.encode())

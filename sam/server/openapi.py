@@ -1,0 +1,150 @@
+"""What OpenAPI says of the routes beyond their names: bodies, answers, examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from .errors import KINDS
+from .schemas import AutomaticRequest, EmbedRequest, SegmentRequest
+
+DESCRIPTION = """Masks for clicks and boxes on images. Send an image once, as multipart part `image` (JPEG, PNG or
+WebP); later prompts name its `embedding`. Errors have a fixed `code` and a `request_id`."""
+
+_ID = "0123456789abcdef0123456789abcdef"
+_RLE = {"size": [300, 451], "counts": "Xo:1Pb22N1O1O1O"}
+_MASK = {"segmentation": _RLE, "area": 5231, "bbox": [120, 80, 95, 71], "predicted_iou": 0.94}
+_IMAGE = {"embedding": _ID, "image": {"height": 300, "width": 451}}
+_EXAMPLES: dict[str, Any] = {
+    "embed": {"request_id": "9f86d081884c7d65", **_IMAGE},
+    "segment": {
+        "request_id": "9f86d081884c7d65",
+        **_IMAGE,
+        "result": _ID,
+        "prompts": [{"best": 0, "masks": [_MASK]}],
+    },
+    "automatic": {
+        "request_id": "9f86d081884c7d65",
+        **_IMAGE,
+        "masks": [{**_MASK, "point_coords": [[150.5, 110.0]], "stability_score": 0.97, "crop_box": [0, 0, 451, 300]}],
+    },
+    "live": {"live": True},
+    "ready": {"ready": True},
+    "model": {"name": "nano", "versions": [_ID], "platform": "pytorch", "inputs": [], "outputs": [], "parameters": {}},
+}
+_REQUESTS: dict[str, Any] = {
+    "segment": {
+        "embedding": _ID,
+        "prompts": [
+            {
+                "points": [[120, 80], [300, 200]],
+                "labels": [1, 0],
+                "mask_input": {"result": _ID, "prompt": 0, "mask": 1},
+            },
+            {"box": [10, 20, 200, 240]},
+        ],
+    },
+    "automatic": {"embedding": _ID, "points_per_side": 16},
+}
+_SCHEMAS: dict[str, type[BaseModel]] = {"embed": EmbedRequest, "segment": SegmentRequest, "automatic": AutomaticRequest}
+_TITLES = {
+    "embed": "Embed an image for later prompts",
+    "segment": "Masks for points and boxes",
+    "automatic": "Masks of everything",
+    "live": "The process runs",
+    "ready": "Requests are taken",
+    "model": "The model's metadata",
+    "metrics": "Counters for Prometheus",
+}
+_REFUSALS = (400, 401, 403, 408, 413, 415, 422, 503, 504)
+
+
+def route(name: str) -> dict[str, Any]:
+    """Keyword arguments of a route's decorator."""
+    refusals = [401, 403]
+    if name in _SCHEMAS:
+        refusals = [*_REFUSALS] if name == "embed" else [*_REFUSALS, 404]
+    elif name in ("live", "ready"):
+        refusals = []
+    elif name == "model":
+        refusals = [401, 403, 404]
+    responses: dict[int | str, Any] = {status: _error(status) for status in sorted(refusals)}
+    if name == "ready":
+        responses[503] = {"description": "Not ready", "content": {"application/json": {"schema": {"type": "object"}}}}
+    responses[200] = {"description": "The answer", "content": _answer(name)}
+    described: dict[str, Any] = {
+        "summary": _TITLES[name], "operation_id": name, "response_model": None, "responses": responses,
+    }  # fmt: skip
+    if name in _SCHEMAS:
+        described["openapi_extra"] = {"requestBody": {"required": True, "content": _body(name)}}
+    return described
+
+
+def _answer(name: str) -> dict[str, Any]:
+    if name == "metrics":
+        return {"text/plain": {"schema": {"type": "string"}}}
+    content: dict[str, Any] = {
+        "application/json": {"schema": {"type": "object"}, "example": _EXAMPLES[name]},
+    }
+    if name in ("segment", "automatic"):
+        for kind in ("image/png", "application/octet-stream"):
+            content[kind] = {"schema": {"type": "string", "format": "binary"}}
+    return content
+
+
+def _error(status: int) -> dict[str, Any]:
+    codes = [code for code, kind in KINDS.items() if kind.status == status]
+    schema = {
+        "type": "object",
+        "required": ["error", "request_id"],
+        "properties": {
+            "error": {
+                "type": "object",
+                "required": ["code", "message"],
+                "properties": {
+                    "code": {"type": "string", "enum": codes},
+                    "message": {"type": "string"},
+                    "where": {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "integer"}]}},
+                },
+            },
+            "request_id": {"type": "string"},
+        },
+    }
+    return {
+        "description": " ".join(KINDS[code].message for code in codes),
+        "content": {"application/json": {"schema": schema}},
+    }
+
+
+def _body(name: str) -> dict[str, Any]:
+    schema = _inline(_SCHEMAS[name].model_json_schema())
+    fields = {field: value for field, value in schema.get("properties", {}).items() if field != "embedding"}
+    required = [field for field in schema.get("required", []) if field in fields]
+    multipart = {
+        "type": "object",
+        "properties": {"image": {"type": "string", "format": "binary"}, **fields},
+        "required": ["image", *required],
+        "additionalProperties": False,
+    }
+    encoding = {"image": {"contentType": "image/jpeg, image/png, image/webp"}}
+    encoding |= {field: {"contentType": "application/json"} for field in fields}
+    content: dict[str, Any] = {"multipart/form-data": {"schema": multipart, "encoding": encoding}}
+    if name in _REQUESTS:
+        by_embedding = {**schema, "required": ["embedding", *required]}
+        content["application/json"] = {"schema": by_embedding, "example": _REQUESTS[name]}
+    return content
+
+
+def _inline(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema without references, which would point outside the request's place in the document."""
+    definitions = schema.pop("$defs", {})
+
+    def resolve(node: Any) -> Any:
+        if isinstance(node, dict):
+            if "$ref" in node:
+                return resolve(definitions[node["$ref"].rsplit("/", 1)[1]])
+            return {key: resolve(value) for key, value in node.items()}
+        return [resolve(value) for value in node] if isinstance(node, list) else node
+
+    return resolve(schema)

@@ -1,0 +1,113 @@
+"""Masks in the forms that clients ask for. Masks come in as uncompressed run lengths."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .. import rle
+from ..engine import PromptMasks
+from ..polygons import multipolygon
+from .errors import ApiError
+
+
+def segmentations(encoded: Sequence[dict[str, Any]], output: str) -> list[dict[str, Any]]:
+    """COCO's compressed RLEs, or multipolygons."""
+    if output == "polygons":
+        return [multipolygon(rle.decode(one)) for one in encoded]
+    strings = rle.compress_all([one["counts"] for one in encoded])
+    return [{"size": one["size"], "counts": string} for one, string in zip(encoded, strings, strict=True)]
+
+
+def prompt_records(
+    answers: Sequence[PromptMasks], output: str, size: tuple[int, int], max_pixels: int
+) -> list[dict[str, Any]]:
+    """For each prompt its masks, the best named."""
+    if output == "polygons":
+        _check_pixels(sum(len(answer.rles) for answer in answers), size, max_pixels)
+    return [
+        {
+            "best": answer.best,
+            "masks": [
+                {
+                    "segmentation": segmentation,
+                    "area": rle.area(encoded),
+                    "bbox": bounding_box(encoded),
+                    "predicted_iou": float(score),
+                }
+                for encoded, segmentation, score in zip(
+                    answer.rles, segmentations(answer.rles, output), answer.predicted_iou, strict=True
+                )
+            ],
+        }
+        for answer in answers
+    ]
+
+
+def automatic_records(
+    records: Sequence[dict[str, Any]], output: str, size: tuple[int, int], max_pixels: int
+) -> list[dict[str, Any]]:
+    """The generator's records; the stability of an empty mask, 0 / 0, is null."""
+    if output == "polygons":
+        _check_pixels(len(records), size, max_pixels)
+    return [
+        {
+            **record,
+            "segmentation": segmentation,
+            "stability_score": None if math.isnan(record["stability_score"]) else record["stability_score"],
+        }
+        for record, segmentation in zip(
+            records, segmentations([record["segmentation"] for record in records], output), strict=True
+        )
+    ]
+
+
+def bounding_box(encoded: dict[str, Any]) -> list[int]:
+    """x, y, width and height from the first to the last pixel's place, as the generator's; zeros for an empty mask."""
+    height = encoded["size"][0]
+    edges = np.cumsum(encoded["counts"])
+    starts, lasts = edges[:-1:2], edges[1::2] - 1
+    starts, lasts = starts[: len(lasts)][lasts >= starts[: len(lasts)]], lasts[lasts >= starts[: len(lasts)]]
+    if len(starts) == 0:
+        return [0, 0, 0, 0]
+    left, right = int(starts[0] // height), int(lasts[-1] // height)
+    if (starts // height != lasts // height).any():  # a run goes on in the next column
+        top, bottom = 0, height - 1
+    else:
+        top, bottom = int((starts % height).min()), int((lasts % height).max())
+    return [left, top, right - left, bottom - top]
+
+
+def label_png(encoded: Sequence[dict[str, Any]], size: tuple[int, int], max_pixels: int) -> bytes:
+    """One picture: 0 is background, mask i is i + 1 and lies over those before it; a mask alone is 255.
+
+    8 bits a pixel, 16 for more than 255 masks.
+    """
+    _check_pixels(len(encoded), size, max_pixels)
+    labels = np.zeros(size, np.uint8 if len(encoded) <= 255 else np.uint16)
+    for index, one in enumerate(encoded):
+        labels[rle.decode(one)] = 255 if len(encoded) == 1 else index + 1
+    file = io.BytesIO()
+    Image.fromarray(labels).save(file, "PNG")
+    return file.getvalue()
+
+
+def npz(encoded: Sequence[dict[str, Any]], size: tuple[int, int], max_pixels: int, **arrays: Any) -> bytes:
+    """``masks`` [N, H, W] bool beside ``arrays``, compressed, without pickles."""
+    _check_pixels(len(encoded), size, max_pixels)
+    masks = np.zeros((len(encoded), *size), bool)
+    for index, one in enumerate(encoded):
+        masks[index] = rle.decode(one)
+    file = io.BytesIO()
+    np.savez_compressed(file, masks=masks, **arrays)
+    return file.getvalue()
+
+
+def _check_pixels(count: int, size: tuple[int, int], max_pixels: int) -> None:
+    if count * size[0] * size[1] > max_pixels:
+        raise ApiError("output_too_large")

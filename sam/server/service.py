@@ -1,0 +1,189 @@
+"""The state that the routes share: the engine, whether it may be asked, and what is kept between requests."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import anyio
+import anyio.to_thread
+import numpy as np
+
+from ..engine import AutomaticOptions, Engine
+from ..prompts import Prompt
+from .errors import ApiError
+from .metrics import Metrics
+from .settings import Settings
+
+T = TypeVar("T")
+log = logging.getLogger("sam.server")
+_WARM_UP_SECONDS = 600.0
+
+
+class ResultStore:
+    """Low-resolution logits of late answers by id, the oldest out first, under a budget of bytes."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.nbytes = 0
+        self._entries: OrderedDict[str, tuple[str, list[np.ndarray], list[int]]] = OrderedDict()
+
+    def put(self, embedding: str, logits: list[np.ndarray], best: list[int]) -> str | None:
+        """An id for them; None if they are larger than the budget."""
+        size = sum(array.nbytes for array in logits)
+        if size > self.budget:
+            return None
+        key = secrets.token_hex(16)
+        self._entries[key] = (embedding, logits, best)
+        self.nbytes += size
+        while self.nbytes > self.budget:
+            _, (_, oldest, _) = self._entries.popitem(last=False)
+            self.nbytes -= sum(array.nbytes for array in oldest)
+        return key
+
+    def mask_input(self, key: str, embedding: str, prompt: int, mask: int | None) -> np.ndarray:
+        """[1, h, w] logits of one mask; the best one for None.
+
+        Raises:
+            ApiError: no such result on this embedding.
+        """
+        entry = self._entries.get(key)
+        if entry is None or entry[0] != embedding or prompt >= len(entry[1]):
+            raise ApiError("unknown_result")
+        logits = entry[1][prompt]
+        mask = entry[2][prompt] if mask is None else mask
+        if mask >= len(logits):
+            raise ApiError("unknown_result")
+        return logits[mask : mask + 1]
+
+
+class Service:
+    """One engine behind HTTP.
+
+    Attributes:
+        stop: called when the model failed, so that the process can end.
+        in_flight: requests to the model that were let in and are not answered.
+    """
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.metrics = Metrics(engine)
+        self.results = ResultStore(settings.result_cache_bytes)
+        self.stop: Callable[[], None] = lambda: None
+        self.warm = False
+        self.draining = False
+        self.in_flight = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # Two at a time: an image of the largest size takes 150 MB while it is decoded.
+        self._decoding = anyio.CapacityLimiter(2)
+        self._aside = anyio.CapacityLimiter(4)
+        engine.on_failure = self._model_failed
+
+    @property
+    def ready(self) -> bool:
+        return self.warm and not self.draining and self.engine.failure is None
+
+    def start(self) -> None:
+        """Warm up beside the event loop that is running; ready once that is done."""
+        self._loop = asyncio.get_running_loop()
+        threading.Thread(target=self._warm_up, name="sam-warm-up", daemon=True).start()
+
+    def _warm_up(self) -> None:
+        try:
+            warm_up(self.engine, every_size=self.engine.model.device.type != "cpu")
+        except Exception as error:
+            log.exception("warm-up failed")
+            if self.engine.failure is None:
+                self.engine.fail(error)
+        else:
+            self.warm = True
+            log.info("ready")
+
+    def _model_failed(self, error: BaseException) -> None:
+        log.critical("model failed", exc_info=error)
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.stop)
+
+    def admit(self) -> None:
+        """Let one request to the model in.
+
+        Raises:
+            ApiError: no, and why.
+        """
+        if self.engine.failure is not None:
+            raise ApiError("model_failed")
+        if self.draining:
+            raise ApiError("draining")
+        if not self.warm:
+            raise ApiError("not_ready")
+        if self.in_flight >= self.engine.max_queue:
+            raise ApiError("queue_full")
+        self.in_flight += 1
+        self.metrics.in_flight.set(self.in_flight)
+
+    def release(self) -> None:
+        self.in_flight -= 1
+        self.metrics.in_flight.set(self.in_flight)
+
+    async def drain(self) -> None:
+        """Let nobody in any more and wait for those inside."""
+        self.draining = True
+        log.info("draining", extra={"fields": {"in_flight": self.in_flight}})
+        until = asyncio.get_running_loop().time() + self.settings.drain_seconds
+        while self.in_flight and self.engine.failure is None and asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(0.02)
+
+    async def decode(self, work: Callable[[], T]) -> T:
+        return await anyio.to_thread.run_sync(work, limiter=self._decoding)
+
+    async def aside(self, work: Callable[[], T], size: int, small: int = 0) -> T:
+        """``work()`` in another thread, unless it is so small that the way there would take longer."""
+        if size <= small:
+            return work()
+        return await anyio.to_thread.run_sync(work, limiter=self._aside)
+
+
+def warm_up(engine: Engine, every_size: bool) -> None:
+    """Ask what requests can ask, so that the first of them does not wait.
+
+    Where kernels are compiled, ``every_size`` of a batch is run: none is compiled for a request.
+    """
+    model, limit = engine.model, _WARM_UP_SECONDS
+    side = model.image_encoder.img_size
+    image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    for count in range(1, engine.max_images + 1) if every_size else ():
+        model.encode([image] * count, batch_size=count)
+    embedding = engine.embed(image).result(limit)
+    low_res = np.zeros((1, *model.prompt_encoder.mask_input_size), np.float32)
+    kinds = (Prompt([(1, 1)], [1]), Prompt(box=(1, 1, 9, 9)), Prompt([(1, 1)], [1], mask_input=low_res))
+    counts = range(1, engine.max_batch + 1) if every_size else [1]
+    for prompt in kinds:
+        for multimask in (True, False):
+            for count in counts:
+                engine.segment(embedding, [prompt] * count, multimask, deadline=limit).result(limit)
+    everything = AutomaticOptions(1, pred_iou_thresh=0.0, stability_score_thresh=0.0)
+    engine.automatic(embedding, everything, deadline=limit).result(limit)
+
+
+async def unless_gone(receive: Callable[[], Awaitable[object]], work: Callable[[], Awaitable[T]]) -> T | None:
+    """What ``work`` gives, or None as soon as the client has left; then it is cancelled, or not begun at all.
+
+    ``receive`` is the ASGI channel after the whole body was read: what it gives next is the disconnect.
+    """
+    tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(receive())]
+    try:
+        await asyncio.sleep(0)  # who left while the image was decoded is known to have left now
+        if tasks[0].done():
+            return None
+        tasks.append(asyncio.ensure_future(work()))
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return await tasks[1] if tasks[1].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,53 @@
+"""What a service may be told, and the limits it keeps by default."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    Attributes:
+        host, port: where to listen; port 0 takes a free one.
+        token: what clients must show; None lets everyone in.
+        insecure: listen beyond this machine without a token.
+        max_body_bytes: of a request, counted as they arrive.
+        max_text_bytes: of the JSON in it.
+        max_pixels: of an image, read from its header before anything is decoded.
+        max_output_pixels: of all masks of an answer of pictures or arrays.
+        result_cache_bytes: of low-resolution logits kept as mask inputs for later prompts.
+        drain_seconds: to answer what was accepted before the process ends.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str | None = None
+    insecure: bool = False
+    max_body_bytes: int = 64 * MEBIBYTE
+    max_text_bytes: int = 4 * MEBIBYTE
+    max_pixels: int = 50_000_000
+    max_output_pixels: int = 500_000_000
+    result_cache_bytes: int = 64 * MEBIBYTE
+    drain_seconds: float = 25.0
+
+    def __post_init__(self) -> None:
+        if self.token is not None and (len(self.token) < 8 or not self.token.isascii() or not self.token.isprintable()):
+            raise ValueError("the token must be at least 8 printable ASCII characters")
+        if not (self.loopback or self.token or self.insecure):
+            raise ValueError(
+                f"{self.host} can be reached from other machines: give --token, or --insecure to let everyone in"
+            )
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the service."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False

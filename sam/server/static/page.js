@@ -1,0 +1,411 @@
+// The image is embedded once; after that only prompts travel. Every answer is a step that can be undone.
+
+const element = (id) => document.getElementById(id);
+const [photo, overlay, marks] = ["photo", "overlay", "marks"].map(element);
+// Okabe and Ito's colours, distinct to colour-blind eyes too.
+const COLORS = [
+  [86, 180, 233], [230, 159, 0], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0], [204, 121, 167],
+];
+const LONGEST_OVERLAY = 1600; // pixels; masks of larger images are drawn from every second, third, ... pixel
+const EVERYTHING = { points_per_side: 16, pred_iou_thresh: 0.5, stability_score_thresh: 0.8 };
+// Of everything, those that SAM's own thresholds keep; where those leave next to nothing, as with nano, all.
+const SURE = ({ predicted_iou, stability_score }) => predicted_iou > 0.88 && stability_score >= 0.95;
+const ENOUGH = 8;
+
+let image = null; // {name, blob, width, height, embedding}
+let steps = []; // {points, labels, box, answer, chosen} or {answer, everything: true}
+let pending = null; // the AbortController of the request under way
+let drag = null; // {x0, y0, x, y, label} in pixels of the image
+let cross = null; // [x, y], where the keyboard points
+
+const current = () => steps.at(-1) ?? null;
+
+function say(text, bad = false) {
+  element("status").textContent = text;
+  element("status").classList.toggle("bad", bad);
+}
+
+// Talking to the service --------------------------------------------------------------------------------------
+
+async function call(path, body) {
+  pending?.abort(); // a newer question makes the older one moot
+  const mine = (pending = new AbortController());
+  element("busy").hidden = false;
+  try {
+    const json = !(body instanceof FormData);
+    const response = await fetch(path, {
+      method: "POST",
+      body: json ? JSON.stringify(body) : body,
+      headers: json ? { "Content-Type": "application/json" } : {},
+      signal: mine.signal,
+    });
+    const answer = await response.json();
+    if (!response.ok) throw Object.assign(new Error(answer.error.message), { code: answer.error.code });
+    return answer;
+  } finally {
+    if (pending === mine) {
+      pending = null;
+      element("busy").hidden = true;
+    }
+  }
+}
+
+async function embed(target) {
+  const form = new FormData();
+  form.append("image", target.blob);
+  target.embedding = (await call("v1/embed", form)).embedding;
+}
+
+/** Ask about the image; once more with a new embedding if the server has dropped the old one. */
+async function ask(path, question) {
+  try {
+    return await call(path, { embedding: image.embedding, ...question });
+  } catch (error) {
+    if (error.code !== "unknown_embedding") throw error;
+    await embed(image);
+    delete question.prompts?.[0].mask_input; // it belonged to the old one
+    return await call(path, { embedding: image.embedding, ...question });
+  }
+}
+
+async function attempt(work) {
+  try {
+    await work();
+  } catch (error) {
+    if (error.name !== "AbortError") say(error.message, true);
+  }
+  refresh();
+}
+
+// What the visitor does ---------------------------------------------------------------------------------------
+
+const load = (file) => attempt(async () => {
+  const bitmap = await createImageBitmap(file, { imageOrientation: "from-image" }).catch(() => {
+    throw new Error("This file is not an image that the browser can show.");
+  });
+  const [width, height] = [bitmap.width, bitmap.height];
+  image = { name: (file.name || "image").replace(/\.[^.]*$/, ""), blob: file, width, height, embedding: null };
+  steps = [];
+  cross = null;
+  const scale = Math.min(1, 2 * LONGEST_OVERLAY / Math.max(width, height));
+  [photo.width, photo.height] = [Math.round(width * scale), Math.round(height * scale)];
+  photo.getContext("2d").drawImage(bitmap, 0, 0, photo.width, photo.height);
+  bitmap.close();
+  element("welcome").hidden = true;
+  element("frame").hidden = false;
+  refresh();
+  say("Embedding the image …");
+  const started = performance.now();
+  await embed(image);
+  say(`${width} × ${height}, embedded in ${seconds(started)}. Click on something.`);
+  marks.classList.add("pointed"); // the keyboard works from here, but who uses the mouse needs no ring
+  marks.focus({ preventScroll: true });
+});
+
+const segment = (change) => attempt(async () => {
+  if (!image?.embedding) return;
+  const last = current()?.everything ? null : current();
+  const question = { points: last?.points ?? [], labels: last?.labels ?? [], box: last?.box ?? null, ...change };
+  const prompt = {};
+  if (question.points.length) Object.assign(prompt, { points: question.points, labels: question.labels });
+  if (question.box) prompt.box = question.box;
+  if (last && !change.box) prompt.mask_input = { result: last.answer.result, prompt: 0, mask: last.chosen };
+  const started = performance.now();
+  const several = question.points.length === 1 && !question.box;
+  const answer = await ask("v1/segment", { prompts: [prompt], multimask: several });
+  steps.push({ ...question, answer, chosen: answer.prompts[0].best });
+  say(`${describe()} · ${seconds(started)}`);
+});
+
+const everything = () => attempt(async () => {
+  if (!image?.embedding) return;
+  say("Looking for everything …");
+  const started = performance.now();
+  const answer = await ask("v1/automatic", { ...EVERYTHING });
+  const sure = answer.masks.filter(SURE);
+  if (sure.length >= ENOUGH) answer.masks = sure;
+  steps.push({ answer, everything: true });
+  say(`${answer.masks.length} masks · ${seconds(started)}`);
+});
+
+function click(x, y, label) {
+  const last = current()?.everything ? null : current();
+  segment({ points: [...(last?.points ?? []), [x, y]], labels: [...(last?.labels ?? []), label] });
+}
+
+function undo() {
+  pending?.abort();
+  steps.pop();
+  say(current() ? describe() : "Click on something.");
+  refresh();
+}
+
+function clear() {
+  pending?.abort();
+  steps = [];
+  say("Click on something.");
+  refresh();
+}
+
+function choose(index) {
+  const step = current();
+  if (!step || step.everything || index >= step.answer.prompts[0].masks.length) return;
+  step.chosen = index;
+  say(describe());
+  refresh();
+}
+
+function describe() {
+  const step = current();
+  if (step.everything) return `${step.answer.masks.length} masks`;
+  const mask = step.answer.prompts[0].masks[step.chosen];
+  return `${mask.area.toLocaleString("en")} px, predicted IoU ${mask.predicted_iou.toFixed(2)}`;
+}
+
+const seconds = (since) => `${((performance.now() - since) / 1000).toFixed(2)} s`;
+
+// Masks -------------------------------------------------------------------------------------------------------
+
+/** COCO's compressed run lengths -> one byte a pixel, row by row, of every `stride`-th pixel. */
+function decode({ size: [height, width], counts }, stride = 1) {
+  const runs = [];
+  for (let at = 0; at < counts.length;) {
+    let value = 0, shift = 0, code;
+    do {
+      code = counts.charCodeAt(at++) - 48;
+      value += (code & 31) * 2 ** shift;
+      shift += 5;
+    } while (code & 32);
+    if (code & 16) value -= 2 ** shift;
+    runs.push(runs.length > 2 ? value + runs.at(-2) : value);
+  }
+  const [columns, rows] = [Math.ceil(width / stride), Math.ceil(height / stride)];
+  const pixels = new Uint8Array(columns * rows);
+  let position = 0;
+  runs.forEach((run, index) => {
+    if (index % 2) {
+      for (let p = position; p < position + run; p++) {
+        const x = Math.floor(p / height), y = p % height;
+        if (x % stride === 0 && y % stride === 0) pixels[(y / stride) * columns + x / stride] = 1;
+      }
+    }
+    position += run;
+  });
+  return { pixels, columns, rows };
+}
+
+function shown() {
+  const step = current();
+  if (!step) return [];
+  if (!step.everything) return [step.answer.prompts[0].masks[step.chosen]];
+  return [...step.answer.masks].sort((a, b) => b.area - a.area);
+}
+
+function drawOverlay() {
+  const stride = Math.max(1, Math.ceil(Math.max(image.width, image.height) / LONGEST_OVERLAY));
+  const [columns, rows] = [Math.ceil(image.width / stride), Math.ceil(image.height / stride)];
+  [overlay.width, overlay.height] = [columns, rows];
+  const picture = new ImageData(columns, rows);
+  shown().forEach((mask, index) => {
+    const { pixels } = decode(mask.segmentation, stride);
+    const color = COLORS[index % COLORS.length];
+    for (let p = 0; p < pixels.length; p++) {
+      if (!pixels[p]) continue;
+      const x = p % columns;
+      const edge = (x > 0 && !pixels[p - 1]) || (x < columns - 1 && !pixels[p + 1]) ||
+        (p >= columns && !pixels[p - columns]) || (p < pixels.length - columns && !pixels[p + columns]);
+      picture.data.set([...color, edge ? 255 : 125], 4 * p);
+    }
+  });
+  overlay.getContext("2d").putImageData(picture, 0, 0);
+}
+
+function drawMarks() {
+  const ratio = window.devicePixelRatio || 1;
+  const { width, height } = marks.getBoundingClientRect();
+  [marks.width, marks.height] = [width * ratio, height * ratio];
+  const context = marks.getContext("2d");
+  context.scale(ratio, ratio);
+  const place = (x, y) => [(x / image.width) * width, (y / image.height) * height];
+  const line = (path, color, thickness) => {
+    Object.assign(context, { strokeStyle: color, lineWidth: thickness });
+    context.stroke(path);
+  };
+  const box = drag && moved(drag) ? boxOf(drag) : current()?.box;
+  if (box) {
+    const [x0, y0] = place(box[0], box[1]), [x1, y1] = place(box[2], box[3]);
+    const path = new Path2D();
+    path.rect(x0, y0, x1 - x0, y1 - y0);
+    line(path, "#000a", 4);
+    line(path, "#fff", 2);
+  }
+  (current()?.points ?? []).forEach(([x, y], index) => {
+    const path = new Path2D();
+    path.arc(...place(x, y), 7, 0, 2 * Math.PI);
+    context.fillStyle = current().labels[index] ? "#00b25a" : "#e0312f";
+    context.fill(path);
+    line(path, "#fff", 2);
+    const sign = new Path2D(), [cx, cy] = place(x, y);
+    sign.moveTo(cx - 3.5, cy);
+    sign.lineTo(cx + 3.5, cy);
+    if (current().labels[index]) {
+      sign.moveTo(cx, cy - 3.5);
+      sign.lineTo(cx, cy + 3.5);
+    }
+    line(sign, "#fff", 2);
+  });
+  if (cross) {
+    const [cx, cy] = place(...cross), path = new Path2D(`M${cx - 12} ${cy}h24M${cx} ${cy - 12}v24`);
+    line(path, "#000a", 4);
+    line(path, "#fff", 2);
+  }
+}
+
+/** Fit the frame into the stage, and show what the state is. */
+function refresh() {
+  const step = current(), ready = Boolean(image?.embedding);
+  element("everything").disabled = element("mode").disabled = !ready;
+  for (const id of ["undo", "clear", "png", "json"]) element(id).disabled = !step;
+  const masks = step && !step.everything ? step.answer.prompts[0].masks : [];
+  element("choices").disabled = masks.length < 2;
+  const scores = masks.length > 1 ? masks.map((mask) => mask.predicted_iou.toFixed(2)) : ["1", "2", "3"];
+  element("choices").querySelector("div").replaceChildren(...scores.map((score, index) => {
+    const [label, input, text] = ["label", "input", "span"].map((tag) => document.createElement(tag));
+    Object.assign(input, { type: "radio", name: "choice", checked: masks.length > 1 && index === step.chosen });
+    input.addEventListener("change", () => choose(index));
+    text.textContent = score;
+    label.title = `Mask ${index + 1} (${index + 1})`;
+    label.append(input, text);
+    return label;
+  }));
+  if (!image) return;
+  const stage = element("stage");
+  const scale = Math.min((stage.clientWidth - 16) / image.width, (stage.clientHeight - 16) / image.height);
+  element("frame").style.width = `${image.width * scale}px`;
+  element("frame").style.height = `${image.height * scale}px`;
+  drawOverlay();
+  drawMarks();
+}
+
+// Downloads ---------------------------------------------------------------------------------------------------
+
+function save(blob, name) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
+
+/** White on black at the image's size; every mask of "everything" in a colour of its own. */
+async function savePng() {
+  const canvas = new OffscreenCanvas(image.width, image.height);
+  const picture = new ImageData(image.width, image.height);
+  new Uint32Array(picture.data.buffer).fill(0xff000000);
+  shown().forEach((mask, index) => {
+    const color = current().everything ? COLORS[index % COLORS.length] : [255, 255, 255];
+    decode(mask.segmentation).pixels.forEach((inside, p) => inside && picture.data.set(color, 4 * p));
+  });
+  canvas.getContext("2d").putImageData(picture, 0, 0);
+  save(await canvas.convertToBlob({ type: "image/png" }), `${image.name}_mask.png`);
+}
+
+function saveJson() {
+  const { points, labels, box, chosen, answer } = current();
+  const text = JSON.stringify({ prompt: { points, labels, box }, chosen, ...answer }, null, 2);
+  save(new Blob([text], { type: "application/json" }), `${image.name}.json`);
+}
+
+// Events ------------------------------------------------------------------------------------------------------
+
+const clamp = (value, most) => Math.min(Math.max(value, 0), most);
+
+function position(event) {
+  const { left, top, width, height } = marks.getBoundingClientRect();
+  return [
+    clamp(((event.clientX - left) / width) * image.width, image.width),
+    clamp(((event.clientY - top) / height) * image.height, image.height),
+  ];
+}
+
+const moved = ({ startX, startY, endX, endY }) => Math.hypot(endX - startX, endY - startY) > 6; // CSS pixels
+const boxOf = ({ x0, y0, x, y }) => [Math.min(x0, x), Math.min(y0, y), Math.max(x0, x), Math.max(y0, y)];
+
+marks.addEventListener("pointerdown", (event) => {
+  if (!image?.embedding || event.button === 1) return;
+  cross = null;
+  const [x, y] = position(event);
+  const removes = event.button === 2 || event.altKey || document.querySelector("[name=mode]:checked").value === "0";
+  const [startX, startY] = [event.clientX, event.clientY];
+  drag = { x0: x, y0: y, x, y, startX, startY, endX: startX, endY: startY, label: removes ? 0 : 1 };
+  marks.setPointerCapture(event.pointerId);
+});
+marks.addEventListener("pointermove", (event) => {
+  if (!drag) return;
+  [drag.x, drag.y] = position(event);
+  [drag.endX, drag.endY] = [event.clientX, event.clientY];
+  drawMarks();
+});
+marks.addEventListener("pointerup", () => {
+  if (!drag) return;
+  const done = drag;
+  drag = null;
+  if (moved(done)) segment({ points: [], labels: [], box: boxOf(done) });
+  else click(done.x0, done.y0, done.label);
+});
+marks.addEventListener("pointercancel", () => {
+  drag = null;
+  drawMarks();
+});
+marks.addEventListener("blur", () => marks.classList.remove("pointed"));
+marks.addEventListener("contextmenu", (event) => event.preventDefault());
+marks.addEventListener("keydown", (event) => {
+  marks.classList.remove("pointed");
+  const arrow = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+  if (arrow) {
+    const by = Math.max(image.width, image.height) / (event.shiftKey ? 20 : 100);
+    const [x, y] = cross ?? [image.width / 2, image.height / 2];
+    cross = [clamp(x + by * arrow[0], image.width), clamp(y + by * arrow[1], image.height)];
+    drawMarks();
+  } else if (event.key === "Enter" && cross) {
+    click(...cross, event.shiftKey || event.altKey ? 0 : 1);
+  } else return;
+  event.preventDefault();
+});
+
+const setMode = (value) => { document.querySelector(`[name=mode][value="${value}"]`).checked = true; };
+const open = () => element("file").click();
+const KEYS = {
+  o: open, z: undo, Escape: clear, e: everything, p: savePng, j: saveJson, a: () => setMode(1), r: () => setMode(0),
+  1: () => choose(0), 2: () => choose(1), 3: () => choose(2),
+};
+const BUTTON_OF = { z: "undo", Escape: "clear", e: "everything", p: "png", j: "json" };
+document.addEventListener("keydown", (event) => {
+  const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+  if (!KEYS[key] || event.altKey || ((event.ctrlKey || event.metaKey) && key !== "z")) return;
+  if (BUTTON_OF[key] && element(BUTTON_OF[key]).disabled) return;
+  event.preventDefault();
+  KEYS[key]();
+});
+
+for (const [id, work] of Object.entries({ open, undo, clear, everything, png: savePng, json: saveJson })) {
+  element(id).addEventListener("click", work);
+}
+element("file").addEventListener("change", ({ target }) => {
+  if (target.files[0]) load(target.files[0]);
+  target.value = "";
+});
+const stage = element("stage");
+for (const name of ["dragover", "dragleave", "drop"]) {
+  stage.addEventListener(name, (event) => {
+    event.preventDefault();
+    stage.classList.toggle("over", name === "dragover");
+    if (name === "drop" && event.dataTransfer.files[0]) load(event.dataTransfer.files[0]);
+  });
+}
+document.addEventListener("paste", ({ clipboardData }) => {
+  const file = [...clipboardData.files].find(({ type }) => type.startsWith("image/"));
+  if (file) load(file);
+});
+new ResizeObserver(refresh).observe(stage);
+refresh();

@@ -1,0 +1,510 @@
+"""The engine: many clients, one model; what is promised when it is busy, full, late, short of memory or broken."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import TINY, random_image, random_model
+
+import sam
+from sam import Prompt, Sam, rle
+from sam.engine import (
+    AutomaticOptions,
+    DeadlineExceededError,
+    Engine,
+    EngineClosedError,
+    EngineFailedError,
+    OutOfMemoryError,
+    QueueFullError,
+)
+from sam.engine.core import _fair_shares
+
+SECONDS = 30
+CLICK = Prompt([(5, 5)], [1])
+
+
+class Gate:
+    """Holds the model before each pass until it is opened, and notes the passes."""
+
+    def __init__(self, model: Sam) -> None:
+        self.model = model
+        self.open = threading.Event()
+        self.entered = threading.Event()
+        self.encoded: list[int] = []
+        self.decoded: list[int] = []
+        self.faults: list[BaseException] = []
+        self.shortage_above: int | None = None
+        encode, decode, decode_tokens = model.encode, model.decode, model.decode_tokens
+        inside = False  # of decode, which asks decode_tokens for chunks of its own
+
+        def gated_encode(images: Any, batch_size: int | None = None) -> Any:
+            self._pass(self.encoded, len(images))
+            return encode(images, batch_size)
+
+        def gated_decode(embeddings: Any, batch: Any, multimask_output: bool) -> Any:
+            nonlocal inside
+            self._pass(self.decoded, len(batch))
+            inside = True
+            try:
+                return decode(embeddings, batch, multimask_output)
+            finally:
+                inside = False
+
+        def gated_decode_tokens(embeddings: Any, batch: Any) -> Any:
+            if not inside:
+                self._pass(self.decoded, len(batch))
+            return decode_tokens(embeddings, batch)
+
+        model.encode = gated_encode  # type: ignore[method-assign,assignment]
+        model.decode_tokens = gated_decode_tokens  # type: ignore[method-assign]
+        model.decode = gated_decode  # type: ignore[method-assign]
+
+    def _pass(self, passes: list[int], size: int) -> None:
+        passes.append(size)
+        self.entered.set()
+        assert self.open.wait(SECONDS)
+        if self.faults:
+            raise self.faults.pop(0)
+        if self.shortage_above is not None and size > self.shortage_above:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.fixture
+def model() -> Sam:
+    return random_model(TINY)
+
+
+@pytest.fixture
+def gate(model: Sam) -> Gate:
+    return Gate(model)
+
+
+@pytest.fixture
+def engine_of(model: Sam) -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    def make(**options: Any) -> Engine:
+        engines.append(Engine(model, **options))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close(SECONDS)
+
+
+def hold(engine: Engine, gate: Gate) -> Future[Any]:
+    """Let the model be busy with one image, so that what comes next waits."""
+    busy = engine.embed(random_image(9, 9, seed=99))
+    assert gate.entered.wait(SECONDS)
+    return busy
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
+def test_answers_are_those_of_the_model(nano: Sam, photo: np.ndarray) -> None:
+    """Whatever shares a batch with a request, its masks are the model's own."""
+    images = [photo, np.ascontiguousarray(photo[:200, 50:])]
+    prompts = [
+        [Prompt([(170, 115)], [1]), Prompt(box=(135, 85, 208, 148))],
+        [Prompt([(60, 70), (5, 5)], [1, 0])],
+    ]
+    with Engine(nano, max_batch=8) as engine:
+        futures = [engine.segment(*both, keep_logits=True) for both in zip(images, prompts, strict=True)]
+        for image, asked, future in zip(images, prompts, futures, strict=True):
+            expected = nano.predict(nano.encode(image), asked)
+            for index, answer in enumerate(future.result(SECONDS)):
+                masks = np.stack([rle.decode(encoded) for encoded in answer.rles])
+                differ = (masks != expected.masks[index].numpy()).mean()
+                assert differ < 1e-3  # other batches sum in another order, which may move a border's pixel
+                np.testing.assert_allclose(answer.predicted_iou, expected.iou_predictions[index], atol=1e-4)
+                assert answer.low_res_logits is not None
+                np.testing.assert_allclose(answer.low_res_logits, expected.low_res_logits[index], atol=2e-2)
+
+
+def test_embedding_is_the_models_bit_for_bit(model: Sam, engine_of: Callable[..., Engine]) -> None:
+    image = random_image(200, 300)
+    embedding = engine_of().embed(image).result(SECONDS)
+    expected = model.encode(image)
+    assert embedding.features.equal(expected.features)
+    assert embedding.geometry == expected.geometry
+    assert embedding.image_hash == expected.image_hash
+    assert embedding.model_hash == model.model_hash
+
+
+def test_automatic_is_the_generators(nano: Sam) -> None:
+    image = random_image(64, 96)
+    image[16:48, 20:60] = (220, 40, 40)
+    options = AutomaticOptions(points_per_side=2, pred_iou_thresh=0.0, stability_score_thresh=0.0)
+    generator = sam.SamAutomaticMaskGenerator(
+        nano, 2, pred_iou_thresh=0.0, stability_score_thresh=0.0, output_mode="uncompressed_rle", points_per_batch=3
+    )
+    with Engine(nano, max_batch=3) as engine:
+        records = engine.automatic(image, options).result(SECONDS)
+    assert records == generator.generate(image)
+    assert records
+
+
+@pytest.mark.parametrize(
+    ("image", "prompts", "message"),
+    [
+        (np.zeros((4, 4), np.uint8), [CLICK], r"the image must be \[H, W, 3\]"),
+        (np.zeros((1, 5000, 3), np.uint8), [CLICK], "aspect ratio"),
+        (random_image(8, 8), [], "at least one prompt"),
+        (random_image(8, 8), [Prompt(mask_input=np.zeros((1, 3, 3)))], "mask_input must be low-resolution logits"),
+        (sam.ImageEmbedding(torch.zeros(1, 2, 3, 4), sam.embedding.ImageGeometry((4, 4), (4, 4), 4)), [CLICK], "feat"),
+    ],
+)
+def test_a_bad_request_raises_where_it_is_made(
+    engine_of: Callable[..., Engine], gate: Gate, image: Any, prompts: list[Prompt], message: str
+) -> None:
+    """It never meets the batch of those that wait at the same time."""
+    engine = engine_of()
+    hold(engine, gate)
+    good = engine.segment(random_image(8, 8), [CLICK])
+    with pytest.raises(ValueError, match=message):
+        engine.segment(image, prompts)
+    gate.open.set()
+    assert len(good.result(SECONDS)) == 1
+    assert engine.counters()["accepted"] == 2
+
+
+def test_whatever_waits_is_one_batch(engine_of: Callable[..., Engine], gate: Gate) -> None:
+    """Ragged prompts of several images together, images together, without any delay before them."""
+    engine = engine_of(max_batch=16, max_images=4)
+    hold(engine, gate)
+    futures = [engine.segment(random_image(8, 8 + i), [CLICK] * (i + 1)) for i in range(4)]
+    gate.open.set()
+    assert [len(future.result(SECONDS)) for future in futures] == [1, 2, 3, 4]
+    assert gate.encoded == [1, 4]
+    assert gate.decoded == [10]
+
+
+def test_batches_are_full_under_saturation(engine_of: Callable[..., Engine], gate: Gate) -> None:
+    engine = engine_of(max_batch=8)
+    embedding = hold(engine, gate)
+    gate.open.set()
+    handle = embedding.result(SECONDS)
+    gate.open.clear()
+    gate.entered.clear()
+    futures = [engine.segment(handle, [CLICK])]
+    assert gate.entered.wait(SECONDS)
+    futures += [engine.segment(handle, [CLICK] * 3) for _ in range(40)]
+    gate.open.set()
+    for future in futures:
+        future.result(SECONDS)
+    later = gate.decoded[1:]
+    assert sum(later) == 120
+    assert sum(later) / (8 * len(later)) >= 0.9
+
+
+def test_masks_of_one_and_of_three_are_not_mixed(engine_of: Callable[..., Engine], gate: Gate) -> None:
+    engine = engine_of()
+    hold(engine, gate)
+    three, one = (engine.segment(random_image(8, 8), [CLICK], multimask_output=multi) for multi in (True, False))
+    gate.open.set()
+    assert len(three.result(SECONDS)[0].rles) == 3
+    assert len(one.result(SECONDS)[0].rles) == 1
+
+
+def test_fair_shares() -> None:
+    assert _fair_shares([(1, 1), (9, 1), (9, 1)], 8, 99) == [1, 4, 3]
+    assert _fair_shares([(1, 1), (1, 1), (1, 1)], 2, 99) == [1, 1, 0]
+    assert _fair_shares([(2, 1), (1, 1)], 8, 99) == [2, 1]
+    assert _fair_shares([(9, 60), (2, 1)], 8, 50) == [1, 0]
+    assert _fair_shares([(2, 1), (9, 60), (9, 20)], 8, 50) == [2, 0, 2]
+
+
+def test_large_masks_make_small_batches(engine_of: Callable[..., Engine], gate: Gate) -> None:
+    """Prompts on a large image do not keep others waiting for sixteen of them; small ones fill their batch."""
+    engine = engine_of(max_batch=8)
+    engine._batch_pixels = 8 * 10 * 10
+    gate.open.set()
+    large = engine.embed(random_image(30, 30)).result(SECONDS)
+    small = engine.embed(random_image(8, 8)).result(SECONDS)
+    assert len(engine.segment(large, [CLICK] * 3).result(SECONDS)) == 3
+    assert gate.decoded == [1, 1, 1]
+    assert len(engine.segment(small, [CLICK] * 8).result(SECONDS)) == 8
+    assert gate.decoded[3:] == [8]
+
+
+def test_a_huge_request_does_not_starve_others(engine_of: Callable[..., Engine], gate: Gate) -> None:
+    """A click that comes after 200 prompts is in the very next batch."""
+    engine = engine_of(max_batch=4)
+    gate.open.set()
+    handle = engine.embed(random_image(8, 8)).result(SECONDS)
+    gate.open.clear()
+    gate.entered.clear()
+    huge = engine.segment(handle, [CLICK] * 200)
+    assert gate.entered.wait(SECONDS)
+    answered_at: list[int] = []
+    small = engine.segment(handle, [CLICK])
+    small.add_done_callback(lambda future: answered_at.append(len(gate.decoded)))
+    gate.open.set()
+    assert len(huge.result(SECONDS)) == 200
+    assert answered_at == [2]
+
+
+def test_clicks_pass_between_the_batches_of_everything(engine_of: Callable[..., Engine], gate: Gate) -> None:
+    engine = engine_of(max_batch=2)
+    gate.open.set()
+    handle = engine.embed(random_image(8, 8)).result(SECONDS)
+    gate.open.clear()
+    gate.entered.clear()
+    everything = engine.automatic(handle, AutomaticOptions(points_per_side=8))
+    assert gate.entered.wait(SECONDS)
+    click = engine.segment(handle, [CLICK])
+    gate.open.set()
+    click.result(SECONDS)
+    assert not everything.done()
+    everything.result(SECONDS)
+    assert gate.decoded[1] == 1
+
+
+def test_exactly_as_many_are_rejected_as_do_not_fit(engine_of: Callable[..., Engine], gate: Gate) -> None:
+    engine = engine_of(max_queue=5)
+    hold(engine, gate)
+    image, outcomes = random_image(8, 8), []
+
+    def ask() -> None:
+        try:
+            outcomes.append(engine.segment(image, [CLICK]))
+        except QueueFullError as full:
+            outcomes.append(full)
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    rejected = [outcome for outcome in outcomes if isinstance(outcome, QueueFullError)]
+    assert len(rejected) == 2
+    assert engine.counters()["rejected"] == 2
+    assert str(rejected[0]) == "5 requests are waiting already"
+    gate.open.set()
+    accepted = [outcome for outcome in outcomes if isinstance(outcome, Future)]
+    assert all(len(future.result(SECONDS)) == 1 for future in accepted)
+    wait_until(lambda: engine.pending == 0)
+    engine.segment(image, [CLICK]).result(SECONDS)  # there is room again
+
+
+def test_an_expired_request_never_reaches_the_model(engine_of: Callable[..., Engine], gate: Gate) -> None:
+    engine = engine_of()
+    hold(engine, gate)
+    late = engine.segment(random_image(8, 8), [CLICK], deadline=0.01)
+    in_time = engine.segment(random_image(7, 7), [CLICK])
+    time.sleep(0.05)
+    gate.open.set()
+    with pytest.raises(DeadlineExceededError):
+        late.result(SECONDS)
+    in_time.result(SECONDS)
+    assert gate.encoded == [1, 1]
+    assert gate.decoded == [1]
+    wait_until(lambda: engine.pending == 0)
+    assert engine.counters()["expired"] == 1
+
+
+def test_a_cancelled_request_never_reaches_the_model(engine_of: Callable[..., Engine], gate: Gate) -> None:
+    engine = engine_of(max_queue=2)
+    hold(engine, gate)
+    left = engine.segment(random_image(8, 8), [CLICK])
+    assert left.cancel()
+    assert engine.pending == 1  # its place is free at once
+    stays = engine.segment(random_image(7, 7), [CLICK])
+    gate.open.set()
+    stays.result(SECONDS)
+    with pytest.raises(CancelledError):
+        left.result()
+    assert gate.encoded == [1, 1]
+    assert engine.counters()["cancelled"] == 1
+
+
+def test_a_request_cancelled_half_way_stops_there(engine_of: Callable[..., Engine], gate: Gate) -> None:
+    engine = engine_of(max_batch=4)
+    gate.open.set()
+    handle = engine.embed(random_image(8, 8)).result(SECONDS)
+    gate.open.clear()
+    gate.entered.clear()
+    huge = engine.segment(handle, [CLICK] * 200)
+    assert gate.entered.wait(SECONDS)
+    assert huge.cancel()
+    gate.open.set()
+    engine.segment(handle, [CLICK]).result(SECONDS)
+    assert gate.decoded == [4, 1]
+
+
+def test_an_image_is_encoded_once(engine_of: Callable[..., Engine], gate: Gate) -> None:
+    """Also when several ask for it before it is there."""
+    engine = engine_of()
+    hold(engine, gate)
+    image = random_image(30, 40)
+    futures = [engine.segment(image, [CLICK]) for _ in range(3)]
+    gate.open.set()
+    for future in futures:
+        future.result(SECONDS)
+    engine.embed(image.copy()).result(SECONDS)
+    key = engine.prepare(image).key
+    assert engine.embedding(key) is not None
+    assert engine.embedding("0" * 32) is None
+    assert gate.encoded == [1, 1]
+    assert engine.counters()["cache_entries"] == 2
+
+
+def test_keys_tell_models_and_images_apart(model: Sam, engine_of: Callable[..., Engine]) -> None:
+    other = Engine(random_model(TINY, seed=1))
+    engine, image = engine_of(), random_image(30, 40)
+    keys = {engine.prepare(image).key, other.prepare(image).key, engine.prepare(image[::-1]).key}
+    assert len(keys) == 3
+    other.close(SECONDS)
+
+
+def test_cache_keeps_its_budget(engine_of: Callable[..., Engine], model: Sam) -> None:
+    """Counted with what prompts attach to an embedding; the least recently used goes."""
+    probe = model.encode(random_image(8, 8))
+    model.predict(probe, [CLICK])
+    engine = engine_of(embedding_cache_bytes=int(2.5 * probe.nbytes))
+    images = [random_image(8, 8, seed) for seed in range(3)]
+    first, second, third = (engine.prepare(image).key for image in images)
+    for image in (images[0], images[1], images[0], images[2]):
+        engine.segment(image, [CLICK]).result(SECONDS)
+    assert engine.embedding(second) is None
+    assert engine.embedding(first) is not None
+    assert engine.embedding(third) is not None
+    counters = engine.counters()
+    assert counters["cache_evictions"] == 1
+    assert counters["cache_bytes"] == 2 * probe.nbytes
+
+
+def test_an_embedding_over_the_budget_is_used_but_not_kept(engine_of: Callable[..., Engine]) -> None:
+    engine = engine_of(embedding_cache_bytes=10)
+    assert len(engine.segment(random_image(8, 8), [CLICK]).result(SECONDS)) == 1
+    assert engine.counters()["cache_bytes"] == 0
+
+
+def test_out_of_memory_halves_the_batch_once(engine_of: Callable[..., Engine], gate: Gate) -> None:
+    engine = engine_of(max_batch=8)
+    gate.open.set()
+    handle = engine.embed(random_image(8, 8)).result(SECONDS)
+    gate.shortage_above = 4
+    assert len(engine.segment(handle, [CLICK] * 8).result(SECONDS)) == 8
+    assert gate.decoded == [8, 4, 4]
+    gate.decoded.clear()
+    gate.shortage_above = 3
+    with pytest.raises(OutOfMemoryError, match="not for half the batch either"):
+        engine.segment(handle, [CLICK] * 8).result(SECONDS)
+    assert gate.decoded == [8, 4, 4]
+    assert len(engine.segment(handle, [CLICK]).result(SECONDS)) == 1  # the engine lives
+    assert engine.failure is None
+    assert engine.counters()["out_of_memory"] == 4
+
+
+def test_out_of_memory_in_everything_starts_once_more_with_half(engine_of: Callable[..., Engine], gate: Gate) -> None:
+    engine = engine_of(max_batch=4)
+    gate.open.set()
+    gate.shortage_above = 2
+    options = AutomaticOptions(points_per_side=2)
+    engine.automatic(random_image(8, 8), options).result(SECONDS)
+    assert gate.decoded == [4, 2, 2]
+    gate.shortage_above = 1
+    with pytest.raises(OutOfMemoryError):
+        engine.automatic(random_image(8, 8), options).result(SECONDS)
+    assert engine.failure is None
+
+
+def test_a_model_fault_fails_everyone_and_the_engine(engine_of: Callable[..., Engine], gate: Gate) -> None:
+    faults: list[BaseException] = []
+    engine = engine_of(on_failure=faults.append)
+    fault = RuntimeError("CUDA error: an illegal memory access was encountered")
+    gate.faults.append(fault)
+    futures = [hold(engine, gate), engine.segment(random_image(8, 8), [CLICK])]
+    gate.open.set()
+    for future in futures:
+        with pytest.raises(EngineFailedError):
+            future.result(SECONDS)
+    wait_until(lambda: bool(faults))
+    assert faults == [fault]
+    assert engine.failure is fault
+    with pytest.raises(EngineFailedError):
+        engine.embed(random_image(8, 8))
+    assert len(gate.encoded) == 1
+
+
+def test_close_answers_what_was_accepted(engine_of: Callable[..., Engine], gate: Gate) -> None:
+    engine = engine_of()
+    futures = [hold(engine, gate), *(engine.segment(random_image(8, 8), [CLICK]) for _ in range(5))]
+    closer = threading.Thread(target=engine.close)
+    closer.start()
+    wait_until(lambda: engine._closing)
+    with pytest.raises(EngineClosedError):
+        engine.embed(random_image(8, 8))
+    gate.open.set()
+    closer.join(SECONDS)
+    assert all(future.done() and future.exception() is None for future in futures)
+
+
+def test_close_gives_up_after_its_timeout(engine_of: Callable[..., Engine], gate: Gate) -> None:
+    engine = engine_of()
+    stuck = hold(engine, gate)
+    assert not engine.close(timeout=0.05)
+    with pytest.raises(EngineClosedError):
+        stuck.result(SECONDS)
+    gate.open.set()
+
+
+def test_nothing_of_an_answered_request_is_kept(engine_of: Callable[..., Engine]) -> None:
+    engine = engine_of(embedding_cache_bytes=10)
+    result = engine.segment(random_image(8, 8), [CLICK]).result(SECONDS)
+    reference = weakref.ref(result[0])
+    del result
+    engine.embed(random_image(9, 9)).result(SECONDS)
+    wait_until(lambda: gc.collect() >= 0 and reference() is None)
+
+
+def test_many_threads(engine_of: Callable[..., Engine]) -> None:
+    engine = engine_of(max_batch=8, max_queue=1000)
+    images = [random_image(20, 20 + i) for i in range(5)]
+    failures: list[BaseException] = []
+
+    def client(seed: int) -> None:
+        generator = np.random.default_rng(seed)
+        try:
+            for _ in range(5):
+                image, count = images[generator.integers(5)], int(generator.integers(1, 20))
+                future = engine.segment(image, [CLICK] * count)
+                if generator.random() < 0.2:
+                    future.cancel()
+                    continue
+                answers = future.result(SECONDS)
+                assert len(answers) == count
+                assert answers[0].rles[0]["size"] == list(image.shape[:2])
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    wait_until(lambda: engine.pending == 0)
+    counters = engine.counters()
+    assert counters["accepted"] == 40 == counters["completed"] + counters["cancelled"]
+
+
+@pytest.mark.parametrize("option", ["max_batch", "max_queue", "deadline"])
+def test_bad_options(model: Sam, option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be positive, got 0"):
+        Engine(model, **{option: 0})

@@ -1,0 +1,289 @@
+"""The page in headless Chromium: load, click, correct, undo, everything, download. Needs Chromium."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from coins import photograph
+from PIL import Image
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+client = pytest.importorskip("websockets.sync.client")
+from serving import Server  # noqa: E402
+
+from sam import rle  # noqa: E402
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
+]
+SECONDS = 60
+COIN = (101, 57)
+
+
+class Browser:
+    """One tab, driven over Chromium's debugging protocol."""
+
+    def __init__(self, folder: Path) -> None:
+        self.downloads = folder / "downloads"
+        self.downloads.mkdir()
+        profile = folder / "profile"
+        self._process = subprocess.Popen(
+            [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0",
+             f"--user-data-dir={profile}", "--force-color-profile=srgb", "about:blank"],
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        port_file = profile / "DevToolsActivePort"
+        wait_until(lambda: port_file.is_file() and len(port_file.read_text().split()) == 2)
+        port = port_file.read_text().split()[0]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
+            target = next(tab for tab in json.load(answer) if tab["type"] == "page")
+        self._open = contextlib.ExitStack()
+        self._socket = self._open.enter_context(client.connect(target["webSocketDebuggerUrl"], max_size=None))
+        self._count = 0
+        self.problems: list[Any] = []
+        self.requests: list[tuple[str, int]] = []
+        for domain in ("Page", "Runtime", "DOM", "Log", "Network"):
+            self.send(f"{domain}.enable")
+        self.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(self.downloads))
+
+    def send(self, method: str, **parameters: Any) -> dict[str, Any]:
+        self._count += 1
+        self._socket.send(json.dumps({"id": self._count, "method": method, "params": parameters}))
+        while True:
+            message = json.loads(self._socket.recv(timeout=SECONDS))
+            self._note(message)
+            if message.get("id") == self._count:
+                assert "error" not in message, message
+                return message["result"]
+
+    def _note(self, message: dict[str, Any]) -> None:
+        parameters = message.get("params", {})
+        if message.get("method") == "Runtime.exceptionThrown" or (
+            message.get("method") == "Log.entryAdded" and parameters["entry"]["level"] == "error"
+        ):
+            self.problems.append(parameters)
+        elif message.get("method") == "Network.requestWillBeSent":
+            request = parameters["request"]
+            self.requests.append((request["url"], len(request.get("postData", ""))))
+
+    def run(self, script: str) -> Any:
+        answer = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def open(self, url: str) -> None:
+        self.send("Page.navigate", url=url)
+        wait_until(lambda: self.run("document.readyState") == "complete")
+
+    def size(self, width: int, height: int) -> None:
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 700
+        )
+
+    def choose_file(self, selector: str, path: Path) -> None:
+        root = self.send("DOM.getDocument")["root"]["nodeId"]
+        node = self.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.send("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Where a pixel of the image is in the window."""
+        box = self.run("(() => { const r = marks.getBoundingClientRect(); return [r.x, r.y, r.width, r.height]; })()")
+        return box[0] + x / 384 * box[2], box[1] + y / 303 * box[3]
+
+    def mouse(self, kind: str, at: tuple[float, float], button: str = "left", modifiers: int = 0) -> None:
+        held = {"left": 1, "right": 2}[button]
+        self.send(
+            "Input.dispatchMouseEvent", type=kind, x=at[0], y=at[1], button=button, clickCount=1,
+            buttons=0 if kind == "mouseReleased" else held, modifiers=modifiers,
+        )  # fmt: skip
+
+    def click(self, x: float, y: float, button: str = "left", modifiers: int = 0) -> None:
+        for kind in ("mousePressed", "mouseReleased"):
+            self.mouse(kind, self.place(x, y), button, modifiers)
+
+    def drag(self, x0: float, y0: float, x1: float, y1: float) -> None:
+        self.mouse("mousePressed", self.place(x0, y0))
+        for share in (0.5, 1.0):
+            self.mouse("mouseMoved", self.place(x0 + share * (x1 - x0), y0 + share * (y1 - y0)))
+        self.mouse("mouseReleased", self.place(x1, y1))
+
+    def key(self, key: str, modifiers: int = 0) -> None:
+        text = {"text": "\r" if key == "Enter" else key} if key == "Enter" or len(key) == 1 else {}
+        for kind in ("keyDown", "keyUp"):
+            extra = text if kind == "keyDown" else {}
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, modifiers=modifiers, **extra)
+
+    @property
+    def status(self) -> str:
+        return str(self.run("document.getElementById('status').textContent"))
+
+    def covered(self) -> int:
+        """Pixels of the overlay that are painted."""
+        return int(
+            self.run(
+                "(() => { const c = overlay, d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+                "let n = 0; for (let i = 3; i < d.length; i += 4) n += d[i] > 0; return n; })()"
+            )
+        )
+
+    def screenshot(self, path: Path) -> None:
+        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))
+
+    def close(self) -> None:
+        self._open.close()
+        self._process.terminate()
+        self._process.wait(SECONDS)
+
+
+def wait_until(condition: Any) -> None:
+    until = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server() as running:
+        yield running
+
+
+@pytest.fixture
+def browser(tmp_path: Path, server: Server) -> Iterator[Browser]:
+    tab = Browser(tmp_path)
+    tab.size(1280, 860)
+    tab.open(server.url)
+    yield tab
+    tab.close()
+    assert not tab.problems
+
+
+@pytest.fixture
+def photo_file(tmp_path: Path) -> Path:
+    path = tmp_path / "coins.png"
+    Image.fromarray(photograph()).save(path)
+    return path
+
+
+def load(browser: Browser, photo_file: Path) -> None:
+    browser.choose_file("#file", photo_file)
+    wait_until(lambda: "embedded in" in browser.status)
+
+
+def after(browser: Browser, action: Any) -> int:
+    """Do it, and wait until the status speaks of the answer; returns what the overlay covers."""
+    before = browser.status
+    action()
+    wait_until(lambda: browser.status != before and "…" not in browser.status)
+    return browser.covered()
+
+
+def picture(browser: Browser, name: str) -> None:
+    """Kept where ``PAGE_PICTURES`` says, for a look at it."""
+    if folder := os.environ.get("PAGE_PICTURES"):
+        browser.screenshot(Path(folder) / f"{name}.png")
+
+
+def test_a_visit(browser: Browser, photo_file: Path) -> None:
+    picture(browser, "page_empty")
+    load(browser, photo_file)
+    assert browser.covered() == 0
+    one = after(browser, lambda: browser.click(*COIN))
+    assert 400 < one < 4000  # a coin, of an image of 116,352 pixels
+    picture(browser, "page_click")
+    assert browser.run("document.querySelectorAll('#choices input').length") == 3
+    corrected = after(browser, lambda: browser.click(70, 90, "right"))
+    picture(browser, "page_corrected")
+    assert browser.run("document.getElementById('undo').disabled") is False
+    assert after(browser, lambda: browser.key("z")) == one
+    assert after(browser, lambda: browser.click(70, 90, modifiers=1)) == corrected  # Alt, as the right button
+    assert after(browser, lambda: browser.key("Escape")) == 0
+    assert browser.run("document.getElementById('undo').disabled") is True
+
+    assert after(browser, lambda: browser.drag(78, 30, 126, 82)) > 400
+    picture(browser, "page_box")
+    everything = after(browser, lambda: browser.run("document.getElementById('everything').click()"))
+    assert everything > 4 * one
+    assert int(browser.status.split()[0]) > 5
+    picture(browser, "page_everything")
+
+    uploads = [size for url, size in browser.requests if url.endswith("/v1/embed")]
+    assert len(uploads) == 1  # the image travelled once
+    assert all(url.startswith(("http://127.0.0.1", "blob:", "data:")) for url, _ in browser.requests)
+
+
+def test_downloads(browser: Browser, photo_file: Path) -> None:
+    load(browser, photo_file)
+    after(browser, lambda: browser.click(*COIN))
+    for key, name in (("p", "coins_mask.png"), ("j", "coins.json")):
+        browser.key(key)
+        wait_until((browser.downloads / name).is_file)
+    time.sleep(0.5)
+    mask = np.array(Image.open(browser.downloads / "coins_mask.png").convert("L"))
+    document = json.loads((browser.downloads / "coins.json").read_text())
+    record = document["prompts"][0]["masks"][document["chosen"]]
+    np.testing.assert_array_equal(mask == 255, rle.decode(record["segmentation"]))
+    assert set(np.unique(mask)) == {0, 255}
+    np.testing.assert_allclose(document["prompt"]["points"], [COIN], atol=1)
+
+
+def test_keyboard_alone(browser: Browser, photo_file: Path) -> None:
+    load(browser, photo_file)
+    assert browser.run("document.activeElement.id") == "marks"
+    for _ in range(24):
+        browser.key("ArrowLeft")
+    for _ in range(24):
+        browser.key("ArrowUp")
+    assert after(browser, lambda: browser.key("Enter")) > 100
+    best = browser.run("document.querySelector('#choices input:checked').parentElement.title")
+    other = "1" if "1" not in best else "2"
+    browser.key(other)
+    assert other in browser.run("document.querySelector('#choices input:checked').parentElement.title")
+
+
+def test_narrow_screen(browser: Browser, photo_file: Path) -> None:
+    browser.size(390, 780)
+    load(browser, photo_file)
+    after(browser, lambda: browser.click(*COIN))
+    picture(browser, "page_narrow")
+    assert browser.run("document.documentElement.scrollWidth") <= 390
+    assert browser.run("document.documentElement.scrollHeight") <= 780
+
+
+def test_the_server_forgot_the_image(
+    browser: Browser,
+    photo_file: Path,
+) -> None:
+    """The page sends it again by itself."""
+    load(browser, photo_file)
+    browser.run(
+        """{
+          const real = window.fetch;
+          let first = true;
+          window.fetch = (path, options) => {
+            if (first) options.body = options.body.replace(/"[0-9a-f]{32}"/, `"${"0".repeat(32)}"`);
+            first = false;
+            return real(path, options);
+          };
+        }"""
+    )
+    assert after(browser, lambda: browser.click(*COIN)) > 400
+    assert len([url for url, _ in browser.requests if url.endswith("/v1/embed")]) == 2
+    browser.problems.clear()  # the browser logs the 404

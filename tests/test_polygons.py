@@ -1,0 +1,66 @@
+"""Polygons of masks, held against filling them again."""
+
+from __future__ import annotations
+
+import itertools
+
+import hypothesis.extra.numpy as arrays
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from sam.polygons import multipolygon
+
+
+def fill(polygons: list[list[list[list[int]]]], shape: tuple[int, ...]) -> np.ndarray:
+    """Even-odd filling: a pixel is inside when an odd number of vertical edges lie to its left."""
+    crossings = np.zeros((shape[0], shape[1] + 1), int)
+    for polygon in polygons:
+        for ring in polygon:
+            for (x0, y0), (x1, y1) in itertools.pairwise(ring):
+                assert (x0 == x1) != (y0 == y1)
+                if x0 == x1:
+                    crossings[min(y0, y1) : max(y0, y1), x0] += 1
+    return np.cumsum(crossings, axis=1)[:, :-1] % 2 == 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(arrays.arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12))))
+def test_filling_gives_the_mask_back(mask: np.ndarray) -> None:
+    polygons = multipolygon(mask)["coordinates"]
+    np.testing.assert_array_equal(fill(polygons, mask.shape), mask)
+    labels, count = ndimage.label(mask)  # pixels with a common edge
+    assert len(polygons) == count
+    for polygon in polygons:
+        whole = fill([polygon], mask.shape)
+        assert len(np.unique(labels[whole])) == 1  # an outline and its own holes
+        assert whole.sum() == (labels == labels[whole][0]).sum()
+        assert all(ring[0] == ring[-1] for ring in polygon)
+
+
+@pytest.mark.parametrize(
+    ("rows", "polygons"),
+    [
+        (["..."], []),
+        ([".#."], [[[[1, 0], [2, 0], [2, 1], [1, 1], [1, 0]]]]),
+        (
+            ["###", "#.#", "###"],
+            [[[[0, 0], [3, 0], [3, 3], [0, 3], [0, 0]], [[2, 1], [1, 1], [1, 2], [2, 2], [2, 1]]]],
+        ),
+    ],
+)
+def test_examples(rows: list[str], polygons: list[list[list[list[int]]]]) -> None:
+    mask = np.array([[character == "#" for character in row] for row in rows])
+    assert multipolygon(mask) == {"type": "MultiPolygon", "coordinates": polygons}
+
+
+def test_large_and_noisy() -> None:
+    """A hole in an island in a hole, and time that grows with the corners only."""
+    noise = np.random.default_rng(0).random((200, 300)) < 0.6
+    np.testing.assert_array_equal(fill(multipolygon(noise)["coordinates"], noise.shape), noise)
+    nested = np.zeros((9, 9), bool)
+    for depth in range(5):
+        nested[depth : 9 - depth, depth : 9 - depth] = depth % 2 == 0
+    assert [len(polygon) for polygon in multipolygon(nested)["coordinates"]] == [2, 2, 1]

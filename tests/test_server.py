@@ -1,0 +1,663 @@
+"""The service over real sockets: answers, limits, refusals, and what it does when busy, left or broken."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import socket
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from models import TINY, random_image, random_model
+from PIL import Image
+from test_engine import Gate
+from test_polygons import fill
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+import uvicorn
+
+from sam import Prompt, Sam, rle
+from sam.engine import Engine
+from sam.server import Settings, app, create_app
+from sam.server.errors import KINDS
+from sam.server.service import Service, warm_up
+
+SECONDS = 30
+TOKEN = "a-token-for-tests"
+IMAGE = random_image(60, 90)
+CLICK = [{"points": [[5, 5]]}]
+
+
+class Local:
+    """The application on a free port, its server in a thread."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        app = create_app(engine, settings)
+        self.service: Service = app.state.service
+        self.engine, self.app = engine, app
+        config = uvicorn.Config(app, "127.0.0.1", 0, log_config=None, http="h11", ws="none", loop="asyncio")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run)
+        self._thread.start()
+        wait_until(lambda: self._server.started)
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
+        wait_until(lambda: self.service.warm)
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(SECONDS)
+        self.engine.close(SECONDS)
+
+    def request(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
+        try:
+            connection.request(method, path, body, headers or {})
+            answer = connection.getresponse()
+            return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+        finally:
+            connection.close()
+
+    def post(self, route: str, image: bytes | None = None, headers: dict[str, str] | None = None, **fields: Any) -> Any:
+        """Multipart with an image, else JSON; the answer as JSON where it is."""
+        if image is None:
+            body, kind = json.dumps(fields).encode(), "application/json"
+        else:
+            body, kind = multipart(image, fields)
+        status, answered, content = self.request("POST", route, body, {"Content-Type": kind, **(headers or {})})
+        is_json = answered.get("content-type") == "application/json"
+        return status, json.loads(content) if is_json else content, answered
+
+    def error(self, route: str, image: bytes | None = None, **fields: Any) -> tuple[int, str]:
+        status, answer, _ = self.post(route, image, **fields)
+        assert set(answer) == {"error", "request_id"}
+        assert answer["error"]["message"] == KINDS[answer["error"]["code"]].message
+        return status, answer["error"]["code"]
+
+
+def multipart(image: bytes, fields: dict[str, Any]) -> tuple[bytes, str]:
+    parts = [b'--b\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n' + image + b"\r\n"]
+    for name, value in fields.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        parts.append(f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n'.encode())
+    return b"".join(parts) + b"--b--\r\n", "multipart/form-data; boundary=b"
+
+
+def wait_until(condition: Any) -> None:
+    until = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def file_of(image: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
+    return file.getvalue()
+
+
+PNG = file_of(IMAGE)
+_IMAGE_AS_TEXT = b'--b\r\nContent-Disposition: form-data; name="image"\r\n\r\nx\r\n--b--\r\n'
+
+
+@pytest.fixture(scope="module")
+def model() -> Sam:
+    return random_model(TINY)
+
+
+@pytest.fixture(scope="module")
+def local(model: Sam) -> Iterator[Local]:
+    running = Local(Engine(model), Settings())
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def gated() -> Iterator[tuple[Local, Gate]]:
+    """A service whose model waits for the gate, of its own for each test."""
+    model = random_model(TINY)
+    gate = Gate(model)
+    gate.open.set()
+    running = Local(Engine(model, max_queue=4, deadline=20), Settings())
+    gate.open.clear()
+    for passes in (gate.encoded, gate.decoded):
+        passes.clear()
+    gate.entered.clear()
+    yield running, gate
+    gate.open.set()
+    running.close()
+
+
+# Answers -----------------------------------------------------------------------------------------------------
+
+
+def test_segment_an_upload(local: Local, model: Sam) -> None:
+    prompts = [{"points": [[5, 6], [40, 30]], "labels": [1, 0]}, {"box": [10, 10, 50, 40]}]
+    status, answer, headers = local.post("/v1/segment", PNG, prompts=prompts)
+    assert status == 200
+    asked = [Prompt([(5, 6), (40, 30)], [1, 0]), Prompt(box=(10, 10, 50, 40))]
+    expected = local.engine.segment(IMAGE, asked).result(SECONDS)
+    assert answer["image"] == {"height": 60, "width": 90}
+    assert answer["request_id"] == headers["x-request-id"]
+    assert [prompt["best"] for prompt in answer["prompts"]] == [masks.best for masks in expected]
+    for prompt, masks in zip(answer["prompts"], expected, strict=True):
+        for record, encoded, score in zip(prompt["masks"], masks.rles, masks.predicted_iou, strict=True):
+            mask = rle.decode(encoded)
+            np.testing.assert_array_equal(rle.decode(record["segmentation"]), mask)
+            assert record["area"] == mask.sum()
+            assert record["predicted_iou"] == pytest.approx(float(score), abs=1e-4)
+            ys, xs = np.nonzero(mask)
+            box = [xs.min(), ys.min(), xs.max() - xs.min(), ys.max() - ys.min()] if mask.any() else [0] * 4
+            assert record["bbox"] == box
+
+
+def test_outputs_agree(local: Local) -> None:
+    _, embedded, _ = local.post("/v1/embed", PNG)
+    question = {"embedding": embedded["embedding"], "prompts": CLICK}
+    _, answer, _ = local.post("/v1/segment", **question)
+    masks = [rle.decode(record["segmentation"]) for record in answer["prompts"][0]["masks"]]
+    _, polygons, _ = local.post("/v1/segment", **question, output="polygons")
+    for record, mask in zip(polygons["prompts"][0]["masks"], masks, strict=True):
+        np.testing.assert_array_equal(fill(record["segmentation"]["coordinates"], mask.shape), mask)
+    _, picture, headers = local.post("/v1/segment", **question, output="png")
+    assert headers["content-type"] == "image/png"
+    assert headers["x-embedding"] == embedded["embedding"]
+    best = masks[answer["prompts"][0]["best"]]
+    np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(picture))), best * np.uint8(255))
+    _, archive, _ = local.post("/v1/segment", **question, output="npz")
+    with np.load(io.BytesIO(archive), allow_pickle=False) as arrays:
+        np.testing.assert_array_equal(arrays["masks"], masks)
+        assert arrays["predicted_iou"].shape == (1, 3)
+    _, labels, _ = local.post("/v1/segment", **{**question, "prompts": CLICK * 2}, output="png")
+    np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(labels))), best * np.uint8(2))
+
+
+def test_automatic(local: Local) -> None:
+    options = {"points_per_side": 3, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
+    status, answer, _ = local.post("/v1/automatic", PNG, **options)
+    assert status == 200
+    records = answer["masks"]
+    assert records
+    for record in records:
+        assert rle.decode(record["segmentation"]).sum() == record["area"]
+    embedding = answer["embedding"]
+    for output, kind in (("png", "image/png"), ("npz", "application/octet-stream"), ("polygons", "application/json")):
+        status, _, headers = local.post("/v1/automatic", embedding=embedding, **options, output=output)
+        assert (status, headers["content-type"]) == (200, kind)
+
+
+def test_empty_masks_of_everything_have_no_stability(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON has no NaN."""
+    monkeypatch.setattr(local.engine.model, "mask_threshold", 1e9)
+    options = {"points_per_side": 1, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
+    status, answer, _ = local.post("/v1/automatic", PNG, **options)
+    assert status == 200
+    assert {record["area"] for record in answer["masks"]} == {0}
+    assert {record["stability_score"] for record in answer["masks"]} == {None}
+
+
+def test_mask_input_by_reference(local: Local) -> None:
+    """The logits stay with the service; the answer is that of the same logits given by hand."""
+    _, first, _ = local.post("/v1/segment", PNG, prompts=CLICK)
+    reference = {"result": first["result"], "prompt": 0, "mask": 2}
+    corrected = [{"points": [[5, 5], [50, 50]], "labels": [1, 0], "mask_input": reference}]
+    status, second, _ = local.post("/v1/segment", embedding=first["embedding"], prompts=corrected, multimask=False)
+    assert status == 200
+    (before,) = local.engine.segment(IMAGE, [Prompt([(5, 5)], [1])], keep_logits=True).result(SECONDS)
+    assert before.low_res_logits is not None
+    prompt = Prompt([(5, 5), (50, 50)], [1, 0], mask_input=before.low_res_logits[2:])
+    (by_hand,) = local.engine.segment(IMAGE, [prompt], multimask_output=False).result(SECONDS)
+    assert second["prompts"][0]["masks"][0]["segmentation"]["counts"] == rle.compress(by_hand.rles[0]["counts"])
+
+    other = file_of(random_image(60, 90, seed=1))
+    assert local.error("/v1/segment", other, prompts=corrected) == (404, "unknown_result")
+    for wrong in ({"result": "0" * 32}, {**reference, "prompt": 1}, {**reference, "mask": 3}):
+        corrected[0]["mask_input"] = wrong
+        status_and_code = local.error("/v1/segment", embedding=first["embedding"], prompts=corrected)
+        assert status_and_code == (404, "unknown_result")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_formats(local: Local, kind: str) -> None:
+    assert local.post("/v1/embed", file_of(IMAGE, kind))[0] == 200
+
+
+def test_upright(local: Local) -> None:
+    turned = Image.fromarray(IMAGE)
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    _, answer, _ = local.post("/v1/embed", file_of(turned, "JPEG", exif=exif))
+    assert answer["image"] == {"height": 90, "width": 60}
+
+
+def test_health_model_and_metrics(local: Local, model: Sam) -> None:
+    assert local.request("GET", "/v2/health/live")[::2] == (200, b'{"live":true}')
+    assert local.request("GET", "/v2/health/ready")[::2] == (200, b'{"ready":true}')
+    _, _, text = local.request("GET", "/v2/models/custom")
+    assert json.loads(text)["versions"] == [model.model_hash]
+    assert local.request("GET", "/v2/models/other")[0] == 404
+    local.post("/v1/embed", PNG)
+    text = local.request("GET", "/metrics")[2].decode()
+    for name in ('sam_requests_total{route="/v1/embed",status="200"}', "sam_ready 1.0", "sam_engine_accepted_total"):
+        assert name in text
+
+
+def test_openapi_has_every_route_with_examples(local: Local) -> None:
+    document = json.loads(local.request("GET", "/openapi.json")[2])
+    assert set(document["paths"]) == {
+        "/v1/embed", "/v1/segment", "/v1/automatic", "/v2/health/live", "/v2/health/ready", "/v2/models/{name}",
+        "/metrics",
+    }  # fmt: skip
+    for path in ("/v1/segment", "/v1/automatic"):
+        post = document["paths"][path]["post"]
+        assert post["requestBody"]["content"]["application/json"]["example"]
+        assert post["responses"]["200"]["content"]["application/json"]["example"]
+        assert post["responses"]["503"]
+
+
+def test_the_page_needs_nothing_from_elsewhere(local: Local) -> None:
+    for path in ("/", "/page.js", "/page.css"):
+        status, headers, text = local.request("GET", path)
+        assert status == 200
+        assert "default-src 'self'" in headers["content-security-policy"]
+        assert b"http://" not in text
+        assert b"https://" not in text
+
+
+# Refusals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "code"),
+    [
+        ({}, 422, "invalid_request"),
+        ({"prompts": []}, 422, "invalid_request"),
+        ({"prompts": CLICK * 1025}, 422, "invalid_request"),
+        ({"prompts": [{"points": [[1, 1]] * 65}]}, 422, "invalid_request"),
+        ({"prompts": [{}]}, 422, "invalid_request"),
+        ({"prompts": [{"points": [[1, 1]], "labels": [1, 0]}]}, 422, "invalid_request"),
+        ({"prompts": [{"box": [1, 1, 9, 9], "labels": []}]}, 422, "invalid_request"),
+        ({"prompts": [{"points": [[1, 1]], "labels": [True]}]}, 422, "invalid_request"),
+        ({"prompts": [{"points": [["1", 1]]}]}, 422, "invalid_request"),
+        ({"prompts": [{"points": [[1, 1, 1]]}]}, 422, "invalid_request"),
+        ({"prompts": [{"points": [[1, -1]]}]}, 422, "invalid_request"),
+        ({"prompts": '[{"points": [[1, NaN]]}]'}, 422, "invalid_request"),
+        ({"prompts": '[{"points": [[1, 1e999]]}]'}, 422, "invalid_request"),
+        ({"prompts": "[" * 100_000}, 422, "invalid_request"),
+        ({"prompts": [{"points": [[91, 1]]}]}, 422, "out_of_image"),
+        ({"prompts": [{"box": [0, 0, 10, 61]}]}, 422, "out_of_image"),
+        ({"prompts": CLICK, "output": "pickle"}, 422, "invalid_request"),
+        ({"prompts": CLICK, "multimask": 1}, 422, "invalid_request"),
+        ({"prompts": CLICK, "path": "/etc/passwd"}, 422, "invalid_request"),
+        ({"prompts": CLICK, "embedding": "0" * 32}, 422, "invalid_request"),
+    ],
+)
+def test_bad_prompts(local: Local, fields: dict[str, Any], status: int, code: str) -> None:
+    assert local.error("/v1/segment", PNG, **fields) == (status, code)
+
+
+def test_errors_say_where_and_echo_nothing(local: Local) -> None:
+    _, answer, _ = local.post("/v1/segment", PNG, prompts=[*CLICK, {"box": [1, 2, "<secret>", 4]}])
+    assert answer["error"]["where"] == ["prompts", 1, "box", 2]
+    _, answer, _ = local.post("/v1/segment", PNG, prompts=CLICK, secret=1)
+    assert answer["error"]["where"] == ["?"]
+    assert "secret" not in json.dumps(answer)
+
+
+@pytest.mark.parametrize(
+    ("image", "status", "code"),
+    [
+        (b"", 415, "unsupported_image"),
+        (b"not a picture", 415, "unsupported_image"),
+        (file_of(IMAGE, "GIF"), 415, "unsupported_image"),
+        (file_of(IMAGE, "BMP"), 415, "unsupported_image"),
+        (file_of(np.zeros((9, 9), np.uint16)), 415, "unsupported_image"),
+        (PNG[:200], 422, "bad_image"),
+        (PNG[:300] + bytes(100) + PNG[400:], 422, "bad_image"),
+        (file_of(Image.new("1", (1, 4000))), 422, "bad_image"),
+        (file_of(Image.new("1", (9000, 6000))), 413, "image_too_large"),
+        (file_of(Image.new("1", (20000, 10000))), 413, "image_too_large"),
+    ],
+)
+def test_bad_images(local: Local, image: bytes, status: int, code: str) -> None:
+    assert local.error("/v1/embed", image) == (status, code)
+
+
+def test_a_jpeg_of_very_many_scans_is_refused(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred bytes a scan, and each a pass over all pixels: hours for a small file."""
+    data = file_of(IMAGE, "JPEG", progressive=True)
+    assert local.post("/v1/embed", data)[0] == 200
+    last_scan = data[data.rfind(b"\xff\xc4") : -2]
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    assert local.error("/v1/embed", data[:-2] + last_scan * 100 + data[-2:]) == (422, "bad_image")
+
+
+def test_large_json_does_not_keep_others_waiting(local: Local) -> None:
+    """The largest document that is allowed, and the slowest to read: health answers meanwhile."""
+    _, embedded, _ = local.post("/v1/embed", PNG)
+    most = [{"points": [[1.5, 1.5]] * 64, "labels": [1] * 64}] * 1024
+    slowest = b"[" + b"1," * (2**21 - 2) + b"1]"
+    bodies = [json.dumps({"embedding": embedded["embedding"], "prompts": [*most[:-1], {}]}).encode(), slowest]
+    start = time.perf_counter()
+    json.loads(slowest, parse_int=lambda digits: int(digits))
+    alone = time.perf_counter() - start
+    with ThreadPoolExecutor(2) as pool:
+        asked = [
+            pool.submit(local.request, "POST", "/v1/segment", body, {"Content-Type": "application/json"})
+            for body in bodies * 2
+        ]
+        waits = []
+        while not all(future.done() for future in asked):
+            start = time.perf_counter()
+            assert local.request("GET", "/v2/health/live")[0] == 200
+            waits.append(time.perf_counter() - start)
+        assert {future.result()[0] for future in asked} == {422}
+    assert len(waits) > 3
+    assert max(waits) < alone
+
+
+def test_bombs_are_refused_by_their_header(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small file of very many pixels is never decoded."""
+    size = b"\0\0\x80\0" * 2  # 32768 x 32768
+    header = b"IHDR" + size + b"\x08\x02\0\0\0"
+    bomb = PNG[:8] + b"\0\0\0\x0d" + header + zlib.crc32(header).to_bytes(4, "big") + PNG[33:]
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    assert local.error("/v1/embed", bomb) == (413, "image_too_large")
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status", "code"),
+    [
+        (b"{", "application/json", 400, "bad_request"),
+        (b"[]", "application/json", 422, "invalid_request"),
+        (b"\xff\xfe", "application/json", 400, "bad_request"),
+        (b"[" * 1_000_000, "application/json", 400, "bad_request"),
+        (b"9" * 10_000, "application/json", 422, "invalid_request"),
+        (b"{}", "text/plain", 415, "unsupported_media_type"),
+        (b"a=1", "application/x-www-form-urlencoded", 415, "unsupported_media_type"),
+        (b"x", "multipart/form-data", 400, "bad_request"),
+        (b"x", "multipart/form-data; boundary=b", 400, "bad_request"),
+        (b"--b\r\n\r\n\r\n--b--", "multipart/form-data; boundary=b", 400, "bad_request"),
+        (_IMAGE_AS_TEXT, "multipart/form-data; boundary=b", 400, "bad_request"),
+    ],
+)
+def test_bad_bodies(local: Local, body: bytes, kind: str, status: int, code: str) -> None:
+    answered, _, text = local.request("POST", "/v1/segment", body, {"Content-Type": kind})
+    assert (answered, json.loads(text)["error"]["code"]) == (status, code)
+
+
+def test_compressed_bodies_are_refused(local: Local) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    status, _, text = local.request("POST", "/v1/segment", b"x", headers)
+    assert (status, json.loads(text)["error"]["code"]) == (415, "unsupported_media_type")
+
+
+def test_unknown_paths_and_methods(local: Local) -> None:
+    for method, path, code in (
+        ("GET", "/v1/nothing", "not_found"),
+        ("GET", "/v1/segment", "method_not_allowed"),
+        ("GET", "/docs", "not_found"),
+        ("GET", "/../../etc/passwd", "not_found"),
+    ):
+        assert json.loads(local.request(method, path)[2])["error"]["code"] == code
+
+
+def test_unknown_embedding(local: Local) -> None:
+    assert local.error("/v1/segment", embedding="0" * 32, prompts=CLICK) == (404, "unknown_embedding")
+    assert local.error("/v1/segment", embedding="../../x", prompts=CLICK) == (422, "invalid_request")
+
+
+def test_request_ids(local: Local) -> None:
+    assert local.request("GET", "/", headers={"X-Request-ID": "mine-1"})[1]["x-request-id"] == "mine-1"
+    assert local.request("GET", "/", headers={"X-Request-ID": "<b>"})[1]["x-request-id"] != "<b>"
+
+
+@pytest.mark.parametrize("extra", [-128, 128])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_body_limit_to_the_byte(model: Sam, extra: int, chunked: bool) -> None:
+    """64 MiB less 128 bytes is read to the end, 128 more is refused: by the length told, or while it streams."""
+    running = Local(Engine(model), Settings())
+    limit = running.service.settings.max_body_bytes
+    head, tail = multipart(b"\0", {})[0].split(b"\0")
+    body = head + bytes(limit + extra - len(head) - len(tail)) + tail
+    pieces = (body[start : start + 2**20] for start in range(0, len(body), 2**20))
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    try:
+        status, _, text = running.request("POST", "/v1/embed", pieces if chunked else body, headers)
+    except (BrokenPipeError, ConnectionResetError):
+        status, text = 413, b'{"error": {"code": "payload_too_large"}}'  # it hung up on what was still coming
+        assert extra > 0
+    expected = "unsupported_image" if extra < 0 else "payload_too_large"
+    assert json.loads(text)["error"]["code"] == expected
+    assert status == KINDS[expected].status
+    assert running.request("GET", "/v2/health/ready")[0] == 200
+    running.close()
+
+
+# Who is let in -----------------------------------------------------------------------------------------------
+
+
+def test_every_route_but_health_needs_the_token(model: Sam) -> None:
+    running = Local(Engine(model), Settings(token=TOKEN))
+    routes = [(route.path, method) for route in running.app.routes for method in route.methods]
+    assert len(routes) >= 11
+    for path, method in routes:
+        path = path.replace("{name}", "custom")
+        open_to_all = path.startswith("/v2/health/")
+        for shown in (None, "Bearer wrong", "Bearer", "Basic " + base64.b64encode(b"x:wrong").decode(), "Basic \xff"):
+            headers = {} if shown is None else {"Authorization": shown}
+            status, answered, _ = running.request(method, path, headers=headers)
+            assert (status == 401) != open_to_all, (method, path, shown)
+            assert ("www-authenticate" in answered) != open_to_all
+        for shown in (f"Bearer {TOKEN}", "Basic " + base64.b64encode(f"any:{TOKEN}".encode()).decode()):
+            assert running.request(method, path, headers={"Authorization": shown})[0] not in (401, 403, 500)
+    assert running.request("GET", "/nothing")[0] == 401
+    running.close()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org"])
+def test_beyond_this_machine_only_with_a_token_or_insecure(host: str) -> None:
+    with pytest.raises(ValueError, match="can be reached from other machines: give --token, or --insecure"):
+        Settings(host)
+    assert Settings(host, token=TOKEN)
+    assert Settings(host, insecure=True)
+
+
+def test_this_machine_needs_no_token() -> None:
+    for host in ("127.0.0.1", "::1", "localhost", "127.8.8.8"):
+        assert Settings(host).loopback
+    with pytest.raises(ValueError, match="at least 8 printable"):
+        Settings(token="short")
+
+
+def test_other_sites_are_refused(local: Local) -> None:
+    """A page elsewhere cannot use the visitor's browser, under a name that leads here neither."""
+    for headers in ({"Host": "evil.example"}, {"Host": "evil.example:8000"}):
+        assert local.request("GET", "/", headers=headers)[0] == 403
+    assert local.request("POST", "/v1/embed", b"", {"Sec-Fetch-Site": "cross-site"})[0] == 403
+    assert local.request("POST", "/v1/embed", b"", {"Sec-Fetch-Site": "same-origin"})[0] == 415
+    assert local.request("GET", "/", headers={"Host": "localhost:99"})[0] == 200
+
+
+# Busy, left, broken ------------------------------------------------------------------------------------------
+
+
+def test_exactly_as_many_are_rejected_as_do_not_fit(gated: tuple[Local, Gate]) -> None:
+    running, gate = gated
+    with ThreadPoolExecutor(8) as pool:
+        inside = [pool.submit(running.post, "/v1/segment", PNG, prompts=CLICK) for _ in range(4)]
+        wait_until(lambda: running.service.in_flight == 4)
+        seconds = []
+        for _ in range(2):
+            start = time.perf_counter()
+            status, answer, headers = running.post("/v1/segment", PNG, prompts=CLICK)
+            seconds.append(time.perf_counter() - start)
+            assert (status, answer["error"]["code"], headers["retry-after"]) == (503, "queue_full", "1")
+        assert max(seconds) < 0.5
+        gate.open.set()
+        assert [future.result(SECONDS)[0] for future in inside] == [200] * 4
+    assert running.service.metrics.errors.labels("queue_full")._value.get() == 2
+    wait_until(lambda: running.service.in_flight == 0)
+
+
+def test_who_left_is_dropped_before_dispatch(gated: tuple[Local, Gate]) -> None:
+    running, gate = gated
+    with ThreadPoolExecutor(2) as pool:
+        busy = pool.submit(running.post, "/v1/embed", PNG)
+        assert gate.entered.wait(SECONDS)
+        body, kind = multipart(file_of(random_image(40, 40)), {"prompts": CLICK})
+        head = (
+            f"POST /v1/segment HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+        )
+        with socket.create_connection(("127.0.0.1", running.port)) as leaving:
+            leaving.sendall(head.encode() + b"\r\n" + body)
+            wait_until(lambda: running.engine.pending == 2)
+        wait_until(lambda: running.engine.pending == 1)
+        gate.open.set()
+        assert busy.result(SECONDS)[0] == 200
+    assert running.post("/v1/embed", file_of(random_image(41, 41)))[0] == 200
+    assert gate.encoded == [1, 1]
+    assert gate.decoded == []
+    assert running.engine.counters()["cancelled"] == 1
+
+
+def test_who_left_while_the_image_was_decoded_is_not_dispatched(
+    gated: tuple[Local, Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, gate = gated
+    gate.open.set()
+    decode, gone, before = app.decode_image, threading.Event(), running.engine.counters()["accepted"]
+
+    def slow_decode(*arguments: Any) -> np.ndarray:
+        assert gone.wait(SECONDS)
+        time.sleep(0.1)  # until the loop has read the end of the connection
+        return decode(*arguments)
+
+    monkeypatch.setattr(app, "decode_image", slow_decode)
+    body, kind = multipart(PNG, {})
+    head = f"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", running.port)) as leaving:
+        leaving.sendall(head.encode() + body)
+        wait_until(lambda: running.service.in_flight == 1)
+    gone.set()
+    wait_until(lambda: running.service.in_flight == 0)
+    assert gate.encoded == []
+    assert running.engine.counters()["accepted"] == before
+
+
+def test_deadline() -> None:
+    model = random_model(TINY)
+    gate = Gate(model)
+    gate.open.set()
+    running = Local(Engine(model, deadline=0.3), Settings())
+    gate.open.clear()
+    gate.entered.clear()
+    gate.encoded.clear()
+    assert running.error("/v1/embed", PNG) == (504, "deadline_exceeded")
+    assert running.error("/v1/embed", file_of(random_image(9, 9))) == (504, "deadline_exceeded")
+    gate.open.set()
+    wait_until(lambda: running.engine.pending == 0)
+    assert gate.encoded == [1]
+    running.close()
+
+
+def test_a_body_that_does_not_come(model: Sam) -> None:
+    running = Local(Engine(model, deadline=0.3), Settings())
+    with socket.create_connection(("127.0.0.1", running.port)) as slow:
+        slow.sendall(b"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n")
+        slow.sendall(b"Content-Length: 1000\r\n\r\n--b\r\n")
+        slow.settimeout(SECONDS)
+        assert b"408" in slow.recv(100)
+    wait_until(lambda: running.service.in_flight == 0)
+    running.close()
+
+
+def test_not_ready_while_warming_or_draining(gated: tuple[Local, Gate]) -> None:
+    running, _ = gated
+    for attribute, value, code in (("warm", False, "not_ready"), ("draining", True, "draining")):
+        before = getattr(running.service, attribute)
+        setattr(running.service, attribute, value)
+        assert running.request("GET", "/v2/health/ready")[0] == 503
+        assert running.request("GET", "/v2/health/live")[0] == 200
+        assert running.error("/v1/embed", PNG) == (503, code)
+        setattr(running.service, attribute, before)
+
+
+def test_warm_up_runs_every_size_of_a_batch() -> None:
+    """Where kernels are compiled, no request meets a size of batch that was not run before."""
+    gate = Gate(random_model(TINY))
+    gate.open.set()
+    with Engine(gate.model, max_batch=3, max_images=2) as engine:
+        warm_up(engine, every_size=True)
+        assert set(gate.encoded) == {1, 2}
+        assert set(gate.decoded) == {1, 2, 3}
+        assert engine.counters()["automatics"] > 0
+
+
+def test_one_bad_request_never_fails_its_batch_mates(gated: tuple[Local, Gate]) -> None:
+    """They wait at the same time for the same model; the good ones are answered as they are alone."""
+    running, gate = gated
+    gate.open.set()
+    asked = {"prompts": CLICK * 2}
+    alone = running.post("/v1/segment", PNG, **asked)[1]["prompts"]
+    gate.open.clear()
+    gate.entered.clear()
+    with ThreadPoolExecutor(4) as pool:
+        busy = pool.submit(running.post, "/v1/embed", file_of(random_image(30, 30)))
+        assert gate.entered.wait(SECONDS)
+        good = [pool.submit(running.post, "/v1/segment", PNG, **asked) for _ in range(2)]
+        wait_until(lambda: running.engine.pending == 3)
+        for image, fields, code in (
+            (PNG[:200], asked, "bad_image"),
+            (PNG, {"prompts": [*CLICK, {"points": [[91, 1]]}]}, "out_of_image"),
+            (PNG, {"prompts": [{"points": [[5, 5]], "mask_input": {"result": "0" * 32}}]}, "unknown_result"),
+        ):
+            assert running.error("/v1/segment", image, **fields)[1] == code
+        gate.open.set()
+        assert busy.result(SECONDS)[0] == 200
+        for future in good:
+            status, answer, _ = future.result(SECONDS)
+            assert status == 200
+            assert [prompt["best"] for prompt in answer["prompts"]] == [prompt["best"] for prompt in alone]
+            for prompt, before in zip(answer["prompts"], alone, strict=True):
+                scores = [[mask["predicted_iou"] for mask in masks["masks"]] for masks in (prompt, before)]
+                assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+def test_out_of_memory_is_503_and_the_service_lives(gated: tuple[Local, Gate]) -> None:
+    running, gate = gated
+    gate.open.set()
+    gate.shortage_above = 0
+    assert running.error("/v1/embed", PNG) == (503, "out_of_memory")
+    gate.shortage_above = None
+    assert running.post("/v1/embed", PNG)[0] == 200
+
+
+def test_a_model_fault_makes_it_unready(gated: tuple[Local, Gate]) -> None:
+    running, gate = gated
+    stopped = threading.Event()
+    running.service.stop = stopped.set
+    gate.faults.append(RuntimeError("CUDA error: secret text"))
+    gate.open.set()
+    status, answer, _ = running.post("/v1/embed", PNG)
+    assert (status, answer["error"]["code"]) == (503, "model_failed")
+    assert "secret" not in json.dumps(answer)
+    assert running.request("GET", "/v2/health/ready")[0] == 503
+    assert stopped.wait(1)
+    assert running.error("/v1/embed", PNG) == (503, "model_failed")
+
+
+def test_a_mistake_of_ours_is_500_without_its_text(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sam.server.app.decode_image", lambda *arguments: 1 / 0)
+    status, answer, _ = local.post("/v1/embed", PNG)
+    assert (status, answer["error"]["code"]) == (500, "internal")
+    assert "division" not in json.dumps(answer)

@@ -1,0 +1,215 @@
+"""``python -m sam serve`` as a process: signals, faults, exit statuses, the client, the curl lines of the README."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from models import random_image
+from PIL import Image
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+from serving import ROOT, SECONDS, Server
+from test_server import TOKEN, file_of, multipart
+
+import sam
+from sam.cli import main
+from sam.client import Client, ServiceError
+
+SMALL = ("--image-size", "128", "--device", "cpu")
+# The service with a model that fails on images 13 pixels wide, as a broken device would on any.
+FAULTY = """
+import sys
+from sam.cli import main
+from sam.modeling import Sam
+encode = Sam.encode
+def faulty(self, images, batch_size=None):
+    if images[0].shape[1] == 13 * 128 // 26:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    return encode(self, images, batch_size)
+Sam.encode = faulty
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server(SAM_TOKEN=TOKEN) as running:
+        yield running
+        assert running.stop() == 0
+
+
+def test_client(server: Server, nano: sam.Sam, photo: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "cat.png"
+    Image.fromarray(photo).save(path)
+    with Client(server.url, TOKEN) as client:
+        assert client.ready()
+        image = client.embed(path)
+        assert (image.height, image.width) == photo.shape[:2]
+        (click,) = client.segment(image, [{"points": [[170, 115]]}])
+        expected = nano.predict(nano.encode(photo), [sam.Prompt([(170, 115)], [1])])
+        assert (click.masks != expected.masks[0].numpy()).mean() < 1e-3
+        np.testing.assert_allclose(click.predicted_iou, expected.iou_predictions[0], atol=1e-3)
+        corrected = {"points": [[170, 115], [30, 280]], "labels": [1, 0], "mask_input": click.reference}
+        (answer,) = client.segment(image, [corrected], multimask_output=False)
+        assert answer.masks.shape == (1, *photo.shape[:2])
+        records = client.automatic(image, points_per_side=2, pred_iou_thresh=0.0, stability_score_thresh=0.0)
+        assert all(record["segmentation"].sum() == record["area"] for record in records)
+        with pytest.raises(ServiceError, match=r"out_of_image \(422\)") as refused:
+            client.segment(image, [{"points": [[9999, 1]]}])
+        assert refused.value.code == "out_of_image"
+    with Client(server.url, "wrong-token") as stranger, pytest.raises(ServiceError, match="unauthorized"):
+        stranger.embed(path)
+    assert not Client("http://127.0.0.1:1").ready()
+    with pytest.raises(ValueError, match="url must be http"):
+        Client("127.0.0.1:8000")
+
+
+@pytest.fixture
+def readme(photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the README says of the service, but of everything with fewer clicks; in a folder where its photo is."""
+    Image.fromarray(photo).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text().partition("<!-- service")[2].partition("<!-- end of service -->")[0]
+    assert text.count("points_per_side=16") == 2
+    return text.replace("points_per_side=16", "points_per_side=2")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_curl_lines_of_the_readme(server: Server, readme: str) -> None:
+    """Each in turn, with this server's address and token; ``EMBEDDING`` is what the first one answered."""
+    lines = re.findall(r"^curl (?:.*\\\n)*.*$", readme, re.MULTILINE)
+    assert len(lines) >= 4
+    embedding = ""
+    for line in lines:
+        command = line.replace("http://127.0.0.1:8000", server.url).replace("EMBEDDING", embedding)
+        command = command.replace("curl ", f"curl --fail-with-body -sS -H 'Authorization: Bearer {TOKEN}' ", 1)
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=SECONDS)
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        if not embedding:
+            embedding = json.loads(done.stdout)["embedding"]
+    assert Image.open("mask.png").size == (451, 300)
+
+
+def test_client_lines_of_the_readme(server: Server, readme: str) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    here = 'Client("http://127.0.0.1:8000")'
+    assert here in code
+    scope: dict[str, Any] = {}
+    exec(code.replace(here, f"Client({server.url!r}, {TOKEN!r})"), scope)
+    assert scope["first"].masks.shape == (3, 300, 451)
+    assert scope["second"].masks.shape == (1, 300, 451)
+    assert isinstance(scope["everything"], list)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_threads_of_openmp_do_not_spin(server: Server) -> None:
+    """They would take time from those that read and write requests."""
+    assert b"OMP_WAIT_POLICY=PASSIVE" in Path(f"/proc/{server.process.pid}/environ").read_bytes().split(b"\0")
+
+
+def test_the_log_is_json_with_request_ids(server: Server) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)
+    connection.request("GET", "/v2/health/live?x=1", headers={"X-Request-ID": "find-me"})
+    connection.getresponse().read()
+    connection.close()
+    until = time.monotonic() + SECONDS
+    while not (found := [record for record in server.log if record.get("request_id") == "find-me"]):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert {**found[0], "time": 0, "seconds": 0} == {
+        "time": 0, "level": "info", "event": "request", "request_id": "find-me", "method": "GET",
+        "route": "/v2/health/live", "status": 200, "seconds": 0, "bytes": 13,
+    }  # fmt: skip
+    assert TOKEN not in json.dumps(server.log)
+
+
+def test_sigterm_under_load_loses_nothing() -> None:
+    """Whoever was let in is answered; others are told 503 or find nobody listening; the status is 0."""
+    with Server(*SMALL, "--max-queue", "64") as server:
+        statuses: Counter[int | str] = Counter()
+        body, kind = multipart(file_of(random_image(50, 60)), {"prompts": [{"points": [[5, 5]]}] * 8})
+        stopping = threading.Event()
+
+        def client() -> None:
+            while True:
+                connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)
+                try:
+                    connection.request("POST", "/v1/segment", body, {"Content-Type": kind})
+                    answer = connection.getresponse()
+                    answer.read()
+                    statuses[answer.status] += 1
+                    if answer.status == 503:
+                        return
+                except OSError as error:
+                    assert stopping.is_set()
+                    statuses[type(error).__name__] += 1
+                    return
+                finally:
+                    connection.close()
+
+        threads = [threading.Thread(target=client) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        time.sleep(1.0)
+        stopping.set()
+        started = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - started < 30
+        for thread in threads:
+            thread.join(SECONDS)
+        logged = Counter(record["status"] for record in server.log if record.get("route") == "/v1/segment")
+        assert statuses[200] > 0
+        assert statuses[200] == logged[200]
+        assert set(logged) <= {200, 503}
+        assert set(statuses) <= {200, 503, "ConnectionRefusedError", "ConnectionResetError"}
+
+
+def test_a_model_fault_ends_the_process() -> None:
+    with Server(*SMALL, command=("-c", FAULTY)) as server, Client(server.url) as client:
+        client.embed(file_of(random_image(20, 30)))
+        started = time.monotonic()
+        with pytest.raises(ServiceError, match="model_failed"):
+            client.embed(file_of(random_image(26, 13)))
+        assert not client.ready()
+        assert time.monotonic() - started < 1
+        assert server.process.wait(SECONDS) == 1
+    failed = next(record for record in server.log if record["event"] == "model failed")
+    assert "illegal memory access" in failed["traceback"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "0.0.0.0 can be reached from other machines: give --token, or --insecure"),
+        (["--token", "short"], "the token must be at least 8 printable"),
+        (["--checkpoint", "nowhere.pth"], "no such checkpoint: nowhere.pth"),
+        (["--max-queue", "0"], "max_queue must be positive, got 0"),
+    ],
+)
+def test_mistakes_end_with_status_2(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.delenv("SAM_TOKEN", raising=False)
+    assert main(["serve", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("sam.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert main(["serve"]) == 2
+    assert "pip install 'fastsam-kernels[serve]'" in capsys.readouterr().err
