@@ -55,10 +55,12 @@ def test_forms(
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 64), st.integers(1, 64))
-def test_torch_form_at_any_size(height: int, width: int, new_height: int, new_width: int) -> None:
-    image = torch.from_numpy(random_image(height, width))
-    check(image, (new_height, new_width), 64, "torch", torch.float32)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(16, 64))
+def test_torch_form_at_any_geometry(height: int, width: int, side: int) -> None:
+    """Sizes as SAM resizes: the longer side becomes ``side``."""
+    scale = side / max(height, width)
+    size = (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
+    check(torch.from_numpy(random_image(height, width)), size, side, "torch", torch.float32)
 
 
 @pytest.mark.parametrize("kernels", ["reference", "torch"])
