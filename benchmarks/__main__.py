@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from .provenance import RESULTS
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,6 +46,10 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     report.add_argument("--write", action="store_true", help="write benchmarks/results/compile_report_triton*")
 
+    plot = commands.add_parser("plot", help="a picture of results with peers")
+    plot.add_argument("results", type=Path, nargs="?", default=RESULTS / "cpu.json", help="(default: %(default)s)")
+    plot.add_argument("--out", type=Path, help="(default: beside the results)")
+
     service = commands.add_parser("service", help="the HTTP service under load, beside the engine without HTTP")
     service.add_argument("--clients", type=int, default=48, help="of the closed loop (default: 48)")
     service.add_argument("--rounds", type=int, default=3, help="of engine and service in turn (default: 3)")
@@ -68,6 +74,10 @@ def main() -> int:
     args = build_parser().parse_args()
     if args.command == "compile-report":
         return _compile_report(args)
+    if args.command == "plot":
+        from . import plot
+
+        return plot.run(args.results, args.out or args.results.with_suffix(".png"))
     if args.command == "tables":
         from . import tables
 

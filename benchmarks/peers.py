@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -33,6 +34,10 @@ class Peer(Protocol):
     def decode(self, features: Tensor, coords: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """P prompts of K points on one image: features [1, 256, grid, grid], coords [P, K, 2] in pixels of the
         model's input and labels [P, K] -> three masks each, logits [P, 3, low, low] and predicted IoU [P, 3]."""
+        ...
+
+    def predict(self, features: Tensor, coords: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
+        """As ``decode``, and boolean masks of an image of ``size`` that fills the model's input -> the logits."""
         ...
 
 
@@ -55,6 +60,12 @@ class SegmentAnything:
             dense_prompt_embeddings=dense,
             multimask_output=True,
         )
+
+    def predict(self, features: Tensor, coords: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
+        predictor = self.package.SamPredictor(self.model)
+        predictor.features, predictor.is_image_set = features, True
+        predictor.original_size, predictor.input_size = size, size
+        return predictor.predict_torch(coords, labels)[2]
 
 
 class Transformers:
@@ -81,6 +92,14 @@ class Transformers:
             image_embeddings=features, input_points=coords[None], input_labels=labels[None], multimask_output=True
         )
         return out.pred_masks[0], out.iou_scores[0]
+
+    def predict(self, features: Tensor, coords: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
+        """The masks as its image processor makes them."""
+        low_res, _ = self.decode(features, coords, labels)
+        square = (self.model.config.vision_config.image_size,) * 2
+        enlarged = F.interpolate(low_res, square, mode="bilinear", align_corners=False)
+        _ = F.interpolate(enlarged[..., : size[0], : size[1]], size, mode="bilinear", align_corners=False) > 0
+        return low_res
 
 
 _PEERS: dict[str, Callable[[Sam, str], Peer]] = {"segment-anything": SegmentAnything, "transformers": Transformers}

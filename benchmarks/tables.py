@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from fastsam_kernels.tile_config import read_entries
 from .compile_cases import AMD
 from .model.decoder_work import work_table
 from .operations import OPERATIONS
-from .provenance import RESULTS, ROOT
+from .provenance import RESULTS, ROOT, describe
 
 
 def status_table() -> str:
@@ -69,9 +70,30 @@ def _documents(pattern: str) -> list[Any]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
 
 
+def speed_table(results: str) -> str:
+    """The rows of a results file that have peers or are ours, as the front page shows them."""
+    path = RESULTS / results
+    if not path.exists():
+        return "Not measured yet."
+    rows = json.loads(path.read_text())
+    names = {
+        "reference": "official modules in this package",
+        "torch": "**ours**, PyTorch forms",
+        "triton": "**ours**, Triton forms",
+    }
+    lines = ["| | | ms | speed-up | peak memory |", "|---|---|---:|---:|---:|"]
+    for row in rows:
+        speedup = "over budget" if row["speedup"] is None else f"{row['speedup']:.2f}"
+        time, peak = row["timing"]["p50"], row["peak_bytes"] / 1e6
+        name = names.get(row["form"], row["form"])
+        lines.append(f"| {row['case']}, {row['dtype']} | {name} | {time:.0f} | {speedup} | {peak:.0f} MB |")
+    return "\n".join([*lines, "", f"Medians, forms in turn. {describe(rows[0]['provenance'])}."])
+
+
 # What stands between <!-- NAME --> and <!-- /NAME --> in a page.
 TABLES = {
     "status": (Path("benchmarks/README.md"), status_table),
+    "speed": (Path("README.md"), partial(speed_table, "cpu.json")),
     "decoder work": (Path("benchmarks/README.md"), work_table),
 }
 

@@ -5,6 +5,7 @@ from .dispatch import KERNELS, UnsupportedKernelError, check_kernels, resolve_ke
 from .hypernetwork_masks import UpscalingWeights, hypernetwork_masks, pack_upscaling
 from .mask_postprocess import MaskStatistics, Resizing, mask_statistics, pack_masks, packed_masks, unpack_masks
 from .nms import nms, ranked_nms
+from .preprocess_image import preprocess_image
 from .rel_pos_attention import rel_pos_attention
 from .two_way_attention import MOST_TOKENS, image_to_token_attention, token_to_image_attention, two_way_attention
 
@@ -24,6 +25,7 @@ __all__ = [
     "pack_masks",
     "pack_upscaling",
     "packed_masks",
+    "preprocess_image",
     "ranked_nms",
     "rel_pos_attention",
     "resolve_kernels",

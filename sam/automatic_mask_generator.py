@@ -60,6 +60,7 @@ class SamAutomaticMaskGenerator:
         *,
         max_memory: int | str | None = None,
         progress: bool | Callable[[int, int], None] = False,
+        resize_on_device: bool = False,
     ) -> None:
         """
         Args:
@@ -82,6 +83,7 @@ class SamAutomaticMaskGenerator:
                 takes chunks that suit most machines and refuses nothing.
             progress: True shows a bar on stderr; a function is called with the clicks done and their number in all
                 after each batch.
+            resize_on_device: see :meth:`sam.Sam.encode`.
 
         Raises:
             ValueError: both or none of ``points_per_side`` and ``point_grids``, an unknown ``output_mode``, or a
@@ -108,6 +110,7 @@ class SamAutomaticMaskGenerator:
         self.min_mask_region_area = min_mask_region_area
         self.output_mode = output_mode
         self.progress = progress
+        self.resize_on_device = resize_on_device
         self.max_memory = None if max_memory is None else parse_bytes(max_memory)
 
     def generate(self, image: np.ndarray) -> list[dict[str, Any]]:
@@ -182,8 +185,8 @@ class SamAutomaticMaskGenerator:
         at_once = 1 if model.device.type == "cpu" else _CROPS_AT_ONCE
         for start in range(0, len(parts), at_once):
             some = parts[start : start + at_once]
-            if len(some) > 1:
-                yield from model.encode(some)
+            if len(some) > 1 or self.resize_on_device:
+                yield from model.encode(some, resize_on_device=self.resize_on_device)
             else:
                 predictor.set_image(some[0])
                 embedding = predictor.embedding

@@ -24,6 +24,7 @@ def load_model(
     kernels: str = "auto",
     *,
     image_size: int | None = None,
+    compile: bool = False,
 ) -> Sam:
     """A model ready for prediction.
 
@@ -34,6 +35,8 @@ def load_model(
         dtype: of the image encoder and the mask decoder; None is fp32. Prompts are encoded in fp32 always.
         kernels: "auto", "reference", "torch" or "triton"; resolved for the model's device at every call.
         image_size: side of the padded square input in pixels; None takes the checkpoint's.
+        compile: run through ``torch.compile``, a shape at its first use or all of them by
+            ``model.runtime.warmup()``; see :mod:`sam.runtime`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -59,7 +62,12 @@ def load_model(
     for name in ("pixel_mean", "pixel_std"):
         setattr(model, name, torch.tensor(getattr(stored.config, name)).view(-1, 1, 1))
     model.kernels = kernels
-    return model.to(device=device, dtype=dtype).eval()
+    model = model.to(device=device, dtype=dtype).eval()
+    if compile:
+        from .runtime import Runtime
+
+        model.runtime = Runtime(model)
+    return model
 
 
 def _build(variant: str, checkpoint: str | os.PathLike[str] | None = None) -> Sam:

@@ -10,15 +10,17 @@ from fastsam_kernels import connected_components
 
 from .preprocess import ImageGeometry
 
-# Masks upscaled at once: the padded-square logits of one are 4 MiB at 1024 px.
-_MASKS_AT_ONCE = 16
+# Masks upscaled at once: the padded-square logits of one are 4 MiB at 1024 px, and should stay near a CPU's cache.
+_MASKS_AT_ONCE = {"cpu": 4}
+_MASKS_AT_ONCE_ELSEWHERE = 16
 
 
 def upscale_masks(low_res_logits: Tensor, geometry: ImageGeometry) -> Tensor:
     """Logits at the original image's size.
 
     Two bilinear resizes as in the official code: to the padded square, whose padding is cut off, and from the
-    resized input to the original image. They do not commute with one resize, so both are made.
+    resized input to the original image. They do not commute with one resize, so both are made; the second is left out
+    where the image was not resized, as it would change nothing.
 
     Args:
         low_res_logits: [P, M, h, w].
@@ -29,7 +31,10 @@ def upscale_masks(low_res_logits: Tensor, geometry: ImageGeometry) -> Tensor:
     height, width = geometry.input_size
     square = (geometry.image_size, geometry.image_size)
     padded = F.interpolate(low_res_logits, square, mode="bilinear", align_corners=False)
-    return F.interpolate(padded[..., :height, :width], geometry.original_size, mode="bilinear", align_corners=False)
+    cut = padded[..., :height, :width]
+    if tuple(geometry.original_size) == (height, width):
+        return cut.contiguous()
+    return F.interpolate(cut, geometry.original_size, mode="bilinear", align_corners=False)
 
 
 def masks_from_logits(low_res_logits: Tensor, geometry: ImageGeometry, mask_threshold: float) -> Tensor:
@@ -40,8 +45,9 @@ def masks_from_logits(low_res_logits: Tensor, geometry: ImageGeometry, mask_thre
     prompts, masks = low_res_logits.shape[:2]
     flat = low_res_logits.flatten(0, 1)
     out = torch.empty((len(flat), *geometry.original_size), dtype=torch.bool, device=flat.device)
-    for start in range(0, len(flat), _MASKS_AT_ONCE):
-        rows = slice(start, start + _MASKS_AT_ONCE)
+    some = _MASKS_AT_ONCE.get(flat.device.type, _MASKS_AT_ONCE_ELSEWHERE)
+    for start in range(0, len(flat), some):
+        rows = slice(start, start + some)
         torch.gt(upscale_masks(flat[rows, None], geometry)[:, 0], mask_threshold, out=out[rows])
     return out.unflatten(0, (prompts, masks))
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import coins
@@ -25,7 +29,7 @@ LENIENT = {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.6}
 
 @pytest.fixture(scope="module")
 def small() -> Sam:
-    """The embedded model for images of 256 px, sixteen times faster."""
+    """The embedded model for images of 256 px, with a quarter of the tokens."""
     return sam.load_model(device="cpu", image_size=256).requires_grad_(False)
 
 
@@ -204,11 +208,12 @@ def test_nothing_to_find(generator: Generator, photograph: np.ndarray) -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (1, 300), (300, 1)])
 def test_images_smaller_than_the_grid(generator: Generator, size: tuple[int, int]) -> None:
-    for thresholds in ({"pred_iou_thresh": 0, "stability_score_thresh": 0}, LENIENT, {"crop_n_layers": 1}):
-        for image in (random_image(*size), np.zeros((*size, 3), np.uint8)):
-            for record in generator(4, **thresholds).generate(image):
-                assert record["segmentation"].shape == size
-                assert record["area"] == record["segmentation"].sum()
+    everything = {"pred_iou_thresh": 0, "stability_score_thresh": 0}
+    black, noise = np.zeros((*size, 3), np.uint8), random_image(*size)
+    for image, arguments in ((black, everything), (noise, {}), (noise, {**everything, "crop_n_layers": 1})):
+        for record in generator(3, **arguments).generate(image):
+            assert record["segmentation"].shape == size
+            assert record["area"] == record["segmentation"].sum()
 
 
 def test_point_grids_and_errors(small: Sam, generator: Generator, photograph: np.ndarray) -> None:
@@ -268,3 +273,36 @@ def test_the_coins(nano: Sam) -> None:
     print(f"\n{sum(found)} of {len(truth)} coins among {len(records)} masks, {NANO_THRESHOLDS}")
     assert len(truth) == 24
     assert sum(found) >= 18
+
+
+def test_resizing_on_the_device(generator: Generator, photograph: np.ndarray) -> None:
+    """A level of 8 bits moves no mask by much."""
+    exact, fast = (generator(resize_on_device=choice).generate(photograph) for choice in (False, True))
+    assert len(exact) > 5
+    matched = [
+        max(coins.iou(record["segmentation"], other["segmentation"]) for other in fast) > 0.9 for record in exact
+    ]
+    assert np.mean(matched) > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_the_memory_is_kept_within() -> None:
+    """In a process of its own, with the encoder and the libraries that load: the most that was resident."""
+    script = """
+import sys, numpy as np, torch, sam
+from benchmarks.generate import resident_growth
+torch.set_num_threads(2)
+model = sam.load_model(device="cpu").requires_grad_(False)
+image = np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), dtype=np.uint8)
+generator = sam.SamAutomaticMaskGenerator(
+    model, 16, pred_iou_thresh=0.2, stability_score_thresh=0.1, output_mode="coco_rle", max_memory=sys.argv[1]
+)
+print(resident_growth(lambda: generator.generate(image)))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))}
+    for size in (200, 400):
+        command = [sys.executable, "-c", script, f"{size}MB"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        assert int(done.stdout) <= 1.2e6 * size
+        print(f"\n{size} MB: {int(done.stdout) / 1e6:.0f} MB")

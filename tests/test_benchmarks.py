@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from benchmarks import tables, tune
+from benchmarks import plot, tables, tune
 from benchmarks.case import Case, Problem, TuneProblem, candidates
 from benchmarks.cases import GROUPS, select
 from benchmarks.measure import Timing, Work, peak_memory, time_forms
@@ -221,6 +222,19 @@ def test_pages_show_what_the_results_say(name: str) -> None:
     path, make = tables.TABLES[name]
     page = (ROOT / path).read_text()
     assert tables.fill(page, name, make()) == page
+
+
+def test_a_picture_of_results(tmp_path: Path) -> None:
+    row = {"case": "a case", "dtype": "float32", "percent_of_limit": 50.0, "provenance": provenance()}
+    rows = [
+        {**row, "form": form, "timing": {"p50": time}, "speedup": speedup}
+        for form, time, speedup in (("reference", 3000.0, 1.0), ("torch", 2.5, 1200.0), ("a peer", 40.0, None))
+    ]
+    plot.draw(rows, tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.width > 1000
+    with pytest.raises(ValueError, match="no case was measured beside a peer; measure with --peers"):
+        plot.draw(rows[:2], tmp_path / "nothing.png")
 
 
 def test_a_page_without_marks_is_refused() -> None:

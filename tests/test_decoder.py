@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from comparison import assert_close_l2, relative_l2
 from models import TINY, random_image, random_model
 from torch import Tensor
 
+import sam
 from fastsam_kernels import MOST_TOKENS
 from sam import ImageEmbedding, Prompt, Sam
 from sam.modeling.mask_decoder import MaskDecoder
@@ -19,14 +21,16 @@ SIDE = 4 * 8  # of TINY's low-resolution masks
 OUTPUT_TOKENS = 5
 
 
-def some_prompts(count: int, points: int, box: bool = False, mask: bool = False, seed: int = 0) -> list[Prompt]:
+def some_prompts(
+    count: int, points: int, box: bool = False, mask: bool = False, seed: int = 0, side: int = SIDE
+) -> list[Prompt]:
     rng = np.random.default_rng(seed)
     return [
         Prompt(
             points=rng.uniform(0, 60, (points, 2)) if points else None,
             labels=rng.integers(0, 2, points) if points else None,
             box=np.sort(rng.uniform(0, 60, (2, 2)), axis=0).reshape(4) if box else None,
-            mask_input=rng.normal(0, 3, (1, SIDE, SIDE)) if mask else None,
+            mask_input=rng.normal(0, 3, (1, side, side)) if mask else None,
         )
         for _ in range(count)
     ]
@@ -39,12 +43,16 @@ def outputs(model: Sam, embeddings: list[ImageEmbedding], prompts: list[list[Pro
 
 
 def assert_decoder_within_budget(
-    prompts: list[list[Prompt]], multimask: bool, kernels: str, dtype: torch.dtype = torch.float32
+    prompts: list[list[Prompt]],
+    multimask: bool,
+    kernels: str,
+    dtype: torch.dtype = torch.float32,
+    make: Callable[[], Sam] = lambda: random_model(TINY),
 ) -> None:
     """Twice the error of the modules in the same dtype, and one rounding."""
-    truth_model = random_model(TINY).double()
+    truth_model = make().double()
     truth_model.kernels = "reference"
-    model = random_model(TINY).to(dtype=dtype)
+    model = make().to(dtype=dtype)
     model.kernels = "reference"
     images = [random_image(48 + 4 * i, 60, seed=i) for i in range(len(prompts))]
     embeddings = [model.encode(image) for image in images]
@@ -91,6 +99,37 @@ def test_half_precision(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_through_the_triton_forms(mask: bool, dtype: torch.dtype) -> None:
     assert_decoder_within_budget([some_prompts(2, 1, mask=mask), some_prompts(1, 3, box=True)], True, "triton", dtype)
+
+
+def nano_of(grid: int) -> Callable[[], Sam]:
+    """The embedded model on smaller pictures, so that the interpreter can follow."""
+    return lambda: sam.load_model(device="cpu", image_size=16 * grid)
+
+
+@pytest.mark.parametrize(
+    ("grid", "dtype", "count"),
+    [(8, torch.float32, 1), (8, torch.float16, 2), (16, torch.float32, 2), (16, torch.float16, 1)],
+    ids=str,
+)
+def test_nano_on_small_pictures(grid: int, dtype: torch.dtype, count: int) -> None:
+    prompts = [some_prompts(count, 1), some_prompts(1, 3, box=True)]
+    assert_decoder_within_budget(prompts, True, "triton", dtype, nano_of(grid))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("prompts", "multimask"),
+    [
+        *(([some_prompts(count, 1)], count % 2 == 1) for count in (1, 2, 7, 9, 64)),
+        ([some_prompts(2, 1), some_prompts(1, 64, box=True), some_prompts(3, 9)], True),
+        ([some_prompts(1, 2, mask=True), some_prompts(2, 0, box=True, mask=True)], False),
+    ],
+    ids=["1", "2", "7", "9", "64", "three images, up to 64 points and a box", "mask inputs"],
+)
+def test_nano_with_many_prompts(prompts: list[list[Prompt]], multimask: bool, kernels: str, dtype: torch.dtype) -> None:
+    assert_decoder_within_budget(prompts, multimask, kernels, dtype, nano_of(8))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from comparison import assert_close_l2
 from models import TINY, random_image, random_model
 from safetensors.torch import save_file
 
@@ -135,3 +136,17 @@ def test_damaged_and_foreign_files(tmp_path: Path, nano: Sam, photo: np.ndarray)
         ImageEmbedding.load(path)
     with pytest.raises(ValueError, match=r"is not a saved image embedding \(format 'pt'\)"):
         ImageEmbedding.load(NANO_CHECKPOINT)
+
+
+def test_resizing_on_the_device(tiny: Sam) -> None:
+    """Opt-in, and close to Pillow's resize, which stays the default."""
+    images = [random_image(40, 300), random_image(200, 90)]
+    exact, fast = tiny.encode(images), tiny.encode(images, resize_on_device=True)
+    for one, other in zip(exact, fast, strict=True):
+        assert one.image_hash is not None
+        assert other.image_hash is None
+        assert one.geometry == other.geometry
+        assert not one.features.equal(other.features)
+        # A level of 8 bits is a fiftieth of the standard deviation that pixels are divided by.
+        assert_close_l2(other.features, one.features, 0.05, "features")
+    assert tiny.encode(images[0], resize_on_device=True).features.allclose(fast[0].features, atol=1e-5)

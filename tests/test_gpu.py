@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,3 +85,45 @@ def test_predictor_and_embedding_move() -> None:
     agree = (torch.from_numpy(masks) == there.masks[0]).double().mean()
     assert agree > 0.999
     assert relative_l2(torch.from_numpy(logits), there.low_res_logits[0]) < 1e-3
+
+
+def test_automatic_masks_wait_twice() -> None:
+    """The host asks which masks are confident, then for what is known of them; the runs of the survivors come last."""
+    model, image = sam.load_model(device="cuda"), random_image(300, 400)
+    generator = sam.SamAutomaticMaskGenerator(
+        model, 16, pred_iou_thresh=0.3, stability_score_thresh=0.3, output_mode="coco_rle"
+    )
+    embedding = model.encode(image)
+
+    def records() -> list[dict[str, Any]]:
+        steps = generator.steps(embedding)
+        assert next(steps) == 256  # one batch has all clicks
+        with pytest.raises(StopIteration) as stop:
+            next(steps)
+        return stop.value.value
+
+    expected = records()  # kernels are compiled and tables of the geometry are uploaded
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert records() == expected
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [warning for warning in caught if "synchronizing" in str(warning.message)]
+    assert expected
+    assert len(waits) <= 3, [f"{warning.filename}:{warning.lineno}" for warning in waits]
+
+
+def test_automatic_masks_as_on_a_cpu() -> None:
+    records = {}
+    for device in ("cpu", "cuda"):
+        model = sam.load_model(device=device)
+        generator = sam.SamAutomaticMaskGenerator(
+            model, 8, pred_iou_thresh=0.3, stability_score_thresh=0.3, crop_n_layers=1, min_mask_region_area=20
+        )
+        records[device] = generator.generate(random_image(300, 400))
+    assert len(records["cpu"]) == len(records["cuda"]) > 3
+    for one, other in zip(records["cpu"], records["cuda"], strict=True):
+        assert one["point_coords"] == other["point_coords"]
+        assert abs(one["area"] - other["area"]) <= 0.01 * one["area"]

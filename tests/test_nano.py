@@ -1,12 +1,13 @@
-"""The embedded model on a photograph it never saw. ``pytest tests/test_nano.py -s`` prints its figures."""
+"""The embedded model on photographs it never saw. ``pytest tests/test_nano.py -s`` prints its figures."""
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import coins
 import numpy as np
+import photographs
 import pytest
 
 import sam
@@ -71,6 +72,37 @@ def test_a_corrective_click_helps(nano: Sam, truth: list[coins.Coin]) -> None:
     assert not second.masks[0, 0, y, x]
 
 
+def test_a_cup_by_a_box_and_by_a_click(nano: Sam) -> None:
+    cup = photographs.cup()
+    embedding = nano.encode(cup.image)
+    boxed = nano.predict(embedding, [Prompt(box=cup.box)], multimask_output=False).masks[0, 0]
+    by_box = coins.iou(boxed.numpy(), cup.mask)
+    clicked = nano.predict(embedding, [Prompt([(285, 230)], [1])])  # on its front
+    ious = [coins.iou(mask.numpy(), cup.mask) for mask in clicked.masks[0]]
+    print(f"\ncup: by a box {by_box:.3f}, by a click {ious[int(clicked.iou_predictions.argmax())]:.3f}")
+    assert by_box >= 0.4
+
+
+@pytest.mark.xfail(reason="large objects are beyond this checkpoint: the box comes back nearly empty", strict=True)
+def test_a_head_by_a_box(nano: Sam) -> None:
+    head = photographs.head()
+    mask = nano.predict(nano.encode(head.image), [Prompt(box=head.box)], multimask_output=False).masks[0, 0]
+    by_box = coins.iou(mask.numpy(), head.mask)
+    print(f"\nhead: by a box {by_box:.3f}")
+    assert by_box >= 0.5
+
+
+def test_different_pictures_embed_differently(nano: Sam, photo: np.ndarray) -> None:
+    """Far apart compared with how far the features of one picture lie from their mean."""
+    pictures = [photo, photographs.cup().image, coins.photograph()]
+    features = [nano.encode(picture).features.float() for picture in pictures]
+    spread = min(float((one - one.mean((-1, -2), keepdim=True)).norm()) for one in features)
+    for a, b in combinations(features, 2):
+        assert float((a - b).norm()) > 0.5 * spread
+
+
 def test_the_package_stays_small() -> None:
-    path = Path(sam.__file__).parent / "checkpoints" / "nano.safetensors"
-    assert path.stat().st_size <= 16e6
+    folder = Path(sam.__file__).parent / "checkpoints"
+    packaged = [*folder.glob("*.safetensors"), *folder.glob("*.md")]
+    assert len(packaged) >= 2
+    assert sum(path.stat().st_size for path in packaged) <= 16e6

@@ -17,7 +17,7 @@ from benchmarks.official_masks import coco_counts, photographs
 from sam import Sam, SamAutomaticMaskGenerator, SamPredictor, rle
 
 OFFICIAL = json.loads((Path(__file__).parent / "official_automatic_masks.json").read_text())
-FEW_CLICKS = ("masks", "small regions")
+FEW_CLICKS = "small regions"
 
 
 def cases() -> list[Any]:
@@ -26,7 +26,7 @@ def cases() -> list[Any]:
         pytest.param(
             result,
             id=f"{result['what']}, {result['image']}",
-            marks=() if result["what"] in FEW_CLICKS and result["image"] == "coins" else pytest.mark.slow,
+            marks=() if result["what"] == FEW_CLICKS and result["image"] == "coins" else pytest.mark.slow,
         )
         for result in OFFICIAL["results"]
     ]

@@ -1,5 +1,5 @@
 """Parts of the model against the official way, a module each, with its ``CASES``."""
 
-from . import automatic_masks, decoder, encoder
+from . import automatic_masks, click, decoder, encoder
 
-PARTS = {"automatic_masks": automatic_masks, "decoder": decoder, "encoder": encoder}
+PARTS = {"automatic_masks": automatic_masks, "click": click, "decoder": decoder, "encoder": encoder}

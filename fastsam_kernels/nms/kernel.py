@@ -121,6 +121,8 @@ def nms_triton(boxes: Tensor, threshold: float) -> Tensor:
     words = words_of(len(boxes))
     bits = torch.empty((len(boxes), words), dtype=torch.int32, device=boxes.device)
     keep = torch.empty(len(boxes), dtype=torch.bool, device=boxes.device)
+    if len(boxes) == 0:
+        return keep
     tile = lookup("nms", arch_of(boxes.device), boxes.dtype)
     for launch in plan(boxes.contiguous(), threshold, bits, keep, tile):
         launch.run()

@@ -28,6 +28,7 @@ from ..dispatch import choose
 
 # Biases alive at once in the torch form: on a CPU 8 MB in fp32 for a thread, a GPU wants larger products.
 _SCORES_A_THREAD = 2**21
+_THREADS_OF_A_GRAPH = 4
 _SCORES_ELSEWHERE = 2**26
 _QUERIES_AT_ONCE = 1024  # of a head: PyTorch's attention on a CPU takes its large tiles from 768 on
 HEAD_DIMS = (32, 64, 80)
@@ -170,6 +171,13 @@ def _padding_bias(rel_h: Tensor, rel_w: Tensor, window: tuple[int, int]) -> Tens
     return torch.stack(parts, -1).logsumexp(-1, keepdim=True).to(rel_h.dtype)  # autocast widens it
 
 
+def _scores_at_once(on_cpu: bool) -> int:
+    if not on_cpu:
+        return _SCORES_ELSEWHERE
+    # A graph cannot ask for the number of threads.
+    return _SCORES_A_THREAD * (_THREADS_OF_A_GRAPH if torch.compiler.is_compiling() else torch.get_num_threads())
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, padding: Tensor | None) -> Tensor:
     """Queries [N, heads, rows, columns, d] on keys [N, heads, keys, d].
 
@@ -177,8 +185,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, paddi
     ``padding`` [N, heads, rows, columns, 1] for a last key that has no place.
     """
     count, heads, rows, columns, _ = q.shape
-    on_cpu = q.device.type == "cpu"
-    limit = _SCORES_A_THREAD * torch.get_num_threads() if on_cpu else _SCORES_ELSEWHERE
+    limit = _scores_at_once(q.device.type == "cpu")
     some_rows = min(max(_QUERIES_AT_ONCE // columns, 1), rows)
     some_heads = min(max(limit // (some_rows * columns * k.shape[2]), 1), heads)
     some = max(limit // (heads * rows * columns * k.shape[2]), 1)

@@ -70,7 +70,8 @@ class DerivedWeights(nn.Module):
     """A module that keeps values computed from its weights until the weights change.
 
     Kept values are dropped by ``.to()`` and its kin, by ``load_state_dict``, and when one of the named
-    sources was written in place (an optimiser step). Nothing is kept while autograd records a source.
+    sources was written in place (an optimiser step). Nothing is kept while autograd records a source,
+    nor in a compiled graph, which makes it of the weights that it is given.
     """
 
     def __init__(self) -> None:
@@ -79,7 +80,7 @@ class DerivedWeights(nn.Module):
 
     def derived(self, name: str, make: Callable[[], T], *sources: Tensor) -> T:
         """The value of ``make()``, a function of ``sources`` alone, computed once for their present values."""
-        if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(s.requires_grad for s in sources)):
             return make()
         key = weights_key(*sources)
         kept = self._derived.get(name)

@@ -6,13 +6,13 @@ import hashlib
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastsam_kernels import check_kernels, resolve_kernels
+from fastsam_kernels import check_kernels, preprocess_image, resolve_kernels
 
 from .. import postprocess, preprocess
 from ..config import SamConfig
@@ -25,6 +25,9 @@ from .image_encoder import ImageEncoderViT
 from .mask_decoder import DecodedPrompts, MaskDecoder
 from .prompt_encoder import LABEL_ABSENT, PromptEncoder
 from .transformer import SharedImageSide
+
+if TYPE_CHECKING:
+    from ..runtime import Runtime
 
 
 class Sam(DerivedWeights, Fp32Buffers):
@@ -55,6 +58,7 @@ class Sam(DerivedWeights, Fp32Buffers):
         self.mask_decoder = mask_decoder
         self.config = config
         self._kernels = "auto"
+        self.runtime: Runtime | None = None  # set by load_model(compile=True)
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
@@ -108,21 +112,35 @@ class Sam(DerivedWeights, Fp32Buffers):
         architecture = self.config.to_json() if self.config is not None else str(self)
         return hashlib.sha256("\n".join([architecture, *lines]).encode()).hexdigest()[:32]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "runtime": None}  # a copy runs eagerly
+
     # Images ------------------------------------------------------------------------------------------------
 
     @overload
-    def encode(self, images: np.ndarray, batch_size: int | None = None) -> ImageEmbedding: ...
+    def encode(
+        self, images: np.ndarray, batch_size: int | None = None, *, resize_on_device: bool = False
+    ) -> ImageEmbedding: ...
     @overload
-    def encode(self, images: Sequence[np.ndarray], batch_size: int | None = None) -> list[ImageEmbedding]: ...
+    def encode(
+        self, images: Sequence[np.ndarray], batch_size: int | None = None, *, resize_on_device: bool = False
+    ) -> list[ImageEmbedding]: ...
     @torch.no_grad()
     def encode(
-        self, images: np.ndarray | Sequence[np.ndarray], batch_size: int | None = None
+        self,
+        images: np.ndarray | Sequence[np.ndarray],
+        batch_size: int | None = None,
+        *,
+        resize_on_device: bool = False,
     ) -> ImageEmbedding | list[ImageEmbedding]:
         """Embed one image, or a list of images of any sizes.
 
         Args:
             images: [H, W, 3] uint8 RGB.
             batch_size: images a pass of the encoder; by default 1 on a CPU and 8 elsewhere.
+            resize_on_device: the image goes to the device as it is and is resized, normalised and padded there in
+                one pass. Faster, and up to a level of 8 bits off Pillow's resize, which SAM was trained with; the
+                embedding has no ``image_hash`` then.
 
         Returns:
             one handle, or a list of them in the order of the images.
@@ -131,7 +149,7 @@ class Sam(DerivedWeights, Fp32Buffers):
             TypeError, ValueError: an image of another kind, named by its place; nothing was encoded.
         """
         if isinstance(images, np.ndarray):
-            return self.encode([images])[0]
+            return self.encode([images], resize_on_device=resize_on_device)[0]
         geometries = []
         for index, image in enumerate(images):
             try:
@@ -143,26 +161,39 @@ class Sam(DerivedWeights, Fp32Buffers):
         embeddings = []
         for start in range(0, len(images), batch_size):
             some = slice(start, start + batch_size)
-            resized = [
-                preprocess.resize_image(image, geometry.input_size)
-                for image, geometry in zip(images[some], geometries[some], strict=True)
-            ]
-            pixels = [self.preprocess(preprocess.image_to_tensor(image, self.device)) for image in resized]
+            pixels, hashes = zip(
+                *(
+                    self._pixels(image, geometry, resize_on_device)
+                    for image, geometry in zip(images[some], geometries[some], strict=True)
+                ),
+                strict=True,
+            )
             features = self.image_features(torch.stack(pixels))
-            for row, (image, geometry) in enumerate(zip(resized, geometries[some], strict=True)):
-                embeddings.append(
-                    ImageEmbedding(
-                        features[row : row + 1].clone() if len(features) > 1 else features,
-                        geometry,
-                        self.model_hash,
-                        self.name,
-                        hash_image(image, geometry),
-                    )
-                )
+            for row, (image_hash, geometry) in enumerate(zip(hashes, geometries[some], strict=True)):
+                own = features[row : row + 1].clone() if len(features) > 1 else features
+                embeddings.append(ImageEmbedding(own, geometry, self.model_hash, self.name, image_hash))
         return embeddings
+
+    def _pixels(self, image: np.ndarray, geometry: ImageGeometry, on_device: bool) -> tuple[Tensor, str | None]:
+        """The encoder's input [3, size, size], and the image's hash."""
+        if on_device:
+            return preprocess_image(
+                torch.from_numpy(np.ascontiguousarray(image)).to(self.device),
+                geometry.input_size,
+                geometry.image_size,
+                self.pixel_mean,
+                self.pixel_std,
+                dtype=self.dtype,
+                kernels=self._kernels,
+            ), None
+        resized = preprocess.resize_image(image, geometry.input_size)
+        pixels = self.preprocess(preprocess.image_to_tensor(resized, self.device))
+        return pixels, hash_image(resized, geometry)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """What the encoder makes of :meth:`preprocess`'s pixels [B, 3, size, size], by the kernels of this model."""
+        if self.runtime is not None and is_ours(self.image_encoder, ImageEncoderViT):
+            return self.runtime.image_features(pixels)
         if is_ours(self.image_encoder, ImageEncoderViT):
             return self.image_encoder(pixels, self._kernels)
         return self.image_encoder(pixels)
@@ -254,6 +285,10 @@ class Sam(DerivedWeights, Fp32Buffers):
     def _decode_chunk(
         self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
     ) -> tuple[Tensor, Tensor]:
+        if self.runtime is not None:
+            found = self.runtime.decode(embeddings, batch, multimask_output)
+            if found is not None:
+                return found[0].to(self._logits_dtype), found[1].to(self._logits_dtype)
         decoded = self.decode_tokens(embeddings, batch)
         iou = decoded.iou[:, MaskDecoder.mask_slice(multimask_output)]
         return self.decode_masks(decoded, multimask_output), iou.to(self._logits_dtype)
@@ -275,7 +310,7 @@ class Sam(DerivedWeights, Fp32Buffers):
             dense,
             image_index=batch.image_index if len(embeddings) > 1 else None,
             token_mask=batch.labels != LABEL_ABSENT if batch.ragged else None,
-            shared=self._shared_image_side(embeddings) if share else None,
+            shared=self.shared_image_side(embeddings) if share else None,
             kernels=self._kernels,
         )
 
@@ -284,7 +319,8 @@ class Sam(DerivedWeights, Fp32Buffers):
         masks = MaskDecoder.mask_slice(multimask_output)
         return self.mask_decoder.decode_masks(decoded, masks, rows, self._kernels).to(self._logits_dtype)
 
-    def _shared_image_side(self, embeddings: Sequence[ImageEmbedding]) -> SharedImageSide:
+    def shared_image_side(self, embeddings: Sequence[ImageEmbedding]) -> SharedImageSide:
+        """What prompts without a mask input share of each image, kept in its embedding; one row an image."""
         prompt_encoder = self.prompt_encoder
         weights = (
             prompt_encoder.no_mask_embed.weight,

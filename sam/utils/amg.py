@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, ItemsView
-from copy import deepcopy
 from itertools import product
 from typing import Any
 
@@ -57,13 +56,13 @@ class MaskData:
         for key, value in new_stats.items():
             ours = self._stats.get(key)
             if ours is None:
-                self._stats[key] = deepcopy(value)
+                self._stats[key] = value.clone() if isinstance(value, Tensor) else value.copy()
             elif isinstance(value, Tensor):
                 self._stats[key] = torch.cat([ours, value])
             elif isinstance(value, np.ndarray):
                 self._stats[key] = np.concatenate([ours, value])
             else:
-                self._stats[key] = ours + deepcopy(value)
+                self._stats[key] = ours + value
 
     def to_numpy(self) -> None:
         for key, value in self._stats.items():

@@ -68,14 +68,14 @@ def test_against_opencv(seed: int) -> None:
         np.testing.assert_array_equal(labels.numpy(), expected, kernels)
 
 
-@pytest.mark.parametrize("seed", range(1000 if torch.cuda.is_available() else 6))
+@pytest.mark.parametrize("seed", range(1000 if torch.cuda.is_available() else 5))
 def test_triton_form(device: torch.device, seed: int) -> None:
     masks = draw(seed, largest=12 if device.type == "cpu" else 300)
     labels = connected_components(torch.from_numpy(masks).to(device), kernels="triton")
     np.testing.assert_array_equal(labels.cpu().numpy(), np.stack([canonical(mask) for mask in masks]))
 
 
-@pytest.mark.parametrize("mask", [spiral(19), np.tile([True, False], (4, 20)), np.eye(20, dtype=bool)])
+@pytest.mark.parametrize("mask", [spiral(17), np.tile([True, False], (3, 20)), np.eye(4, 20, 8, dtype=bool)])
 @pytest.mark.parametrize("block_w", [16, 64])
 def test_blocks_of_columns(device: torch.device, mask: np.ndarray, block_w: int) -> None:
     """Runs over several blocks; the result does not hang on the tile."""
@@ -91,7 +91,7 @@ def test_blocks_of_columns(device: torch.device, mask: np.ndarray, block_w: int)
 
 @pytest.mark.parametrize("kernels", ["reference", "torch", "triton"])
 def test_any_strides_and_other_masks_do_not_matter(device: torch.device, kernels: str) -> None:
-    masks = torch.from_numpy(np.random.default_rng(0).random((3, 5, 9)) < 0.5).to(device)
+    masks = torch.from_numpy(np.random.default_rng(0).random((3, 3, 7)) < 0.5).to(device)
     expected = connected_components(masks, kernels=kernels)
     turned = masks.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     assert torch.equal(connected_components(turned, kernels=kernels), expected)

@@ -113,7 +113,7 @@ def test_offsets_are_64_bit(device: torch.device) -> None:
 
     assert words_of(_MOST_BOXES) * _MOST_BOXES < 2**31
     boxes = torch.zeros(_MOST_BOXES + 1, 4, device=device)
-    with pytest.raises(UnsupportedKernelError, match=r"nms cannot run here: it takes 1 to 16384 boxes, got 16385"):
+    with pytest.raises(UnsupportedKernelError, match=r"nms cannot run here: it takes up to 16384 boxes, got 16385"):
         nms(boxes, boxes[:, 0], 0.5, kernels="triton")
 
 
@@ -124,6 +124,12 @@ def test_opcheck(device: torch.device) -> None:
     results = torch.library.opcheck(nms_triton, (boxes.T.contiguous().T, 0.5))
     assert len(results) == 4
     assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("kernels", ["reference", "torch", "triton"])
+def test_no_boxes(device: torch.device, kernels: str) -> None:
+    boxes = torch.zeros(0, 4, device=device)
+    assert nms(boxes, boxes[:, 0], 0.5, kernels=kernels).shape == (0,)
 
 
 def test_bad_shapes() -> None:

@@ -1,0 +1,120 @@
+"""The Triton form of ``preprocess_image``: a program a tile of the result, which gathers its taps from the image."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import Launch
+from ..tile_config import TileConfig, arch_of, lookup
+from . import axis
+
+
+@triton.jit
+def preprocess_image_kernel(
+    image_ptr,  # [H, W, 3] uint8
+    row_first_ptr,  # [height]
+    row_weights_ptr,  # [height, ROW_TAPS]
+    column_first_ptr,  # [width]
+    column_weights_ptr,  # [width, COLUMN_TAPS]
+    mean_ptr,  # [3]
+    std_ptr,  # [3]
+    out_ptr,  # [3, image_size, image_size]
+    height,
+    width,
+    image_size,
+    stride_h,  # of the image, in elements
+    stride_w,
+    stride_c,
+    ROW_TAPS: tl.constexpr,
+    COLUMN_TAPS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    y = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    x = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    red = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
+    green = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
+    blue = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
+    if (tl.program_id(0) * BLOCK_H < height) & (tl.program_id(1) * BLOCK_W < width):
+        y_in = tl.minimum(y, height - 1)
+        x_in = tl.minimum(x, width - 1)
+        rows = tl.load(row_first_ptr + y_in)
+        columns = tl.load(column_first_ptr + x_in)
+        for i in range(ROW_TAPS):
+            p_line = image_ptr + (rows + i).to(tl.int64)[:, None] * stride_h
+            row_weight = tl.load(row_weights_ptr + y_in * ROW_TAPS + i)[:, None]
+            for j in range(COLUMN_TAPS):
+                p_taps = p_line + (columns + j).to(tl.int64)[None, :] * stride_w
+                weight = row_weight * tl.load(column_weights_ptr + x_in * COLUMN_TAPS + j)[None, :]
+                red += weight * tl.load(p_taps).to(tl.float32)
+                green += weight * tl.load(p_taps + stride_c).to(tl.float32)
+                blue += weight * tl.load(p_taps + 2 * stride_c).to(tl.float32)
+    p_out = out_ptr + y[:, None] * image_size + x[None, :]
+    used = (y < image_size)[:, None] & (x < image_size)[None, :]
+    inside = (y < height)[:, None] & (x < width)[None, :]
+    plane = image_size * image_size
+    store_channel(p_out, red, mean_ptr, std_ptr, inside, used)
+    store_channel(p_out + plane, green, mean_ptr + 1, std_ptr + 1, inside, used)
+    store_channel(p_out + 2 * plane, blue, mean_ptr + 2, std_ptr + 2, inside, used)
+
+
+@triton.jit
+def store_channel(p_out, levels, mean_ptr, std_ptr, inside, used):
+    normalized = tl.where(inside, (levels - tl.load(mean_ptr)) / tl.load(std_ptr), 0.0)
+    tl.store(p_out, normalized.to(p_out.dtype.element_ty), mask=used)
+
+
+def plan(image: Tensor, size: tuple[int, int], mean: Tensor, std: Tensor, out: Tensor, tile: TileConfig) -> Launch:
+    """The launch that fills ``out`` [3, side, side]; tensors may be on the meta device."""
+    side = out.shape[1]
+    row_first, row_weights = _tables(image.shape[0], size[0], image.device)
+    column_first, column_weights = _tables(image.shape[1], size[1], image.device)
+    return Launch(
+        kernel=preprocess_image_kernel,
+        grid=(triton.cdiv(side, tile.blocks["BLOCK_H"]), triton.cdiv(side, tile.blocks["BLOCK_W"])),
+        arguments={
+            "image_ptr": image,
+            "row_first_ptr": row_first,
+            "row_weights_ptr": row_weights,
+            "column_first_ptr": column_first,
+            "column_weights_ptr": column_weights,
+            "mean_ptr": mean,
+            "std_ptr": std,
+            "out_ptr": out,
+            "height": size[0],
+            "width": size[1],
+            "image_size": side,
+            "stride_h": image.stride(0),
+            "stride_w": image.stride(1),
+            "stride_c": image.stride(2),
+        },
+        constants={"ROW_TAPS": row_weights.shape[1], "COLUMN_TAPS": column_weights.shape[1]},
+        tile=tile,
+    )
+
+
+@lru_cache(maxsize=64)
+def _tables(inputs: int, outputs: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    first, weights = axis(inputs, outputs)
+    return torch.from_numpy(first).to(device), torch.from_numpy(weights).to(device)
+
+
+@torch.library.custom_op("fastsam::preprocess_image", mutates_args=())
+def preprocess_image_triton(
+    image: Tensor, height: int, width: int, image_size: int, mean: Tensor, std: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The registered operation; see :func:`fastsam_kernels.preprocess_image` for the arguments."""
+    out = torch.empty((3, image_size, image_size), dtype=dtype, device=image.device)
+    tile = lookup("preprocess_image", arch_of(image.device), dtype)
+    plan(image, (height, width), mean, std, out, tile).run()
+    return out
+
+
+@preprocess_image_triton.register_fake
+def _(image: Tensor, height: int, width: int, image_size: int, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty((3, image_size, image_size), dtype=dtype, device=image.device)

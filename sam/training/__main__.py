@@ -1,0 +1,95 @@
+"""``python -m sam.training``: train the embedded model; ``python -m sam.training evaluate``: measure weights."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..build_sam import NANO_CHECKPOINT
+from .evaluate import evaluate_checkpoint
+from .loop import EMBEDDED, SCRATCH, Settings, Trainer, resume, train
+from .schedule import Schedule
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sam.training", description="Train the small model on scenes that are drawn as it goes."
+    )
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, help="of training; the schedule is fitted to it (default: 60)")
+    length.add_argument("--steps", type=int, help="instead of minutes: a run that repeats exactly to its end")
+    parser.add_argument("--out", type=Path, default=Path("out/training"), help="folder (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, as it would have gone on")
+    parser.add_argument(
+        "--init",
+        default=EMBEDDED,
+        metavar="CHECKPOINT",
+        help=f"where to start: '{EMBEDDED}', '{SCRATCH}' or a file (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=int, help="times the images a step (default: 1 on a CPU, 8 on a GPU)")
+    parser.add_argument("--reuse", type=int, help="times a scene is used (default: 1 on a CPU, 4 on a GPU)")
+    parser.add_argument("--pool", type=int, help="scenes kept to be used again (default: 64 on a CPU, 2048 on a GPU)")
+    parser.add_argument("--peak", type=float, help="learning rate of the plateau (default: 4e-4, from scratch 1e-3)")
+    parser.add_argument("--workers", type=int, help="processes that draw (default: 1 on a CPU, else all cores but one)")
+    parser.add_argument("--save-minutes", type=float, default=3.0, help="between checkpoints (default: %(default)s)")
+    _add_device(parser)
+    commands = parser.add_subparsers(dest="command", metavar="evaluate")
+    evaluate = commands.add_parser("evaluate", help="measure a checkpoint on held-out scenes")
+    evaluate.add_argument("checkpoint", nargs="?", type=Path, default=NANO_CHECKPOINT, help="(default: the embedded)")
+    evaluate.add_argument("--scenes", type=int, default=500, help="(default: %(default)s)")
+    evaluate.add_argument("--out", type=Path, help="folder of the table and the picture (default: the checkpoint's)")
+    evaluate.add_argument("--workers", type=int, help="processes that score on a CPU (default: a core each)")
+    _add_device(evaluate)
+    return parser
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", type=torch.device, help="(default: cuda if there is one, else cpu)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(arguments)
+    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if args.command == "evaluate":
+            workers = (os.cpu_count() or 1) if args.workers is None else args.workers
+            out = args.out or args.checkpoint.parent
+            print(evaluate_checkpoint(args.checkpoint, args.scenes, device, out, workers))
+        else:
+            _train(args, device)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"sam.training: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _train(args: argparse.Namespace, device: torch.device) -> None:
+    on_gpu = device.type == "cuda"
+    workers = args.workers if args.workers is not None else max((os.cpu_count() or 2) - 1, 1) if on_gpu else 1
+    spent = 0.0
+    if args.resume:
+        trainer, spent = resume(args.out, device, workers)
+    else:
+        if (args.out / "state.pt").exists():
+            raise ValueError(f"{args.out} holds a run; --resume goes on with it, another --out starts a new one")
+        settings = Settings(
+            seed=args.seed,
+            init=args.init,
+            images=args.images or (8 if on_gpu else 1),
+            reuse=args.reuse or (4 if on_gpu else 1),
+            pool=args.pool or (2048 if on_gpu else 64),
+            peak=args.peak or (1e-3 if args.init == SCRATCH else 4e-4),
+        )
+        trainer = Trainer(settings, device, workers)
+    minutes = 60.0 if args.minutes is None and args.steps is None else args.minutes
+    train(trainer, Schedule(minutes, args.steps, spent), args.out, args.save_minutes)
+
+
+if __name__ == "__main__":  # worker processes may import this module
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""``preprocess_image``: every form against the formula in fp64, and against Pillow to a level of 8 bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels.foundation import DTYPES, assert_bands_untouched, guarded_output, kernel_without
+from models import random_image
+from PIL import Image
+from torch import Tensor
+
+from fastsam_kernels import UnsupportedKernelError, preprocess_image
+from fastsam_kernels.tile_config import lookup
+
+MEAN, STD = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+SIZES = [
+    ((90, 60), (32, 21), 32),  # smaller
+    ((20, 31), (21, 32), 32),  # larger
+    ((1, 50), (1, 24), 24),
+    ((7, 7), (16, 16), 20),  # padded on both sides
+    ((37, 16), (37, 16), 40),  # the same
+]
+
+
+def check(image: Tensor, size: tuple[int, int], side: int, kernels: str, dtype: torch.dtype) -> None:
+    mean, std = MEAN.to(image.device), STD.to(image.device)
+    found = preprocess_image(image, size, side, mean, std, dtype=dtype, kernels=kernels)
+    assert found.dtype == dtype
+    truth, plain = (
+        preprocess_image(
+            image, size, side, mean.to(precision), std.to(precision), dtype=precision, kernels="reference"
+        ).double()
+        for precision in (torch.float64, torch.float32)
+    )
+    # Rounding of the result, and in fp32 of the levels from which the mean is taken.
+    floor = torch.finfo(dtype).eps * truth.abs().max() + torch.finfo(torch.float32).eps * 255 / std.min()
+    error, baseline = ((values.double() - truth).abs().max() for values in (found, plain.to(dtype)))
+    assert error <= 2 * baseline + floor
+    assert (found[:, size[0] :] == 0).all()
+    assert (found[:, :, size[1] :] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize(("given", "size", "side"), SIZES)
+def test_forms(
+    device: torch.device, given: tuple[int, int], size: tuple[int, int], side: int, kernels: str, dtype: torch.dtype
+) -> None:
+    check(torch.from_numpy(random_image(*given)).to(device), size, side, kernels, dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 64), st.integers(1, 64))
+def test_torch_form_at_any_size(height: int, width: int, new_height: int, new_width: int) -> None:
+    image = torch.from_numpy(random_image(height, width))
+    check(image, (new_height, new_width), 64, "torch", torch.float32)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "torch"])
+@pytest.mark.parametrize("size", [(400, 600), (100, 150), (256, 171)])
+def test_a_level_from_pillow(kernels: str, size: tuple[int, int]) -> None:
+    image = random_image(200, 300)
+    height, width = (min(side, 256) for side in size)
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    found = preprocess_image(torch.from_numpy(image), (height, width), 256, MEAN, STD, kernels=kernels)
+    levels = found[:, :height, :width] * STD[:, None, None] + MEAN[:, None, None]
+    difference = (levels.permute(1, 2, 0).numpy() - np.array(resized).astype(np.float32)).__abs__()
+    assert difference.max() <= 1.01
+    assert difference.mean() < 0.4
+
+
+@pytest.mark.parametrize("kernels", ["reference", "torch", "triton"])
+def test_any_strides_and_repeats(device: torch.device, kernels: str) -> None:
+    image = torch.from_numpy(random_image(30, 40)).to(device)
+    mean, std = MEAN.to(device).view(3, 1, 1), STD.to(device).view(3, 1, 1)
+    expected = preprocess_image(image, (12, 16), 16, mean, std, kernels=kernels)
+    for order in ((2, 0, 1), (1, 2, 0)):
+        turned = image.permute(order).contiguous().permute(*np.argsort(order).tolist())
+        assert turned.stride() != image.stride()
+        assert torch.equal(preprocess_image(turned, (12, 16), 16, mean, std, kernels=kernels), expected)
+
+
+def test_nothing_is_written_beside_the_output(device: torch.device) -> None:
+    from fastsam_kernels.preprocess_image.kernel import plan
+
+    image = torch.from_numpy(random_image(30, 40)).to(device)
+    out, buffer = guarded_output((3, 20, 20), torch.float32, device)
+    tile = lookup("preprocess_image", 80, torch.float32)
+    plan(image, (12, 16), MEAN.to(device), STD.to(device), out, tile).run()
+    assert_bands_untouched(buffer, out.numel())
+    assert (out != -777).all()
+
+
+def test_offsets_are_64_bit(device: torch.device) -> None:
+    """Rows 2^30 bytes apart, in memory that is reserved but never touched; an offset that wraps stays inside."""
+    from fastsam_kernels.preprocess_image import kernel
+
+    image = torch.from_numpy(random_image(3, 8)).to(device)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    storage = torch.empty(6 * 2**30, dtype=torch.uint8, device=device)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    far = storage.as_strided(image.shape, (2**30, 3, 1), 3 * 2**30)
+    far.copy_(image)
+    mean, std = MEAN.to(device), STD.to(device)
+    expected = preprocess_image(image, (3, 8), 8, mean, std, kernels="triton")
+    assert torch.equal(preprocess_image(far, (3, 8), 8, mean, std, kernels="triton"), expected)
+    out = torch.zeros_like(expected)
+    launch = kernel.plan(far, (3, 8), mean, std, out, lookup("preprocess_image", 80, torch.float32))
+    replace(launch, kernel=kernel_without(kernel, kernel.preprocess_image_kernel, ".to(tl.int64)")).run()
+    assert torch.equal(out[:, :2], expected[:, :2])
+    assert not torch.equal(out[:, 2], expected[:, 2])
+
+
+def test_opcheck(device: torch.device) -> None:
+    from fastsam_kernels.preprocess_image.kernel import preprocess_image_triton
+
+    image = torch.from_numpy(random_image(9, 8)).to(device)
+    for subject in (image, image.transpose(0, 1)):
+        arguments = (subject, 5, 6, 8, MEAN.to(device), STD.to(device), torch.float16)
+        results = torch.library.opcheck(preprocess_image_triton, arguments)
+        assert len(results) == 4
+        assert set(results.values()) == {"SUCCESS"}
+
+
+def test_bad_and_unsupported_inputs(device: torch.device) -> None:
+    image = torch.zeros(4, 5, 3, dtype=torch.uint8, device=device)
+    mean, std = MEAN.to(device), STD.to(device)
+    with pytest.raises(ValueError, match=r"must be \[H, W, 3\] of uint8, got \[4, 5\] of torch.uint8"):
+        preprocess_image(image[..., 0], (4, 4), 8, mean, std)
+    with pytest.raises(ValueError, match=r"of uint8, got \[4, 5, 3\] of torch.float32"):
+        preprocess_image(image.float(), (4, 4), 8, mean, std)
+    with pytest.raises(ValueError, match="size must be between 1x1 and 8x8, got 4x9"):
+        preprocess_image(image, (4, 9), 8, mean, std)
+    with pytest.raises(UnsupportedKernelError, match=r"must be fp32, fp16 or bf16, got torch.float64"):
+        preprocess_image(image, (4, 5), 8, mean, std, dtype=torch.float64, kernels="triton")

@@ -1,0 +1,477 @@
+"""Training: what scenes, prompts and losses are, runs that repeat and resume to the bit, and the evaluation."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import TINY
+
+import sam
+from sam import Sam
+from sam.training import evaluate, losses, prompts, schedule
+from sam.training.crops import CropModel
+from sam.training.loop import Settings, Trainer, resume, save, train
+from sam.training.muon import Muon, hidden_matrices, orthogonalized
+from sam.training.scenes import Scene, held_out_scene, scene_rng, training_scene
+from sam.training.schedule import Schedule, Stage
+
+CPU = torch.device("cpu")
+STAGES = (
+    Stage(until=0.5, size=96, images=2, prompts=3, corrections=1.0),
+    Stage(until=1.0, size=128, images=2, prompts=3, corrections=0.5),
+)
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return [held_out_scene(index) for index in range(16)]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def fresh_model() -> Sam:
+    torch.manual_seed(0)
+    return sam.build_from_config(TINY).train()
+
+
+def trainer(seed: int = 0, stages: tuple[Stage, ...] = STAGES, **settings: int) -> Trainer:
+    return Trainer(Settings(seed=seed, peak=1e-3, **settings), CPU, workers=0, model=fresh_model(), stages=stages)
+
+
+# Scenes ---------------------------------------------------------------------------------------------------
+
+
+def test_no_training_scene_is_held_out() -> None:
+    def start(split: str, seed: int, index: int) -> int:
+        return int(scene_rng(split, seed, index).integers(2**63))
+
+    held_out = {start("held-out", 0, index) for index in range(500)}
+    training = {start("training", seed, index) for seed in range(4) for index in range(500)}
+    assert len(held_out) == 500
+    assert len(training) == 2000
+    assert not held_out & training
+
+
+def test_a_scene_depends_on_its_seed_and_index_alone() -> None:
+    once, again = training_scene(3, 7, size=128), training_scene(3, 7, size=128)
+    assert np.array_equal(once.image, again.image)
+    assert np.array_equal(once.ids, again.ids)
+    assert not np.array_equal(once.image, training_scene(3, 8, size=128).image)
+    assert not np.array_equal(once.image, training_scene(4, 7, size=128).image)
+
+
+def test_scenes_are_pictures_with_labelled_objects_of_all_sizes(scenes: list[Scene]) -> None:
+    shares, grey, parts = [], 0, 0
+    for scene in scenes:
+        assert scene.image.shape == (512, 512, 3)
+        assert scene.image.dtype == np.uint8
+        assert scene.image.std() > 2
+        grey += bool((scene.image == scene.image[..., :1]).all())
+        shown = np.unique(scene.ids)
+        assert not scene.parents[scene.parents[shown]].any()  # a part of a part would be in no mask of the whole
+        parts += int((scene.parents[shown] > 0).sum())
+        shares += [mask.mean() for mask in scene.masks(evaluate.SMALLEST)]
+    assert 0 < grey < len(scenes)
+    assert parts > 0
+    assert min(shares) >= 100 / 512**2
+    assert max(shares) > 0.2
+    assert 0.1 < np.mean(np.array(shares) > evaluate.LARGE) < 0.6
+    assert np.mean(np.array(shares) < 0.01) > 0.2
+
+
+def test_masks_share_no_pixel_but_those_of_a_part_with_its_object(scenes: list[Scene]) -> None:
+    for scene in scenes[:6]:
+        count = int(scene.ids.max())
+        masks = scene.masks(0)
+        assert len(masks) == count
+        for part, owner in ((i, scene.parents[i]) for i in range(1, count + 1) if scene.parents[i]):
+            assert not (masks[part - 1] & ~masks[owner - 1]).any()
+        whole = [masks[i - 1] for i in range(1, count + 1) if not scene.parents[i]]
+        assert np.sum(whole, axis=0).max() <= 1
+
+
+# Prompts --------------------------------------------------------------------------------------------------
+
+
+def ragged_regions() -> torch.Tensor:
+    regions = torch.rand(40, 23, 31, generator=generator()) < 0.1
+    regions[0] = False
+    regions[0, 22, 30] = True
+    regions[1] = True
+    return regions
+
+
+def test_clicks_are_inside_their_region_and_anywhere_in_it() -> None:
+    regions = ragged_regions()
+    seen = torch.zeros_like(regions)
+    rows, draws = torch.arange(len(regions)), generator()
+    for _ in range(400):
+        x, y = prompts.random_clicks(regions, draws).long().unbind(1)
+        assert regions[rows, y, x].all()
+        seen[rows, y, x] = True
+    assert (seen & ~regions).sum() == 0
+    assert (seen.sum((1, 2)) >= 0.8 * regions.sum((1, 2)).clamp(max=60)).all()
+
+
+def test_clicks_are_uniform() -> None:
+    region = torch.zeros(1, 8, 8, dtype=torch.bool)
+    region[0, 2, 3:7] = region[0, 5, 0] = True
+    clicks = prompts.random_clicks(region.expand(5000, -1, -1), generator())
+    _, counts = torch.unique(clicks, dim=0, return_counts=True)
+    assert len(counts) == 5
+    assert ((counts / 5000 - 0.2).abs() < 0.03).all()
+
+
+def test_boxes_are_tight_and_jitter_has_limits() -> None:
+    masks = torch.zeros(2, 512, 512, dtype=torch.bool)
+    masks[0, 100:400, 50:450] = True
+    masks[1, 7, 9] = True
+    boxes = prompts.tight_boxes(masks)
+    assert boxes.tolist() == [[50, 100, 450, 400], [9, 7, 10, 8]]
+    moved = prompts.jitter_boxes(boxes.repeat(500, 1), 512, generator())
+    shift = (moved - boxes.repeat(500, 1)).view(500, 2, 4).abs()
+    assert shift[:, 0].max() == 10  # 20 px in 1024
+    assert shift[:, 1].max() <= 1 / 3 + 1e-6
+    assert shift[:, 0].mean() > 5
+    assert (moved[:, 2:] > moved[:, :2]).all()
+    edge = torch.tensor([[0.0, 0.0, 512.0, 512.0]]).repeat(200, 1)
+    assert prompts.jitter_boxes(edge, 512, generator()).min() >= 0
+    assert prompts.jitter_boxes(edge, 512, generator()).max() <= 512
+
+
+def test_corrections_land_on_the_error_with_the_true_label() -> None:
+    truth = torch.zeros(64, 32, 32, dtype=torch.bool)
+    truth[:, 8:24, 8:24] = True
+    logits = torch.full((64, 8, 8), -5.0)
+    logits[:, :, 4:] = 5.0  # misses the left half of the object, and adds ground on the right
+    coords, labels = torch.zeros(64, 2, 2), torch.ones(64, 2, dtype=torch.int64)
+    coords, labels = prompts.add_corrections(coords, labels, logits, truth, generator())
+    x, y = coords[:, 2].long().unbind(1)
+    wrong = (prompts.upsample(logits, 32) > 0) != truth
+    rows = torch.arange(64)
+    assert wrong[rows, y, x].all()
+    assert torch.equal(labels[:, 2].bool(), truth[rows, y, x])
+    assert 0 < labels[:, 2].sum() < 64
+    perfect = torch.where(truth[:, ::4, ::4], 20.0, -20.0)
+    perfect_truth = prompts.upsample(perfect, 32) > 0
+    _, labels = prompts.add_corrections(coords, labels, perfect, perfect_truth, generator())
+    assert labels[:, 3].all()
+
+
+def test_objects_are_wholes_with_their_parts_and_empty_pictures_give_none() -> None:
+    ids, parents = torch.zeros(3, 20, 20, dtype=torch.uint8), torch.zeros(3, 256, dtype=torch.uint8)
+    ids[0, 2:12, 2:12], ids[0, 4:7, 4:7], parents[0, 2] = 1, 2, 1
+    ids[2, 0, 0] = 1  # too small
+    objects = prompts.choose_objects(ids, parents, 50, smallest=5, generator=generator())
+    assert objects.image_index.tolist() == [0] * 50
+    areas = objects.masks.sum((1, 2))
+    assert set(areas.tolist()) == {9, 100}
+    assert 15 < (areas == 100).sum() < 35
+
+
+# Losses ---------------------------------------------------------------------------------------------------
+
+
+def test_losses_have_the_values_worked_out_by_hand() -> None:
+    # Two pixels: p = 3/4 on the object, p = 1/2 on the ground.
+    logits = torch.tensor([[[math.log(3), 0.0]]], dtype=torch.float64)
+    targets = torch.tensor([[[1.0, 0.0]]], dtype=torch.float64)
+    on_object, on_ground = 0.25 * (1 / 4) ** 2 * math.log(4 / 3), 0.75 * (1 / 2) ** 2 * math.log(2)
+    assert losses.focal_loss(logits, targets).item() == pytest.approx((on_object + on_ground) / 2)
+    assert losses.dice_loss(logits, targets).item() == pytest.approx(1 - (2 * 0.75 + 1) / (1.25 + 1 + 1))
+    assert losses.balanced_cross_entropy(logits, targets).item() == pytest.approx(math.log(4 / 3) + math.log(2))
+
+
+def test_iou_is_measured_on_enlarged_masks() -> None:
+    truth = torch.zeros(1, 16, 16, dtype=torch.bool)
+    truth[:, :, 6:] = True
+    logits = torch.full((1, 2, 4, 4), -1.0)
+    logits[:, 0, :, 2:] = 1  # half of the picture, exactly; the border between two pixels stays where it is
+    logits[:, 1, :, :2] = 1  # the other half
+    assert losses.mask_iou(logits, truth).tolist() == [[pytest.approx(128 / 160), pytest.approx(32 / 256)]]
+
+
+@pytest.mark.parametrize("loss", [losses.focal_loss, losses.dice_loss, losses.balanced_cross_entropy])
+def test_losses_have_the_right_gradients(loss: losses.MaskLoss) -> None:
+    draws = generator()
+    logits = torch.randn(2, 3, 4, generator=draws, dtype=torch.float64, requires_grad=True)
+    targets = torch.rand(2, 3, 4, generator=draws, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: loss(x, targets), (logits,))
+
+
+def test_a_click_trains_the_best_alternative_and_a_box_the_single_mask() -> None:
+    truth = torch.zeros(1, 16, 16, dtype=torch.bool)
+    truth[:, 4:12, 4:12] = True
+    targets = torch.nn.functional.avg_pool2d(truth.float(), 2)
+    logits = torch.zeros(1, 4, 8, 8)
+    logits[:, 2] = 4 * targets - 2  # the best of the three
+    logits.requires_grad_()
+    strength = {}
+    for name, is_click in (("click", True), ("box", False)):
+        result = losses.prompt_losses(logits, torch.zeros(1, 4), targets, truth, torch.tensor([is_click]))
+        (gradient,) = torch.autograd.grad(result.mask, logits)
+        strength[name] = gradient.abs().sum((0, 2, 3)).tolist()
+    alone = strength["box"][0]  # of a mask like masks 1 and 3, with its full weight
+    assert strength["click"][0] == pytest.approx(0.3 * alone, rel=1e-4)
+    assert strength["click"][3] == pytest.approx(0.05 / 3 * alone, rel=1e-4)
+    assert strength["box"][2] == pytest.approx(0.3 * strength["click"][2], rel=1e-4)
+    assert strength["click"][2] > 3 * strength["click"][3]
+    assert result.iou[0, [0, 1, 3]].tolist() == [0, 0, 0]
+    assert result.iou[0, 2] == pytest.approx(1, abs=0.07)  # enlarging rounds the corners off
+    assert result.iou_head.item() == pytest.approx((result.iou[0, 2].item() - 0.125) / 4)
+
+
+# Muon -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 16, 96), (2, 96, 16)])
+def test_muon_makes_matrices_nearly_orthogonal(shape: tuple[int, int, int]) -> None:
+    u, _, vh = torch.linalg.svd(torch.randn(shape, generator=generator()), full_matrices=False)
+    matrices = u @ torch.diag(torch.linspace(0.1, 5, min(shape[1:]))) @ vh
+    updates = orthogonalized(matrices)
+    values = torch.linalg.svdvals(updates)
+    assert 0.5 < values.min() <= values.max() < 1.3
+    assert ((updates * (u @ vh)).sum((1, 2)) > 0.75 * min(shape[1:])).all()  # the same singular vectors
+
+
+def test_muon_finds_the_minimum_and_keeps_its_momentum() -> None:
+    target = torch.randn(8, 12, generator=generator())
+    weight = torch.nn.Parameter(torch.zeros(8, 12))
+    optimizer = Muon([weight], lr=0.05, weight_decay=0.0)
+    for step in range(400):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 400)
+        weight.grad = weight.detach() - target
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), target, atol=0.02, rtol=0)
+    copy = Muon([torch.nn.Parameter(weight.detach().clone())], lr=0.05, weight_decay=0.0)
+    copy.load_state_dict(optimizer.state_dict())
+    (state,) = copy.state.values()
+    assert torch.equal(state["momentum"], optimizer.state[weight]["momentum"])
+
+
+def test_muon_leaves_heads_and_tables_alone() -> None:
+    model = fresh_model()
+    chosen = {id(matrix) for matrix in hidden_matrices(model)}
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in chosen]
+    assert "image_encoder.blocks.0.attn.qkv.weight" in names
+    assert "mask_decoder.transformer.layers.1.mlp.lin1.weight" in names
+    assert "mask_decoder.iou_prediction_head.layers.2.weight" not in names
+    assert not any("rel_pos" in name or "embed" in name or "bias" in name for name in names)
+
+
+# Crops ----------------------------------------------------------------------------------------------------
+
+
+def test_the_largest_crop_is_the_model() -> None:
+    model = fresh_model().eval()
+    crop = CropModel(model, 128)
+    pixels = torch.randn(2, 3, 128, 128, generator=generator())
+    coords, labels = torch.tensor([[[30.0, 40.0], [0.0, 0.0]]]), torch.tensor([[1, -1]])
+    with torch.no_grad():
+        features = crop.encode(pixels)
+        torch.testing.assert_close(features, model.image_encoder(pixels), atol=1e-5, rtol=1e-4)
+        logits, iou = crop.decode(features, coords, labels, torch.tensor([1]))
+        sparse, dense = model.prompt_encoder((coords[:, :1], labels[:, :1]), None, None)
+        image_pe = model.prompt_encoder.get_dense_pe()
+        expected = model.mask_decoder.predict_masks(features[1:], image_pe, sparse, dense)
+    torch.testing.assert_close(logits, expected[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(iou, expected[1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_crop_sees_its_place_on_the_canvas() -> None:
+    """Tokens that attend to nothing but themselves are the same on a crop and on the canvas around it."""
+    model = fresh_model().eval()
+    for block in model.image_encoder.blocks:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+        torch.nn.init.zeros_(block.attn.proj.bias)
+    torch.nn.init.normal_(model.image_encoder.pos_embed)
+    pixels = torch.randn(1, 3, 128, 128, generator=generator())
+    with torch.no_grad():
+        canvas = model.image_encoder(pixels)
+        crop = CropModel(model, 96, origin=(2, 1)).encode(pixels[..., 32:, 16:112])
+    # The neck's 3x3 convolution meets the crop's edge; inside it nothing differs.
+    torch.testing.assert_close(crop[..., 1:-1, 1:-1], canvas[..., 3:7, 2:6], atol=1e-4, rtol=1e-4)
+
+
+def test_a_crop_has_to_fit() -> None:
+    model = fresh_model()
+    with pytest.raises(ValueError, match=r"must start at 0\.\.2"):
+        CropModel(model, 96, origin=(0, 3))
+    with pytest.raises(ValueError, match="got 100 px"):
+        CropModel(model, 100)
+
+
+# Runs -----------------------------------------------------------------------------------------------------
+
+
+def test_training_learns_one_scene() -> None:
+    """The same picture over and over, with other prompts each time."""
+    learner = trainer(stages=(Stage(1.0, 128, 1, 6, 0.0),))
+    first = learner.train_step(0.0)
+    batch = learner._batch(learner.stages[0], np.random.default_rng(1))
+    learner._batch = lambda stage, rng: batch  # type: ignore[method-assign]
+    seen = torch.stack([learner.train_step(0.0)[0] for _ in range(40)])
+    assert torch.isfinite(first[:2]).all()
+    assert seen[-10:].mean() < 0.5 * seen[:5].mean()
+
+
+def test_a_resumed_run_continues_to_the_bit(tmp_path: Path) -> None:
+    whole = trainer(reuse=2, pool=5)
+    uninterrupted = [whole.train_step(step / 6) for step in range(6)]
+    killed = trainer(reuse=2, pool=5)
+    for step in range(3):
+        killed.train_step(step / 6)
+    save(killed, Schedule(steps=6, spent_seconds=12.0, clock=lambda: 0.0), tmp_path)
+    resumed, spent = resume(tmp_path, CPU, workers=0, model=fresh_model(), stages=STAGES)
+    assert (resumed.step, spent) == (3, 12)
+    for step in range(3, 6):
+        assert torch.equal(resumed.train_step(step / 6).nan_to_num(-1), uninterrupted[step].nan_to_num(-1))
+    for name, value in whole.average.items():
+        assert torch.equal(resumed.average[name], value), name
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_seed_others() -> None:
+    def first_losses(seed: int) -> list[float]:
+        learner = trainer(seed)
+        return torch.stack([learner.train_step(0.0)[0] for _ in range(2)]).tolist()
+
+    assert first_losses(5) == first_losses(5)
+    assert first_losses(5) != first_losses(6)
+
+
+def test_a_run_writes_its_log_its_state_and_weights_that_load(tmp_path: Path) -> None:
+    lines: list[str] = []
+    train(trainer(), Schedule(steps=2), tmp_path, report=lines.append)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [0, 1]
+    assert all(entry["mask loss"] > 0 for entry in log)
+    assert "96 px" in lines[0]
+    assert "2 steps" in lines[-1]
+    stored = sam.checkpoint.read_checkpoint(tmp_path / "nano.safetensors")
+    assert stored.metadata["steps"] == "2"
+    assert {"seed", "seconds", "machine", "revision", "started_from"} <= set(stored.metadata)
+    assert {tensor.dtype for tensor in stored.state_dict.values()} == {torch.float16}
+    sam.load_model(tmp_path / "nano.safetensors", device="cpu")
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_run_ends_in_time_with_its_schedule_done() -> None:
+    clock = FakeClock()
+    fitted = Schedule(minutes=2, clock=clock)
+    durations = np.random.default_rng(0).uniform(0.5, 3.0, 1000)
+    step, rates = 0, []
+    while fitted.goes_on(step):
+        rates.append(schedule.learning_rate(1.0, step, fitted.progress(step)))
+        clock.now += durations[step]
+        step += 1
+    assert 114 < fitted.seconds <= 120
+    assert max(rates) == 1
+    assert rates[-1] < 0.15
+    assert rates[25] == 1
+    assert rates == sorted(rates[:20]) + sorted(rates[20:], reverse=True)
+
+
+def test_a_resumed_run_has_the_time_that_was_left() -> None:
+    clock = FakeClock()
+    left = Schedule(minutes=2, spent_seconds=90, clock=clock)
+    assert left.progress(60) == pytest.approx(0.75)
+    clock.now += 31
+    assert left.progress(60) == 1
+    assert not left.goes_on(60)
+
+
+def test_the_first_steps_of_a_run_do_not_depend_on_the_clock() -> None:
+    clock = FakeClock()
+    short = Schedule(minutes=1, clock=clock)
+    clock.now += 59
+    assert [short.progress(step) for step in (0, 49)] == [0, 0]
+    assert short.progress(50) == pytest.approx(59 / 60)
+
+
+def test_stages_follow_one_another() -> None:
+    assert [schedule.stage_at(STAGES, progress).size for progress in (0, 0.49, 0.5, 1.0)] == [96, 96, 128, 128]
+    for stages in (schedule.FROM_SCRATCH, schedule.CONTINUED):
+        assert stages[-1].until == 1
+        assert stages[-1].size == 512
+    with pytest.raises(ValueError, match="either"):
+        Schedule()
+    with pytest.raises(ValueError, match="longer than nothing"):
+        Schedule(minutes=0)
+
+
+# Evaluation -----------------------------------------------------------------------------------------------
+
+
+def test_baselines_on_shapes_whose_scores_are_known() -> None:
+    mask = np.zeros((100, 120), bool)
+    mask[20:60, 30:50] = True
+    mask[40:60, 50:70] = True  # an L: three quarters of its box
+    assert evaluate.filled_box_iou(mask) == pytest.approx(0.75)
+    y, x = np.mgrid[:100, :120]
+    disc = np.hypot(x - 60, y - 50) <= evaluate._DISC_RADII[12]
+    ious = evaluate.disc_ious(disc, (60, 50))
+    assert ious[12] == 1
+    assert ious.argmax() == 12
+    assert ious[0] == pytest.approx((np.hypot(x - 60, y - 50) <= evaluate._DISC_RADII[0]).sum() / disc.sum())
+    assert ious[-1] == pytest.approx(disc.mean())  # the largest disc is the whole picture
+
+
+def test_the_deepest_point_is_where_the_object_is_widest() -> None:
+    mask = np.zeros((60, 60), bool)
+    mask[10:15, 5:50] = True
+    mask[5:26, 30:51] = True
+    assert evaluate.deepest_point(mask) == (40, 15)
+    mask[:] = False
+    mask[3, 59] = True
+    assert evaluate.deepest_point(mask) == (59, 3)
+
+
+def test_evaluation_writes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "held_out_scene", lambda index: held_out_scene(index, size=128))
+    torch.manual_seed(0)
+    checkpoint = tmp_path / "weights.safetensors"
+    sam.save_checkpoint(sam.build_from_config(TINY), checkpoint, metadata={"seed": "7"})
+    text = evaluate.evaluate_checkpoint(checkpoint, scenes=2, device=CPU, out=tmp_path)
+    result = json.loads((tmp_path / "weights.evaluation.json").read_text())
+    assert (tmp_path / "weights.evaluation.md").read_text() == text
+    assert list(result["table"]) == list(evaluate.ROWS)
+    for row in result["table"].values():
+        assert 0 <= row["mean"] <= 1
+    assert result["table"]["click_best"]["mean"] >= result["table"]["click"]["mean"]
+    assert result["objects"] >= 2
+    assert result["weights"]["seed"] == "7"
+    assert "seed: 7" in text
+    assert (tmp_path / "weights.evaluation.png").stat().st_size > 10_000
+
+
+def test_a_perfect_model_scores_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scoring itself, with a model that knows the truth at the resolution of its logits."""
+    scene = held_out_scene(4, size=128)
+    truth = torch.from_numpy(scene.masks(evaluate.SMALLEST))
+
+    def know(self: CropModel, features: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = torch.where(truth, 20.0, -20.0)[:, None].expand(-1, 4, -1, -1)
+        return logits, torch.ones(len(truth), 4)
+
+    monkeypatch.setattr(CropModel, "decode", know)
+    scores = evaluate.Scores()
+    evaluate.score_scene(fresh_model().eval(), scene, 0, scores)
+    table = scores.table()
+    for name in ("click", "click_best", "random_click", "box", "corrected"):
+        assert table[name]["mean"] == 1
+    assert np.mean(scores.iou_error) == 0
+    assert 0 < table["disc"]["mean"] < 1
