@@ -138,7 +138,7 @@ def test_the_log_is_json_with_request_ids(server: Server) -> None:
 
 def test_sigterm_under_load_loses_nothing() -> None:
     """Whoever was let in is answered; others are told 503 or find nobody listening; the status is 0."""
-    with Server(*SMALL, "--max-queue", "64") as server:
+    with Server(*SMALL, "--max-queue", "64", OMP_WAIT_POLICY="PASSIVE") as server:
         statuses: Counter[int | str] = Counter()
         body, kind = multipart(file_of(random_image(50, 60)), {"prompts": [{"points": [[5, 5]]}] * 8})
         stopping = threading.Event()
