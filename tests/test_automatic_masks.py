@@ -250,7 +250,7 @@ def test_masks_may_be_counted_late(
     generator: Generator, photograph: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, where the masks that go stay in place until the suppression."""
-    some = generator(crop_n_layers=1, output_mode="coco_rle")
+    some = generator(4, crop_n_layers=1, output_mode="coco_rle")
     expected = some.generate(photograph)
     plan = MaskMemory.plan
 

@@ -17,7 +17,7 @@ from benchmarks.official_masks import coco_counts, photographs
 from sam import Sam, SamAutomaticMaskGenerator, SamPredictor, rle
 
 OFFICIAL = json.loads((Path(__file__).parent / "official_automatic_masks.json").read_text())
-FEW_CLICKS = "small regions"
+FEW_CLICKS = "lenient, all at once"
 
 
 def cases() -> list[Any]:

@@ -130,7 +130,7 @@ def test_no_masks(device: torch.device, kernels: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [(64, 64), (50, 75), (9, 20), (1, 60), (130, 61)])
+@pytest.mark.parametrize("size", [(50, 75), (1, 60), (100, 61)])
 def test_triton_form(device: torch.device, dtype: torch.dtype, size: tuple[int, int]) -> None:
     check(smooth_logits(2, 16).to(device, dtype), resizing_of(*size, 64), "triton")
 
