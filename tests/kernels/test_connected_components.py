@@ -76,7 +76,7 @@ def test_triton_form(device: torch.device, seed: int) -> None:
 
 
 @pytest.mark.parametrize("mask", [spiral(17), np.tile([True, False], (3, 20)), np.eye(4, 20, 8, dtype=bool)])
-@pytest.mark.parametrize("block_w", [16, 64])
+@pytest.mark.parametrize("block_w", [16, pytest.param(64, marks=pytest.mark.slow)])
 def test_blocks_of_columns(device: torch.device, mask: np.ndarray, block_w: int) -> None:
     """Runs over several blocks; the result does not hang on the tile."""
     from fastsam_kernels.connected_components.kernel import plan

@@ -79,7 +79,7 @@ def test_torch_form_at_any_geometry(long: int, short: int, portrait: bool, seed:
     check(smooth_logits(3, image_size // 4, seed), resizing, "torch")
 
 
-@pytest.mark.parametrize("size", [(1024, 1024), (1500, 2250), (2250, 1500), (1, 1024), (37, 20), (683, 1024)])
+@pytest.mark.parametrize("size", [(1500, 2250), (1, 1024), (37, 20)])
 def test_torch_form_at_real_sizes(size: tuple[int, int]) -> None:
     check(smooth_logits(2, 256), resizing_of(*size, 1024), "torch")
 

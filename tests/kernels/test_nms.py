@@ -49,7 +49,14 @@ def test_against_the_definition(count: int, seed: int, threshold: float) -> None
 
 @pytest.mark.parametrize(
     ("kernels", "count", "largest"),
-    [("torch", 1, 8), ("torch", 300, 40), ("torch", 700, 60), ("triton", 1, 8), ("triton", 33, 8), ("triton", 150, 30)],
+    [
+        ("torch", 1, 8),
+        ("torch", 300, 40),
+        ("torch", 700, 60),
+        ("triton", 1, 8),
+        ("triton", 33, 8),
+        pytest.param("triton", 150, 30, marks=pytest.mark.slow),
+    ],
 )
 def test_several_blocks(device: torch.device, kernels: str, count: int, largest: int) -> None:
     for threshold in (0.3, 0.7):
