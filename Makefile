@@ -17,7 +17,7 @@ serve: .venv/.serve
 	$(BIN)/python -m sam serve
 
 test: .venv/.test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: .venv/.test
 	$(BIN)/python -m pytest

@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("all", "both"),
     ):
         cases = commands.add_parser(name, help=purpose)
-        cases.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains this")
+        cases.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains this, or A|B")
         cases.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
         cases.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
         cases.add_argument("--peers", default="", metavar="LIST", help="transformers,segment-anything=PATH")

@@ -16,6 +16,10 @@ GROUPS: dict[str, list[Case]] = {
 
 
 def select(group: str | None, pattern: str, device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """The cases of a group (None: of all) whose name contains ``pattern``, for a device and dtype."""
+    """The cases of a group (None: of all) whose name contains one of the texts in ``pattern``, between bars."""
     groups = GROUPS.values() if group is None else [GROUPS[group]]
-    return [case for cases in groups for case in cases if pattern in case.name and case.fits(device, dtype)]
+    return [case for cases in groups for case in cases if _named(case, pattern) and case.fits(device, dtype)]
+
+
+def _named(case: Case, pattern: str) -> bool:
+    return any(text in case.name for text in pattern.split("|"))

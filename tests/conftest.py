@@ -12,6 +12,11 @@ if not torch.cuda.is_available():
     # Kernels run in Triton's interpreter then, which has to be chosen before triton is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A thread for each process of tests, also in the processes that tests start: two that share cores wait in turn.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 from hypothesis import settings
 from models import TINY, random_model
 

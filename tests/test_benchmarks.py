@@ -106,6 +106,8 @@ def test_every_case_is_reachable_once() -> None:
     for case in GROUPS["kernels"]:
         assert any(case.name.startswith(operation) for operation in OPERATIONS), case.name
     assert select("kernels", "1024 prompts x 3", CPU, torch.float32) == []  # for a GPU
+    several = select("model", "mask head|click, 1 point", CPU, torch.float32)
+    assert {case.name for case in several} == {"mask head, 64 prompts", "click, 1 point to 1024 x 1024 masks"}
 
 
 def test_forms_take_turns() -> None:
