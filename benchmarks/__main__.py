@@ -30,7 +30,12 @@ def build_parser() -> argparse.ArgumentParser:
         cases.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains this, or A|B")
         cases.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
         cases.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-        cases.add_argument("--peers", default="", metavar="LIST", help="transformers,segment-anything=PATH")
+        cases.add_argument(
+            "--peers",
+            default="",
+            metavar="LIST",
+            help="transformers, segment-anything=PATH, segment-anything-fast=PATH, between commas",
+        )
         _add_common(cases, device, seconds=3.0)
 
     tune = commands.add_parser("tune", help="choose tiles on this GPU among those whose numerics pass")

@@ -84,9 +84,9 @@ def speed_table(results: str) -> str:
     lines = ["| | | ms | speed-up | peak memory |", "|---|---|---:|---:|---:|"]
     for row in rows:
         speedup = "over budget" if row["speedup"] is None else f"{row['speedup']:.2f}"
-        time, peak = row["timing"]["p50"], row["peak_bytes"] / 1e6
-        name = names.get(row["form"], row["form"])
-        lines.append(f"| {row['case']}, {row['dtype']} | {name} | {time:.0f} | {speedup} | {peak:.0f} MB |")
+        time, peak = row["timing"]["p50"], row["peak_bytes"]
+        name, memory = names.get(row["form"], row["form"]), "" if peak is None else f"{peak / 1e6:.0f} MB"
+        lines.append(f"| {row['case']}, {row['dtype']} | {name} | {time:.0f} | {speedup} | {memory} |")
     return "\n".join([*lines, "", f"Medians, forms in turn. {describe(rows[0]['provenance'])}."])
 
 

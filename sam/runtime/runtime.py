@@ -69,10 +69,15 @@ class Runtime:
         self._graphs: Graphs | None = None
         self._recorded_with: Hashable = None
         if compile_encoder and is_ours(model.image_encoder, ImageEncoderViT):
-            _allow_many_graphs()
-            for block in model.image_encoder.blocks:
-                if is_ours(block, Block):
-                    block.compile(fullgraph=True, dynamic=False)
+            self.compile_blocks(model.image_encoder)
+
+    @staticmethod
+    def compile_blocks(encoder: ImageEncoderViT) -> None:
+        """Compile each block at its first use; those of one kind share what was compiled."""
+        _allow_many_graphs()
+        for block in encoder.blocks:
+            if is_ours(block, Block):
+                block.compile(fullgraph=True, dynamic=False)
 
     @property
     def buckets(self) -> dict[Bucket, float]:
