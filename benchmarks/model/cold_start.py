@@ -31,9 +31,8 @@ def _first_mask(device: torch.device, dtype: torch.dtype) -> Problem:
     name = next(name for name, known in DTYPES.items() if known is dtype)
 
     def process(kernels: str, compiled: bool, cached: bool) -> Form:
-        place = Path(folder.name) / f"{kernels}-{compiled}-{cached}"
-
         def form() -> Tensor:
+            place = Path(folder.name) / f"{kernels}-{compiled}-{cached}"  # which lives as long as the forms
             if not cached:
                 shutil.rmtree(place, ignore_errors=True)
             place.mkdir(exist_ok=True)
