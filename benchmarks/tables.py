@@ -22,9 +22,19 @@ def status_table() -> str:
         "|---|---|---|---|---|",
     ]
     for operation in OPERATIONS:
-        cells = [_interpreted(operation), _compiled(operation), _ran(operation), _tuned(operation)]
+        cells = [_interpreted(operation), _compiled(operation), _ran(operation, "triton"), _tuned(operation)]
         lines.append(f"| `{operation}` | " + " | ".join(cells) + " |")
+    for what, tests, case, form in _BESIDE_KERNELS:
+        lines.append(f"| {what} | on a CPU: `{tests}` | - | {_ran(case, form)} | - |")
     return "\n".join(lines)
+
+
+# What else only a GPU can show: the tests of all but that, and the case and form that show it.
+_BESIDE_KERNELS = (
+    ("CUDA graphs of the decoder, sessions", "tests/test_graphs.py", "session of", "triton, CUDA graphs"),
+    ("streams: copies beside the computation", "tests/test_stream.py", "stream of", "triton, stream"),
+    ("encoder with compiled blocks", "tests/test_runtime.py", "encoder", "triton, compiled blocks"),
+)
 
 
 def _interpreted(operation: str) -> str:
@@ -44,11 +54,11 @@ def _compiled(operation: str) -> str:
     return "; ".join(cells) or "no"
 
 
-def _ran(operation: str) -> str:
+def _ran(case: str, form: str) -> str:
     found: dict[str, set[str]] = {}
     for rows in _documents("gpu*.json"):
         for row in rows:
-            if row["case"].startswith(operation) and row["form"] == "triton" and row["speedup"] is not None:
+            if row["case"].startswith(case) and row["form"] == form and row["speedup"] is not None:
                 facts = row["provenance"]
                 where = f"{facts['gpu']}, {facts['date']}, {facts['revision']}"
                 found.setdefault(where, set()).add(row["dtype"])

@@ -139,7 +139,8 @@ class Graphs:
                 seconds = time.perf_counter() - start
             recording, outputs = self._recordings[key]
             recording.replay()
-            torch.autograd.graph.increment_version(outputs)  # a replay writes unseen
+            for output in outputs:
+                torch.autograd.graph.increment_version(output)  # a replay writes unseen
             used = use(outputs)
             if stream is not None and self._done is not None:
                 self._done.record(stream)
