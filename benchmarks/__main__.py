@@ -52,8 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--write", action="store_true", help="write benchmarks/results/compile_report_triton*")
 
     plot = commands.add_parser("plot", help="a picture of results with peers")
-    plot.add_argument("results", type=Path, nargs="?", default=RESULTS / "cpu.json", help="(default: %(default)s)")
-    plot.add_argument("--out", type=Path, help="(default: beside the results)")
+    cpu = [RESULTS / "cpu.json", RESULTS / "cpu_bf16.json"]
+    plot.add_argument("results", type=Path, nargs="*", default=cpu, help="(default: those of the CPU)")
+    plot.add_argument("--out", type=Path, help="(default: beside the first)")
 
     service = commands.add_parser("service", help="the HTTP service under load, beside the engine without HTTP")
     service.add_argument("--clients", type=int, default=48, help="of the closed loop (default: 48)")
@@ -82,7 +83,7 @@ def main() -> int:
     if args.command == "plot":
         from . import plot
 
-        return plot.run(args.results, args.out or args.results.with_suffix(".png"))
+        return plot.run(args.results, args.out or args.results[0].with_suffix(".png"))
     if args.command == "tables":
         from . import tables
 

@@ -6,6 +6,7 @@ works, a checkout of https://github.com/facebookresearch/segment-anything or an 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
@@ -55,16 +56,28 @@ class Peer(Protocol):
 
 
 class SegmentAnything:
-    """Meta's package, imported from a folder."""
+    """Meta's package, imported from a folder; in 16 bits under autocast, as its prompt encoder takes fp32 only."""
 
     def __init__(self, model: Sam, path: str) -> None:
         self.package = import_segment_anything(path)
-        self.model = official_copy(self.package, model)
+        self.model = official_copy(self.package, model).float()
+        self._autocast = functools.partial(
+            torch.autocast, model.device.type, model.dtype, enabled=model.dtype in (torch.float16, torch.bfloat16)
+        )
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return self.model.image_encoder(pixels)
+        with self._autocast():
+            return self.model.image_encoder(pixels.to(self._dtype))
 
     def decode(self, features: Tensor, coords: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with self._autocast():
+            return self._decode(features.to(self._dtype), coords, labels)
+
+    def _decode(self, features: Tensor, coords: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         sparse, dense = self.model.prompt_encoder(points=(coords, labels), boxes=None, masks=None)
         return self.model.mask_decoder(
             image_embeddings=features,
@@ -84,18 +97,22 @@ class SegmentAnything:
         multimask: bool = True,
     ) -> tuple[Tensor, Tensor]:
         predictor = self.package.SamPredictor(self.model)
-        predictor.features, predictor.is_image_set = features, True
+        predictor.features, predictor.is_image_set = features.to(self._dtype), True
         predictor.original_size, predictor.input_size = size, size
-        _, iou, low_res = predictor.predict_torch(coords, labels, mask_input=mask_inputs, multimask_output=multimask)
+        with self._autocast():
+            _, iou, low_res = predictor.predict_torch(
+                coords, labels, mask_input=mask_inputs, multimask_output=multimask
+            )
         return low_res, iou
 
 
 class SegmentAnythingFast(SegmentAnything):
-    """Meta's faster copy; on a GPU its encoder is compiled as ``sam_model_fast_registry`` does it."""
+    """Meta's faster copy, which takes 16 bits; on a GPU its encoder is compiled as its own registry does it."""
 
     def __init__(self, model: Sam, path: str) -> None:
         self.package = _import_from(path, "segment_anything_fast")
         self.model = official_copy(self.package, model)
+        self._autocast = contextlib.nullcontext
         if model.device.type == "cuda":
             self.model.image_encoder = torch.compile(self.model.image_encoder, mode="max-autotune")
 
@@ -153,7 +170,7 @@ class Transformers:
         return low_res, iou
 
 
-_PEERS: dict[str, Callable[[Sam, str], Peer]] = {
+PEERS: dict[str, Callable[[Sam, str], Peer]] = {
     "segment-anything": SegmentAnything,
     "segment-anything-fast": SegmentAnythingFast,
     "transformers": Transformers,
@@ -170,8 +187,8 @@ def choose_peers(text: str) -> None:
     _chosen.clear()
     for part in filter(None, text.split(",")):
         name, _, path = part.partition("=")
-        if name not in _PEERS:
-            raise ValueError(f"unknown peer {name!r}; known: {', '.join(_PEERS)}")
+        if name not in PEERS:
+            raise ValueError(f"unknown peer {name!r}; known: {', '.join(PEERS)}")
         if path and not Path(path).is_dir():
             raise ValueError(f"the peer {name} is to come from {path}, which is no folder")
         _chosen[name] = path
@@ -179,7 +196,7 @@ def choose_peers(text: str) -> None:
 
 def chosen_peers(model: Sam) -> dict[str, Peer]:
     """The peers of this run by name, with the weights, device and dtype of ``model``."""
-    return {name: _PEERS[name](model, path) for name, path in _chosen.items()}
+    return {name: PEERS[name](model, path) for name, path in _chosen.items()}
 
 
 def import_segment_anything(path: str) -> Any:

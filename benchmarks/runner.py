@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .case import Case, Problem, Result, parts, relative_error, rows_of
 from .cases import select
 from .measure import Timing, limit_ms, peak_memory, time_forms
+from .peers import PEERS
 from .provenance import describe, provenance
 
 BASELINE, COMPILED = "reference", "torch.compile of torch"
@@ -148,4 +149,4 @@ def run(
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps([{**asdict(row), "provenance": facts} for row in rows], indent=1) + "\n")
-    return 0 if all(row.green for row in rows) else 1
+    return 0 if all(row.green for row in rows if row.form not in PEERS) else 1

@@ -80,12 +80,12 @@ def _documents(pattern: str) -> list[Any]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
 
 
-def speed_table(results: str) -> str:
-    """The rows of a results file that have peers or are ours, as the front page shows them."""
-    path = RESULTS / results
-    if not path.exists():
+def speed_table(*results: str) -> str:
+    """The rows of results files of one run, as the front page shows them."""
+    paths = [RESULTS / name for name in results]
+    rows = [row for path in paths if path.exists() for row in json.loads(path.read_text())]
+    if not rows:
         return "Not measured yet."
-    rows = json.loads(path.read_text())
     names = {
         "reference": "official modules in this package",
         "torch": "**ours**, PyTorch forms",
@@ -103,7 +103,7 @@ def speed_table(results: str) -> str:
 # What stands between <!-- NAME --> and <!-- /NAME --> in a page.
 TABLES = {
     "status": (Path("benchmarks/README.md"), status_table),
-    "speed": (Path("README.md"), partial(speed_table, "cpu.json")),
+    "speed": (Path("README.md"), partial(speed_table, "cpu.json", "cpu_bf16.json")),
     "decoder work": (Path("benchmarks/README.md"), work_table),
 }
 
