@@ -1,17 +1,24 @@
 """``python -m benchmarks service``: the HTTP service under load, beside the engine without HTTP.
 
 Closed loop: so many clients, each asking again as soon as it is answered. Open loop: requests at a fixed rate, whoever
-is answered or not, their latency counted from when they were due. The server is a process of its own and the clients
-are threads of this one, so on few cores they take time from each other.
+is answered or not, their latency counted from when they were due.
+
+Every request is a click on an image of 640 x 480 that is embedded already; it is answered with three masks and their
+logits, which the service keeps as later mask inputs. The engine's clients are threads of this process and take its
+answers as they are, uncompressed RLEs. The service is a process of its own, started by ``python -m sam serve``; that it
+compresses the RLEs, measures areas and boxes and writes JSON is its cost. Both may use the same cores and as many
+threads of OpenMP. The service's load comes from threads of this process over sockets, on the same cores as well, so
+what that takes (a few tenths of a millisecond a request) counts against the service.
 """
 
 from __future__ import annotations
 
-import http.client
 import io
 import json
 import os
 import queue
+import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -121,28 +128,55 @@ class _Server:
 
     def click(self, image: np.ndarray, prompts: int = 1) -> Callable[[], None]:
         """A client with a connection of its own, that embedded the image."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_PATIENCE)
+        client = _Client(self.port)
         file = io.BytesIO()
         Image.fromarray(image).save(file, "PNG")
         head = b'--b\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n'
-        body = head + file.getvalue() + b"\r\n--b--\r\n"
-        embedding = self._post(connection, "/v1/embed", body, "multipart/form-data; boundary=b")["embedding"]
-        asked = [{"points": [_CLICK]}] * prompts
-        question = json.dumps({"embedding": embedding, "prompts": asked}).encode()
+        upload = client.question(
+            "/v1/embed", head + file.getvalue() + b"\r\n--b--\r\n", "multipart/form-data; boundary=b"
+        )
+        embedding = json.loads(client.ask(upload))["embedding"]
+        document = {"embedding": embedding, "prompts": [{"points": [_CLICK]}] * prompts}
+        question = client.question("/v1/segment", json.dumps(document).encode(), "application/json")
 
         def ask() -> None:
-            self._post(connection, "/v1/segment", question, "application/json")
+            client.ask(question)
 
         return ask
 
+
+class _Client:
+    """A connection that asks what was written beforehand; it reads an answer to its end but does not take it apart."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=_PATIENCE)
+
     @staticmethod
-    def _post(connection: http.client.HTTPConnection, path: str, body: bytes, kind: str) -> dict[str, Any]:
-        connection.request("POST", path, body, {"Content-Type": kind})
-        answer = connection.getresponse()
-        text = answer.read()
-        if answer.status != 200:
-            raise RuntimeError(f"{path} answered {answer.status}")
-        return json.loads(text)
+    def question(path: str, body: bytes, kind: str) -> bytes:
+        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+        return head.encode() + body
+
+    def ask(self, question: bytes) -> bytes:
+        """The body of the answer; RuntimeError unless it is of status 200."""
+        self._socket.sendall(question)
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            answer += self._receive()
+        head, body = answer.split(b"\r\n\r\n", 1)
+        length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+        if length is None or not head.startswith(b"HTTP/1.1 200 "):
+            raise RuntimeError(f"answered {head[:80]!r}")
+        pieces, missing = [body], int(length[1]) - len(body)
+        while missing > 0:
+            pieces.append(self._receive())
+            missing -= len(pieces[-1])
+        return b"".join(pieces)
+
+    def _receive(self) -> bytes:
+        piece = self._socket.recv(2**18)
+        if not piece:
+            raise ConnectionResetError("the service closed the connection")
+        return piece
 
 
 def _closed(name: str, make: Callable[[], Callable[[], Any]], seconds: float, clients: int) -> Load:

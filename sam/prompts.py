@@ -112,7 +112,7 @@ def check_finite(name: str, values: np.ndarray | Tensor) -> None:
 def check_labels(labels: np.ndarray | Tensor) -> None:
     """Raise ``ValueError`` naming the first label outside {-1, 0, 1}."""
     array = np.asarray(labels)
-    bad = ~np.isin(array, _POINT_LABELS)
+    bad = np.logical_and.reduce([array != label for label in _POINT_LABELS])
     if bad.any():
         raise ValueError(f"labels must be 1 (object), 0 (background) or -1 (padding), got {array[bad].flat[0]}")
 

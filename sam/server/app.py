@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import anyio
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
@@ -33,8 +34,8 @@ T = TypeVar("T")
 STATIC = Path(__file__).parent / "static"
 # Answers of up to so many prompts are remembered, so that a next prompt can refer to their masks.
 _REMEMBERED_PROMPTS = 16
-# What is checked at once; more is checked in a thread, so that others are not kept waiting.
-_SMALL_TEXT, _FEW_PROMPTS = 2**16, 32
+# What is checked, and written, at once; more is left to a thread, so that others are not kept waiting.
+_SMALL_TEXT, _FEW_PROMPTS, _FEW_RUNS = 2**16, 32, 2**13
 _POLICY = "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
 
 
@@ -126,17 +127,19 @@ async def _answer(
     deadline = service.engine.deadline
     started = asyncio.get_running_loop().time()
     try:
-        asked, subject = await asyncio.wait_for(_read(request, service, schema), deadline)
-    except asyncio.TimeoutError:
+        with anyio.fail_after(deadline):
+            asked, subject = await _read(request, service, schema)
+    except TimeoutError:
         raise ApiError("request_timeout") from None
     except ClientDisconnect:
         return Response(status_code=499)
     left = max(0.001, deadline - (asyncio.get_running_loop().time() - started))
     try:
-        response = await unless_gone(
-            request.receive, lambda: asyncio.wait_for(work(service, asked, subject, request.state.request_id), left)
-        )
-    except (asyncio.TimeoutError, engines.DeadlineExceededError):
+        with anyio.fail_after(left):
+            response = await unless_gone(
+                request.receive, lambda: work(service, asked, subject, request.state.request_id)
+            )
+    except (TimeoutError, engines.DeadlineExceededError):
         raise ApiError("deadline_exceeded") from None
     except engines.QueueFullError:
         raise ApiError("queue_full") from None
@@ -242,7 +245,10 @@ async def _segment(service: Service, asked: SegmentRequest, subject: _Subject, r
         records = outputs.prompt_records(answers, asked.output, subject.size, limit)
         return _json({"request_id": request_id, **subject.json(), "result": result, "prompts": records}, headers)
 
-    return await service.aside(respond, size=1)
+    if asked.output != "rle":
+        return await service.aside(respond)
+    runs = sum(len(encoded["counts"]) for answer in answers for encoded in answer.rles)
+    return await service.aside(respond, runs, _FEW_RUNS)
 
 
 def _prompt(service: Service, prompt: PromptRequest, embedding: str) -> Prompt:
@@ -271,7 +277,7 @@ async def _automatic(service: Service, asked: AutomaticRequest, subject: _Subjec
         masks = outputs.automatic_records(records, asked.output, subject.size, limit)
         return _json({"request_id": request_id, **subject.json(), "masks": masks}, headers)
 
-    return await service.aside(respond, size=1)
+    return await service.aside(respond)
 
 
 def _json(document: dict[str, Any], headers: dict[str, str]) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -30,22 +31,21 @@ def prompt_records(
     """For each prompt its masks, the best named."""
     if output == "polygons":
         _check_pixels(sum(len(answer.rles) for answer in answers), size, max_pixels)
-    return [
+    encoded = [{**one, "counts": np.array(one["counts"], np.int64)} for answer in answers for one in answer.rles]
+    scores = [float(score) for answer in answers for score in answer.predicted_iou]
+    masks = [
         {
-            "best": answer.best,
-            "masks": [
-                {
-                    "segmentation": segmentation,
-                    "area": rle.area(encoded),
-                    "bbox": bounding_box(encoded),
-                    "predicted_iou": float(score),
-                }
-                for encoded, segmentation, score in zip(
-                    answer.rles, segmentations(answer.rles, output), answer.predicted_iou, strict=True
-                )
-            ],
+            "segmentation": segmentation,
+            "area": int(one["counts"][1::2].sum()),
+            "bbox": bounding_box(one["counts"], size[0]),
+            "predicted_iou": score,
         }
-        for answer in answers
+        for one, segmentation, score in zip(encoded, segmentations(encoded, output), scores, strict=True)
+    ]
+    ends = accumulate(len(answer.rles) for answer in answers)
+    return [
+        {"best": answer.best, "masks": masks[end - len(answer.rles) : end]}
+        for answer, end in zip(answers, ends, strict=True)
     ]
 
 
@@ -67,19 +67,22 @@ def automatic_records(
     ]
 
 
-def bounding_box(encoded: dict[str, Any]) -> list[int]:
-    """x, y, width and height from the first to the last pixel's place, as the generator's; zeros for an empty mask."""
-    height = encoded["size"][0]
-    edges = np.cumsum(encoded["counts"])
-    starts, lasts = edges[:-1:2], edges[1::2] - 1
-    starts, lasts = starts[: len(lasts)][lasts >= starts[: len(lasts)]], lasts[lasts >= starts[: len(lasts)]]
-    if len(starts) == 0:
+def bounding_box(counts: np.ndarray, height: int) -> list[int]:
+    """x, y, width and height from the first to the last pixel's place, as the generator's; zeros for an empty mask.
+
+    ``counts`` are those of an uncompressed RLE in which no run of the mask is empty.
+    """
+    edges = counts.cumsum()
+    starts, lasts = edges[: len(edges) // 2 * 2 : 2], edges[1::2] - 1
+    if len(lasts) == 0:
         return [0, 0, 0, 0]
-    left, right = int(starts[0] // height), int(lasts[-1] // height)
-    if (starts // height != lasts // height).any():  # a run goes on in the next column
+    first_columns, last_columns = starts // height, lasts // height
+    left, right = int(first_columns[0]), int(last_columns[-1])
+    if (first_columns != last_columns).any():  # a run goes on in the next column
         top, bottom = 0, height - 1
     else:
-        top, bottom = int((starts % height).min()), int((lasts % height).max())
+        above = first_columns * height
+        top, bottom = int((starts - above).min()), int((lasts - above).max())
     return [left, top, right - left, bottom - top]
 
 

@@ -8,7 +8,7 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import anyio
 import anyio.to_thread
@@ -142,7 +142,7 @@ class Service:
     async def decode(self, work: Callable[[], T]) -> T:
         return await anyio.to_thread.run_sync(work, limiter=self._decoding)
 
-    async def aside(self, work: Callable[[], T], size: int, small: int = 0) -> T:
+    async def aside(self, work: Callable[[], T], size: int = 1, small: int = 0) -> T:
         """``work()`` in another thread, unless it is so small that the way there would take longer."""
         if size <= small:
             return work()
@@ -176,14 +176,17 @@ async def unless_gone(receive: Callable[[], Awaitable[object]], work: Callable[[
 
     ``receive`` is the ASGI channel after the whole body was read: what it gives next is the disconnect.
     """
-    tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(receive())]
-    try:
-        await asyncio.sleep(0)  # who left while the image was decoded is known to have left now
-        if tasks[0].done():
-            return None
-        tasks.append(asyncio.ensure_future(work()))
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return await tasks[1] if tasks[1].done() else None
-    finally:
-        for task in tasks:
-            task.cancel()
+    with anyio.CancelScope() as scope:
+        listener = asyncio.ensure_future(receive())
+
+        def leave(_: object) -> None:
+            scope.cancel()
+
+        listener.add_done_callback(leave)
+        try:
+            await asyncio.sleep(0)  # who left while the image was decoded is known to have left now
+            return None if listener.done() else await work()
+        finally:
+            listener.remove_done_callback(leave)
+            listener.cancel()
+    return None
