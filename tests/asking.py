@@ -16,9 +16,10 @@ _run = Graphs.run
 
 def run_into_poisoned_outputs(graphs: Graphs, *arguments: object) -> object:
     """``Graphs.run`` with NaN where the results will be."""
-    for (place, *_), buffer in graphs._buffers.items():
-        if place[0] == "output":
-            buffer.tensor.fill_(torch.nan if buffer.tensor.is_floating_point() else -7)
+    with graphs._lock:  # not while another thread reads its results
+        for (place, *_), buffer in graphs._buffers.items():
+            if place[0] == "output":
+                buffer.tensor.fill_(torch.nan if buffer.tensor.is_floating_point() else -7)
     return _run(graphs, *arguments)  # type: ignore[arg-type]
 
 

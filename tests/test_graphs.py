@@ -107,6 +107,17 @@ def test_a_model_that_moves_is_recorded_anew(models: tuple[Sam, Sam]) -> None:
     assert {bucket.dtype for bucket in replaying.runtime.buckets} == {torch.float64}  # type: ignore[union-attr]
 
 
+def test_inside_inference_mode(models: tuple[Sam, Sam]) -> None:
+    replaying, eager = models
+    embedding, prompt = eager.encode(random_image(48, 60)), [Prompt([[3, 4]], [1])]
+    expected = eager.predict(embedding, prompt)
+    for _ in range(2):
+        with torch.inference_mode():
+            inside = replaying.predict(replaying.encode(random_image(48, 60)), prompt)
+        assert_same(inside, expected, "inside")
+        assert_same(replaying.predict(embedding, prompt), expected, "outside")
+
+
 def test_threads(models: tuple[Sam, Sam]) -> None:
     replaying, eager = models
     embeddings = [eager.encode(random_image(48, 60, seed=i)) for i in range(2)]
@@ -128,12 +139,12 @@ def test_what_fits_no_bucket_runs_and_says_so_once(models: tuple[Sam, Sam], capl
         for _ in range(2):
             assert_same(replaying.predict(embedding, long), eager.predict(embedding, long), "12 points")
             with torch.no_grad():
-                batch_of_nine = replaying.decode([embedding] * 9, _batch_on(range(4)), True)
+                on_seventeen = replaying.decode([embedding] * 17, _batch_on(range(4)), True)
             replaying.predict([embedding] * 2, few)
-    assert torch.isfinite(batch_of_nine[0]).all()
+    assert torch.isfinite(on_seventeen[0]).all()
     assert sorted(record.message for record in caplog.records) == [
         "prompts of more than 11 tokens fit no shape made ready and run eagerly",
-        "prompts on more than 8 images at once fit no shape made ready and run eagerly",
+        "prompts on more than 16 images at once fit no shape made ready and run eagerly",
     ]
     replaying.mask_decoder.requires_grad_(True)
     with torch.enable_grad():  # a graph records no gradient

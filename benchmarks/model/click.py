@@ -65,10 +65,9 @@ def _by_modules(model: sam.Sam, full_size: bool = True) -> Predict:
     return predict
 
 
-def _replaying(model: sam.Sam) -> sam.Sam:
-    """The same weights, with the decoder as CUDA graphs."""
+def _made_ready(model: sam.Sam) -> sam.Sam:
+    """The same weights, with the decoder as CUDA graphs or, on a CPU, compiled."""
     other = copy.deepcopy(model)
-    other.kernels = "triton"
     other.runtime = Runtime(other, compile_encoder=False)
     return other
 
@@ -103,7 +102,9 @@ def _prompts(count: int) -> Callable[[torch.device, torch.dtype], Problem]:
         forms: dict[str, Form] = {"reference": theirs(_by_modules(model)), "torch": ours(model, "torch")}
         if device.type == "cuda":
             forms["triton"] = ours(model, "triton")
-            forms["triton, CUDA graphs"] = ours(_replaying(model), "triton")
+            forms["triton, CUDA graphs"] = ours(_made_ready(model), "triton")
+        else:
+            forms["torch, compiled"] = ours(_made_ready(model), "torch")
         for name, peer in chosen_peers(model).items():
             forms[name] = theirs(peer.predict)
         moved, flops = decoder_work.totals(decoder_work.passes(count))
@@ -152,7 +153,9 @@ def _session(device: torch.device, dtype: torch.dtype) -> Problem:
     forms = {"reference": theirs(_by_modules(model), embedding.features), "torch": ours(model, "torch")}
     if device.type == "cuda":
         forms["triton"] = ours(model, "triton")
-        forms["triton, CUDA graphs"] = ours(_replaying(model), "triton")
+        forms["triton, CUDA graphs"] = ours(_made_ready(model), "triton")
+    else:
+        forms["torch, compiled"] = ours(_made_ready(model), "torch")
     for name, peer in chosen_peers(model).items():
         forms[name] = theirs(peer.predict, embedding.features)
     moved, flops = decoder_work.totals(decoder_work.passes(1))

@@ -117,7 +117,8 @@ def torch_form(
     for region in _regions(height, width, size):
         rows, columns = region.window
         windows = region.cut(qkv).unflatten(-1, (3, num_heads, -1)).permute(5, 0, 1, 3, 6, 2, 4, 7)
-        q, k, v = windows.flatten(1, 3).unbind(0)  # [windows, heads, rows, columns, d] each; a view of a whole grid
+        # [windows, heads, rows, columns, d] each; views of a whole grid
+        q, k, v = (part.flatten(0, 2) for part in windows)
         rel_h = torch.einsum("nmhwc,hkc->nmhwk", q, gathered_h[:rows])  # of all keys of the window, padded ones too
         rel_w = torch.einsum("nmhwc,wkc->nmhwk", q, gathered_w[:columns])
         k, v, padding = k.flatten(2, 3), v.flatten(2, 3), None
@@ -129,7 +130,7 @@ def torch_form(
             padding = _padding_bias(rel_h, rel_w, region.window)
         attended = _attend(q, k, v, rel_h[..., :rows, None], rel_w[..., None, :columns], padding)
         attended = attended.view(*windows.shape[1:]).permute(0, 1, 4, 2, 5, 3, 6)
-        region.cut(out).copy_(attended.flatten(-2))
+        region.cut(out).unflatten(-1, (num_heads, -1)).copy_(attended)
     return out
 
 

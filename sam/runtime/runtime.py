@@ -36,7 +36,7 @@ _VERSION = attrgetter("_version")
 _LARGEST_IMAGE_BATCH = 8
 _MOST_GRAPHS = 256
 # Of a graph. The image side of a prompt is 2 MB in bf16 and several are alive: a pool for more would be gigabytes.
-_REPLAYED = Limits(images=8, prompts=32)
+_REPLAYED = Limits(images=16, prompts=32)
 
 
 @dataclass(frozen=True)
