@@ -117,6 +117,7 @@ class Trainer:
         self.stages = stages or (FROM_SCRATCH if settings.init == SCRATCH else CONTINUED)
         self.model = initial_model(settings.init, settings.seed, device) if model is None else model
         self.dtype = arithmetic(device)
+        self.revision = revision()  # now: the repository may move on while this runs
         self.step = 0
         self._workers = workers
         self._pool: ScenePool | None = None
@@ -334,7 +335,7 @@ def save(trainer: Trainer, schedule: Schedule, out: Path) -> None:
         "steps": str(trainer.step),
         "seconds": f"{schedule.seconds:.0f}",
         "machine": machine(trainer.device),
-        "revision": revision(),
+        "revision": trainer.revision,
     }
     write_checkpoint(trainer.average, config, out / "nano.safetensors", dtype=torch.float16, metadata=about)
 
