@@ -4,6 +4,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 GPU_PYTHON ?= python3
 OUT ?= out/gpu
+PEERS ?=
 BIN := .venv/bin
 SOURCES := sam fastsam_kernels benchmarks tests
 
@@ -49,7 +50,7 @@ gpu-bench:
 	mkdir -p $(OUT)
 	$(GPU_PYTHON) -m benchmarks tune --write 2>&1 | tee $(OUT)/gpu-tune.log
 	cp -r fastsam_kernels/tile_configs $(OUT)
-	$(GPU_PYTHON) -m benchmarks all --json $(OUT)/gpu.json 2>&1 | tee $(OUT)/gpu-bench.log
+	$(GPU_PYTHON) -m benchmarks all --peers "$(PEERS)" --json $(OUT)/gpu.json 2>&1 | tee $(OUT)/gpu-bench.log
 
 lint: .venv/.lint
 	$(BIN)/ruff check $(SOURCES)

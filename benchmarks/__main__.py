@@ -30,7 +30,12 @@ def build_parser() -> argparse.ArgumentParser:
         cases.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains this, or A|B")
         cases.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
         cases.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-        cases.add_argument("--peers", default="", metavar="LIST", help="transformers,segment-anything=PATH")
+        cases.add_argument(
+            "--peers",
+            default="",
+            metavar="LIST",
+            help="transformers, segment-anything=PATH, segment-anything-fast=PATH, between commas",
+        )
         _add_common(cases, device, seconds=3.0)
 
     tune = commands.add_parser("tune", help="choose tiles on this GPU among those whose numerics pass")
@@ -47,8 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--write", action="store_true", help="write benchmarks/results/compile_report_triton*")
 
     plot = commands.add_parser("plot", help="a picture of results with peers")
-    plot.add_argument("results", type=Path, nargs="?", default=RESULTS / "cpu.json", help="(default: %(default)s)")
-    plot.add_argument("--out", type=Path, help="(default: beside the results)")
+    cpu = [RESULTS / "cpu.json", RESULTS / "cpu_bf16.json"]
+    plot.add_argument("results", type=Path, nargs="*", default=cpu, help="(default: those of the CPU)")
+    plot.add_argument("--out", type=Path, help="(default: beside the first)")
 
     service = commands.add_parser("service", help="the HTTP service under load, beside the engine without HTTP")
     service.add_argument("--clients", type=int, default=48, help="of the closed loop (default: 48)")
@@ -77,7 +83,7 @@ def main() -> int:
     if args.command == "plot":
         from . import plot
 
-        return plot.run(args.results, args.out or args.results.with_suffix(".png"))
+        return plot.run(args.results, args.out or args.results[0].with_suffix(".png"))
     if args.command == "tables":
         from . import tables
 

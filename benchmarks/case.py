@@ -27,6 +27,7 @@ class Problem:
         rows: of the result, by which forms are held against ``truth``.
         work: the least that has to be done.
         compile: whether ``torch.compile`` of the form "torch" is timed beside the others.
+        here: the forms run in this process, so that their memory can be measured.
     """
 
     forms: dict[str, Form]
@@ -34,6 +35,7 @@ class Problem:
     rows: list[int]
     work: Work
     compile: bool = True
+    here: bool = True
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ class Case:
         name: operation and size.
         make: inputs for a device and dtype.
         devices, dtypes: where it makes sense.
+        runs: of every form, at the least.
     """
 
     name: str
     make: Callable[[torch.device, torch.dtype], Problem]
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    runs: int = 5
 
     def fits(self, device: torch.device, dtype: torch.dtype) -> bool:
         return device.type in self.devices and dtype in self.dtypes

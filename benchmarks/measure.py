@@ -26,17 +26,18 @@ class Timing:
     runs: int
 
 
-def time_forms(forms: Mapping[str, Form], device: torch.device, seconds: float) -> dict[str, Timing]:
+def time_forms(forms: Mapping[str, Form], device: torch.device, seconds: float, runs: int = 5) -> dict[str, Timing]:
     """Time several forms side by side, one run of each in turn, so that a drifting machine drifts for all.
 
     Args:
         forms: by name; each was run before, so that nothing is compiled in the time.
-        seconds: to spend on all of them, at the least five rounds.
+        seconds: to spend on all of them.
+        runs: of each at the least.
     """
     samples: dict[str, list[float]] = {name: [] for name in forms}
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device) if device.type == "cuda" else None
     until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(next(iter(samples.values()))) < 5:
+    while time.perf_counter() < until or len(next(iter(samples.values()))) < runs:
         for name, form in forms.items():
             samples[name].append(_once(form, device, flush))
     return {name: _percentiles(values) for name, values in samples.items()}

@@ -6,7 +6,9 @@ works, a checkout of https://github.com/facebookresearch/segment-anything or an 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import sys
 import tempfile
 import types
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
@@ -36,22 +39,45 @@ class Peer(Protocol):
         model's input and labels [P, K] -> three masks each, logits [P, 3, low, low] and predicted IoU [P, 3]."""
         ...
 
-    def predict(self, features: Tensor, coords: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
-        """As ``decode``, and boolean masks of an image of ``size`` that fills the model's input -> the logits."""
+    def predict(
+        self,
+        features: Tensor,
+        coords: Tensor,
+        labels: Tensor,
+        size: tuple[int, int],
+        mask_inputs: Tensor | None = None,
+        multimask: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """As ``decode``, and boolean masks of an image of ``size`` that fills the model's input.
+
+        With mask inputs [P, 1, low, low], and one mask a prompt, if wanted.
+        """
         ...
 
 
 class SegmentAnything:
-    """Meta's package, imported from a folder."""
+    """Meta's package, imported from a folder; in 16 bits under autocast, as its prompt encoder takes fp32 only."""
 
     def __init__(self, model: Sam, path: str) -> None:
         self.package = import_segment_anything(path)
-        self.model = official_copy(self.package, model)
+        self.model = official_copy(self.package, model).float()
+        self._autocast = functools.partial(
+            torch.autocast, model.device.type, model.dtype, enabled=model.dtype in (torch.float16, torch.bfloat16)
+        )
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return self.model.image_encoder(pixels)
+        with self._autocast():
+            return self.model.image_encoder(pixels.to(self._dtype))
 
     def decode(self, features: Tensor, coords: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with self._autocast():
+            return self._decode(features.to(self._dtype), coords, labels)
+
+    def _decode(self, features: Tensor, coords: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         sparse, dense = self.model.prompt_encoder(points=(coords, labels), boxes=None, masks=None)
         return self.model.mask_decoder(
             image_embeddings=features,
@@ -61,11 +87,34 @@ class SegmentAnything:
             multimask_output=True,
         )
 
-    def predict(self, features: Tensor, coords: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
+    def predict(
+        self,
+        features: Tensor,
+        coords: Tensor,
+        labels: Tensor,
+        size: tuple[int, int],
+        mask_inputs: Tensor | None = None,
+        multimask: bool = True,
+    ) -> tuple[Tensor, Tensor]:
         predictor = self.package.SamPredictor(self.model)
-        predictor.features, predictor.is_image_set = features, True
+        predictor.features, predictor.is_image_set = features.to(self._dtype), True
         predictor.original_size, predictor.input_size = size, size
-        return predictor.predict_torch(coords, labels)[2]
+        with self._autocast():
+            _, iou, low_res = predictor.predict_torch(
+                coords, labels, mask_input=mask_inputs, multimask_output=multimask
+            )
+        return low_res, iou
+
+
+class SegmentAnythingFast(SegmentAnything):
+    """Meta's faster copy, which takes 16 bits; on a GPU its encoder is compiled as its own registry does it."""
+
+    def __init__(self, model: Sam, path: str) -> None:
+        self.package = _import_from(path, "segment_anything_fast")
+        self.model = official_copy(self.package, model)
+        self._autocast = contextlib.nullcontext
+        if model.device.type == "cuda":
+            self.model.image_encoder = torch.compile(self.model.image_encoder, mode="max-autotune")
 
 
 class Transformers:
@@ -87,22 +136,45 @@ class Transformers:
     def encode(self, pixels: Tensor) -> Tensor:
         return self.model.get_image_embeddings(pixels)
 
-    def decode(self, features: Tensor, coords: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(
+        self,
+        features: Tensor,
+        coords: Tensor,
+        labels: Tensor,
+        mask_inputs: Tensor | None = None,
+        multimask: bool = True,
+    ) -> tuple[Tensor, Tensor]:
         out = self.model(
-            image_embeddings=features, input_points=coords[None], input_labels=labels[None], multimask_output=True
+            image_embeddings=features,
+            input_points=coords[None],
+            input_labels=labels[None],
+            input_masks=mask_inputs,
+            multimask_output=multimask,
         )
         return out.pred_masks[0], out.iou_scores[0]
 
-    def predict(self, features: Tensor, coords: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
+    def predict(
+        self,
+        features: Tensor,
+        coords: Tensor,
+        labels: Tensor,
+        size: tuple[int, int],
+        mask_inputs: Tensor | None = None,
+        multimask: bool = True,
+    ) -> tuple[Tensor, Tensor]:
         """The masks as its image processor makes them."""
-        low_res, _ = self.decode(features, coords, labels)
+        low_res, iou = self.decode(features, coords, labels, mask_inputs, multimask)
         square = (self.model.config.vision_config.image_size,) * 2
         enlarged = F.interpolate(low_res, square, mode="bilinear", align_corners=False)
         _ = F.interpolate(enlarged[..., : size[0], : size[1]], size, mode="bilinear", align_corners=False) > 0
-        return low_res
+        return low_res, iou
 
 
-_PEERS: dict[str, Callable[[Sam, str], Peer]] = {"segment-anything": SegmentAnything, "transformers": Transformers}
+PEERS: dict[str, Callable[[Sam, str], Peer]] = {
+    "segment-anything": SegmentAnything,
+    "segment-anything-fast": SegmentAnythingFast,
+    "transformers": Transformers,
+}
 _chosen: dict[str, str] = {}
 
 
@@ -115,8 +187,8 @@ def choose_peers(text: str) -> None:
     _chosen.clear()
     for part in filter(None, text.split(",")):
         name, _, path = part.partition("=")
-        if name not in _PEERS:
-            raise ValueError(f"unknown peer {name!r}; known: {', '.join(_PEERS)}")
+        if name not in PEERS:
+            raise ValueError(f"unknown peer {name!r}; known: {', '.join(PEERS)}")
         if path and not Path(path).is_dir():
             raise ValueError(f"the peer {name} is to come from {path}, which is no folder")
         _chosen[name] = path
@@ -124,20 +196,22 @@ def choose_peers(text: str) -> None:
 
 def chosen_peers(model: Sam) -> dict[str, Peer]:
     """The peers of this run by name, with the weights, device and dtype of ``model``."""
-    return {name: _PEERS[name](model, path) for name, path in _chosen.items()}
+    return {name: PEERS[name](model, path) for name, path in _chosen.items()}
 
 
 def import_segment_anything(path: str) -> Any:
     """The official package as it stands in the folder ``path``; "" takes the installed one."""
+    return _import_from(path, "segment_anything")
+
+
+def _import_from(path: str, package: str) -> Any:
     if path and path not in sys.path:
         sys.path.insert(0, path)
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError):
         _stand_in_for_torchvision()
-    import segment_anything
-
-    return segment_anything
+    return importlib.import_module(package)
 
 
 def official_copy(package: Any, model: Sam) -> nn.Module:

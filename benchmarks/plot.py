@@ -1,4 +1,4 @@
-"""A picture of a results file: for each case of the model the medians of its forms, and the machine's limit."""
+"""A picture of results files: for each case of the model the medians of its forms, and the machine's limit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _OURS = ("torch", "triton", "torch.compile of torch")
 _COLORS = {True: "#2a7f62", False: "#9aa5b1"}
 
 
-def run(results: Path, out: Path) -> int:
+def run(results: Sequence[Path], out: Path) -> int:
     """The command: ``results`` as written by ``--json``, drawn to the PNG ``out``."""
-    draw(json.loads(results.read_text()), out)
+    draw([row for path in results for row in json.loads(path.read_text())], out)
     print(out)
     return 0
 

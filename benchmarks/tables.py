@@ -22,9 +22,19 @@ def status_table() -> str:
         "|---|---|---|---|---|",
     ]
     for operation in OPERATIONS:
-        cells = [_interpreted(operation), _compiled(operation), _ran(operation), _tuned(operation)]
+        cells = [_interpreted(operation), _compiled(operation), _ran(operation, "triton"), _tuned(operation)]
         lines.append(f"| `{operation}` | " + " | ".join(cells) + " |")
+    for what, tests, case, form in _BESIDE_KERNELS:
+        lines.append(f"| {what} | on a CPU: `{tests}` | - | {_ran(case, form)} | - |")
     return "\n".join(lines)
+
+
+# What else only a GPU can show: the tests of all but that, and the case and form that show it.
+_BESIDE_KERNELS = (
+    ("CUDA graphs of the decoder, sessions", "tests/test_graphs.py", "session of", "triton, CUDA graphs"),
+    ("streams: copies beside the computation", "tests/test_stream.py", "stream of", "triton, stream"),
+    ("encoder with compiled blocks", "tests/test_runtime.py", "encoder", "triton, compiled blocks"),
+)
 
 
 def _interpreted(operation: str) -> str:
@@ -44,11 +54,11 @@ def _compiled(operation: str) -> str:
     return "; ".join(cells) or "no"
 
 
-def _ran(operation: str) -> str:
+def _ran(case: str, form: str) -> str:
     found: dict[str, set[str]] = {}
     for rows in _documents("gpu*.json"):
         for row in rows:
-            if row["case"].startswith(operation) and row["form"] == "triton" and row["speedup"] is not None:
+            if row["case"].startswith(case) and row["form"] == form and row["speedup"] is not None:
                 facts = row["provenance"]
                 where = f"{facts['gpu']}, {facts['date']}, {facts['revision']}"
                 found.setdefault(where, set()).add(row["dtype"])
@@ -70,12 +80,12 @@ def _documents(pattern: str) -> list[Any]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
 
 
-def speed_table(results: str) -> str:
-    """The rows of a results file that have peers or are ours, as the front page shows them."""
-    path = RESULTS / results
-    if not path.exists():
+def speed_table(*results: str) -> str:
+    """The rows of results files of one run, as the front page shows them."""
+    paths = [RESULTS / name for name in results]
+    rows = [row for path in paths if path.exists() for row in json.loads(path.read_text())]
+    if not rows:
         return "Not measured yet."
-    rows = json.loads(path.read_text())
     names = {
         "reference": "official modules in this package",
         "torch": "**ours**, PyTorch forms",
@@ -84,16 +94,16 @@ def speed_table(results: str) -> str:
     lines = ["| | | ms | speed-up | peak memory |", "|---|---|---:|---:|---:|"]
     for row in rows:
         speedup = "over budget" if row["speedup"] is None else f"{row['speedup']:.2f}"
-        time, peak = row["timing"]["p50"], row["peak_bytes"] / 1e6
-        name = names.get(row["form"], row["form"])
-        lines.append(f"| {row['case']}, {row['dtype']} | {name} | {time:.0f} | {speedup} | {peak:.0f} MB |")
+        time, peak = row["timing"]["p50"], row["peak_bytes"]
+        name, memory = names.get(row["form"], row["form"]), "" if peak is None else f"{peak / 1e6:.0f} MB"
+        lines.append(f"| {row['case']}, {row['dtype']} | {name} | {time:.0f} | {speedup} | {memory} |")
     return "\n".join([*lines, "", f"Medians, forms in turn. {describe(rows[0]['provenance'])}."])
 
 
 # What stands between <!-- NAME --> and <!-- /NAME --> in a page.
 TABLES = {
     "status": (Path("benchmarks/README.md"), status_table),
-    "speed": (Path("README.md"), partial(speed_table, "cpu.json")),
+    "speed": (Path("README.md"), partial(speed_table, "cpu.json", "cpu_bf16.json")),
     "decoder work": (Path("benchmarks/README.md"), work_table),
 }
 

@@ -13,11 +13,13 @@ from .build_sam import (
 from .checkpoint import CheckpointError, save_checkpoint
 from .config import VARIANTS, SamConfig
 from .embedding import ImageEmbedding
+from .interactive import InteractiveSession
 from .modeling import Sam
 from .modeling.build import build_from_config
 from .predictor import SamPredictor
 from .prompts import Prompt
 from .results import MaskPrediction
+from .stream import encode_stream, predict_stream
 
 __version__ = "0.1.0"
 
@@ -25,6 +27,7 @@ __all__ = [
     "VARIANTS",
     "CheckpointError",
     "ImageEmbedding",
+    "InteractiveSession",
     "MaskPrediction",
     "Prompt",
     "Sam",
@@ -37,7 +40,9 @@ __all__ = [
     "build_sam_vit_b",
     "build_sam_vit_h",
     "build_sam_vit_l",
+    "encode_stream",
     "load_model",
+    "predict_stream",
     "sam_model_registry",
     "save_checkpoint",
 ]

@@ -25,6 +25,7 @@ def load_model(
     *,
     image_size: int | None = None,
     compile: bool = False,
+    cuda_graphs: bool = False,
 ) -> Sam:
     """A model ready for prediction.
 
@@ -35,13 +36,15 @@ def load_model(
         dtype: of the image encoder and the mask decoder; None is fp32. Prompts are encoded in fp32 always.
         kernels: "auto", "reference", "torch" or "triton"; resolved for the model's device at every call.
         image_size: side of the padded square input in pixels; None takes the checkpoint's.
-        compile: run through ``torch.compile``, a shape at its first use or all of them by
-            ``model.runtime.warmup()``; see :mod:`sam.runtime`.
+        compile: run the encoder through ``torch.compile``, and the decoder too or, on a CUDA device, as CUDA graphs;
+            a shape at its first use or all of them by ``model.runtime.warmup()``; see :mod:`sam.runtime`.
+        cuda_graphs: the decoder as CUDA graphs without compiling anything.
 
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: unreadable, foreign, or weights that do not fit, the keys listed.
-        ValueError: an unknown variant or ``kernels``; or a variant without a checkpoint, other than ``nano``.
+        ValueError: an unknown variant or ``kernels``; a variant without a checkpoint, other than ``nano``; or
+            ``cuda_graphs`` on another device.
     """
     if variant is not None:
         variant_config(variant)
@@ -51,6 +54,8 @@ def load_model(
         checkpoint = NANO_CHECKPOINT
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if cuda_graphs and torch.device(device).type != "cuda":
+        raise ValueError(f"cuda_graphs needs a CUDA device, got {device}")
     stored = read_checkpoint(checkpoint, variant, image_size)
     dtype = dtype or torch.float32
     if not dtype.is_floating_point:
@@ -63,10 +68,10 @@ def load_model(
         setattr(model, name, torch.tensor(getattr(stored.config, name)).view(-1, 1, 1))
     model.kernels = kernels
     model = model.to(device=device, dtype=dtype).eval()
-    if compile:
+    if compile or cuda_graphs:
         from .runtime import Runtime
 
-        model.runtime = Runtime(model)
+        model.runtime = Runtime(model, compile_encoder=compile)
     return model
 
 

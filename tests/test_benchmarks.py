@@ -94,7 +94,7 @@ def test_unknown_peers_are_named() -> None:
     command = [sys.executable, "-m", "benchmarks", "model", "--peers"]
     done = subprocess.run([*command, "fastsam"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "unknown peer 'fastsam'; known: segment-anything, transformers" in done.stderr
+    assert "unknown peer 'fastsam'; known: segment-anything, segment-anything-fast, transformers" in done.stderr
     done = subprocess.run([*command, "segment-anything=/none"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "the peer segment-anything is to come from /none, which is no folder" in done.stderr

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from asking import CLICKS, ask_at_random, by_prediction, run_into_poisoned_outputs
 from comparison import relative_l2
 from models import TINY, random_image, random_model
 from torch import Tensor
 
 import sam
 from sam import Prompt, Sam
+from sam.runtime import Graphs, Runtime
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -127,3 +130,73 @@ def test_automatic_masks_as_on_a_cpu() -> None:
     for one, other in zip(records["cpu"], records["cuda"], strict=True):
         assert one["point_coords"] == other["point_coords"]
         assert abs(one["area"] - other["area"]) <= 0.01 * one["area"]
+
+
+def replaying(model: Sam) -> Sam:
+    other = copy.deepcopy(model)
+    other.runtime = Runtime(other, compile_encoder=False)
+    return other
+
+
+def test_a_thousand_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Graphs, "run", run_into_poisoned_outputs)
+    eager = random_model(TINY).to("cuda")
+    ask_at_random(replaying(eager), eager, requests=1000, seed=1)
+
+
+def test_replays_by_many_threads_on_their_own_streams() -> None:
+    eager = sam.load_model(device="cuda")
+    model = replaying(eager)
+    embeddings = [eager.encode(random_image(48, 64, seed=i)) for i in range(2)]
+    expected = [eager.predict(embedding, prompts()).low_res_logits for embedding in embeddings]
+
+    def ask(thread: int) -> bool:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = [model.predict(embeddings[(thread + i) % 2], prompts()).low_res_logits for i in range(25)]
+            torch.cuda.current_stream().synchronize()
+        return all(relative_l2(one, expected[(thread + i) % 2]) < 1e-4 for i, one in enumerate(found))
+
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(8)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_session_of_ten_clicks_takes_no_new_memory(dtype: torch.dtype) -> None:
+    eager = sam.load_model(device="cuda", dtype=dtype)
+    model = replaying(eager)
+    embedding = eager.encode(random_image(48, 64))
+    session = sam.InteractiveSession(model, embedding)
+
+    def answers() -> list[np.ndarray]:
+        session.reset()
+        return [session.click(*click).mask() for click in CLICKS[:10]]
+
+    found = answers()
+    if dtype == torch.float32:
+        for answer, mask in zip(found, by_prediction(eager, embedding, CLICKS[:10]), strict=True):
+            assert (answer == mask).mean() > 0.999
+    before = torch.cuda.memory_stats()
+    assert all((one == other).all() for one, other in zip(answers(), found, strict=True))
+    after = torch.cuda.memory_stats()
+    for what in ("reserved_bytes.all.current", "segment.all.allocated", "num_alloc_retries"):
+        assert after[what] == before[what], what
+    assert len(model.runtime.buckets) <= 5  # type: ignore[union-attr]
+
+
+def test_streams_on_a_gpu() -> None:
+    model = sam.load_model(device="cuda")
+    images = [random_image(40 + i, 90 - 2 * i, seed=i) for i in range(20)]
+    requests = [(image, [Prompt([[5.0, 9.0]], [1])]) for image in images]
+    for (image, asked), found in zip(requests, sam.predict_stream(model, requests, batch_size=4), strict=True):
+        expected = model.predict(model.encode(image), asked)
+        assert found.masks.device.type == "cpu"
+        assert relative_l2(found.low_res_logits, expected.low_res_logits) < 1e-4
+        assert (found.masks == expected.masks.cpu()).double().mean() > 0.999
+
+
+def test_graphs_need_a_gpu_and_are_asked_for_by_name() -> None:
+    model = sam.load_model(device="cuda", cuda_graphs=True)
+    assert model.runtime is not None
+    model.predict(model.encode(random_image(48, 64)), prompts()[:1])
+    assert len(model.runtime.buckets) == 1

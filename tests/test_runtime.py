@@ -50,7 +50,7 @@ def test_nothing_is_compiled_after_the_warm_up(compiled: Sam) -> None:
     warmed = compiled.runtime.warmup(multimask=(True,), mask_input=(False,))
     assert len([step for step in warmed if step.what.startswith("Bucket")]) == 3 * len(TOKENS)
     assert set(compiled.runtime.buckets) == {
-        Bucket(prompts, tokens, True, False) for prompts in (1, 2, 4) for tokens in TOKENS
+        Bucket(1, prompts, tokens, True, False, torch.float32) for prompts in (1, 2, 4) for tokens in TOKENS
     }
     assert all(step.seconds > 0 for step in warmed)
     assert compiled.runtime.warmup(multimask=(True,), mask_input=(False,))[1:] == []  # but for the encoder's run
@@ -94,8 +94,8 @@ def test_what_fits_no_bucket_runs_and_says_so_once(compiled: Sam, caplog: pytest
             compiled.predict([embedding, embedding], [clicks(1, 1), clicks(1, 1)])
     assert_close_l2(found.low_res_logits, eager.predict(embedding, clicks(1, 20)).low_res_logits, 1e-6, "20 points")
     assert sorted(record.message for record in caplog.records) == [
-        "prompts of more than 11 tokens fit no compiled shape and run eagerly",
-        "prompts on several images at once fit no compiled shape and run eagerly",
+        "prompts of more than 11 tokens fit no shape made ready and run eagerly",
+        "prompts on several images at once fit no shape made ready and run eagerly",
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ import sam
 from sam.embedding import ImageEmbedding
 from sam.preprocess import ImageGeometry
 from sam.prompts import PromptBatch
+from sam.runtime import Runtime
 
 from ..case import Case, Problem, draw, few_rows
 from ..measure import Form, Work
@@ -19,20 +21,69 @@ from ..peers import chosen_peers
 from . import decoder_work
 
 SIZE = (1024, 1024)
+GEOMETRY = ImageGeometry.of(*SIZE, 1024)
+_CLICKS = 10
+
+
+class Predict(Protocol):
+    """See :meth:`benchmarks.peers.Peer.predict`."""
+
+    def __call__(
+        self,
+        features: Tensor,
+        coords: Tensor,
+        labels: Tensor,
+        size: tuple[int, int],
+        mask_inputs: Tensor | None = None,
+        multimask: bool = True,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+def _model(device: torch.device, dtype: torch.dtype) -> sam.Sam:
+    torch.manual_seed(0)
+    return sam.build_from_config(sam.VARIANTS["vit_b"]).requires_grad_(False).to(device, dtype)
+
+
+def _by_modules(model: sam.Sam, full_size: bool = True) -> Predict:
+    """The official way, in this package's modules."""
+
+    def predict(
+        features: Tensor,
+        coords: Tensor,
+        labels: Tensor,
+        size: tuple[int, int],
+        mask_inputs: Tensor | None = None,
+        multimask: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        sparse, dense = model.prompt_encoder((coords, labels), None, mask_inputs)
+        image_pe = model.prompt_encoder.get_dense_pe()
+        low_res, iou = model.mask_decoder(features, image_pe, sparse, dense, multimask)
+        if full_size:
+            _ = model.postprocess_masks(low_res, size, size) > 0
+        return low_res, iou
+
+    return predict
+
+
+def _replaying(model: sam.Sam) -> sam.Sam:
+    """The same weights, with the decoder as CUDA graphs."""
+    other = copy.deepcopy(model)
+    other.kernels = "triton"
+    other.runtime = Runtime(other, compile_encoder=False)
+    return other
 
 
 def _prompts(count: int) -> Callable[[torch.device, torch.dtype], Problem]:
     """One point each, three masks each, with the decoder of ViT-B; the rows are held by their low-resolution logits."""
 
     def make(device: torch.device, dtype: torch.dtype) -> Problem:
-        torch.manual_seed(0)
-        model = sam.build_from_config(sam.VARIANTS["vit_b"]).requires_grad_(False).to(device, dtype)
-        embedding = ImageEmbedding(draw((1, 256, 64, 64), device, dtype, 1), ImageGeometry.of(*SIZE, 1024))
+        model = _model(device, dtype)
+        embedding = ImageEmbedding(draw((1, 256, 64, 64), device, dtype, 1), GEOMETRY)
         coords = 1024 * torch.rand(count, 1, 2, generator=torch.Generator().manual_seed(2)).to(device)
         labels = torch.ones(count, 1, dtype=torch.int64, device=device)
         rows = few_rows(count)
 
-        def predict(kernels: str) -> Form:
+        def ours(model: sam.Sam, kernels: str) -> Form:
             def form() -> Tensor:
                 model.kernels = kernels
                 batch = PromptBatch.from_tensors((coords, labels), None, None, device)
@@ -42,23 +93,19 @@ def _prompts(count: int) -> Callable[[torch.device, torch.dtype], Problem]:
 
             return form
 
-        def official(model: sam.Sam, coords: Tensor, labels: Tensor, features: Tensor) -> Tensor:
-            sparse, dense = model.prompt_encoder((coords, labels), None, None)
-            return model.mask_decoder(features, model.prompt_encoder.get_dense_pe(), sparse, dense, True)[0]
-
-        def by_modules() -> Tensor:
-            low_res = official(model, coords, labels, embedding.features)
-            _ = model.postprocess_masks(low_res, SIZE, SIZE) > 0
-            return low_res
+        def theirs(predict: Predict) -> Form:
+            return lambda: predict(embedding.features, coords, labels, SIZE)[0]
 
         def truth() -> Tensor:
-            return official(copy.deepcopy(model).double(), coords[rows], labels[rows], embedding.features.double())
+            exact = _by_modules(copy.deepcopy(model).double(), full_size=False)
+            return exact(embedding.features.double(), coords[rows], labels[rows], SIZE)[0]
 
-        forms: dict[str, Form] = {"reference": by_modules, "torch": predict("torch")}
+        forms: dict[str, Form] = {"reference": theirs(_by_modules(model)), "torch": ours(model, "torch")}
         if device.type == "cuda":
-            forms["triton"] = predict("triton")
+            forms["triton"] = ours(model, "triton")
+            forms["triton, CUDA graphs"] = ours(_replaying(model), "triton")
         for name, peer in chosen_peers(model).items():
-            forms[name] = lambda peer=peer: peer.predict(embedding.features, coords, labels, SIZE)  # type: ignore[misc]
+            forms[name] = theirs(peer.predict)
         moved, flops = decoder_work.totals(decoder_work.passes(count))
         masks = count * 3 * SIZE[0] * SIZE[1]  # a byte a pixel, written once
         return Problem(forms, truth, rows, Work(moved + masks, flops), compile=False)
@@ -66,7 +113,54 @@ def _prompts(count: int) -> Callable[[torch.device, torch.dtype], Problem]:
     return make
 
 
+def _session(device: torch.device, dtype: torch.dtype) -> Problem:
+    """Clicks on one object, each corrected by the next, whose mask input is the last answer; held by its logits."""
+    model = _model(device, dtype)
+    embedding = ImageEmbedding(draw((1, 256, 64, 64), device, dtype, 1), GEOMETRY)
+    places = 1024 * torch.rand(_CLICKS, 2, generator=torch.Generator().manual_seed(2))
+    signs = torch.tensor([int(index % 3 != 2) for index in range(_CLICKS)])
+
+    def ours(model: sam.Sam, kernels: str) -> Form:
+        session = sam.InteractiveSession(model, embedding)
+
+        def form() -> Tensor:
+            model.kernels = kernels
+            session.reset()
+            for (x, y), sign in zip(places.tolist(), signs.tolist(), strict=True):
+                session.click(x, y, sign)
+            return session.low_res_logits.clone()
+
+        return form
+
+    def theirs(predict: Predict, features: Tensor) -> Form:
+        coords, labels = places[None].to(device), signs[None].to(device)
+
+        def form() -> Tensor:
+            logits = None
+            for count in range(1, _CLICKS + 1):
+                low_res, iou = predict(features, coords[:, :count], labels[:, :count], SIZE, logits, count == 1)
+                logits = low_res[:, int(iou[0].argmax())][:, None]
+            assert logits is not None
+            return logits
+
+        return form
+
+    def truth() -> Tensor:
+        exact = _by_modules(copy.deepcopy(model).double(), full_size=False)
+        return theirs(exact, embedding.features.double())()
+
+    forms = {"reference": theirs(_by_modules(model), embedding.features), "torch": ours(model, "torch")}
+    if device.type == "cuda":
+        forms["triton"] = ours(model, "triton")
+        forms["triton, CUDA graphs"] = ours(_replaying(model), "triton")
+    for name, peer in chosen_peers(model).items():
+        forms[name] = theirs(peer.predict, embedding.features)
+    moved, flops = decoder_work.totals(decoder_work.passes(1))
+    return Problem(forms, truth, [0], Work(_CLICKS * moved, _CLICKS * flops), compile=False)
+
+
 CASES = [
     Case("click, 1 point to 1024 x 1024 masks", _prompts(1)),
     Case("64 points to 1024 x 1024 masks", _prompts(64)),
+    Case(f"session of {_CLICKS} clicks, with mask input", _session),
 ]

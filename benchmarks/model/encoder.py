@@ -1,4 +1,4 @@
-"""The whole image encoder of ViT-B, one image of 1024 x 1024: the official modules, ours, and the peers."""
+"""The whole image encoder, images of 1024 x 1024: the official modules, ours, and the peers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 import sam
 from sam import Sam
+from sam.runtime import Runtime
 
 from ..case import Case, Problem, draw
 from ..measure import Form, Work
@@ -17,25 +18,22 @@ from ..operations import rel_pos_attention
 from ..peers import chosen_peers
 
 
-def _model(device: torch.device) -> Sam:
-    """ViT-B whose position tables are not the zeros that they start from."""
+def random_model(device: torch.device, variant: str = "vit_b") -> Sam:
+    """A model whose position tables are not the zeros that they start from."""
     torch.manual_seed(0)
-    model = sam.build_from_config(sam.VARIANTS["vit_b"]).requires_grad_(False)
+    model = sam.build_from_config(sam.VARIANTS[variant]).requires_grad_(False)
     for name, parameter in model.image_encoder.named_parameters():
         if "pos" in name:
             parameter.normal_(std=0.05)
     return model.to(device)
 
 
-def _work(model: Sam, batch: int, element_size: int) -> Work:
+def encoder_work(model: Sam, batch: int, element_size: int) -> Work:
     """All products of the projections and the MLPs, the attention's, and of the convolutions."""
-    encoder = model.image_encoder
+    encoder, size = model.image_encoder, rel_pos_attention.SIZES[model.name]
     tokens = batch * 64 * 64
     linears = [layer for layer in encoder.modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
-    attention = [
-        rel_pos_attention.work(rel_pos_attention.SIZES["vit_b"], batch, block.window_size, element_size)
-        for block in encoder.blocks
-    ]
+    attention = [rel_pos_attention.work(size, batch, block.window_size, element_size) for block in encoder.blocks]
     weights = sum(layer.weight.numel() for layer in linears)
     return Work(
         bytes=weights * element_size,
@@ -44,9 +42,9 @@ def _work(model: Sam, batch: int, element_size: int) -> Work:
     )
 
 
-def _case(batch: int) -> Callable[[torch.device, torch.dtype], Problem]:
+def _case(batch: int, variant: str = "vit_b") -> Callable[[torch.device, torch.dtype], Problem]:
     def make(device: torch.device, dtype: torch.dtype) -> Problem:
-        model = _model(device)
+        model = random_model(device, variant)
         exact = copy.deepcopy(model.image_encoder).double()
         model = model.to(dtype)
         encoder, pixels = model.image_encoder, draw((batch, 3, 1024, 1024), device, dtype, 1)
@@ -56,13 +54,17 @@ def _case(batch: int) -> Callable[[torch.device, torch.dtype], Problem]:
 
         names = ("reference", "torch", "triton") if device.type == "cuda" else ("reference", "torch")
         forms = {name: ours(name) for name in names}
+        if device.type == "cuda":
+            blocks = copy.deepcopy(encoder)
+            Runtime.compile_blocks(blocks)
+            forms["triton, compiled blocks"] = lambda: blocks(pixels, "triton")
         for name, peer in chosen_peers(model).items():
             forms[name] = lambda peer=peer: peer.encode(pixels)  # type: ignore[misc]
 
         def truth() -> Tensor:
             return exact(pixels[:1].double(), "torch")
 
-        return Problem(forms, truth, [0], _work(model, batch, pixels.element_size()), compile=False)
+        return Problem(forms, truth, [0], encoder_work(model, batch, pixels.element_size()), compile=False)
 
     return make
 
@@ -73,7 +75,7 @@ def _bf16_against_fp32(device: torch.device, dtype: torch.dtype) -> Problem:
     The dtype of the case is that of the fast forms, so their error is held against a budget of bf16: that of the
     reference in the same dtype, which the case measures too.
     """
-    model = _model(device)
+    model = random_model(device)
     exact, official = copy.deepcopy(model.image_encoder).double(), copy.deepcopy(model.image_encoder)
     encoder, pixels = model.image_encoder.to(dtype), draw((1, 3, 1024, 1024), device, torch.float32, 1)
     narrow = pixels.to(dtype)
@@ -85,12 +87,18 @@ def _bf16_against_fp32(device: torch.device, dtype: torch.dtype) -> Problem:
     if device.type == "cuda":
         forms["triton"] = lambda: encoder(narrow, "triton")
     return Problem(
-        forms, lambda: exact(pixels.double(), "torch"), [0], _work(model, 1, narrow.element_size()), compile=False
+        forms,
+        lambda: exact(pixels.double(), "torch"),
+        [0],
+        encoder_work(model, 1, narrow.element_size()),
+        compile=False,
     )
 
 
 CASES = [
     Case("encoder, vit_b, 1 image", _case(1)),
     Case("encoder, vit_b, 8 images", _case(8), devices=("cuda",)),
+    Case("encoder, vit_h, 1 image", _case(1, "vit_h"), devices=("cuda",)),
+    Case("encoder, vit_h, 8 images", _case(8, "vit_h"), devices=("cuda",)),
     Case("encoder, vit_b, bf16 against fp32", _bf16_against_fp32, dtypes=(torch.bfloat16,)),
 ]

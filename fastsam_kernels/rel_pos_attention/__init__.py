@@ -17,6 +17,7 @@ Sources: Segment Anything (arXiv 2304.02643), ViTDet (arXiv 2203.16527), MViTv2 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -26,8 +27,8 @@ from torch import Tensor
 
 from ..dispatch import choose
 
-# Biases alive at once in the torch form: on a CPU 8 MB in fp32 for a thread, a GPU wants larger products.
-_SCORES_A_THREAD = 2**21
+# Biases alive at once in the torch form: on a CPU 4 MB in fp32 for a thread, a GPU wants larger products.
+_SCORES_A_THREAD = 2**20
 _THREADS_OF_A_GRAPH = 4
 _SCORES_ELSEWHERE = 2**26
 _QUERIES_AT_ONCE = 1024  # of a head: PyTorch's attention on a CPU takes its large tiles from 768 on
@@ -190,18 +191,30 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, paddi
     some_heads = min(max(limit // (some_rows * columns * k.shape[2]), 1), heads)
     some = max(limit // (heads * rows * columns * k.shape[2]), 1)
     out = q.new_empty(q.shape)
+    recording = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, rel_h, rel_w))
+    # Memory fresh from the system for every block would cost a CPU as much as the attention itself.
+    block_shape = (min(some, count), some_heads, some_rows, columns, rel_h.shape[4], rel_w.shape[5])
+    buffer = None if recording or torch.compiler.is_compiling() else q.new_empty(block_shape)
     for n in range(0, count, some):
         for head in range(0, heads, some_heads):
             windows = (slice(n, n + some), slice(head, head + some_heads))
             for top in range(0, rows, some_rows):
                 block = (*windows, slice(top, top + some_rows))
-                bias = (rel_h[block] + rel_w[block]).flatten(-2)
+                bias = _outer_sum(rel_h[block], rel_w[block], buffer).flatten(-2)
                 if padding is not None:
                     bias = torch.cat([bias, padding[block]], -1)
                 queries = q[block].flatten(2, 3)
                 attended = F.scaled_dot_product_attention(queries, k[windows], v[windows], bias.flatten(2, 3))
                 out[block] = attended.unflatten(2, (-1, columns))
     return out
+
+
+def _outer_sum(rel_h: Tensor, rel_w: Tensor, buffer: Tensor | None) -> Tensor:
+    """Their sum, in the first cells of ``buffer`` if there is one."""
+    if buffer is None:
+        return rel_h + rel_w
+    shape = torch.broadcast_shapes(rel_h.shape, rel_w.shape)
+    return torch.add(rel_h, rel_w, out=buffer.flatten()[: math.prod(shape)].view(shape))
 
 
 def _check(

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from .. import rle
 from ..automatic_mask_generator import NANO_THRESHOLDS, SamAutomaticMaskGenerator
 from ..files import write_atomically
+from ..images import MAX_MEGAPIXELS, read_image
 from ..overlay import draw_overlay
-from .images import MAX_MEGAPIXELS, read_image
 from .options import add_model_options, add_traceback_option, model_from
 
 _SETTINGS: tuple[tuple[str, type, Any, str], ...] = (

@@ -13,12 +13,12 @@ from PIL import Image
 
 from .. import rle
 from ..files import write_atomically
+from ..images import MAX_MEGAPIXELS, read_image
 from ..modeling import Sam
 from ..overlay import draw_overlay
 from ..prompts import Prompt
 from ..results import MaskPrediction
 from ..utils.amg import batched_mask_to_box, box_xyxy_to_xywh
-from .images import MAX_MEGAPIXELS, read_image
 from .options import Steps, add_model_options, add_traceback_option, model_from
 
 

@@ -12,9 +12,9 @@ import torch
 from tqdm import tqdm
 
 from ..files import write_atomically
+from ..images import read_image
 from ..modeling import Sam
 from ..verify import Check, verify
-from .images import read_image
 from .options import add_model_options, add_traceback_option, model_from
 
 

@@ -168,11 +168,20 @@ class Sam(DerivedWeights, Fp32Buffers):
                 ),
                 strict=True,
             )
-            features = self.image_features(torch.stack(pixels))
-            for row, (image_hash, geometry) in enumerate(zip(hashes, geometries[some], strict=True)):
-                own = features[row : row + 1].clone() if len(features) > 1 else features
-                embeddings.append(ImageEmbedding(own, geometry, self.model_hash, self.name, image_hash))
+            embeddings += self.embed(torch.stack(pixels), geometries[some], hashes)
         return embeddings
+
+    @torch.no_grad()
+    def embed(
+        self, pixels: Tensor, geometries: Sequence[ImageGeometry], hashes: Sequence[str | None]
+    ) -> list[ImageEmbedding]:
+        """One pass of the encoder on :meth:`preprocess`'s pixels [B, 3, size, size]; a handle an image."""
+        features = self.image_features(pixels)
+        rows = [row.clone() for row in features.split(1)] if len(features) > 1 else [features]
+        return [
+            ImageEmbedding(own, geometry, self.model_hash, self.name, image_hash)
+            for own, geometry, image_hash in zip(rows, geometries, hashes, strict=True)
+        ]
 
     def _pixels(self, image: np.ndarray, geometry: ImageGeometry, on_device: bool) -> tuple[Tensor, str | None]:
         """The encoder's input [3, size, size], and the image's hash."""

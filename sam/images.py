@@ -1,4 +1,4 @@
-"""Reading photographs from files, with the limits that a command line needs."""
+"""Reading photographs from files, within limits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_image(path: str | os.PathLike[str], max_megapixels: float | None = MAX_
                 if max_megapixels is not None and megapixels > max_megapixels:
                     raise ValueError(
                         f"{path} has {megapixels:.1f} megapixels ({image.width}x{image.height}), more than the limit "
-                        f"of {max_megapixels:g}; raise it with --max-megapixels"
+                        f"of {max_megapixels:g}; raise max_megapixels"
                     )
                 if image.mode not in _MODES:
                     raise ValueError(f"{path} has pixels of mode {image.mode}; 8 bits a channel are needed")
@@ -44,7 +44,7 @@ def read_image(path: str | os.PathLike[str], max_megapixels: float | None = MAX_
         raise ValueError(f"{path} is not an image in a known format") from None
     except Image.DecompressionBombError:
         raise ValueError(
-            f"{path} has more pixels than the limit of {max_megapixels:g} megapixels; raise it with --max-megapixels"
+            f"{path} has more pixels than the limit of {max_megapixels:g} megapixels; raise max_megapixels"
         ) from None
     except (OSError, SyntaxError, EOFError) as error:
         raise ValueError(f"{path} is a damaged image: {error}") from None

@@ -1,0 +1,84 @@
+"""The shapes that run compiled or as a graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+TOKENS = (2, 3, 6, 11)  # a click or a box; both; 5 points; 10 points, up to which image projections are folded
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A shape that requests are padded to.
+
+    Attributes:
+        images: that the prompts are on.
+        prompts, tokens: of the batch after padding.
+        multimask: three masks a prompt, or one.
+        with_masks: prompts have a mask input.
+        dtype: of the model.
+    """
+
+    images: int
+    prompts: int
+    tokens: int
+    multimask: bool
+    with_masks: bool
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest of each; all powers of two up to them are buckets."""
+
+    images: int
+    prompts: int
+
+    @property
+    def image_counts(self) -> tuple[int, ...]:
+        return _powers_of_two(self.images)
+
+    @property
+    def prompt_counts(self) -> tuple[int, ...]:
+        return _powers_of_two(self.prompts)
+
+    def fit(
+        self, images: int, prompts: int, tokens: int, multimask: bool, with_masks: bool, dtype: torch.dtype
+    ) -> Bucket | str:
+        """The bucket of a request, or what about it fits none."""
+        if tokens > TOKENS[-1]:
+            return f"prompts of more than {TOKENS[-1]} tokens"
+        if prompts > self.prompts:
+            return f"more than {self.prompts} prompts at once"
+        if images > self.images:
+            return "prompts on " + ("several" if self.images == 1 else f"more than {self.images}") + " images at once"
+        return Bucket(
+            images=_next_power_of_two(images),
+            prompts=_next_power_of_two(prompts),
+            tokens=next(size for size in TOKENS if size >= tokens),
+            multimask=multimask,
+            with_masks=with_masks,
+            dtype=dtype,
+        )
+
+
+def as_table(buckets: dict[Bucket, float]) -> str:
+    """A line a bucket, and the seconds that its first use took."""
+    lines = [f"{'images':>6} {'prompts':>7} {'tokens':>6} {'masks':>5} {'mask input':>10} {'dtype':>8} {'seconds':>8}"]
+    for bucket, seconds in sorted(buckets.items(), key=lambda item: str(item[0])):
+        dtype = str(bucket.dtype).removeprefix("torch.")
+        lines.append(
+            f"{bucket.images:>6} {bucket.prompts:>7} {bucket.tokens:>6} {3 if bucket.multimask else 1:>5} "
+            f"{'yes' if bucket.with_masks else 'no':>10} {dtype:>8} {seconds:>8.2f}"
+        )
+    return "\n".join(lines)
+
+
+def _powers_of_two(limit: int) -> tuple[int, ...]:
+    return tuple(2**i for i in range(limit.bit_length()))
+
+
+def _next_power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,182 @@
+"""CUDA graphs by key: a function of tensors is captured at its first use and replayed from then on."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+Outputs = tuple[Tensor, ...]
+
+_WARM_UPS = 2  # runs before a capture: kernels are compiled and weights derived in the first
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An input: tensors to be put one below the other, into a buffer of ``shape``.
+
+    What of the buffer they do not fill holds anything; it must not matter to the rows that are read.
+    """
+
+    tensors: Sequence[Tensor]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Rows:
+        return cls((tensor,), tuple(tensor.shape))
+
+
+class Recording(Protocol):
+    """A function that was recorded with all that it reads and writes."""
+
+    def replay(self) -> None: ...
+
+
+Recorder = Callable[[Callable[[], None]], Recording]
+
+
+class CudaRecorder:
+    """Records on one device; what its graphs allocate comes from a pool of their own, which they share."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], None]) -> Recording:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            for _ in range(_WARM_UPS):
+                function()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on allocating meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            function()
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        return graph
+
+
+class _Buffer:
+    """Memory that graphs read; remembers what is in it, so that an image is copied once and not for every click."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._held: list[tuple[weakref.ref[Tensor], int]] = []
+
+    def fill(self, tensors: Sequence[Tensor]) -> None:
+        row = 0
+        for index, tensor in enumerate(tensors):
+            stop = row + len(tensor)
+            if not self._holds(index, tensor):
+                self.tensor[row:stop].copy_(tensor, non_blocking=True)
+            row = stop
+        self._held = [(weakref.ref(tensor), _version(tensor)) for tensor in tensors]
+
+    def _holds(self, index: int, tensor: Tensor) -> bool:
+        # The tensors before this one are as long as they were: all of them are a row each, or there is only one.
+        if index >= len(self._held):
+            return False
+        held, version = self._held[index]
+        return held() is tensor and version == _version(tensor) >= 0
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written; -1 where nobody counts."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class Graphs:
+    """Functions of tensors, recorded by key.
+
+    All share the buffers that they read and write and their scratch memory, so one runs at a time: a lock orders
+    threads and an event orders their streams.
+    """
+
+    def __init__(self, device: torch.device, recorder: Recorder | None = None) -> None:
+        """``recorder`` stands in for CUDA's graphs."""
+        self._record: Recorder = recorder or CudaRecorder(device)
+        self._device = device
+        self._lock = threading.Lock()
+        self._done = torch.cuda.Event() if device.type == "cuda" else None
+        self._buffers: dict[Hashable, _Buffer] = {}
+        self._recordings: dict[Hashable, tuple[Recording, Outputs]] = {}
+
+    def run(
+        self,
+        key: Hashable,
+        function: Callable[..., Outputs],
+        inputs: Sequence[Rows | None],
+        use: Callable[[Outputs], T],
+    ) -> tuple[T, float | None]:
+        """``use(function(*inputs))``, with ``function`` replayed.
+
+        Args:
+            key: stands for everything that ``function`` does besides reading ``inputs``.
+            function: of tensors, or None, to tensors of the same shapes each time; it may not wait for the device.
+            inputs: one for each of its arguments.
+            use: of the results, which the next run overwrites.
+
+        Returns:
+            what ``use`` returned, and the seconds that recording took if this was the first use.
+        """
+        with self._lock:
+            stream = torch.cuda.current_stream(self._device) if self._done is not None else None
+            if stream is not None and self._done is not None:
+                stream.wait_event(self._done)
+            arguments = [self._filled(index, rows) for index, rows in enumerate(inputs)]
+            key = (key, *((rows.shape, rows.tensors[0].dtype) if rows else None for rows in inputs))
+            seconds = None
+            if key not in self._recordings:
+                start = time.perf_counter()
+                self._recordings[key] = self._recorded(function, arguments)
+                seconds = time.perf_counter() - start
+            recording, outputs = self._recordings[key]
+            recording.replay()
+            for output in outputs:
+                torch.autograd.graph.increment_version(output)  # a replay writes unseen
+            used = use(outputs)
+            if stream is not None and self._done is not None:
+                self._done.record(stream)
+        return used, seconds
+
+    def clear(self) -> None:
+        """Forget every recording, as after a change of the weights."""
+        with self._lock:
+            if self._recordings and self._done is not None:
+                self._done.synchronize()
+            self._recordings.clear()
+
+    def _filled(self, index: int, rows: Rows | None) -> Tensor | None:
+        if rows is None:
+            return None
+        buffer = self._buffer(("input", index), rows.shape, rows.tensors[0].dtype)
+        buffer.fill(rows.tensors)
+        return buffer.tensor
+
+    def _buffer(self, place: Hashable, shape: tuple[int, ...], dtype: torch.dtype) -> _Buffer:
+        key = (place, shape, dtype)
+        if key not in self._buffers:
+            # Of zeros: rows that were never filled are read too.
+            with torch.inference_mode(False):
+                self._buffers[key] = _Buffer(torch.zeros(shape, dtype=dtype, device=self._device))
+        return self._buffers[key]
+
+    def _recorded(
+        self, function: Callable[..., Outputs], arguments: Sequence[Tensor | None]
+    ) -> tuple[Recording, Outputs]:
+        # Results go to buffers outside of the pool, so that the next graph may take all of the pool.
+        kinds = [(tuple(result.shape), result.dtype) for result in function(*arguments)]
+        outputs = tuple(self._buffer(("output", i), *kind).tensor for i, kind in enumerate(kinds))
+
+        def into_outputs() -> None:
+            for output, result in zip(outputs, function(*arguments), strict=True):
+                output.copy_(result)
+
+        return self._record(into_outputs), outputs

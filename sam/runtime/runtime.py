@@ -1,0 +1,349 @@
+"""The runtime of one model: which request runs as what."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..modeling.common import DerivedWeights, is_ours
+from ..modeling.image_encoder import Block, ImageEncoderViT
+from ..modeling.mask_decoder import MaskDecoder
+from ..modeling.prompt_encoder import LABEL_ABSENT, PromptEncoder
+from ..modeling.transformer import SharedImageSide
+from ..prompts import PromptBatch
+from .buckets import TOKENS, Bucket, Limits, as_table
+from .graphs import Graphs, Recorder, Rows
+
+if TYPE_CHECKING:
+    from ..embedding import ImageEmbedding
+    from ..modeling import Sam
+
+T = TypeVar("T")
+logger = logging.getLogger("sam")
+
+_VERSION = attrgetter("_version")
+_LARGEST_IMAGE_BATCH = 8
+_MOST_GRAPHS = 256
+# Of a graph. The image side of a prompt is 2 MB in bf16 and several are alive: a pool for more would be gigabytes.
+_REPLAYED = Limits(images=8, prompts=32)
+
+
+@dataclass(frozen=True)
+class Warmed:
+    """What :meth:`Runtime.warmup` did for one shape, and the seconds that it took."""
+
+    what: str
+    seconds: float
+
+
+class Runtime:
+    """Runs the passes of one model, compiled or as CUDA graphs. May be called from many threads.
+
+    A graph has the weights of the decoder in it. They are compared before every replay, and new graphs are recorded
+    after they changed; but a module put in place of another *inside* the decoder needs :meth:`reset`.
+    """
+
+    def __init__(self, model: Sam, *, compile_encoder: bool = True, recorder: Recorder | None = None) -> None:
+        """
+        Args:
+            model: keeps its modules and weights.
+            compile_encoder: the blocks of its encoder run compiled from now on, here or elsewhere.
+            recorder: stands in for CUDA's graphs.
+        """
+        self._model = model
+        self._lock = threading.Lock()
+        self._first_use: dict[Bucket, float] = {}
+        self._told: set[str] = set()
+        self._recorder = recorder
+        self._graphs: Graphs | None = None
+        self._recorded_with: Hashable = None
+        if compile_encoder and is_ours(model.image_encoder, ImageEncoderViT):
+            self.compile_blocks(model.image_encoder)
+
+    @staticmethod
+    def compile_blocks(encoder: ImageEncoderViT) -> None:
+        """Compile each block at its first use; those of one kind share what was compiled."""
+        _allow_many_graphs()
+        for block in encoder.blocks:
+            if is_ours(block, Block):
+                block.compile(fullgraph=True, dynamic=False)
+
+    @property
+    def buckets(self) -> dict[Bucket, float]:
+        """Those in use, with the seconds that the first use of each took."""
+        return dict(self._first_use)
+
+    def table(self) -> str:
+        """The buckets in use as text."""
+        return as_table(self._first_use)
+
+    @property
+    def limits(self) -> Limits:
+        """What fits a bucket: up to the model's chunk of prompts on one image, or what graphs have memory for."""
+        return _REPLAYED if self._replays else Limits(images=1, prompts=self._model.prompts_per_chunk)
+
+    def reset(self) -> None:
+        """Forget every graph."""
+        with self._lock:
+            self._recorded_with = None
+
+    def warmup(
+        self,
+        prompts: tuple[int, ...] | None = None,
+        tokens: tuple[int, ...] = TOKENS,
+        multimask: tuple[bool, ...] = (True, False),
+        mask_input: tuple[bool, ...] = (False, True),
+        images: tuple[int, ...] = (1,),
+        image_batches: tuple[int, ...] = (1,),
+    ) -> list[Warmed]:
+        """Compile or record what requests will need, so that none of them waits.
+
+        Args:
+            prompts, tokens, images: sizes of the decoder's batches, each padded to its bucket; None for all.
+            multimask, mask_input: kinds of requests.
+            image_batches: batches of the encoder.
+
+        Returns:
+            what was made ready and how long it took; nothing twice.
+        """
+        from ..embedding import ImageEmbedding
+        from ..preprocess import ImageGeometry
+
+        model, done = self._model, []
+        size, grid = model.image_encoder.img_size, model.prompt_encoder.image_embedding_size
+        for count in image_batches:
+            start = time.perf_counter()
+            with torch.no_grad():
+                self.image_features(torch.zeros(count, 3, size, size, device=model.device, dtype=model.dtype))
+                self._wait()
+            done.append(Warmed(f"encoder, {count} images", time.perf_counter() - start))
+        features = torch.zeros(1, model.prompt_encoder.embed_dim, *grid, device=model.device, dtype=model.dtype)
+        geometry, low = ImageGeometry.of(size, size, size), model.prompt_encoder.mask_input_size
+        for several in images:
+            embeddings = [ImageEmbedding(features.clone(), geometry) for _ in range(several)]
+            for count in prompts or self.limits.prompt_counts:
+                for length in tokens:
+                    for with_masks in mask_input:
+                        batch = PromptBatch(
+                            torch.zeros(count, length, 2, device=model.device),
+                            torch.zeros(count, length, dtype=torch.int64, device=model.device),
+                            torch.zeros(count, 1, *low, device=model.device) if with_masks else None,
+                            torch.zeros(count, dtype=torch.int64, device=model.device) if several > 1 else None,
+                        )
+                        for multi in multimask:
+                            before = len(self._first_use)
+                            with torch.no_grad():
+                                model.decode(embeddings, batch, multi)
+                            if len(self._first_use) > before:
+                                bucket, seconds = next(reversed(self._first_use.items()))
+                                done.append(Warmed(str(bucket), seconds))
+        self._wait()
+        return done
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """The encoder on [B, 3, size, size]; batches are padded to powers of two, so that few shapes are compiled."""
+        count = len(pixels)
+        padded = min(1 << (count - 1).bit_length(), max(count, _LARGEST_IMAGE_BATCH)) if count else 0
+        if padded > count:
+            pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, padded - count))
+        return self._model.image_encoder(pixels, self._model.resolved_kernels)[:count]
+
+    def decode(
+        self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """Logits [P, C, h, w] and predicted IoU [P, C] of at most a chunk of prompts; None where no bucket fits."""
+        rows = slice(len(batch))
+        return self.decode_then(
+            embeddings,
+            batch,
+            multimask,
+            finish=lambda logits, iou: (logits, iou),
+            use=lambda outputs: (outputs[0][rows].clone(), outputs[1][rows].clone()),
+        )
+
+    def decode_then(
+        self,
+        embeddings: Sequence[ImageEmbedding],
+        batch: PromptBatch,
+        multimask: bool,
+        *,
+        finish: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+        use: Callable[[tuple[Tensor, ...]], T],
+        key: Hashable = None,
+    ) -> T | None:
+        """``use(finish(logits, iou))`` of the padded batch, with ``finish`` in the graph where there is one.
+
+        Args:
+            embeddings, batch: at most a chunk of prompts, and their images.
+            multimask: three masks a prompt instead of one.
+            finish: may not wait for the device.
+            use: takes what it needs of the results, which the next request overwrites.
+            key: stands for everything that ``finish`` reads besides its arguments.
+
+        Returns:
+            None where no bucket fits.
+        """
+        bucket = self._bucket_of(len(embeddings), batch, multimask)
+        if bucket is None:
+            return None
+        kernels = self._model.resolved_kernels
+        image = self._image_rows(embeddings, bucket)
+        prompts = _padded(batch, bucket)
+
+        if not self._replays:
+            tensors = [None if rows is None else rows.tensors[0] for rows in image]
+            with nullcontext() if bucket in self._first_use else self._lock:  # one thread compiles
+                start = time.perf_counter()
+                logits, iou = self._compiled(*tensors, *prompts, multimask=multimask, kernels=kernels)
+                self._first_use.setdefault(bucket, time.perf_counter() - start)
+            return use(finish(logits, iou))
+
+        used, seconds = self._graphs_now().run(
+            (key, bucket),
+            lambda *tensors: finish(*self._decode_padded(*tensors, multimask=multimask, kernels=kernels)),
+            [*image, *(None if tensor is None else Rows.of(tensor) for tensor in prompts)],
+            use,
+        )
+        if seconds is not None:
+            self._first_use.setdefault(bucket, seconds)
+        return used
+
+    # Graphs ------------------------------------------------------------------------------------------------
+
+    @property
+    def _replays(self) -> bool:
+        """Whether the decoder runs as graphs and not compiled."""
+        return self._recorder is not None or self._model.device.type == "cuda"
+
+    def _graphs_now(self) -> Graphs:
+        """The graphs for the weights as they are."""
+        model = self._model
+        settings = (model.device, model.resolved_kernels, torch.get_float32_matmul_precision())
+        now = (settings, self._weights())
+        with self._lock:
+            if self._graphs is None or now != self._recorded_with:
+                if self._graphs is not None:
+                    self._graphs.clear()
+                self._first_use.clear()
+                self._graphs, self._recorded_with = Graphs(model.device, self._recorder), now
+            return self._graphs
+
+    def _weights(self) -> Hashable:
+        """Changes when a weight of the decoder does; a click asks, so it is as short as it can be."""
+
+        def tensors(part: DerivedWeights) -> tuple[list[Tensor], list[Tensor]]:
+            every = [*part.parameters(), *part.buffers()]
+            return every, [tensor for tensor in every if not tensor.is_inference()]
+
+        keys: list[Hashable] = []
+        for part in (self._model.prompt_encoder, self._model.mask_decoder):
+            # The lists are dropped by ``.to()`` and ``load_state_dict``, with all that is derived from weights.
+            every, versioned = part.derived("all weights", lambda part=part: tensors(part))  # type: ignore[misc]
+            keys += [tuple(map(Tensor.data_ptr, every)), tuple(map(_VERSION, versioned))]
+        return tuple(keys)
+
+    def _image_rows(self, embeddings: Sequence[ImageEmbedding], bucket: Bucket) -> list[Rows | None]:
+        """Features, keys, k, v and q of block 0: the features where there are mask inputs, else the rest."""
+
+        def rows(tensors: list[Tensor]) -> Rows:
+            return Rows(tensors, (bucket.images, *tensors[0].shape[1:]))
+
+        model = self._model
+        if bucket.with_masks or model.resolved_kernels == "reference":
+            return [rows([embedding.features for embedding in embeddings]), None, None, None, None]
+        sides = [model.shared_image_side([embedding]) for embedding in embeddings]
+        fields = ([getattr(side, name) for side in sides] for name in ("keys", "k", "v", "q"))
+        return [None, *map(rows, fields)]
+
+    # Both --------------------------------------------------------------------------------------------------
+
+    def _bucket_of(self, images: int, batch: PromptBatch, multimask: bool) -> Bucket | None:
+        model = self._model
+        ours = is_ours(model.prompt_encoder, PromptEncoder) and is_ours(model.mask_decoder, MaskDecoder)
+        eager = torch.is_grad_enabled() or torch.is_autocast_enabled(model.device.type)
+        if len(batch) == 0 or not ours or (self._replays and eager):
+            return None
+        with_masks = batch.mask_inputs is not None
+        fit = self.limits.fit(images, len(batch), batch.labels.shape[1], multimask, with_masks, model.dtype)
+        if isinstance(fit, Bucket):
+            return fit
+        if fit not in self._told:  # once: such a request runs, slower
+            self._told.add(fit)
+            logger.warning("%s fit no shape made ready and run eagerly", fit)
+        return None
+
+    def _decode_padded(
+        self,
+        features: Tensor | None,
+        keys: Tensor | None,
+        k: Tensor | None,
+        v: Tensor | None,
+        q: Tensor | None,
+        coords: Tensor,
+        labels: Tensor,
+        masks: Tensor | None,
+        image_index: Tensor | None,
+        *,
+        multimask: bool,
+        kernels: str,
+    ) -> tuple[Tensor, Tensor]:
+        encoder, decoder = self._model.prompt_encoder, self._model.mask_decoder
+        wanted = MaskDecoder.mask_slice(multimask)
+        image_pe = encoder.get_dense_pe()
+        dense = encoder.no_mask_embed.weight.view(1, -1, 1, 1) if masks is None else encoder._embed_masks(masks)
+        shared = None if keys is None or k is None or v is None or q is None else SharedImageSide(keys, k, v, q)
+        decoded = decoder.decode_tokens(
+            image_pe if features is None else features,  # of which only the grid is read beside ``shared``
+            image_pe,
+            encoder.embed_tokens(coords, labels),
+            dense,
+            image_index=image_index,
+            token_mask=labels != LABEL_ABSENT,
+            shared=shared,
+            kernels=kernels,
+        )
+        return decoder.decode_masks(decoded, wanted, None, kernels), decoded.iou[:, wanted]
+
+    @cached_property
+    def _compiled(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        _allow_many_graphs()
+        return torch.compile(self._decode_padded, fullgraph=True, dynamic=False)
+
+    def _wait(self) -> None:
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+
+
+def _padded(batch: PromptBatch, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Coordinates in fp32, labels, mask inputs and image index of a bucket's sizes."""
+    prompts, tokens = bucket.prompts - len(batch), bucket.tokens - batch.labels.shape[1]
+
+    def pad(tensor: Tensor, edges: tuple[int, ...], value: float = 0) -> Tensor:
+        return F.pad(tensor, edges, value=value) if any(edges) else tensor
+
+    masks, index = batch.mask_inputs, None
+    if bucket.images > 1:
+        assert batch.image_index is not None
+        index = pad(batch.image_index, (0, prompts))
+    return (
+        pad(batch.coords.to(torch.float32), (0, 0, 0, tokens, 0, prompts)),
+        pad(batch.labels, (0, tokens, 0, prompts), LABEL_ABSENT),
+        None if masks is None else pad(masks, (0, 0, 0, 0, 0, 0, 0, prompts)),
+        index,
+    )
+
+
+def _allow_many_graphs() -> None:
+    # A graph a bucket and a kind of block; torch gives up compiling after eight of a function otherwise.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
