@@ -32,7 +32,7 @@ from .utils.amg import (
 _OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 _CROPS_AT_ONCE = 8  # a pass of the encoder on a GPU
 # The embedded model rates its own masks low: with SAM's thresholds, the defaults below, next to nothing is left.
-NANO_THRESHOLDS = {"pred_iou_thresh": 0.6, "stability_score_thresh": 0.8}
+NANO_THRESHOLDS = {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.8}
 
 
 class SamAutomaticMaskGenerator:

@@ -25,7 +25,7 @@ from sam.memory import MaskMemory, parse_bytes
 
 Generator = Callable[..., SamAutomaticMaskGenerator]
 # What the embedded model thinks of its masks, at the small size of these tests, is lower still.
-LENIENT = {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.6}
+LENIENT = {"pred_iou_thresh": 0.3, "stability_score_thresh": 0.6}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,9 @@ def test_prompts_without_a_confident_mask_are_not_upscaled(
         return decode_masks(decoded, multimask_output, rows)
 
     monkeypatch.setattr(small, "decode_masks", counted)
-    confident = {tuple(r["point_coords"][0]) for r in everything(generator, photograph) if r["predicted_iou"] > 0.5}
+    threshold = LENIENT["pred_iou_thresh"]
+    records = everything(generator, photograph)
+    confident = {tuple(r["point_coords"][0]) for r in records if r["predicted_iou"] > threshold}
     upscaled.clear()
     assert generator().generate(photograph)
     assert sum(upscaled) == len(confident) < 64

@@ -145,7 +145,7 @@ def test_info(capsys: pytest.CaptureFixture[str], nano: sam.Sam, tmp_path: Path)
     assert facts["parameters"] == 7_747_952
     assert facts["layout"] == "official"
     assert facts["dtype in file"] == "float16"
-    assert "drawn scenes only" in facts["trained on"]
+    assert "drawn scenes" in facts["trained_on"]
     sam.save_checkpoint(nano, tmp_path / "theirs", "transformers")
     assert main(["info", str(tmp_path / "theirs"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

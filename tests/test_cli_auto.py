@@ -17,7 +17,7 @@ from sam import SamAutomaticMaskGenerator
 from sam.automatic_mask_generator import NANO_THRESHOLDS
 from sam.cli import auto, main
 
-QUICK = ("--image-size", "256", "--points-per-side", "5", "--pred-iou-thresh", "0.5", "--stability-score-thresh", "0.6")
+QUICK = ("--image-size", "256", "--points-per-side", "5", "--pred-iou-thresh", "0.3", "--stability-score-thresh", "0.6")
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_png(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "stability_score", "crop_box_x0", "crop_box_y0", "crop_box_w", "crop_box_h",
     ]  # fmt: skip
     model = sam.load_model(device="cpu", image_size=256)
-    records = SamAutomaticMaskGenerator(model, 5, pred_iou_thresh=0.5, stability_score_thresh=0.6).generate(
+    records = SamAutomaticMaskGenerator(model, 5, pred_iou_thresh=0.3, stability_score_thresh=0.6).generate(
         np.array(Image.open(folder / "a.png"))
     )
     assert len(rows) == len(records) > 3

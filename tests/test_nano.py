@@ -39,7 +39,7 @@ def test_centre_clicks_through_the_predictor(nano: Sam, truth: list[coins.Coin])
         best.append(max(ious))
     report("centre click, highest predicted IoU", chosen)
     report("centre click, best of three", best)
-    assert sum(score >= GOOD for score in chosen) >= 18
+    assert sum(score >= GOOD for score in chosen) >= 21
 
 
 def test_clicks_off_the_centre_and_boxes(nano: Sam, truth: list[coins.Coin]) -> None:
@@ -80,7 +80,7 @@ def test_a_cup_by_a_box_and_by_a_click(nano: Sam) -> None:
     clicked = nano.predict(embedding, [Prompt([(285, 230)], [1])])  # on its front
     ious = [coins.iou(mask.numpy(), cup.mask) for mask in clicked.masks[0]]
     print(f"\ncup: by a box {by_box:.3f}, by a click {ious[int(clicked.iou_predictions.argmax())]:.3f}")
-    assert by_box >= 0.4
+    assert by_box >= 0.25  # weak, like every large object
 
 
 @pytest.mark.xfail(reason="large objects are beyond this checkpoint: the box comes back nearly empty", strict=True)

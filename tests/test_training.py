@@ -13,7 +13,7 @@ from models import TINY
 
 import sam
 from sam import Sam
-from sam.training import evaluate, losses, prompts, schedule
+from sam.training import evaluate, loop, losses, prompts, schedule
 from sam.training.crops import CropModel
 from sam.training.loop import Settings, Trainer, resume, save, train
 from sam.training.muon import Muon, hidden_matrices, orthogonalized
@@ -320,6 +320,28 @@ def test_training_learns_one_scene() -> None:
     seen = torch.stack([learner.train_step(0.0)[0] for _ in range(40)])
     assert torch.isfinite(first[:2]).all()
     assert seen[-10:].mean() < 0.5 * seen[:5].mean()
+
+
+def test_prompts_decoded_a_picture_at_a_time_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(at_once: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        monkeypatch.setitem(loop._TOKENS_AT_ONCE, "cpu", at_once)
+        learner = trainer(stages=(Stage(1.0, 96, 3, 3, 1.0),))
+        means = learner.train_step(0.0)
+        return means, [torch.zeros_like(p) if p.grad is None else p.grad for p in learner.model.parameters()]
+
+    whole, parts = step(math.inf), step(1)
+    torch.testing.assert_close(parts[0], whole[0], atol=1e-5, rtol=1e-4, equal_nan=True)
+    for some, all_at_once in zip(parts[1], whole[1], strict=True):
+        torch.testing.assert_close(some, all_at_once, atol=1e-5, rtol=1e-3)
+
+
+def test_prompts_are_decoded_by_whole_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, index = trainer(), torch.tensor([0, 0, 0, 2, 2, 2, 3, 3, 3])
+    for at_once, expected in ((1, [3, 3, 3]), (6 * 36, [6, 3]), (9 * 36, [9])):
+        monkeypatch.setitem(loop._TOKENS_AT_ONCE, "cpu", at_once)
+        rows = learner._rows_at_once(index, grid=6)
+        assert [some.stop - some.start for some in rows] == expected
+        assert [row for some in rows for row in range(some.start, some.stop)] == list(range(9))
 
 
 def test_a_resumed_run_continues_to_the_bit(tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, help="times the images a step (default: 1 on a CPU, 8 on a GPU)")
-    parser.add_argument("--reuse", type=int, help="times a scene is used (default: 1 on a CPU, 4 on a GPU)")
-    parser.add_argument("--pool", type=int, help="scenes kept to be used again (default: 64 on a CPU, 2048 on a GPU)")
+    parser.add_argument("--reuse", type=int, help="times a scene is used (default: 8 on a CPU, 4 on a GPU)")
+    parser.add_argument("--pool", type=int, help="scenes kept to be used again (default: 512 on a CPU, 2048 on a GPU)")
     parser.add_argument("--peak", type=float, help="learning rate of the plateau (default: 4e-4, from scratch 1e-3)")
     parser.add_argument("--workers", type=int, help="processes that draw (default: 1 on a CPU, else all cores but one)")
     parser.add_argument("--save-minutes", type=float, default=3.0, help="between checkpoints (default: %(default)s)")
@@ -82,8 +82,8 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
             seed=args.seed,
             init=args.init,
             images=args.images or (8 if on_gpu else 1),
-            reuse=args.reuse or (4 if on_gpu else 1),
-            pool=args.pool or (2048 if on_gpu else 64),
+            reuse=args.reuse or (4 if on_gpu else 8),
+            pool=args.pool or (2048 if on_gpu else 512),
             peak=args.peak or (1e-3 if args.init == SCRATCH else 4e-4),
         )
         trainer = Trainer(settings, device, workers)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ..preprocess import resize_image
 from ..prompts import Prompt
 from .crops import CropModel
 from .loop import machine, revision
+from .losses import mask_iou
 from .prompts import append_clicks, random_clicks, tight_boxes, upsample
 from .scenes import Scene, held_out_scene
 
@@ -95,12 +97,21 @@ def deepest_point(mask: np.ndarray) -> tuple[int, int]:
 def disc_ious(mask: np.ndarray, center: tuple[int, int]) -> np.ndarray:
     """IoU of ``mask`` with discs of ``_DISC_RADII`` at ``center``, cut off at the picture's border."""
     height, width = mask.shape
-    y, x = np.ogrid[:height, :width]
-    ring = np.searchsorted(_DISC_RADII, np.hypot(x - center[0], y - center[1]))  # the first disc with the pixel
+    x, y = center
+    ring = _rings(max(mask.shape))
+    reach = len(ring) // 2
+    ring = ring[reach - y : reach - y + height, reach - x : reach - x + width]
     bins = len(_DISC_RADII) + 1
     disc = np.bincount(ring.ravel(), minlength=bins).cumsum()[:-1]
     overlap = np.bincount(ring[mask], minlength=bins).cumsum()[:-1]
     return overlap / (disc + mask.sum() - overlap)
+
+
+@lru_cache
+def _rings(reach: int) -> np.ndarray:
+    """Around the middle of [2 * reach - 1, 2 * reach - 1] pixels, the index of the first disc that has each."""
+    offset = np.arange(1 - reach, reach)
+    return np.searchsorted(_DISC_RADII, np.hypot(offset[None, :], offset[:, None])).astype(np.uint8)
 
 
 def filled_box_iou(mask: np.ndarray) -> float:
@@ -112,11 +123,6 @@ def filled_box_iou(mask: np.ndarray) -> float:
 def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-
-def _ious(predicted: Tensor, truth: Tensor) -> Tensor:
-    """[..., H, W] bool -> [...] fp32."""
-    return (predicted & truth).sum((-1, -2)) / (predicted | truth).sum((-1, -2)).clamp(min=1)
 
 
 @torch.inference_mode()
@@ -156,8 +162,7 @@ def _score_objects(
         images = torch.zeros(count, dtype=torch.int64, device=device)
         logits, predicted = crop.decode(features, coords, labels, images, mask_inputs)
         logits, predicted = logits[:, which].float(), predicted[:, which].float()
-        true = [_ious(upsample(mask, crop.size) > 0, truth) for mask in logits.unbind(1)]
-        return logits, predicted, torch.stack(true, 1)
+        return logits, predicted, mask_iou(logits, truth)
 
     rows, single, alternatives = torch.arange(count, device=device), slice(0, 1), slice(1, None)
     coords, labels = click_prompts(_points(centers, device))

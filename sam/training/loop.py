@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ _BOX_SHARE = 0.45
 _SECOND_CORRECTION, _LOGITS_FED_BACK = 0.5, 0.75  # shares of the correction steps
 _CORRECTION_WEIGHT = 0.5
 _IOU_HEAD_WEIGHT = 4.0
-_SMALLEST_SHARE = 100 / 512**2  # of the picture that an object must show to be asked for
+_SMALLEST = 100  # pixels that an object must show to be asked for, on crops as on the whole canvas
+_TOKENS_AT_ONCE = {"cpu": 8192}  # of the pictures, a set for each prompt
 _MEANS = ("mask loss", "IoU head loss", "click IoU", "best of three", "box IoU", "corrected IoU", "gradient norm")
 
 
@@ -115,6 +117,7 @@ class Trainer:
         self.stages = stages or (FROM_SCRATCH if settings.init == SCRATCH else CONTINUED)
         self.model = initial_model(settings.init, settings.seed, device) if model is None else model
         self.dtype = arithmetic(device)
+        self.revision = revision()  # now: the repository may move on while this runs
         self.step = 0
         self._workers = workers
         self._pool: ScenePool | None = None
@@ -131,8 +134,7 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**62)))
         stage = stage_at(self.stages, progress)
         batch = self._batch(stage, rng)
-        area = stage.size**2
-        objects = choose_objects(batch.ids, batch.parents, stage.prompts, math.ceil(_SMALLEST_SHARE * area), generator)
+        objects = choose_objects(batch.ids, batch.parents, stage.prompts, _SMALLEST, generator)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.settings.peak, self.step, progress)
@@ -177,36 +179,62 @@ class Trainer:
         means: Tensor,
     ) -> None:
         """Gradients of the first prompts and of ``rounds`` corrections; one round's activations live at a time."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self._autocast():
             features = crop.encode(batch.pixels)
         shared_features = features.detach().requires_grad_()
-        targets = torch.nn.functional.avg_pool2d(objects.masks.float()[:, None], self.patch // 4)[:, 0]
-        truth = torch.nn.functional.avg_pool2d(objects.masks.float()[:, None], 2)[:, 0] > 0.5
+        covered = torch.nn.functional.avg_pool2d(objects.masks.float()[:, None], 2)
+        targets = torch.nn.functional.avg_pool2d(covered, self.patch // 8)[:, 0]
+        truth = covered[:, 0] > 0.5
         coords, labels, is_click = first_prompts(objects, _BOX_SHARE, generator)
         balance = balance_at(self.step) if self.settings.init == SCRATCH else 0.0
         mask_inputs = None
         for turn in range(1 + rounds):
             ambiguous = is_click if turn == 0 else torch.zeros_like(is_click)
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                logits, iou = crop.decode(shared_features, coords, labels, objects.image_index, mask_inputs)
-            losses = prompt_losses(logits, iou, targets, truth, ambiguous, balance)
             weight = 1.0 if turn == 0 else _CORRECTION_WEIGHT
-            (weight * (losses.mask + _IOU_HEAD_WEIGHT * losses.iou_head)).backward()
+            answers = []
+            for rows in self._rows_at_once(objects.image_index, crop.grid):
+                images = objects.image_index[rows]
+                first, last = int(images[0]), int(images[-1])
+                fed = mask_inputs[rows] if mask_inputs is not None else None
+                with self._autocast():
+                    logits, iou = crop.decode(
+                        shared_features[first : last + 1], coords[rows], labels[rows], images - first, fed
+                    )
+                losses = prompt_losses(logits, iou, targets[rows], truth[rows], ambiguous[rows], balance)
+                share = len(images) / len(is_click)
+                (weight * share * (losses.mask + _IOU_HEAD_WEIGHT * losses.iou_head)).backward()
+                summed = share * torch.stack([losses.mask, losses.iou_head])
+                answers.append((logits.detach(), iou.detach(), losses.iou, summed.detach()[None]))
 
+            logits, iou, true_iou, summed = (torch.cat(part) for part in zip(*answers, strict=True))
             chosen = 1 + iou[:, 1:].argmax(1)  # the mask the model would choose
             if turn == 0:
-                means[0], means[1] = losses.mask.detach(), losses.iou_head.detach()
-                means[2] = losses.iou.gather(1, chosen[:, None])[:, 0][is_click].mean()
-                means[3] = losses.iou[:, 1:].amax(1)[is_click].mean()
-                means[4] = losses.iou[:, 0][~is_click].mean()
+                means[:2] = summed.sum(0)
+                means[2] = true_iou.gather(1, chosen[:, None])[:, 0][is_click].mean()
+                means[3] = true_iou[:, 1:].amax(1)[is_click].mean()
+                means[4] = true_iou[:, 0][~is_click].mean()
             else:
-                means[5] = losses.iou[:, 0].mean()
+                means[5] = true_iou[:, 0].mean()
             if turn < rounds:
-                rows = torch.arange(len(chosen), device=self.device)
-                shown = logits.detach()[rows, torch.where(ambiguous, chosen, 0)].float()
+                shown = logits[torch.arange(len(chosen), device=self.device), torch.where(ambiguous, chosen, 0)].float()
                 coords, labels = add_corrections(coords, labels, shown, objects.masks, generator)
                 mask_inputs = shown if fed_back else None
         features.backward(shared_features.grad)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _rows_at_once(self, image_index: Tensor, grid: int) -> list[slice]:
+        """Prompts that are decoded together: those of whole images, so few that a CPU's cache holds their tokens."""
+        starts = [0, *(1 + (image_index[1:] != image_index[:-1]).nonzero()[:, 0]).tolist(), len(image_index)]
+        at_once = _TOKENS_AT_ONCE.get(self.device.type, math.inf)
+        rows = [slice(0, starts[1])]
+        for start, stop in pairwise(starts[1:]):
+            if (stop - rows[-1].start) * grid**2 <= at_once:
+                rows[-1] = slice(rows[-1].start, stop)
+            else:
+                rows.append(slice(start, stop))
+        return rows
 
     def _update_average(self) -> None:
         decay = min(_AVERAGE_DECAY, (1 + self.step) / (10 + self.step))
@@ -307,7 +335,7 @@ def save(trainer: Trainer, schedule: Schedule, out: Path) -> None:
         "steps": str(trainer.step),
         "seconds": f"{schedule.seconds:.0f}",
         "machine": machine(trainer.device),
-        "revision": revision(),
+        "revision": trainer.revision,
     }
     write_checkpoint(trainer.average, config, out / "nano.safetensors", dtype=torch.float16, metadata=about)
 

@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .prompts import upsample
-
 FOCAL_WEIGHT = 20.0
 _FOCAL_ALPHA, _FOCAL_GAMMA = 0.25, 2.0
 # Both outputs answer every prompt in use, so the one not meant for it learns a little too.
@@ -71,12 +69,11 @@ def mask_iou(logits: Tensor, truth: Tensor) -> Tensor:
     A small object has a handful of low-resolution pixels, too few to say how good a mask is.
     """
 
-    def of_one(mask: Tensor) -> Tensor:
-        predicted = upsample(mask, truth.shape[-1]) > 0
-        overlap, size = (predicted & truth).sum((1, 2)), predicted.sum((1, 2))
-        return overlap / (size + truth.sum((1, 2)) - overlap).clamp(min=1)
-
-    return torch.stack([of_one(mask) for mask in logits.unbind(1)], 1)
+    predicted = F.interpolate(logits.float(), truth.shape[1:], mode="bilinear", align_corners=False) > 0
+    pixels = truth.flatten(1).float()
+    counted = predicted.flatten(2).float() @ torch.stack([pixels, torch.ones_like(pixels)], 2)  # exact: below 2^24
+    overlap, size = counted.unbind(2)
+    return overlap / (size + pixels.sum(1, keepdim=True) - overlap).clamp(min=1)
 
 
 def prompt_losses(

@@ -44,9 +44,9 @@ def choose_objects(ids: Tensor, parents: Tensor, per_image: int, smallest: int, 
     some = weights.sum(1) > 0
     drawn = torch.multinomial(weights + (~some[:, None]).float(), per_image, replacement=True, generator=generator)
     image_index = torch.arange(batch, device=ids.device)[some].repeat_interleave(per_image)
-    wanted = drawn[some].flatten()
-    owners = parents.long().gather(1, flat).view(ids.shape)
-    masks = (ids[image_index] == wanted[:, None, None]) | (owners[image_index] == wanted[:, None, None])
+    wanted = drawn[some].flatten().to(ids.dtype)[:, None, None]
+    owners = parents.gather(1, flat).view(ids.shape)
+    masks = (ids[image_index] == wanted) | (owners[image_index] == wanted)
     return Objects(masks, image_index)
 
 

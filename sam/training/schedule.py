@@ -38,8 +38,9 @@ FROM_SCRATCH = (
     Stage(until=1.0, size=512, images=3, prompts=8, corrections=0.5),
 )
 CONTINUED = (
-    Stage(until=0.35, size=448, images=6, prompts=6, corrections=0.3),
-    Stage(until=1.0, size=512, images=4, prompts=8, corrections=0.3),
+    Stage(until=0.3, size=224, images=24, prompts=8, corrections=0.25),
+    Stage(until=0.5, size=320, images=10, prompts=8, corrections=0.25),
+    Stage(until=1.0, size=512, images=5, prompts=8, corrections=0.3),
 )
 
 
