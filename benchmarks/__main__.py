@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--write", action="store_true", help="write benchmarks/results/compile_report_triton*")
 
     plot = commands.add_parser("plot", help="a picture of results with peers")
-    cpu = [RESULTS / "cpu.json", RESULTS / "cpu_bf16.json"]
+    cpu = [RESULTS / name for name in ("cpu.json", "cpu_decoder.json", "cpu_bf16.json")]
     plot.add_argument("results", type=Path, nargs="*", default=cpu, help="(default: those of the CPU)")
     plot.add_argument("--out", type=Path, help="(default: beside the first)")
 

@@ -77,6 +77,7 @@ def test_one_mask_and_mask_inputs(compiled: Sam) -> None:
         assert_close_l2(found.low_res_logits, expected.low_res_logits, 1e-5, f"{multimask}, {mask}")
 
 
+@pytest.mark.slow
 def test_a_click_compiled(compiled: Sam) -> None:
     image, eager = random_image(48, 60), copy.deepcopy(compiled)
     embedding = compiled.encode(image)
