@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch.multiprocessing.spawn import ProcessException
 
 from ..build_sam import NANO_CHECKPOINT
 from .evaluate import evaluate_checkpoint
-from .loop import EMBEDDED, SCRATCH, Settings, Trainer, resume, train
-from .schedule import Schedule
+from .loop import EMBEDDED, SCRATCH, Settings, run, stored_settings
+from .team import run_together
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,9 +35,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, help="times the images a step (default: 1 on a CPU, 8 on a GPU)")
     parser.add_argument("--reuse", type=int, help="times a scene is used (default: 8 on a CPU, 4 on a GPU)")
-    parser.add_argument("--pool", type=int, help="scenes kept to be used again (default: 512 on a CPU, 2048 on a GPU)")
+    parser.add_argument(
+        "--pool",
+        type=int,
+        help="scenes a process keeps to use again (default: 512 over all on a CPU, 2048 on a GPU)",
+    )
+    parser.add_argument(
+        "--processes", type=int, help="that train together, a thread each (default: a core each on a CPU)"
+    )
     parser.add_argument("--peak", type=float, help="learning rate of the plateau (default: 4e-4, from scratch 1e-3)")
-    parser.add_argument("--workers", type=int, help="processes that draw (default: 1 on a CPU, else all cores but one)")
+    parser.add_argument(
+        "--workers", type=int, help="processes that draw for it (default: none on a CPU, else all cores but one)"
+    )
     parser.add_argument("--save-minutes", type=float, default=3.0, help="between checkpoints (default: %(default)s)")
     _add_device(parser)
     commands = parser.add_subparsers(dest="command", metavar="evaluate")
@@ -58,37 +68,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if args.command == "evaluate":
-            workers = (os.cpu_count() or 1) if args.workers is None else args.workers
+            workers = _cores() if args.workers is None else args.workers
             out = args.out or args.checkpoint.parent
             print(evaluate_checkpoint(args.checkpoint, args.scenes, device, out, workers))
         else:
             _train(args, device)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, ProcessException) as error:
         print(f"sam.training: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def _train(args: argparse.Namespace, device: torch.device) -> None:
-    on_gpu = device.type == "cuda"
-    workers = args.workers if args.workers is not None else max((os.cpu_count() or 2) - 1, 1) if on_gpu else 1
-    spent = 0.0
+    stored = args.out / "state.pt"
     if args.resume:
-        trainer, spent = resume(args.out, device, workers)
+        settings = stored_settings(args.out)
+    elif stored.exists():
+        raise ValueError(f"{args.out} holds a run; --resume goes on with it, another --out starts a new one")
     else:
-        if (args.out / "state.pt").exists():
-            raise ValueError(f"{args.out} holds a run; --resume goes on with it, another --out starts a new one")
-        settings = Settings(
-            seed=args.seed,
-            init=args.init,
-            images=args.images or (8 if on_gpu else 1),
-            reuse=args.reuse or (4 if on_gpu else 8),
-            pool=args.pool or (2048 if on_gpu else 512),
-            peak=args.peak or (1e-3 if args.init == SCRATCH else 4e-4),
-        )
-        trainer = Trainer(settings, device, workers)
+        settings = _settings(args, device)
+    if not 1 <= settings.processes <= (1 if device.type == "cuda" else 256):
+        raise ValueError(f"{settings.processes} processes cannot train on {device}: 1 on a GPU, 1 to 256 on a CPU")
+    workers = args.workers if args.workers is not None else max(_cores() - 1, 1) if device.type == "cuda" else 0
     minutes = 60.0 if args.minutes is None and args.steps is None else args.minutes
-    train(trainer, Schedule(minutes, args.steps, spent), args.out, args.save_minutes)
+    length = (minutes, args.steps)
+    run_together(settings.processes, run, settings, device, workers, length, args.out, args.resume, args.save_minutes)
+
+
+def _settings(args: argparse.Namespace, device: torch.device) -> Settings:
+    on_gpu = device.type == "cuda"
+    processes = (1 if on_gpu else _cores()) if args.processes is None else args.processes
+    return Settings(
+        seed=args.seed,
+        init=args.init,
+        images=args.images or (8 if on_gpu else 1),
+        reuse=args.reuse or (4 if on_gpu else 8),
+        pool=args.pool or (2048 if on_gpu else -(-512 // max(processes, 1))),
+        peak=args.peak or (1e-3 if args.init == SCRATCH else 4e-4),
+        processes=processes,
+    )
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":  # worker processes may import this module

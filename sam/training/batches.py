@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .scenes import SIZE, training_scene
+from .team import Team
 
 _SMALLEST_WINDOW = 0.55  # of the picture's side; smaller windows of a scene are enlarged
 
@@ -39,23 +40,25 @@ class _Scenes(Dataset[tuple[np.ndarray, np.ndarray, np.ndarray]]):
         return scene.image, scene.ids, scene.parents
 
 
-def draw_scenes(seed: int, first: int, workers: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Training scenes ``first``, ``first + 1``, ... in order, drawn ahead by ``workers`` processes (0: here)."""
+def draw_scenes(seed: int, first: int, workers: int, team: Team) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Training scenes ``first``, ``first + 1``, ... of those of this process, drawn ahead by ``workers`` (0: here)."""
     ahead = 8 if workers else None
-    indices = range(first, 2**31)
+    indices = range(first * team.size + team.rank, 2**31, team.size)
     return iter(DataLoader(_Scenes(seed), None, sampler=indices, num_workers=workers, prefetch_factor=ahead))
 
 
 class ScenePool:
     """The last ``capacity`` scenes on the device. A batch is its fresh scenes and others drawn from the pool."""
 
-    def __init__(self, seed: int, next_scene: int, capacity: int, workers: int, device: torch.device) -> None:
+    def __init__(
+        self, seed: int, next_scene: int, capacity: int, workers: int, device: torch.device, team: Team
+    ) -> None:
         self.seed, self.capacity = seed, capacity
         self.next_scene = max(next_scene - capacity, 0)
         self._images = torch.zeros(capacity, SIZE, SIZE, 3, dtype=torch.uint8, device=device)
         self._ids = torch.zeros(capacity, SIZE, SIZE, dtype=torch.uint8, device=device)
         self._parents = torch.zeros(capacity, 256, dtype=torch.uint8, device=device)
-        self._stream = draw_scenes(seed, self.next_scene, workers)
+        self._stream = draw_scenes(seed, self.next_scene, workers, team)
         self._take(next_scene - self.next_scene)  # what an interrupted run had in its pool
 
     def _take(self, count: int) -> list[int]:

@@ -32,6 +32,7 @@ from .losses import prompt_losses
 from .muon import Muon, hidden_matrices
 from .prompts import Objects, add_corrections, choose_objects, first_prompts
 from .schedule import CONTINUED, FROM_SCRATCH, Schedule, Stage, balance_at, learning_rate, stage_at
+from .team import ALONE, Team
 
 EMBEDDED, SCRATCH = "embedded", "scratch"
 _WEIGHT_DECAY, _BETAS = 0.05, (0.9, 0.99)
@@ -43,6 +44,7 @@ _CORRECTION_WEIGHT = 0.5
 _IOU_HEAD_WEIGHT = 4.0
 _SMALLEST = 100  # pixels that an object must show to be asked for, on crops as on the whole canvas
 _TOKENS_AT_ONCE = {"cpu": 8192}  # of the pictures, a set for each prompt
+_THE_END = -1.0  # in place of a step's progress
 _MEANS = ("mask loss", "IoU head loss", "click IoU", "best of three", "box IoU", "corrected IoU", "gradient norm")
 
 
@@ -53,10 +55,11 @@ class Settings:
     Attributes:
         seed: of everything that is random.
         init: "embedded", "scratch", or a checkpoint to start from.
-        images: times the images a step of every stage.
+        images: times the images of every stage.
         reuse: how often a scene is used; one fresh scene comes with ``reuse - 1`` from the pool.
-        pool: scenes kept on the device to be used again.
+        pool: scenes that a process keeps on the device to be used again.
         peak: learning rate of the plateau.
+        processes: that train together, each on its own images.
     """
 
     seed: int = 0
@@ -65,6 +68,7 @@ class Settings:
     reuse: int = 1
     pool: int = 64
     peak: float = 4e-4
+    processes: int = 1
 
 
 def initial_model(init: str, seed: int, device: torch.device) -> Sam:
@@ -111,9 +115,16 @@ class Trainer:
         workers: int,
         model: Sam | None = None,
         stages: tuple[Stage, ...] | None = None,
+        team: Team = ALONE,
     ) -> None:
-        """``model`` and ``stages`` stand in for what ``settings.init`` would give."""
-        self.settings, self.device = settings, device
+        """``model`` and ``stages`` stand in for what ``settings.init`` would give.
+
+        Raises:
+            ValueError: ``team`` is not of ``settings.processes``.
+        """
+        if team.size != settings.processes:
+            raise ValueError(f"a run of {settings.processes} processes cannot go on with {team.size}")
+        self.settings, self.device, self.team = settings, device, team
         self.stages = stages or (FROM_SCRATCH if settings.init == SCRATCH else CONTINUED)
         self.model = initial_model(settings.init, settings.seed, device) if model is None else model
         self.dtype = arithmetic(device)
@@ -123,14 +134,23 @@ class Trainer:
         self._pool: ScenePool | None = None
         self._next_scene = 0
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._gradients = self._flat_gradients()
         self.optimizers = _optimizers(self.model, self._trained, settings.peak)
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
+    def _flat_gradients(self) -> Tensor:
+        """One tensor that holds all gradients, so that processes exchange one message a step."""
+        flat = torch.zeros(sum(p.numel() for p in self._trained), device=self.device)
+        for parameter, part in zip(self._trained, flat.split([p.numel() for p in self._trained]), strict=True):
+            parameter.grad = part.view_as(parameter)
+        return flat
 
     # One step ----------------------------------------------------------------------------------------------
 
     def train_step(self, progress: float) -> Tensor:
         """One batch with its rounds of prompts, one update; returns what ``_MEANS`` names, NaN where not measured."""
-        rng = np.random.default_rng([self.settings.seed, self.step])
+        shared = np.random.default_rng([self.settings.seed, self.step])  # what all processes do alike
+        rng = np.random.default_rng([self.settings.seed, self.step, self.team.rank])
         generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**62)))
         stage = stage_at(self.stages, progress)
         batch = self._batch(stage, rng)
@@ -138,21 +158,35 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.settings.peak, self.step, progress)
-            optimizer.zero_grad()
+        self._gradients.zero_()
         means = torch.full((len(_MEANS),), torch.nan, device=self.device)
+        corrected = shared.random() < stage.corrections
+        rounds = (1 + int(shared.random() < _SECOND_CORRECTION)) if corrected else 0
+        fed_back = shared.random() < _LOGITS_FED_BACK
         if len(objects.masks):  # else a batch of empty pictures, which teaches nothing
-            corrected = rng.random() < stage.corrections
-            rounds = (1 + int(rng.random() < _SECOND_CORRECTION)) if corrected else 0
-            fed_back = rng.random() < _LOGITS_FED_BACK
             grid = self.model.image_encoder.img_size // self.patch - stage.size // self.patch
             crop = CropModel(self.model, stage.size, tuple(rng.integers(0, grid + 1, 2).tolist()))
             self._backward(crop, batch, objects, rounds, fed_back, generator, means)
+        if self._average_with_the_others(means, taught=len(objects.masks) > 0):
             means[6] = torch.nn.utils.clip_grad_norm_(self._trained, _LARGEST_GRADIENT)
             for optimizer in self.optimizers:
                 optimizer.step()
             self._update_average()
         self.step += 1
         return means
+
+    def _average_with_the_others(self, means: Tensor, taught: bool) -> bool:
+        """Gradients and ``means`` over the processes that had objects to ask for; False where none had."""
+        if self.team.size == 1:
+            return taught
+        known = ~means.isnan()
+        taught_here = torch.tensor([float(taught)], device=self.device)
+        message = torch.cat([self._gradients, means.nan_to_num(), known.float(), taught_here])
+        self.team.add_up(message)
+        gradients, sums, counts, teachers = message.split([len(self._gradients), len(means), len(means), 1])
+        torch.div(gradients, teachers.clamp(min=1), out=self._gradients)
+        means.copy_(sums / counts)  # NaN where no process measured it
+        return bool(teachers)
 
     @property
     def patch(self) -> int:
@@ -164,7 +198,7 @@ class Trainer:
             capacity = settings.images * max(stage.images for stage in self.stages)
             if settings.reuse > 1:
                 capacity = max(capacity, settings.pool)
-            self._pool = ScenePool(settings.seed, self._next_scene, capacity, self._workers, self.device)
+            self._pool = ScenePool(settings.seed, self._next_scene, capacity, self._workers, self.device, self.team)
         mean, std = self.model.pixel_mean, self.model.pixel_std
         return self._pool.batch(stage.images * settings.images, settings.reuse, stage.size, rng, mean, std)
 
@@ -267,6 +301,26 @@ class Trainer:
 # A run ----------------------------------------------------------------------------------------------------
 
 
+def run(
+    team: Team,
+    settings: Settings,
+    device: torch.device,
+    workers: int,
+    length: tuple[float | None, int | None],
+    out: Path,
+    resumed: bool,
+    save_minutes: float,
+) -> None:
+    """One process's part of a whole run, of ``length`` (minutes, steps), one of them None."""
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # what several add up would depend on how they happened to share the work
+    if resumed:
+        trainer, spent = resume(out, device, workers, team=team)
+    else:
+        trainer, spent = Trainer(settings, device, workers, team=team), 0.0
+    train(trainer, Schedule(*length, spent), out, save_minutes)
+
+
 def train(
     trainer: Trainer,
     schedule: Schedule,
@@ -274,7 +328,15 @@ def train(
     save_minutes: float = 3.0,
     report: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> None:
-    """Train until ``schedule`` ends; ``out`` gets the log of losses, the state and the averaged weights."""
+    """Train until ``schedule`` ends; ``out`` gets the log of losses, the state and the averaged weights.
+
+    Of several processes, the first one's schedule counts, and only that one writes and reports.
+    """
+    team = trainer.team
+    if not team.leads:
+        while (progress := team.told(0.0)) >= 0:
+            trainer.train_step(progress)
+        return
     out.mkdir(parents=True, exist_ok=True)
     pending: list[tuple[int, Tensor]] = []
     recent: list[list[float]] = []
@@ -295,7 +357,7 @@ def train(
             pending.clear()
 
     while schedule.goes_on(trainer.step):
-        progress = schedule.progress(trainer.step)
+        progress = team.told(schedule.progress(trainer.step))
         step = trainer.step
         pending.append((step, trainer.train_step(progress)))
         now = time.monotonic()
@@ -307,6 +369,7 @@ def train(
             flush()
             save(trainer, schedule, out)
             saved = time.monotonic()
+    team.told(_THE_END)
     flush()
     save(trainer, schedule, out)
     report(f"{trainer.step} steps in {schedule.seconds:.0f} s; weights in {out / 'nano.safetensors'}")
@@ -335,9 +398,19 @@ def save(trainer: Trainer, schedule: Schedule, out: Path) -> None:
         "steps": str(trainer.step),
         "seconds": f"{schedule.seconds:.0f}",
         "machine": machine(trainer.device),
+        "processes": str(trainer.settings.processes),
         "revision": trainer.revision,
     }
     write_checkpoint(trainer.average, config, out / "nano.safetensors", dtype=torch.float16, metadata=about)
+
+
+def stored_settings(out: Path) -> Settings:
+    """Of the run saved in ``out``.
+
+    Raises:
+        FileNotFoundError: nothing was saved there.
+    """
+    return Settings(**torch.load(out / "state.pt", map_location="cpu", weights_only=True, mmap=True)["settings"])
 
 
 def resume(
@@ -346,6 +419,7 @@ def resume(
     workers: int,
     model: Sam | None = None,
     stages: tuple[Stage, ...] | None = None,
+    team: Team = ALONE,
 ) -> tuple[Trainer, float]:
     """The trainer as it was saved in ``out``, and the seconds its run has spent; arguments as of :class:`Trainer`.
 
@@ -353,9 +427,10 @@ def resume(
         FileNotFoundError: nothing was saved there.
     """
     state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
-    trainer = Trainer(Settings(**state["settings"]), device, workers, model, stages)
+    trainer = Trainer(Settings(**state["settings"]), device, workers, model, stages, team)
     trainer.load_state(state)
-    _drop_later_lines(out / "log.jsonl", trainer.step)
+    if team.leads:
+        _drop_later_lines(out / "log.jsonl", trainer.step)
     return trainer, state["seconds"]
 
 

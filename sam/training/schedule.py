@@ -19,7 +19,7 @@ class Stage:
     Attributes:
         until: progress at which it ends.
         size: side of the crops in pixels.
-        images: a step on a CPU; a GPU takes several times as many.
+        images: a step of each process; a GPU takes several times as many.
         prompts: objects asked for in each.
         corrections: share of the steps that go on with corrective clicks.
     """
@@ -38,9 +38,8 @@ FROM_SCRATCH = (
     Stage(until=1.0, size=512, images=3, prompts=8, corrections=0.5),
 )
 CONTINUED = (
-    Stage(until=0.3, size=224, images=24, prompts=8, corrections=0.25),
-    Stage(until=0.5, size=320, images=10, prompts=8, corrections=0.25),
-    Stage(until=1.0, size=512, images=5, prompts=8, corrections=0.3),
+    Stage(until=0.25, size=224, images=12, prompts=8, corrections=0.25),
+    Stage(until=1.0, size=512, images=4, prompts=8, corrections=0.3),
 )
 
 
