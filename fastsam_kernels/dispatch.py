@@ -80,8 +80,13 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None  # which searches the disk until it is imported
+
+
 def _device_constraint(device: torch.device) -> str | None:
-    if find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed"
     if device.type == "cpu" and interpreting():
         return None

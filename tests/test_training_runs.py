@@ -1,4 +1,4 @@
-"""Training of the embedded model as a user starts it, killed and resumed."""
+"""Training of the embedded model as a user starts it, killed and resumed, and several processes on one model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,21 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from models import TINY
+
+import sam
+from sam.training.loop import Settings, Trainer
+from sam.training.schedule import Stage
+from sam.training.team import Team, run_together
 
 STEPS = 8
+CPU = torch.device("cpu")
 
 
 def command(out: Path, *more: str) -> list[str]:
     run = [sys.executable, "-m", "sam.training", "--steps", str(STEPS), "--save-minutes", "0.001", "--device", "cpu"]
+    run += ["--processes", "2"]
     return [*run, "--out", str(out), *more]
 
 
@@ -43,3 +52,81 @@ def test_a_killed_run_repeats_and_continues_the_curve(tmp_path: Path) -> None:
     assert losses(killed) == losses(whole)
     weights = [(out / "nano.safetensors").read_bytes() for out in (whole, killed)]
     assert len(weights[0]) == len(weights[1]) <= 16e6
+
+
+# Teams ----------------------------------------------------------------------------------------------------
+
+
+def member(team: Team, scenes_seed: int = 0) -> Trainer:
+    torch.manual_seed(0)
+    settings = Settings(seed=scenes_seed, peak=1e-3, processes=team.size)
+    stages = (Stage(until=1.0, size=96, images=2, prompts=3, corrections=0.5),)
+    return Trainer(settings, CPU, 0, sam.build_from_config(TINY).train(), stages, team)
+
+
+def three_steps(team: Team, out: Path) -> None:
+    torch.set_num_threads(1)
+    trainer = member(team)
+    means = torch.stack([trainer.train_step(0.0) for _ in range(3)])
+    torch.save((means, trainer.model.state_dict()), out / f"{team.rank}.pt")
+
+
+def fail_in_the_second(team: Team) -> None:
+    if team.rank == 1:
+        raise ValueError("no memory for seven prompts")
+    team.told(0.0)
+    team.add_up(torch.ones(1))  # waits for the one that failed
+
+
+class Alone(Team):
+    """One of a team, without the others: keeps what it would have sent."""
+
+    def add_up(self, values: torch.Tensor) -> None:
+        sent.append(values.clone())
+
+
+sent: list[torch.Tensor] = []
+
+
+def test_a_team_trains_one_model_on_the_mean_of_its_gradients(tmp_path: Path) -> None:
+    run_together(2, three_steps, tmp_path)
+    (means, weights), (other_means, other_weights) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(means.nan_to_num(-1), other_means.nan_to_num(-1))
+    assert all(torch.equal(value, other_weights[name]) for name, value in weights.items())
+
+    sent.clear()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    members = [member(Alone(rank, 2)) for rank in (0, 1)]
+    for one in members:
+        one.train_step(0.0)
+    torch.set_num_threads(threads)
+    first, second = sent
+    count = len(members[0]._gradients)
+    assert not torch.equal(first[:count], second[:count])  # each has pictures of its own
+    assert (first[-1], second[-1]) == (1, 1)
+    assert means[0, 0].item() == pytest.approx((first[count] + second[count]).item() / 2, rel=1e-6)
+    norm = ((first + second)[:count] / 2).norm().item()
+    assert means[0, 6].item() == pytest.approx(norm, rel=1e-5)
+
+
+def test_a_member_without_objects_does_not_count() -> None:
+    one = member(Alone(0, 2))  # the other one has no objects and adds zeros
+    one._gradients.fill_(3.0)
+    means = torch.tensor([2.0, torch.nan])
+    assert one._average_with_the_others(means, taught=True)
+    assert one._gradients.unique().tolist() == [3]
+    assert means[0] == 2
+    assert means[1].isnan()
+    one._gradients.zero_()
+    assert not one._average_with_the_others(means, taught=False)
+
+
+def test_the_failure_of_one_ends_all() -> None:
+    with pytest.raises(Exception, match="no memory for seven prompts"):
+        run_together(2, fail_in_the_second)
+
+
+def test_a_run_goes_on_with_as_many_processes() -> None:
+    with pytest.raises(ValueError, match="a run of 3 processes cannot go on with 1"):
+        Trainer(Settings(processes=3), CPU, 0)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..dispatch import choose
 
+_BLOCKS = 8  # of a lone prompt's image tokens: a BLAS shares a batch among its threads, but not a product so narrow
 MOST_TOKENS = 16  # for which folding saves work, and which the Triton forms hold in registers
 
 
@@ -215,7 +216,10 @@ def token_to_image_torch(
     """Two batched products over the image tokens, the scores overwritten by their softmax."""
     keys = _of_prompts(keys, image_index, len(queries))
     (prompts, heads, tokens, _), recording = queries.shape, _recording(queries, keys)
-    scores = queries.flatten(1, 2) @ (keys + key_pe).transpose(1, 2)  # [P, H * T, N]
+    blocks = _blocks(keys)
+    scores = _shared(queries.flatten(1, 2), blocks) @ _split(keys + key_pe, blocks).transpose(1, 2)
+    if blocks > 1:
+        scores = scores.transpose(0, 1).flatten(1)[None]  # [P, H * T, N]
     weights = torch.softmax(scores, -1, out=None if recording else scores)
     attended = (weights @ keys).unflatten(1, (heads, tokens))  # [P, H, T, C]
     values = attended.transpose(0, 1).flatten(1, 2) @ value_weight.unflatten(0, (heads, -1)).transpose(1, 2)
@@ -236,12 +240,31 @@ def image_to_token_torch(
     """Scores with the image tokens innermost, so that the softmax over a few tokens runs along them; in place."""
     keys = _of_prompts(keys, image_index, len(token_keys))
     shape, recording = token_keys.shape, _recording(keys, token_keys, token_values)
-    located = (keys + key_pe).transpose(1, 2)
-    scores = torch.baddbmm(token_bias.flatten(1)[..., None], token_keys.flatten(1, 2), located)  # [P, H * T, N]
-    by_head = scores.view(*shape[:3], keys.shape[1])
+    blocks = _blocks(keys)
+    located, folded = _split(keys + key_pe, blocks), (token_bias[..., None], token_keys, token_values)
+    biases, offered, values = (_shared(x.flatten(1, 2), blocks) for x in folded)
+    scores = torch.baddbmm(biases, offered, located.transpose(1, 2))  # [P * blocks, H * T, N / blocks]
+    by_head = scores.unflatten(1, shape[1:3])
     weights = torch.softmax(by_head, 2, out=None if recording else by_head).flatten(1, 2)
-    updated = torch.baddbmm(keys, weights.transpose(1, 2), token_values.flatten(1, 2))
-    return F.layer_norm(updated, norm_weight.shape, norm_weight, norm_bias, eps)
+    # The sums with the positions have served; fresh memory would cost a CPU more than the arithmetic on it.
+    room = None if recording else located
+    updated = torch.baddbmm(_split(keys, blocks), weights.transpose(1, 2), values, out=room)
+    return F.layer_norm(updated.view(keys.shape), norm_weight.shape, norm_weight, norm_bias, eps)
+
+
+def _blocks(keys: Tensor) -> int:
+    """How many parts to split image tokens [P, N, C] into."""
+    return _BLOCKS if len(keys) == 1 and keys.shape[1] % _BLOCKS == 0 else 1
+
+
+def _split(image: Tensor, blocks: int) -> Tensor:
+    """[P, N, C] -> [P * blocks, N / blocks, C]"""
+    return image if blocks == 1 else image.reshape(blocks, -1, image.shape[2])
+
+
+def _shared(tokens: Tensor, blocks: int) -> Tensor:
+    """What all blocks of a prompt meet: [P, H * T, C] -> [P * blocks, H * T, C], no copy."""
+    return tokens if blocks == 1 else tokens.expand(blocks, -1, -1)
 
 
 def _of_prompts(keys: Tensor, image_index: Tensor | None, prompts: int) -> Tensor:

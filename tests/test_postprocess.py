@@ -1,0 +1,57 @@
+"""From low-resolution logits to masks: what is enlarged by our own arithmetic is what PyTorch would enlarge it to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sam.postprocess import masks_from_logits, upscale_masks
+from sam.preprocess import ImageGeometry
+
+GEOMETRIES = {
+    "as large as the model's picture": ImageGeometry.of(512, 512, 512),
+    "padded below": ImageGeometry.of(300, 512, 512),
+    "enlarged from it, portrait": ImageGeometry.of(901, 640, 512),
+    "reduced from it": ImageGeometry.of(37, 100, 512),
+}
+
+
+def two_resizes(logits: torch.Tensor, geometry: ImageGeometry) -> torch.Tensor:
+    """The official post-processing."""
+    size, (height, width) = geometry.image_size, geometry.input_size
+    padded = F.interpolate(logits, (size, size), mode="bilinear", align_corners=False)
+    return F.interpolate(padded[..., :height, :width], geometry.original_size, mode="bilinear", align_corners=False)
+
+
+def draw(side: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return 5 * torch.randn(2, 3, side, side, dtype=dtype, generator=torch.Generator().manual_seed(side))
+
+
+@pytest.mark.parametrize("side", [128, 256, 512, 100])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_logits_are_those_of_two_resizes(name: str, side: int) -> None:
+    """A quarter, a half and all of the picture's size, and one that has to be enlarged by a broken factor."""
+    for dtype, most in ((torch.float32, 4e-6), (torch.float64, 1e-14)):
+        logits = draw(side, dtype)
+        found, expected = upscale_masks(logits, GEOMETRIES[name]), two_resizes(logits, GEOMETRIES[name])
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, expected, atol=most * 20, rtol=most)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_masks_are_those_of_two_resizes(name: str) -> None:
+    logits = draw(128)
+    expected = two_resizes(logits.double(), GEOMETRIES[name])
+    found = masks_from_logits(logits, GEOMETRIES[name], 0.5)
+    wrong = found != (expected > 0.5)
+    assert ((expected[wrong] - 0.5).abs() < 1e-4).all()
+    assert wrong.float().mean() < 1e-5
+    assert 0.3 < found.float().mean() < 0.6
+
+
+def test_upscaling_passes_gradients() -> None:
+    logits = draw(128).requires_grad_()
+    upscale_masks(logits, GEOMETRIES["as large as the model's picture"]).sum().backward()
+    torch.testing.assert_close(logits.grad, torch.full_like(logits, 16.0))
+    assert masks_from_logits(draw(128)[:0], GEOMETRIES["padded below"], 0.0).shape == (0, 3, 300, 512)
