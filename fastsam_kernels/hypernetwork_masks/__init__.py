@@ -116,6 +116,8 @@ def reference(keys: Tensor, weights: UpscalingWeights, hyper: Tensor, grid: tupl
 def torch_form(keys: Tensor, weights: UpscalingWeights, hyper: Tensor, grid: tuple[int, int], eps: float) -> Tensor:
     """Two matrix products a token and one with the vectors; the pixels are put in place at the end."""
     prompts_at_once, tokens_at_once = _AT_ONCE.get(keys.device.type, _AT_ONCE_ELSEWHERE)
+    if torch.compiler.is_compiling():
+        tokens_at_once = keys.shape[1]  # every block would be compiled
     parts = []
     for some_keys, some_hyper in zip(keys.split(prompts_at_once), hyper.split(prompts_at_once), strict=True):
         blocks = [_upscale(block, weights, some_hyper, eps) for block in some_keys.split(tokens_at_once, dim=1)]
@@ -125,10 +127,15 @@ def torch_form(keys: Tensor, weights: UpscalingWeights, hyper: Tensor, grid: tup
 
 def _upscale(keys: Tensor, weights: UpscalingWeights, hyper: Tensor, eps: float) -> Tensor:
     """[P, n, C] and [P, M, C2] -> the pixels of n tokens, [P, M, n * 4 (ab) * 4 (cd)]."""
-    y = torch.addmm(weights.bias1, keys.flatten(0, 1), weights.weight1).unflatten(1, (4, -1))  # [P * n, 4 (ab), C1]
+    y = _product(keys.flatten(0, 1), weights.weight1, weights.bias1).unflatten(1, (4, -1))  # [P * n, 4 (ab), C1]
     y = _gelu(F.layer_norm(y, weights.norm_weight.shape, weights.norm_weight, weights.norm_bias, eps))
-    z = _gelu(torch.addmm(weights.bias2, y.flatten(0, 1), weights.weight2))  # [P * n * 4 (ab), 4 (cd) * C2]
+    z = _gelu(_product(y.flatten(0, 1), weights.weight2, weights.bias2))  # [P * n * 4 (ab), 4 (cd) * C2]
     return hyper @ z.view(len(hyper), 16 * keys.shape[1], hyper.shape[2]).transpose(1, 2)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x @ weight + bias. On a CPU ``addmm`` spreads the bias first, and the product reads it all back."""
+    return (x @ weight).add_(bias) if x.device.type == "cpu" else torch.addmm(bias, x, weight)
 
 
 def _in_place(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
