@@ -247,7 +247,8 @@ def image_to_token_torch(
     by_head = scores.unflatten(1, shape[1:3])
     weights = torch.softmax(by_head, 2, out=None if recording else by_head).flatten(1, 2)
     # The sums with the positions have served; fresh memory would cost a CPU more than the arithmetic on it.
-    room = None if recording else located
+    reused = located.is_contiguous() and not (recording or torch.compiler.is_compiling())
+    room = located if reused else None
     updated = torch.baddbmm(_split(keys, blocks), weights.transpose(1, 2), values, out=room)
     return F.layer_norm(updated.view(keys.shape), norm_weight.shape, norm_weight, norm_bias, eps)
 
