@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
+from .measure import DTYPES
 from .provenance import RESULTS
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ import numpy as np
 
 import sam
 
-from .__main__ import DTYPES
+from .measure import DTYPES
 
 CLICK = (190.0, 160.0)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names that options take
 Form = Callable[[], Any]
 
 

@@ -13,12 +13,13 @@ from models import TINY
 
 import sam
 from sam import Sam
-from sam.training import evaluate, loop, losses, prompts, schedule
+from sam.training import evaluate, losses, prompts, schedule
 from sam.training.crops import CropModel
-from sam.training.loop import Settings, Trainer, resume, save, train
+from sam.training.loop import resume, save, train
 from sam.training.muon import Muon, hidden_matrices, orthogonalized
 from sam.training.scenes import Scene, held_out_scene, scene_rng, training_scene
 from sam.training.schedule import Schedule, Stage
+from sam.training.trainer import _TOKENS_AT_ONCE, Settings, Trainer
 
 CPU = torch.device("cpu")
 STAGES = (
@@ -324,7 +325,7 @@ def test_training_learns_one_scene() -> None:
 
 def test_prompts_decoded_a_picture_at_a_time_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     def step(at_once: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        monkeypatch.setitem(loop._TOKENS_AT_ONCE, "cpu", at_once)
+        monkeypatch.setitem(_TOKENS_AT_ONCE, "cpu", at_once)
         learner = trainer(stages=(Stage(1.0, 96, 3, 3, 1.0),))
         means = learner.train_step(0.0)
         return means, [torch.zeros_like(p) if p.grad is None else p.grad for p in learner.model.parameters()]
@@ -338,7 +339,7 @@ def test_prompts_decoded_a_picture_at_a_time_give_the_same_gradients(monkeypatch
 def test_prompts_are_decoded_by_whole_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     learner, index = trainer(), torch.tensor([0, 0, 0, 2, 2, 2, 3, 3, 3])
     for at_once, expected in ((1, [3, 3, 3]), (6 * 36, [6, 3]), (9 * 36, [9])):
-        monkeypatch.setitem(loop._TOKENS_AT_ONCE, "cpu", at_once)
+        monkeypatch.setitem(_TOKENS_AT_ONCE, "cpu", at_once)
         rows = learner._rows_at_once(index, grid=6)
         assert [some.stop - some.start for some in rows] == expected
         assert [row for some in rows for row in range(some.start, some.stop)] == list(range(9))

@@ -13,9 +13,9 @@ import torch
 from models import TINY
 
 import sam
-from sam.training.loop import Settings, Trainer
 from sam.training.schedule import Stage
 from sam.training.team import Team, run_together
+from sam.training.trainer import Settings, Trainer
 
 STEPS = 8
 CPU = torch.device("cpu")

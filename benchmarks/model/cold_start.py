@@ -17,9 +17,8 @@ import sam
 from sam import Prompt
 
 from .. import first_mask
-from ..__main__ import DTYPES
 from ..case import Case, Problem
-from ..measure import Form, Work
+from ..measure import DTYPES, Form, Work
 from ..provenance import ROOT
 
 _CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")

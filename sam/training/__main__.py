@@ -13,8 +13,10 @@ from torch.multiprocessing.spawn import ProcessException
 
 from ..build_sam import NANO_CHECKPOINT
 from .evaluate import evaluate_checkpoint
-from .loop import EMBEDDED, SCRATCH, Settings, run, stored_settings
+from .loop import run, stored_settings
+from .provenance import EMBEDDED, SCRATCH
 from .team import run_together
+from .trainer import Settings
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -27,9 +27,9 @@ from ..overlay import draw_overlay
 from ..preprocess import resize_image
 from ..prompts import Prompt
 from .crops import CropModel
-from .loop import machine, revision
 from .losses import mask_iou
 from .prompts import append_clicks, random_clicks, tight_boxes, upsample
+from .provenance import machine, revision
 from .scenes import Scene, held_out_scene
 
 SMALLEST = 100  # visible pixels of an object that is asked for

@@ -1,0 +1,50 @@
+"""What weights and figures say about where they are from."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..build_sam import NANO_CHECKPOINT
+from ..checkpoint import read_checkpoint
+
+EMBEDDED, SCRATCH = "embedded", "scratch"  # what a run can start from, but for files
+
+
+def origin(init: str) -> str:
+    """What a run started from, in words; ``init`` as of ``Settings``."""
+    if init == SCRATCH:
+        return "fresh weights"
+    about = read_checkpoint(NANO_CHECKPOINT if init == EMBEDDED else init).metadata
+    name = "the embedded checkpoint" if init == EMBEDDED else Path(init).name
+    return f"{name} ({about['revision']}, {about['steps']} steps)" if "revision" in about else name
+
+
+def machine(device: torch.device) -> str:
+    """What a run was on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+def revision() -> str:
+    """The git revision of the code, or its version where there is no repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
