@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fastsam_kernels.tile_config import read_entries
+from sam.build_sam import NANO_CHECKPOINT
+from sam.checkpoint import read_checkpoint
 
 from .compile_cases import AMD
 from .model.decoder_work import work_table
@@ -26,6 +28,9 @@ def status_table() -> str:
         lines.append(f"| `{operation}` | " + " | ".join(cells) + " |")
     for what, tests, case, form in _BESIDE_KERNELS:
         lines.append(f"| {what} | on a CPU: `{tests}` | - | {_ran(case, form)} | - |")
+    trained_on = read_checkpoint(NANO_CHECKPOINT).metadata["machine"]
+    on_gpu = trained_on if "NVIDIA" in trained_on else "never"
+    lines.append(f"| training of the embedded model | on a CPU: `tests/test_training.py` | - | {on_gpu} | - |")
     return "\n".join(lines)
 
 
