@@ -51,7 +51,8 @@ def _interpreted(operation: str) -> str:
 def _compiled(operation: str) -> str:
     cells = []
     for document in _documents("compile_report_*.json"):
-        rows = [row for row in document["rows"] if row["operation"] == operation and row["dtype"] != "fp32"]
+        every = [row for row in document["rows"] if row["operation"] == operation]
+        rows = [row for row in every if row["dtype"] != "fp32"] or every  # boxes come in fp32 only
         spilled = {row["arch"] for row in rows if row["stack"]}
         clean = [arch for arch in dict.fromkeys(row["arch"] for row in rows) if arch not in spilled and arch != AMD]
         if clean:
