@@ -173,7 +173,10 @@ class MaskDecoder(DerivedWeights):
         else:
             if image_index is not None:
                 image_embeddings = image_embeddings.index_select(0, image_index)
-            keys = _tokens_of(image_embeddings + dense.to(image_embeddings.dtype)).expand(prompts, -1, -1)
+            keys = _tokens_of(image_embeddings + dense.to(image_embeddings.dtype))
+            if kernels != "reference":
+                keys = keys.contiguous()  # they are read a dozen times, a token at a time
+            keys = keys.expand(prompts, -1, -1)
             image_index = None
         key_pe = _tokens_of(image_pe[:1]).to(dtype)
 
