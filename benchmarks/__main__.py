@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from .measure import DTYPES
-from .provenance import RESULTS
+from .provenance import CPU_RESULTS, RESULTS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,9 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--write", action="store_true", help="write benchmarks/results/compile_report_triton*")
 
     plot = commands.add_parser("plot", help="a picture of results with peers")
-    cpu = [RESULTS / name for name in ("cpu.json", "cpu_decoder.json", "cpu_bf16.json")]
+    cpu = [RESULTS / name for name in CPU_RESULTS]
     plot.add_argument("results", type=Path, nargs="*", default=cpu, help="(default: those of the CPU)")
-    plot.add_argument("--out", type=Path, help="(default: beside the first)")
+    plot.add_argument("--out", type=Path, default=RESULTS / "cpu.png", help="(default: %(default)s)")
 
     service = commands.add_parser("service", help="the HTTP service under load, beside the engine without HTTP")
     service.add_argument("--clients", type=int, default=48, help="of the closed loop (default: 48)")
@@ -82,7 +82,7 @@ def main() -> int:
     if args.command == "plot":
         from . import plot
 
-        return plot.run(args.results, args.out or args.results[0].with_suffix(".png"))
+        return plot.run(args.results, args.out)
     if args.command == "tables":
         from . import tables
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .provenance import describe
+from .provenance import describe, title
 
 _OURS = ("torch", "triton", "torch.compile of torch")
 _COLORS = {True: "#2a7f62", False: "#9aa5b1"}
@@ -32,7 +32,7 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
 
     cases: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        cases.setdefault(f"{row['case']}, {row['dtype']}", []).append(row)
+        cases.setdefault(title(row), []).append(row)
     shown = {name: forms for name, forms in cases.items() if len(forms) > 2}
     if not shown:
         raise ValueError("no case was measured beside a peer; measure with --peers")
@@ -59,7 +59,7 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
             axis.spines[side].set_visible(False)
     axes[-1, 0].set_xlabel(
         "ms, median; (speed-up over the official modules); dashed: least time of this machine for the products and "
-        f"bytes\n{describe(rows[0]['provenance'])}",
+        "bytes\n" + "\n".join(dict.fromkeys(describe(row["provenance"]) for row in rows)),
         fontsize=8,
     )
     figure.savefig(out, dpi=150)

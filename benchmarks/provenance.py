@@ -15,6 +15,13 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+CPU_RESULTS = (
+    "cpu_clicks.json",
+    "cpu_clicks_4_cores.json",
+    "cpu_encoder.json",
+    "cpu_encoder_4_cores.json",
+    "cpu_bf16.json",
+)
 
 
 @cache
@@ -40,6 +47,13 @@ def describe(facts: dict[str, Any]) -> str:
         f"{machine}; torch {facts['torch']}, triton {facts['triton']}, Python {facts['python']}; "
         f"revision {facts['revision']}, {facts['date']}"
     )
+
+
+def title(row: dict[str, Any]) -> str:
+    """What a row of results is of, but for its form."""
+    facts = row["provenance"]
+    cores = "" if facts["gpu"] else f", {facts['cores']} cores"
+    return f"{row['case']}, {row['dtype']}{cores}"
 
 
 def _version(package: str) -> str | None:

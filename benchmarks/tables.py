@@ -14,7 +14,7 @@ from sam.checkpoint import read_checkpoint
 from .compile_cases import AMD
 from .model.decoder_work import work_table
 from .operations import OPERATIONS
-from .provenance import RESULTS, ROOT, describe
+from .provenance import CPU_RESULTS, RESULTS, ROOT, describe, title
 
 
 def status_table() -> str:
@@ -102,7 +102,7 @@ def speed_table(*results: str) -> str:
         speedup = "over budget" if row["speedup"] is None else f"{row['speedup']:.2f}"
         time, peak = row["timing"]["p50"], row["peak_bytes"]
         name, memory = names.get(row["form"], row["form"]), "" if peak is None else f"{peak / 1e6:.0f} MB"
-        lines.append(f"| {row['case']}, {row['dtype']} | {name} | {time:.0f} | {speedup} | {memory} |")
+        lines.append(f"| {title(row)} | {name} | {time:.0f} | {speedup} | {memory} |")
     sources = dict.fromkeys(describe(row["provenance"]) for row in rows)
     return "\n".join([*lines, "", f"Medians, forms in turn. {'; '.join(sources)}."])
 
@@ -110,7 +110,7 @@ def speed_table(*results: str) -> str:
 # What stands between <!-- NAME --> and <!-- /NAME --> in a page.
 TABLES = {
     "status": (Path("benchmarks/README.md"), status_table),
-    "speed": (Path("README.md"), partial(speed_table, "cpu.json", "cpu_decoder.json", "cpu_bf16.json")),
+    "speed": (Path("README.md"), partial(speed_table, *CPU_RESULTS)),
     "decoder work": (Path("benchmarks/README.md"), work_table),
 }
 
