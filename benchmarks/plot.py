@@ -60,7 +60,7 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
     axes[-1, 0].set_xlabel(
         "ms, median; (speed-up over the official modules); dashed: least time of this machine for the products and "
         "bytes\n" + "\n".join(dict.fromkeys(describe(row["provenance"]) for row in rows)),
-        fontsize=8,
+        fontsize=7,
     )
     figure.savefig(out, dpi=150)
 
