@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import ProcessException
 from ..build_sam import NANO_CHECKPOINT
 from .evaluate import evaluate_checkpoint
 from .loop import run, stored_settings
-from .provenance import EMBEDDED, SCRATCH
+from .provenance import EMBEDDED, SCRATCH, origin
 from .team import run_together
 from .trainer import Settings
 
@@ -89,6 +89,7 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
         raise ValueError(f"{args.out} holds a run; --resume goes on with it, another --out starts a new one")
     else:
         settings = _settings(args, device)
+        origin(settings.init)  # a file that cannot be read is said here, not by every process
     if not 1 <= settings.processes <= (1 if device.type == "cuda" else 256):
         raise ValueError(f"{settings.processes} processes cannot train on {device}: 1 on a GPU, 1 to 256 on a CPU")
     workers = args.workers if args.workers is not None else max(_cores() - 1, 1) if device.type == "cuda" else 0

@@ -133,7 +133,10 @@ def stored_settings(out: Path) -> Settings:
     Raises:
         FileNotFoundError: nothing was saved there.
     """
-    return Settings(**torch.load(out / "state.pt", map_location="cpu", weights_only=True, mmap=True)["settings"])
+    stored = out / "state.pt"
+    if not stored.exists():
+        raise FileNotFoundError(f"no run was saved in {out}: there is no {stored.name}")
+    return Settings(**torch.load(stored, map_location="cpu", weights_only=True, mmap=True)["settings"])
 
 
 def resume(
