@@ -63,7 +63,7 @@ def choose(operation: str, kernels: str, device: torch.device, constraint: str |
     check_kernels(kernels)
     if kernels in ("reference", "torch"):
         return kernels
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+    if recording(*inputs):
         constraint = constraint or "it has no backward; 'torch' and 'reference' differentiate"
     problem = _device_constraint(device) or constraint
     if kernels == "triton":
@@ -73,6 +73,11 @@ def choose(operation: str, kernels: str, device: torch.device, constraint: str |
     chosen = "torch" if problem is not None or interpreting() else "triton"
     _log_once(operation, str(device), chosen, problem)
     return chosen
+
+
+def recording(*tensors: Tensor) -> bool:
+    """Whether autograd records what is done to any of ``tensors``."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def interpreting() -> bool:

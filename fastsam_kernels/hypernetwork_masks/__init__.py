@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import choose
+from ..dispatch import choose, recording
 
 # Prompts, and image tokens of each, whose 16 * C2 channels are alive at once in the torch form. On a CPU they should
 # stay in the cache: 2 MB in fp32 for 1024 tokens.
@@ -142,7 +142,7 @@ def _in_place(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     """[P, M, h * w * 4 (ab) * 4 (cd)] -> [P, M, 4h, 4w]"""
     prompts, masks = pixels.shape[:2]
     pair = _PAIR_OF.get(pixels.dtype)
-    if pair is not None and not (_recording(pixels) or torch.compiler.is_compiling()):
+    if pair is not None and not (recording(pixels) or torch.compiler.is_compiling()):
         # Two pixels that stay neighbours (d) move as one: a copy of single ones takes six times as long on a CPU.
         pairs = pixels.view(pair).view(prompts * masks, *grid, 2, 2, 2).permute(0, 1, 3, 5, 2, 4)
         return pairs.reshape(prompts, masks, 4 * grid[0], 2 * grid[1]).view(pixels.dtype)
@@ -152,12 +152,8 @@ def _in_place(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _gelu(x: Tensor) -> Tensor:
-    """In place unless gradients are recorded: fresh memory costs a CPU more than the function."""
-    return F.gelu(x) if _recording(x) else torch.ops.aten.gelu_(x)
-
-
-def _recording(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad
+    """In place unless gradients are recorded."""
+    return F.gelu(x) if recording(x) else torch.ops.aten.gelu_(x)
 
 
 def _check(keys: Tensor, weights: UpscalingWeights, hyper: Tensor, grid: tuple[int, int]) -> None:

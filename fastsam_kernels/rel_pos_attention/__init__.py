@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import choose
+from ..dispatch import choose, recording
 
 # Biases alive at once in the torch form: on a CPU 4 MB in fp32 for a thread, a GPU wants larger products.
 _SCORES_A_THREAD = 2**20
@@ -192,10 +192,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, paddi
     some_heads = min(max(limit // (some_rows * columns * k.shape[2]), 1), heads)
     some = max(limit // (heads * rows * columns * k.shape[2]), 1)
     out = q.new_empty(q.shape)
-    recording = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, rel_h, rel_w))
+    recorded = recording(q, k, v, rel_h, rel_w)
     # Memory fresh from the system for every block would cost a CPU as much as the attention itself.
     block_shape = (min(some, count), some_heads, some_rows, columns, rel_h.shape[4], rel_w.shape[5])
-    buffer = None if recording or torch.compiler.is_compiling() else q.new_empty(block_shape)
+    buffer = None if recorded or torch.compiler.is_compiling() else q.new_empty(block_shape)
     for n in range(0, count, some):
         for head in range(0, heads, some_heads):
             windows = (slice(n, n + some), slice(head, head + some_heads))

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import choose
+from ..dispatch import choose, recording
 
 _BLOCKS = 8  # of a lone prompt's image tokens: a BLAS shares a batch among its threads, but not a product so narrow
 MOST_TOKENS = 16  # for which folding saves work, and which the Triton forms hold in registers
@@ -215,12 +215,12 @@ def token_to_image_torch(
 ) -> Tensor:
     """Two batched products over the image tokens, the scores overwritten by their softmax."""
     keys = _of_prompts(keys, image_index, len(queries))
-    (prompts, heads, tokens, _), recording = queries.shape, _recording(queries, keys)
+    (prompts, heads, tokens, _), recorded = queries.shape, recording(queries, keys)
     blocks = _blocks(keys)
     scores = _shared(queries.flatten(1, 2), blocks) @ _split(keys + key_pe, blocks).transpose(1, 2)
     if blocks > 1:
         scores = scores.transpose(0, 1).flatten(1)[None]  # [P, H * T, N]
-    weights = torch.softmax(scores, -1, out=None if recording else scores)
+    weights = torch.softmax(scores, -1, out=None if recorded else scores)
     attended = (weights @ keys).unflatten(1, (heads, tokens))  # [P, H, T, C]
     values = attended.transpose(0, 1).flatten(1, 2) @ value_weight.unflatten(0, (heads, -1)).transpose(1, 2)
     return values.unflatten(1, (prompts, tokens)).permute(1, 2, 0, 3).flatten(2) + value_bias
@@ -239,15 +239,15 @@ def image_to_token_torch(
 ) -> Tensor:
     """Scores with the image tokens innermost, so that the softmax over a few tokens runs along them; in place."""
     keys = _of_prompts(keys, image_index, len(token_keys))
-    shape, recording = token_keys.shape, _recording(keys, token_keys, token_values)
+    shape, recorded = token_keys.shape, recording(keys, token_keys, token_values)
     blocks = _blocks(keys)
     located, folded = _split(keys + key_pe, blocks), (token_bias[..., None], token_keys, token_values)
     biases, offered, values = (_shared(x.flatten(1, 2), blocks) for x in folded)
     scores = torch.baddbmm(biases, offered, located.transpose(1, 2))  # [P * blocks, H * T, N / blocks]
     by_head = scores.unflatten(1, shape[1:3])
-    weights = torch.softmax(by_head, 2, out=None if recording else by_head).flatten(1, 2)
-    # The sums with the positions have served; fresh memory would cost a CPU more than the arithmetic on it.
-    reused = located.is_contiguous() and not (recording or torch.compiler.is_compiling())
+    weights = torch.softmax(by_head, 2, out=None if recorded else by_head).flatten(1, 2)
+    # The sums with the positions have served: their memory is used again.
+    reused = located.is_contiguous() and not (recorded or torch.compiler.is_compiling())
     room = located if reused else None
     updated = torch.baddbmm(_split(keys, blocks), weights.transpose(1, 2), values, out=room)
     return F.layer_norm(updated.view(keys.shape), norm_weight.shape, norm_weight, norm_bias, eps)
@@ -273,10 +273,6 @@ def _of_prompts(keys: Tensor, image_index: Tensor | None, prompts: int) -> Tenso
     if image_index is None:
         return keys
     return keys.expand(prompts, -1, -1) if len(keys) == 1 else keys.index_select(0, image_index)
-
-
-def _recording(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _check_image(tokens: Tensor, keys: Tensor, key_pe: Tensor, image_index: Tensor | None) -> None:

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastsam_kernels.dispatch import recording
+
 T = TypeVar("T")
 
 
@@ -80,7 +82,7 @@ class DerivedWeights(nn.Module):
 
     def derived(self, name: str, make: Callable[[], T], *sources: Tensor) -> T:
         """The value of ``make()``, a function of ``sources`` alone, computed once for their present values."""
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(s.requires_grad for s in sources)):
+        if torch.compiler.is_compiling() or recording(*sources):
             return make()
         key = weights_key(*sources)
         kept = self._derived.get(name)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsam_kernels import rel_pos_attention
+from fastsam_kernels.dispatch import recording
 
 from .common import DerivedWeights, LayerNorm2d, MLPBlock, is_ours
 
@@ -134,9 +135,9 @@ class Block(nn.Module):
         """x + mlp(norm2(x)), written to ``x`` unless somebody would notice."""
         layers = (self.norm2, self.mlp)
         weights = [weight for layer in layers for weight in layer.parameters()]
-        recording = torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights))
+        recorded = recording(x, *weights)
         hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in (*layers, *self.mlp.children()))
-        if recording or hooked or type(self.mlp) is not MLPBlock or torch.is_autocast_enabled(x.device.type):
+        if recorded or hooked or type(self.mlp) is not MLPBlock or torch.is_autocast_enabled(x.device.type):
             return x + self.mlp(self.norm2(x))
         tokens = x.reshape(-1, x.shape[-1])
         for some in tokens.split(_TOKENS_AT_ONCE.get(x.device.type, len(tokens))):
