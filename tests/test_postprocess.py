@@ -55,3 +55,17 @@ def test_upscaling_passes_gradients() -> None:
     upscale_masks(logits, GEOMETRIES["as large as the model's picture"]).sum().backward()
     torch.testing.assert_close(logits.grad, torch.full_like(logits, 16.0))
     assert masks_from_logits(draw(128)[:0], GEOMETRIES["padded below"], 0.0).shape == (0, 3, 300, 512)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("threshold", [0.0, 0.3, -1.5])
+def test_a_mask_is_what_lies_above_the_threshold(dtype: torch.dtype, threshold: float) -> None:
+    logits = draw(128, dtype)
+    logits[0, 0] = torch.tensor(threshold, dtype=dtype)  # a tie, where the dtype can say it
+    logits[0, 1] = torch.nan
+    geometry = GEOMETRIES["as large as the model's picture"]
+    found = masks_from_logits(logits.requires_grad_(), geometry, threshold)
+    with torch.no_grad():
+        assert torch.equal(found, upscale_masks(logits, geometry) > threshold)
+    assert found.dtype == torch.bool
+    assert not found[0, 1].any()

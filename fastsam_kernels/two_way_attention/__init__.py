@@ -13,7 +13,9 @@ K, V and Q of the image are never formed, because the few tokens can carry their
                      u_ht = W_o,h v_ht + b_o / H;  y_n = sum_ht softmax_t(s) u_ht,  then the residual and the norm.
 
 With N = 4096 and C = 256 that is less work than projecting the image up to about 16 tokens a prompt, and memory sees
-the image tokens once. The operations take the folded operands a, b and u; :mod:`sam.modeling.transformer` folds.
+the image tokens once. The operations take the folded operands a, b and u; :mod:`sam.modeling.transformer` folds. Only
+the queries of an image that no prompt has touched are worth forming and keeping, for the forms in PyTorch: their scores
+then take 16 products a token and head instead of 256.
 
 Source: Segment Anything (arXiv 2304.02643), appendix A; ``transformer.py`` of segment-anything.
 """
@@ -27,6 +29,7 @@ from torch import Tensor
 from ..dispatch import choose, recording
 
 _BLOCKS = 8  # of a lone prompt's image tokens: a BLAS shares a batch among its threads, but not a product so narrow
+_KEPT_QUERIES = "it folds the queries of the image, and image_queries is given"
 MOST_TOKENS = 16  # for which folding saves work, and which the Triton forms hold in registers
 
 
@@ -83,6 +86,7 @@ def image_to_token_attention(
     *,
     eps: float = 1e-5,
     image_index: Tensor | None = None,
+    image_queries: Tensor | None = None,
     kernels: str = "auto",
 ) -> Tensor:
     """Attention of image tokens to prompt tokens, its output projection, the residual and the layer norm.
@@ -95,6 +99,8 @@ def image_to_token_attention(
         token_values: [P, H, T, C], W_o,h v_ht + b_o / H.
         norm_weight, norm_bias, eps: of the layer norm, [C].
         image_index: [P] int64, the row of ``keys`` of each prompt; None when every prompt has its own.
+        image_queries: [I, N, H * d], W_q (x_n + e_n) + b_q where they were kept. ``token_keys`` are then
+            [P, H, T, d], k_ht / sqrt(d), and ``token_bias`` holds what concerns padding only. No Triton form.
         kernels: "reference", "torch", "triton" or "auto".
 
     Returns:
@@ -105,12 +111,13 @@ def image_to_token_attention(
         UnsupportedKernelError: "triton" where it cannot run; the message says why.
     """
     inputs = (keys, key_pe, token_keys, token_bias, token_values, norm_weight, norm_bias)
-    _check_update(*inputs, image_index)
-    chosen = choose("image_to_token_attention", kernels, keys.device, _constraint(token_keys, 16), *inputs)
+    _check_update(*inputs, image_index, image_queries)
+    constraint = _constraint(token_values, 16) if image_queries is None else _KEPT_QUERIES
+    chosen = choose("image_to_token_attention", kernels, keys.device, constraint, *inputs)
     if chosen == "reference":
-        return image_to_token_reference(*inputs, eps, image_index)
+        return image_to_token_reference(*inputs, eps, image_index, image_queries)
     if chosen == "torch":
-        return image_to_token_torch(*inputs, eps, image_index)
+        return image_to_token_torch(*inputs, eps, image_index, image_queries)
     from .image_to_token_kernel import image_to_token_triton
 
     return image_to_token_triton(*inputs, eps, image_index)
@@ -130,6 +137,7 @@ def two_way_attention(
     *,
     eps: float = 1e-5,
     image_index: Tensor | None = None,
+    image_queries: Tensor | None = None,
     kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """:func:`image_to_token_attention`, then :func:`token_to_image_attention` on what it made of the image tokens.
@@ -138,13 +146,14 @@ def two_way_attention(
     block changed it.
 
     Args:
-        keys, key_pe, token_keys, token_bias, token_values, norm_weight, norm_bias, eps, image_index: of the former.
-        queries: [P, H, T, C] of the latter, with as many tokens.
+        keys, key_pe, token_keys, token_bias, token_values, norm_weight, norm_bias, eps, image_index, image_queries:
+            of the former.
+        queries: [P, H, Q, C] of the latter, of at most as many tokens.
         value_weight, value_bias: of the latter.
         kernels: "reference", "torch", "triton" or "auto".
 
     Returns:
-        image tokens [P, N, C], contiguous, and what the prompts' tokens learn of them, [P, T, H * d]; both in the
+        image tokens [P, N, C], contiguous, and what the prompts' tokens learn of them, [P, Q, H * d]; both in the
         dtype of ``keys``.
 
     Raises:
@@ -153,21 +162,27 @@ def two_way_attention(
     """
     update = (keys, key_pe, token_keys, token_bias, token_values, norm_weight, norm_bias)
     ask = (queries, value_weight, value_bias)
-    _check_update(*update, image_index)
-    if queries.shape != token_keys.shape:
-        raise ValueError(f"queries must be as token_keys, {list(token_keys.shape)}, got {list(queries.shape)}")
+    _check_update(*update, image_index, image_queries)
+    prompts, heads, tokens, channels = token_values.shape
+    asked = queries.shape[2] if queries.ndim == 4 else 0
+    if queries.shape != (prompts, heads, asked, channels) or not 1 <= asked <= tokens:
+        expected = f"[{prompts}, {heads}, 1 to {tokens}, {channels}]"
+        raise ValueError(f"queries must be {expected}, got {list(queries.shape)}")
     _check_values(*ask)
     _check_dtypes(keys, queries=queries, value_weight=value_weight, value_bias=value_bias)
-    constraint = _constraint(queries, value_weight.shape[0] // queries.shape[1])
+    constraint = _constraint(token_values, value_weight.shape[0] // queries.shape[1])
+    constraint = constraint if image_queries is None else _KEPT_QUERIES
     chosen = choose("two_way_attention", kernels, keys.device, constraint, *update, *ask)
     if chosen == "triton":
         from .two_way_kernel import two_way_triton
 
-        return two_way_triton(*update, *ask, eps, image_index)
+        queries = F.pad(queries, (0, 0, 0, tokens - asked))  # the kernel has one number of tokens
+        keys, learnt = two_way_triton(*update, queries, value_weight, value_bias, eps, image_index)
+        return keys, learnt[:, :asked]
     if chosen == "reference":
-        keys = image_to_token_reference(*update, eps, image_index)
+        keys = image_to_token_reference(*update, eps, image_index, image_queries)
         return keys, token_to_image_reference(queries, keys, key_pe, value_weight, value_bias)
-    keys = image_to_token_torch(*update, eps, image_index)
+    keys = image_to_token_torch(*update, eps, image_index, image_queries)
     return keys, token_to_image_torch(queries, keys, key_pe, value_weight, value_bias)
 
 
@@ -197,11 +212,17 @@ def image_to_token_reference(
     norm_bias: Tensor,
     eps: float,
     image_index: Tensor | None = None,
+    image_queries: Tensor | None = None,
 ) -> Tensor:
     """The formula."""
     keys = keys if image_index is None else keys[image_index]
-    scores = torch.einsum("pnc,phtc->pnht", keys + key_pe, token_keys) + token_bias[:, None]
-    attended = torch.einsum("pnht,phtc->pnc", scores.softmax(dim=-1), token_values)
+    if image_queries is None:
+        scores = torch.einsum("pnc,phtc->pnht", keys + key_pe, token_keys)
+    else:
+        asking = image_queries if image_index is None else image_queries[image_index]
+        scores = torch.einsum("pnhd,phtd->pnht", asking.unflatten(-1, (token_keys.shape[1], -1)), token_keys)
+    weights = (scores + token_bias[:, None]).softmax(dim=-1)
+    attended = torch.einsum("pnht,phtc->pnc", weights, token_values)
     return F.layer_norm(keys + attended, norm_weight.shape, norm_weight, norm_bias, eps)
 
 
@@ -217,7 +238,8 @@ def token_to_image_torch(
     keys = _of_prompts(keys, image_index, len(queries))
     (prompts, heads, tokens, _), recorded = queries.shape, recording(queries, keys)
     blocks = _blocks(keys)
-    scores = _shared(queries.flatten(1, 2), blocks) @ _split(keys + key_pe, blocks).transpose(1, 2)
+    located = _split(keys + key_pe, blocks)
+    scores = _shared(queries.flatten(1, 2), blocks) @ located.transpose(1, 2)
     if blocks > 1:
         scores = scores.transpose(0, 1).flatten(1)[None]  # [P, H * T, N]
     weights = torch.softmax(scores, -1, out=None if recorded else scores)
@@ -236,21 +258,38 @@ def image_to_token_torch(
     norm_bias: Tensor,
     eps: float,
     image_index: Tensor | None = None,
+    image_queries: Tensor | None = None,
 ) -> Tensor:
     """Scores with the image tokens innermost, so that the softmax over a few tokens runs along them; in place."""
-    keys = _of_prompts(keys, image_index, len(token_keys))
-    shape, recorded = token_keys.shape, recording(keys, token_keys, token_values)
+    prompts, heads, tokens, _ = token_keys.shape
+    recorded = recording(keys, token_keys, token_values)
+    keys = _of_prompts(keys, image_index, prompts)
     blocks = _blocks(keys)
-    located, folded = _split(keys + key_pe, blocks), (token_bias[..., None], token_keys, token_values)
-    biases, offered, values = (_shared(x.flatten(1, 2), blocks) for x in folded)
-    scores = torch.baddbmm(biases, offered, located.transpose(1, 2))  # [P * blocks, H * T, N / blocks]
-    by_head = scores.unflatten(1, shape[1:3])
-    weights = torch.softmax(by_head, 2, out=None if recorded else by_head).flatten(1, 2)
-    # The sums with the positions have served: their memory is used again.
-    reused = located.is_contiguous() and not (recorded or torch.compiler.is_compiling())
-    room = located if reused else None
-    updated = torch.baddbmm(_split(keys, blocks), weights.transpose(1, 2), values, out=room)
+    room = None
+    if image_queries is None:
+        bias, offered = (_shared(x.flatten(1, 2), blocks) for x in (token_bias[..., None], token_keys))
+        located = _split(keys + key_pe, blocks)
+        scores = torch.baddbmm(bias, offered, located.transpose(1, 2)).unflatten(1, (heads, tokens))
+        if located.is_contiguous() and not (recorded or torch.compiler.is_compiling()):
+            room = located  # the sums with the positions have served: their memory is used again
+    else:
+        scores = _kept_scores(image_queries, token_keys, image_index).add_(token_bias[..., None])
+    weights = torch.softmax(scores, 2, out=scores if scores.is_contiguous() and not recorded else None).flatten(1, 2)
+    if image_queries is not None and blocks > 1:
+        weights = weights[0].unflatten(1, (blocks, -1)).transpose(0, 1)
+    values = _shared(token_values.flatten(1, 2), blocks)
+    updated = torch.bmm(weights.transpose(1, 2), values, out=room).add_(_split(keys, blocks))
     return F.layer_norm(updated.view(keys.shape), norm_weight.shape, norm_weight, norm_bias, eps)
+
+
+def _kept_scores(image_queries: Tensor, token_keys: Tensor, image_index: Tensor | None) -> Tensor:
+    """[I, N, H * d] and [P, H, T, d] -> [P, H, T, N]"""
+    prompts, heads, tokens, _ = token_keys.shape
+    asking = image_queries.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)  # [I, H, d, N]
+    if image_index is None or len(asking) > 1:
+        return token_keys @ (asking if image_index is None else asking.index_select(0, image_index))
+    together = token_keys.transpose(0, 1).flatten(1, 2) @ asking[0]  # the tokens of all prompts are one set
+    return together.unflatten(1, (prompts, tokens)).transpose(0, 1)
 
 
 def _blocks(keys: Tensor) -> int:
@@ -305,17 +344,27 @@ def _check_update(
     norm_weight: Tensor,
     norm_bias: Tensor,
     image_index: Tensor | None,
+    image_queries: Tensor | None = None,
 ) -> None:
-    _check_image(token_keys, keys, key_pe, image_index)
-    if token_values.shape != token_keys.shape or token_bias.shape != token_keys.shape[:3]:
+    _check_image(token_keys if image_queries is None else token_values, keys, key_pe, image_index)
+    expected: tuple[int, ...] = token_values.shape
+    if image_queries is not None:
+        heads, width = token_values.shape[1], image_queries.shape[-1]
+        if image_queries.shape[:-1] != keys.shape[:-1] or width % heads:
+            wanted = f"[{keys.shape[0]}, {keys.shape[1]}, {heads} * d]"
+            raise ValueError(f"image_queries must be {wanted}, got {list(image_queries.shape)}")
+        expected = (*token_values.shape[:3], width // heads)
+    if token_keys.shape != expected or token_bias.shape != expected[:3]:
         raise ValueError(
-            f"token_values and token_bias must be {list(token_keys.shape)} and {list(token_keys.shape[:3])}, "
-            f"got {list(token_values.shape)} and {list(token_bias.shape)}"
+            f"token_keys and token_bias must be {list(expected)} and {list(expected[:3])} beside these token_values, "
+            f"got {list(token_keys.shape)} and {list(token_bias.shape)}"
         )
     named = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     for name, vector in named.items():
         if vector.shape != keys.shape[2:]:
             raise ValueError(f"{name} must be [{keys.shape[2]}], got {list(vector.shape)}")
+    if image_queries is not None:
+        named["image_queries"] = image_queries
     _check_dtypes(keys, key_pe=key_pe, token_keys=token_keys, token_bias=token_bias, token_values=token_values, **named)
 
 

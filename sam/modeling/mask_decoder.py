@@ -180,7 +180,9 @@ class MaskDecoder(DerivedWeights):
             image_index = None
         key_pe = _tokens_of(image_pe[:1]).to(dtype)
 
-        tokens, keys = self.transformer.attend(keys, key_pe, tokens, token_mask, shared, image_index, kernels)
+        tokens, keys = self.transformer.attend(
+            keys, key_pe, tokens, token_mask, shared, image_index, len(output_tokens), kernels
+        )
         return DecodedPrompts(
             keys=keys,
             mask_tokens=tokens[:, 1 : 1 + self.num_mask_tokens],

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsam_kernels import MOST_TOKENS, token_to_image_attention, two_way_attention
+from fastsam_kernels.dispatch import resolve_kernels
 
 from .common import MLPBlock
 
@@ -86,18 +87,24 @@ class Attention(nn.Module):
         asked = self.q_proj(tokens) * self._scale
         return self._by_head(asked, self.k_proj.weight)
 
-    def fold_tokens(self, k: Tensor, v: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def fold_tokens(
+        self, k: Tensor, v: Tensor, token_mask: Tensor | None, fold_keys: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens that the image asks: keys [P, heads, T, C], bias [P, heads, T] and values [P, heads, T, C].
 
-        The keys meet image tokens before ``q_proj``; the values have been through ``out_proj``. ``token_mask``
-        [P, T] is False for tokens that are padding.
+        The keys meet image tokens before ``q_proj``, or after it as [P, heads, T, D / heads] without ``fold_keys``;
+        the values have been through ``out_proj``. ``token_mask`` [P, T] is False for tokens that are padding.
         """
         offered = self.k_proj(k) * self._scale
-        bias = (offered.unflatten(-1, (self.num_heads, -1)) * self.q_proj.bias.view(self.num_heads, -1)).sum(-1)
+        keys = offered.unflatten(-1, (self.num_heads, -1))
+        bias = (
+            (keys * self.q_proj.bias.view(self.num_heads, -1)).sum(-1) if fold_keys else torch.zeros_like(keys[..., 0])
+        )
         if token_mask is not None:
             bias = bias.masked_fill(~token_mask[..., None], -torch.inf)
         values = self._by_head(self.v_proj(v), self.out_proj.weight.t()) + self.out_proj.bias / self.num_heads
-        return self._by_head(offered, self.q_proj.weight), bias.transpose(1, 2), values
+        keys = self._by_head(offered, self.q_proj.weight) if fold_keys else keys.transpose(1, 2)
+        return keys, bias.transpose(1, 2), values
 
     def attend_shared(self, tokens: Tensor, image: SharedImageSide, kernels: str) -> Tensor:
         """What tokens [P, T, C] learn of one image whose keys and values are kept.
@@ -273,11 +280,15 @@ class TwoWayTransformer(nn.Module):
         token_mask: Tensor | None = None,
         shared: SharedImageSide | None = None,
         image_index: Tensor | None = None,
+        answers: int | None = None,
         kernels: str = "reference",
     ) -> tuple[Tensor, Tensor]:
-        """As ``forward`` on image tokens [P, N, C]; see :class:`TwoWayAttentionBlock` for the rest."""
+        """As ``forward`` on image tokens [P, N, C]; see :class:`TwoWayAttentionBlock` for the rest.
+
+        ``answers`` is how many of the tokens, the first ones, are wanted back; None for all.
+        """
         if self._folds(tokens, kernels):
-            return self._attend_folded(keys, key_pe[0], tokens, token_mask, shared, image_index, kernels)
+            return self._attend_folded(keys, key_pe[0], tokens, token_mask, shared, image_index, answers, kernels)
         queries = tokens
         for index, layer in enumerate(self.layers):
             queries, keys = layer(
@@ -290,7 +301,8 @@ class TwoWayTransformer(nn.Module):
                 image_index=image_index if index == 0 else None,
                 kernels=kernels,
             )
-        attended = self.final_attn_token_to_image(queries + tokens, keys + key_pe, keys, None, kernels)
+        queries = queries[:, :answers]
+        attended = self.final_attn_token_to_image(queries + tokens[:, :answers], keys + key_pe, keys, None, kernels)
         return self.norm_final_attn(queries + attended), keys
 
     def _folds(self, tokens: Tensor, kernels: str) -> bool:
@@ -315,6 +327,7 @@ class TwoWayTransformer(nn.Module):
         token_mask: Tensor | None,
         shared: SharedImageSide | None,
         image_index: Tensor | None,
+        answers: int | None,
         kernels: str,
     ) -> tuple[Tensor, Tensor]:
         """With the projections of the image folded into the tokens.
@@ -340,13 +353,21 @@ class TwoWayTransformer(nn.Module):
             )
             attended = to_image.out_proj(values)
         keys = keys if shared is None else shared.keys
+        # Kept queries spare the torch form the sums with the positions and most of the scores; the Triton form reads
+        # the image tokens in any case.
+        unfolded = shared is not None and resolve_kernels(kernels, keys.device) == "torch"
+        image_queries = shared.q if shared is not None and unfolded else None
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
             queries = layer.update_tokens(queries, attended)
-            told = layer.cross_attn_image_to_token.fold_tokens(queries + tokens, queries, token_mask)
+            told = layer.cross_attn_image_to_token.fold_tokens(
+                queries + tokens, queries, token_mask, fold_keys=image_queries is None
+            )
             to_image = self.final_attn_token_to_image
             if following is not None:
                 queries = following.attend_self(queries, tokens, token_mask, kernels)
                 to_image = following.cross_attn_token_to_image
+            else:
+                queries, tokens = queries[:, :answers], tokens[:, :answers]
             keys, values = two_way_attention(
                 keys,
                 key_pe,
@@ -358,7 +379,9 @@ class TwoWayTransformer(nn.Module):
                 to_image.v_proj.bias,
                 eps=layer.norm4.eps,
                 image_index=image_index,
+                image_queries=image_queries,
                 kernels=kernels,
             )
-            attended, image_index = to_image.out_proj(values), None  # from here on every prompt has its own keys
+            attended = to_image.out_proj(values)
+            image_index = image_queries = None  # from here on every prompt has its own keys
         return self.norm_final_attn(queries + attended), keys

@@ -184,11 +184,78 @@ def test_gradients_of_the_torch_form() -> None:
     assert torch.autograd.gradcheck(lambda *t: two_way_attention(*t, kernels="torch"), inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("kernels", ["reference", "torch", "triton"])
+def test_fewer_tokens_may_ask_the_image_than_it_asks(device: torch.device, kernels: str) -> None:
+    inputs = make_inputs(2, 7, 4, torch.float32, device)
+    keys, learnt = two_way_attention(*inputs, kernels=kernels)
+    some_keys, some = two_way_attention(*inputs[:7], inputs[7][:, :, :5], *inputs[8:], kernels=kernels)
+    assert torch.equal(some_keys, keys)
+    assert some.shape == (2, 5, learnt.shape[2])
+    assert_close_l2(some, learnt[:, :5], 1e-6, kernels)
+
+
+def kept_queries(inputs: Inputs, grid: int, images: int, dtype: torch.dtype) -> tuple[Inputs, Inputs, Tensor]:
+    """The same attention with the projection of the image's queries folded into the tokens, and with them kept."""
+    keys, key_pe, folded = inputs[:3]
+    prompts, heads, tokens, channels = folded.shape
+    draws = torch.Generator().manual_seed(5)
+    weight, bias, offered = (
+        torch.randn(shape, generator=draws, dtype=dtype) / 4
+        for shape in ((heads, HEAD_DIM, channels), (heads, HEAD_DIM), (prompts, heads, tokens, HEAD_DIM))
+    )
+    queries = torch.einsum("inc,hdc->inhd", keys + key_pe, weight) + bias
+    padding = torch.zeros(prompts, heads, tokens, dtype=dtype)
+    padding[:, :, -1] = -torch.inf
+    folded = torch.einsum("phtd,hdc->phtc", offered, weight)
+    asked = torch.einsum("phtd,hd->pht", offered, bias)
+    rest = inputs[4:]
+    return (keys, key_pe, folded, asked + padding, *rest), (keys, key_pe, offered, padding, *rest), queries.flatten(2)
+
+
+@pytest.mark.parametrize(("prompts", "images", "grid"), [(1, 0, 8), (1, 1, 4), (3, 0, 5), (3, 1, 5), (3, 2, 5)])
+@pytest.mark.parametrize("kernels", ["reference", "torch"])
+def test_kept_queries_of_the_image_give_the_same(kernels: str, prompts: int, images: int, grid: int) -> None:
+    inputs = make_inputs(prompts, 7, grid, torch.float64, images=images)
+    index = torch.tensor([1, 0, 1])[:prompts] % images if images else None
+    folded, unfolded, queries = kept_queries(inputs, grid, images, torch.float64)
+    expected = two_way_attention(*folded, image_index=index, kernels="reference")
+    found = two_way_attention(*unfolded, image_index=index, image_queries=queries, kernels=kernels)
+    for some, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(some, other, rtol=1e-10, atol=1e-10)
+    alone = image_to_token_attention(*unfolded[:7], image_index=index, image_queries=queries, kernels=kernels)
+    assert torch.equal(alone, found[0])
+
+
+def test_gradients_with_kept_queries() -> None:
+    _, inputs, queries = kept_queries(make_inputs(2, 3, 2, torch.float64, images=1), 2, 1, torch.float64)
+    inputs = tuple(tensor.requires_grad_(tensor is not inputs[3]) for tensor in (*inputs, queries))
+    index = torch.zeros(2, dtype=torch.int64)
+
+    def attend(*tensors: Tensor) -> Inputs:
+        return two_way_attention(*tensors[:-1], image_index=index, image_queries=tensors[-1], kernels="torch")
+
+    assert torch.autograd.gradcheck(attend, inputs, fast_mode=True)
+
+
+def test_kept_queries_have_no_triton_form_and_must_fit(device: torch.device) -> None:
+    _, inputs, queries = kept_queries(make_inputs(2, 7, 3, torch.float32), 3, 0, torch.float32)
+    with pytest.raises(UnsupportedKernelError, match="it folds the queries of the image, and image_queries is given"):
+        two_way_attention(*inputs, image_queries=queries, kernels="triton")
+    for wrong in (queries[:1], queries[:, 1:], queries[..., 1:]):
+        with pytest.raises(ValueError, match=r"image_queries must be \[2, 9, 8 \* d\], got"):
+            two_way_attention(*inputs, image_queries=wrong)
+    with pytest.raises(ValueError, match=r"token_keys and token_bias must be \[2, 8, 7, 7\] and \[2, 8, 7\]"):
+        two_way_attention(*inputs, image_queries=queries[..., 8:])
+    with pytest.raises(ValueError, match="image_queries must have the dtype of the others"):
+        two_way_attention(*inputs, image_queries=queries.half())
+
+
 def test_bad_input() -> None:
     inputs = make_inputs(2, 7, 3, torch.float32)
-    other = make_inputs(2, 6, 3, torch.float32)
-    with pytest.raises(ValueError, match=r"queries must be as token_keys, \[2, 8, 7, 64\], got \[2, 8, 6, 64\]"):
-        two_way_attention(*inputs[:7], other[7], *inputs[8:])
+    for wrong in (make_inputs(2, 8, 3, torch.float32)[7], inputs[7][:, :, :0], inputs[7][:, 0], inputs[7][:1]):
+        message = rf"queries must be \[2, 8, 1 to 7, 64\], got {list(wrong.shape)}".replace("got [", r"got \[")
+        with pytest.raises(ValueError, match=message):
+            two_way_attention(*inputs[:7], wrong, *inputs[8:])
     with pytest.raises(ValueError, match=r"value_bias must be \[64\], got \[63\]"):
         two_way_attention(*inputs[:9], inputs[9][1:])
     with pytest.raises(
