@@ -42,6 +42,8 @@ class SameObjectHead(nn.Module):
         ids = ids[:, stride // 2 :: stride, stride // 2 :: stride]
         losses = []
         for reach, nearness in zip(_REACHES, self.nearness, strict=True):
+            if reach >= ids.shape[-1]:
+                break
             for down, right in _DIRECTIONS:
                 one, other = _apart(ids, down * reach, right * reach)
                 same = one == other
