@@ -13,8 +13,9 @@ from models import TINY
 
 import sam
 from sam import Sam
-from sam.training import evaluate, losses, prompts, schedule
+from sam.training import evaluate, helper, losses, prompts, schedule
 from sam.training.crops import CropModel
+from sam.training.helper import SameObjectHead
 from sam.training.loop import resume, save, train
 from sam.training.muon import Muon, hidden_matrices, orthogonalized
 from sam.training.scenes import Scene, held_out_scene, scene_rng, training_scene
@@ -227,6 +228,53 @@ def test_a_click_trains_the_best_alternative_and_a_box_the_single_mask() -> None
     assert result.iou[0, [0, 1, 3]].tolist() == [0, 0, 0]
     assert result.iou[0, 2] == pytest.approx(1, abs=0.07)  # enlarging rounds the corners off
     assert result.iou_head.item() == pytest.approx((result.iou[0, 2].item() - 0.125) / 4)
+
+
+# The helper head ------------------------------------------------------------------------------------------
+
+
+def test_the_helper_asks_every_pair_of_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(helper, "_REACHES", (1, 2, 16))  # the last is wider than the picture
+    head = SameObjectHead(8, seed=0)
+    with torch.no_grad():
+        head.nearness.copy_(torch.tensor([0.5, 2.0, 1.0]))
+    head.forward = lambda features: features  # type: ignore[method-assign]
+    embedding = torch.randn(2, 16, 6, 6, generator=generator())
+    ids = torch.randint(0, 3, (2, 6, 6), generator=generator(1), dtype=torch.uint8)
+    expected = []
+    for reach, nearness in ((1, 0.5), (2, 2.0)):
+        for down, right in ((0, reach), (reach, 0), (reach, reach), (reach, -reach)):
+            answers: dict[bool, list[float]] = {True: [], False: []}
+            for b, y, x in np.ndindex(2, 6, 6):
+                v, u = y + down, x + right
+                if not (v < 6 and 0 <= u < 6) or not (ids[b, y, x] or ids[b, v, u]):
+                    continue
+                same = bool(ids[b, y, x] == ids[b, v, u])
+                logit = nearness - (embedding[b, :, y, x] - embedding[b, :, v, u]).square().sum().item()
+                answers[same].append(math.log1p(math.exp(-logit if same else logit)))
+            expected.append((np.mean(answers[True]) + np.mean(answers[False])) / 2)
+    assert head.loss(embedding, ids).item() == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_the_helper_reads_cells_in_the_middle_and_says_nothing_of_the_ground() -> None:
+    head = SameObjectHead(8, seed=0)
+    features = torch.randn(1, 8, 3, 3, generator=generator())
+    assert head.loss(features, torch.zeros(1, 48, 48, dtype=torch.uint8)).item() == 0
+    ids = torch.zeros(1, 48, 48, dtype=torch.uint8)
+    ids[:, :, 18] = 1  # column 4 of 12 is read at pixels 2 + 4 * 4
+    assert head(features).shape == (1, 16, 12, 12)
+    assert head.loss(features, ids) > 0
+    assert head.loss(features, ids.roll(1, dims=2)).item() == 0
+
+
+def test_the_helper_teaches_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gradients(weight: float) -> torch.Tensor:
+        monkeypatch.setattr("sam.training.trainer._HELPER_WEIGHT", weight)
+        learner = trainer()
+        learner.train_step(0.0)
+        return learner.model.image_encoder.patch_embed.proj.weight.grad.clone()  # type: ignore[union-attr]
+
+    assert not torch.allclose(gradients(0.0), gradients(1.0), rtol=0.01)
 
 
 # Muon -----------------------------------------------------------------------------------------------------

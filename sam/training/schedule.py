@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 _WARM_UP = 20  # steps
-_DECAY_FROM = 0.2  # of the run: constant learning rate before, linear to zero after
+_DECAY_FROM = 0.1  # of the run: constant learning rate before, linear to zero after
 _CLOCKLESS_STEPS = 50  # at the start of every run, so that these repeat exactly however short it is
 _BALANCED_STEPS = 400  # of a run from fresh weights
 
@@ -38,8 +38,9 @@ FROM_SCRATCH = (
     Stage(until=1.0, size=512, images=3, prompts=8, corrections=0.5),
 )
 CONTINUED = (
-    Stage(until=0.25, size=224, images=12, prompts=8, corrections=0.25),
-    Stage(until=1.0, size=512, images=4, prompts=8, corrections=0.3),
+    Stage(until=0.5, size=224, images=12, prompts=8, corrections=0.2),
+    Stage(until=0.75, size=448, images=4, prompts=8, corrections=0.3),
+    Stage(until=1.0, size=512, images=4, prompts=8, corrections=0.35),
 )
 
 

@@ -17,6 +17,7 @@ from ..modeling import Sam
 from ..modeling.build import build_from_config
 from .batches import Batch, ScenePool
 from .crops import CropModel
+from .helper import SameObjectHead
 from .losses import prompt_losses
 from .muon import Muon, hidden_matrices
 from .prompts import Objects, add_corrections, choose_objects, first_prompts
@@ -31,9 +32,19 @@ _BOX_SHARE = 0.45
 _SECOND_CORRECTION, _LOGITS_FED_BACK = 0.5, 0.75  # shares of the correction steps
 _CORRECTION_WEIGHT = 0.5
 _IOU_HEAD_WEIGHT = 4.0
+_HELPER_WEIGHT = 1.0
 _SMALLEST = 100  # pixels that an object must show to be asked for, on crops as on the whole canvas
 _TOKENS_AT_ONCE = {"cpu": 8192}  # of the pictures, a set for each prompt
-MEANS = ("mask loss", "IoU head loss", "click IoU", "best of three", "box IoU", "corrected IoU", "gradient norm")
+MEANS = (
+    "mask loss",
+    "IoU head loss",
+    "click IoU",
+    "best of three",
+    "box IoU",
+    "corrected IoU",
+    "gradient norm",
+    "helper loss",
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,8 @@ class Trainer:
         self._workers = workers
         self._pool: ScenePool | None = None
         self._next_scene = 0
-        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.helper = SameObjectHead(self.model.prompt_encoder.embed_dim, settings.seed).to(device)
+        self._trained = [p for p in [*self.model.parameters(), *self.helper.parameters()] if p.requires_grad]
         self._gradients = self._flat_gradients()
         self.optimizers = _optimizers(self.model, self._trained, settings.peak)
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
@@ -241,6 +253,9 @@ class Trainer:
                 shown = logits[torch.arange(len(chosen), device=self.device), torch.where(ambiguous, chosen, 0)].float()
                 coords, labels = add_corrections(coords, labels, shown, objects.masks, generator)
                 mask_inputs = shown if fed_back else None
+        helped = self.helper.loss(shared_features, batch.ids)
+        (_HELPER_WEIGHT * helped).backward()
+        means[7] = helped.detach()
         features.backward(shared_features.grad)
 
     def _autocast(self) -> torch.autocast:
@@ -272,6 +287,7 @@ class Trainer:
         return {
             "settings": asdict(self.settings),
             "model": self.model.state_dict(),
+            "helper": self.helper.state_dict(),
             "average": self.average,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
@@ -280,6 +296,7 @@ class Trainer:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
+        self.helper.load_state_dict(state["helper"])
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
         self.average = {name: value.to(self.device) for name, value in state["average"].items()}
