@@ -107,7 +107,7 @@ def test_a_team_trains_one_model_on_the_mean_of_its_gradients(tmp_path: Path) ->
     assert not torch.equal(first[:count], second[:count])  # each has pictures of its own
     assert (first[-1], second[-1]) == (1, 1)
     assert means[0, 0].item() == pytest.approx((first[count] + second[count]).item() / 2, rel=1e-6)
-    norm = ((first + second)[:count] / 2).norm().item()
+    norm = ((first + second)[:count].double() / 2).norm().item()
     assert means[0, 6].item() == pytest.approx(norm, rel=1e-5)
 
 
