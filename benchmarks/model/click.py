@@ -77,12 +77,14 @@ def _prompts(count: int) -> Callable[[torch.device, torch.dtype], Problem]:
 
     def make(device: torch.device, dtype: torch.dtype) -> Problem:
         model = _model(device, dtype)
-        embedding = ImageEmbedding(draw((1, 256, 64, 64), device, dtype, 1), GEOMETRY)
+        features = draw((1, 256, 64, 64), device, dtype, 1)
         coords = 1024 * torch.rand(count, 1, 2, generator=torch.Generator().manual_seed(2)).to(device)
         labels = torch.ones(count, 1, dtype=torch.int64, device=device)
         rows = few_rows(count)
 
         def ours(model: sam.Sam, kernels: str) -> Form:
+            embedding = ImageEmbedding(features, GEOMETRY)  # which keeps what one model makes of it
+
             def form() -> Tensor:
                 model.kernels = kernels
                 batch = PromptBatch.from_tensors((coords, labels), None, None, device)
@@ -93,11 +95,11 @@ def _prompts(count: int) -> Callable[[torch.device, torch.dtype], Problem]:
             return form
 
         def theirs(predict: Predict) -> Form:
-            return lambda: predict(embedding.features, coords, labels, SIZE)[0]
+            return lambda: predict(features, coords, labels, SIZE)[0]
 
         def truth() -> Tensor:
             exact = _by_modules(copy.deepcopy(model).double(), full_size=False)
-            return exact(embedding.features.double(), coords[rows], labels[rows], SIZE)[0]
+            return exact(features.double(), coords[rows], labels[rows], SIZE)[0]
 
         forms: dict[str, Form] = {"reference": theirs(_by_modules(model)), "torch": ours(model, "torch")}
         if device.type == "cuda":
@@ -117,12 +119,12 @@ def _prompts(count: int) -> Callable[[torch.device, torch.dtype], Problem]:
 def _session(device: torch.device, dtype: torch.dtype) -> Problem:
     """Clicks on one object, each corrected by the next, whose mask input is the last answer; held by its logits."""
     model = _model(device, dtype)
-    embedding = ImageEmbedding(draw((1, 256, 64, 64), device, dtype, 1), GEOMETRY)
+    features = draw((1, 256, 64, 64), device, dtype, 1)
     places = 1024 * torch.rand(_CLICKS, 2, generator=torch.Generator().manual_seed(2))
     signs = torch.tensor([int(index % 3 != 2) for index in range(_CLICKS)])
 
     def ours(model: sam.Sam, kernels: str) -> Form:
-        session = sam.InteractiveSession(model, embedding)
+        session = sam.InteractiveSession(model, ImageEmbedding(features, GEOMETRY))
 
         def form() -> Tensor:
             model.kernels = kernels
@@ -148,16 +150,16 @@ def _session(device: torch.device, dtype: torch.dtype) -> Problem:
 
     def truth() -> Tensor:
         exact = _by_modules(copy.deepcopy(model).double(), full_size=False)
-        return theirs(exact, embedding.features.double())()
+        return theirs(exact, features.double())()
 
-    forms = {"reference": theirs(_by_modules(model), embedding.features), "torch": ours(model, "torch")}
+    forms = {"reference": theirs(_by_modules(model), features), "torch": ours(model, "torch")}
     if device.type == "cuda":
         forms["triton"] = ours(model, "triton")
         forms["triton, CUDA graphs"] = ours(_made_ready(model), "triton")
     else:
         forms["torch, compiled"] = ours(_made_ready(model), "torch")
     for name, peer in chosen_peers(model).items():
-        forms[name] = theirs(peer.predict, embedding.features)
+        forms[name] = theirs(peer.predict, features)
     moved, flops = decoder_work.totals(decoder_work.passes(1))
     return Problem(forms, truth, [0], Work(_CLICKS * moved, _CLICKS * flops), compile=False)
 
