@@ -15,6 +15,7 @@ from torch import Tensor
 from fastsam_kernels import check_kernels, preprocess_image, resolve_kernels
 
 from .. import postprocess, preprocess
+from ..allocator import keep_freed_memory
 from ..config import SamConfig
 from ..embedding import ImageEmbedding, hash_image
 from ..preprocess import ImageGeometry
@@ -53,6 +54,7 @@ class Sam(DerivedWeights, Fp32Buffers):
     ) -> None:
         """``config`` says what the modules were built from; only saving in another layout needs it."""
         super().__init__()
+        keep_freed_memory()
         self.image_encoder = image_encoder
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder
