@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .provenance import describe, title
+from .provenance import describe, form_name, title
 
-_OURS = ("torch", "triton", "torch.compile of torch")
 _COLORS = {True: "#2a7f62", False: "#9aa5b1"}
 
 
@@ -44,9 +43,8 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
         forms = sorted(forms, key=lambda row: -row["timing"]["p50"])
         times = [row["timing"]["p50"] for row in forms]
         limit = min(row["percent_of_limit"] * row["timing"]["p50"] / 100 for row in forms)
-        bars = axis.barh(
-            [_name_of(row) for row in forms], times, color=[_COLORS[row["form"] in _OURS] for row in forms]
-        )
+        names = [form_name(row["form"]) for row in forms]
+        bars = axis.barh(names, times, color=[_COLORS[name.startswith("ours")] for name in names])
         for bar, row in zip(bars, forms, strict=True):
             speedup = "" if row["speedup"] is None else f"  ({row['speedup']:.2f}x)"
             label = f" {_milliseconds(row['timing']['p50'])}{speedup}"
@@ -63,12 +61,6 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
         fontsize=7,
     )
     figure.savefig(out, dpi=150)
-
-
-def _name_of(row: dict[str, Any]) -> str:
-    return {"reference": "official modules", "torch": "ours (torch)", "triton": "ours (triton)"}.get(
-        row["form"], row["form"]
-    )
 
 
 def _milliseconds(value: float) -> str:

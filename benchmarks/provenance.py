@@ -56,6 +56,20 @@ def title(row: dict[str, Any]) -> str:
     return f"{row['case']}, {row['dtype']}{cores}"
 
 
+_FORMS = {
+    "reference": "official modules in this package",
+    "torch": "ours, PyTorch forms",
+    "triton": "ours, Triton forms",
+    "torch.compile of torch": "ours, PyTorch forms, compiled",
+}
+
+
+def form_name(form: str) -> str:
+    """A form as pages and pictures call it: "torch, compiled" is "ours, PyTorch forms, compiled"."""
+    kind, *how = form.split(", ", 1)
+    return ", ".join([_FORMS.get(kind, kind), *how])
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

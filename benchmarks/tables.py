@@ -14,7 +14,7 @@ from sam.checkpoint import read_checkpoint
 from .compile_cases import AMD
 from .model.decoder_work import work_table
 from .operations import OPERATIONS
-from .provenance import CPU_RESULTS, RESULTS, ROOT, describe, title
+from .provenance import CPU_RESULTS, RESULTS, ROOT, describe, form_name, title
 
 
 def status_table() -> str:
@@ -92,16 +92,14 @@ def speed_table(*results: str) -> str:
     rows = [row for path in paths if path.exists() for row in json.loads(path.read_text())]
     if not rows:
         return "Not measured yet."
-    names = {
-        "reference": "official modules in this package",
-        "torch": "**ours**, PyTorch forms",
-        "triton": "**ours**, Triton forms",
-    }
     lines = ["| | | ms | speed-up | peak memory |", "|---|---|---:|---:|---:|"]
     for row in rows:
         speedup = "over budget" if row["speedup"] is None else f"{row['speedup']:.2f}"
         time, peak = row["timing"]["p50"], row["peak_bytes"]
-        name, memory = names.get(row["form"], row["form"]), "" if peak is None else f"{peak / 1e6:.0f} MB"
+        name, memory = (
+            form_name(row["form"]).replace("ours", "**ours**"),
+            "" if peak is None else f"{peak / 1e6:.0f} MB",
+        )
         lines.append(f"| {title(row)} | {name} | {time:.0f} | {speedup} | {memory} |")
     sources = dict.fromkeys(describe(row["provenance"]) for row in rows)
     return "\n".join([*lines, "", f"Medians, forms in turn. {'; '.join(sources)}."])

@@ -19,7 +19,7 @@ from benchmarks.cases import GROUPS, select
 from benchmarks.measure import Timing, Work, peak_memory, time_forms
 from benchmarks.model import decoder_work
 from benchmarks.operations import OPERATIONS
-from benchmarks.provenance import ROOT, provenance
+from benchmarks.provenance import ROOT, form_name, provenance
 from benchmarks.runner import Row, run_case, to_table
 from fastsam_kernels.launch import Launch
 from fastsam_kernels.tile_config import TileConfig, read_entries
@@ -237,6 +237,14 @@ def test_a_picture_of_results(tmp_path: Path) -> None:
         assert picture.width > 1000
     with pytest.raises(ValueError, match="no case was measured beside a peer; measure with --peers"):
         plot.draw(rows[:2], tmp_path / "nothing.png")
+
+
+def test_forms_have_names_that_say_whose_they_are() -> None:
+    assert form_name("reference") == "official modules in this package"
+    assert form_name("triton") == "ours, Triton forms"
+    assert form_name("triton, CUDA graphs") == "ours, Triton forms, CUDA graphs"
+    assert form_name("torch, compiled") == "ours, PyTorch forms, compiled"
+    assert form_name("transformers") == "transformers"
 
 
 def test_a_page_without_marks_is_refused() -> None:
