@@ -393,6 +393,21 @@ def test_prompts_are_decoded_by_whole_pictures(monkeypatch: pytest.MonkeyPatch) 
         assert [row for some in rows for row in range(some.start, some.stop)] == list(range(9))
 
 
+def test_a_step_in_half_precision_teaches_the_same() -> None:
+    """As on a device that multiplies bf16 faster: the weights stay in fp32, and so do the losses."""
+
+    def step(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        learner = trainer()
+        learner.dtype = dtype
+        means = learner.train_step(0.0)
+        return means, learner._gradients.clone()
+
+    (exact, wide), (rounded, narrow) = step(torch.float32), step(torch.bfloat16)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded[[0, 1, 7]], exact[[0, 1, 7]], atol=0, rtol=0.05)
+    assert torch.nn.functional.cosine_similarity(narrow, wide, dim=0) > 0.95
+
+
 def test_a_resumed_run_continues_to_the_bit(tmp_path: Path) -> None:
     whole = trainer(reuse=2, pool=5)
     uninterrupted = [whole.train_step(step / 6) for step in range(6)]

@@ -37,7 +37,7 @@ class SameObjectHead(nn.Module):
             features: [B, C, grid, grid].
             ids: [B, H, W] visible ids, 0 for the ground, of which two places say nothing.
         """
-        embedding = self(features)
+        embedding = self(features.float())  # which autocast may have narrowed
         stride = ids.shape[-1] // embedding.shape[-1]
         ids = ids[:, stride // 2 :: stride, stride // 2 :: stride]
         losses = []
