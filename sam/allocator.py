@@ -15,4 +15,4 @@ def keep_freed_memory() -> None:
     freed, so one piece that is never touched sets them (mallopt(3), "dynamic mmap threshold"). With thresholds of the
     user's own (``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``) or another malloc nothing changes.
     """
-    torch.empty(_LARGEST_ADJUSTMENT, dtype=torch.uint8)
+    torch.empty(_LARGEST_ADJUSTMENT, dtype=torch.uint8, device="cpu")  # also while a model is laid out on "meta"
