@@ -96,10 +96,8 @@ def speed_table(*results: str) -> str:
     for row in rows:
         speedup = "over budget" if row["speedup"] is None else f"{row['speedup']:.2f}"
         time, peak = row["timing"]["p50"], row["peak_bytes"]
-        name, memory = (
-            form_name(row["form"]).replace("ours", "**ours**"),
-            "" if peak is None else f"{peak / 1e6:.0f} MB",
-        )
+        name = form_name(row["form"]).replace("ours", "**ours**")
+        memory = "" if peak is None else f"{peak / 1e6:.0f} MB"
         lines.append(f"| {title(row)} | {name} | {time:.0f} | {speedup} | {memory} |")
     sources = dict.fromkeys(describe(row["provenance"]) for row in rows)
     return "\n".join([*lines, "", f"Medians, forms in turn. {'; '.join(sources)}."])

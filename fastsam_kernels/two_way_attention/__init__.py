@@ -170,13 +170,14 @@ def two_way_attention(
         raise ValueError(f"queries must be {expected}, got {list(queries.shape)}")
     _check_values(*ask)
     _check_dtypes(keys, queries=queries, value_weight=value_weight, value_bias=value_bias)
-    constraint = _constraint(token_values, value_weight.shape[0] // queries.shape[1])
-    constraint = constraint if image_queries is None else _KEPT_QUERIES
+    head_dim = len(value_weight) // heads
+    constraint = _constraint(token_values, head_dim) if image_queries is None else _KEPT_QUERIES
     chosen = choose("two_way_attention", kernels, keys.device, constraint, *update, *ask)
     if chosen == "triton":
         from .two_way_kernel import two_way_triton
 
-        queries = F.pad(queries, (0, 0, 0, tokens - asked))  # the kernel has one number of tokens
+        if asked < tokens:  # the kernel has one number of tokens
+            queries = F.pad(queries, (0, 0, 0, tokens - asked))
         keys, learnt = two_way_triton(*update, queries, value_weight, value_bias, eps, image_index)
         return keys, learnt[:, :asked]
     if chosen == "reference":
@@ -262,22 +263,22 @@ def image_to_token_torch(
 ) -> Tensor:
     """Scores with the image tokens innermost, so that the softmax over a few tokens runs along them; in place."""
     prompts, heads, tokens, _ = token_keys.shape
-    recorded = recording(keys, token_keys, token_values)
     keys = _of_prompts(keys, image_index, prompts)
     blocks = _blocks(keys)
-    room = None
     if image_queries is None:
         bias, offered = (_shared(x.flatten(1, 2), blocks) for x in (token_bias[..., None], token_keys))
-        located = _split(keys + key_pe, blocks)
+        room = located = _split(keys + key_pe, blocks)
         scores = torch.baddbmm(bias, offered, located.transpose(1, 2)).unflatten(1, (heads, tokens))
-        if located.is_contiguous() and not (recorded or torch.compiler.is_compiling()):
-            room = located  # the sums with the positions have served: their memory is used again
     else:
+        room = None
         scores = _kept_scores(image_queries, token_keys, image_index).add_(token_bias[..., None])
+    recorded = recording(scores, token_values)
     weights = torch.softmax(scores, 2, out=scores if scores.is_contiguous() and not recorded else None).flatten(1, 2)
     if image_queries is not None and blocks > 1:
         weights = weights[0].unflatten(1, (blocks, -1)).transpose(0, 1)
     values = _shared(token_values.flatten(1, 2), blocks)
+    if room is not None and (recorded or torch.compiler.is_compiling() or not room.is_contiguous()):
+        room = None  # else the sums with the positions have served, and their memory is used again
     updated = torch.bmm(weights.transpose(1, 2), values, out=room).add_(_split(keys, blocks))
     return F.layer_norm(updated.view(keys.shape), norm_weight.shape, norm_weight, norm_bias, eps)
 

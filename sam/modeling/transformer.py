@@ -96,14 +96,15 @@ class Attention(nn.Module):
         the values have been through ``out_proj``. ``token_mask`` [P, T] is False for tokens that are padding.
         """
         offered = self.k_proj(k) * self._scale
-        keys = offered.unflatten(-1, (self.num_heads, -1))
-        bias = (
-            (keys * self.q_proj.bias.view(self.num_heads, -1)).sum(-1) if fold_keys else torch.zeros_like(keys[..., 0])
-        )
+        by_head = offered.unflatten(-1, (self.num_heads, -1))
+        if fold_keys:
+            keys = self._by_head(offered, self.q_proj.weight)
+            bias = (by_head * self.q_proj.bias.view(self.num_heads, -1)).sum(-1)
+        else:
+            keys, bias = by_head.transpose(1, 2), torch.zeros_like(by_head[..., 0])
         if token_mask is not None:
             bias = bias.masked_fill(~token_mask[..., None], -torch.inf)
         values = self._by_head(self.v_proj(v), self.out_proj.weight.t()) + self.out_proj.bias / self.num_heads
-        keys = self._by_head(offered, self.q_proj.weight) if fold_keys else keys.transpose(1, 2)
         return keys, bias.transpose(1, 2), values
 
     def attend_shared(self, tokens: Tensor, image: SharedImageSide, kernels: str) -> Tensor:
@@ -355,8 +356,9 @@ class TwoWayTransformer(nn.Module):
         keys = keys if shared is None else shared.keys
         # Kept queries spare the torch form the sums with the positions and most of the scores; the Triton form reads
         # the image tokens in any case.
-        unfolded = shared is not None and resolve_kernels(kernels, keys.device) == "torch"
-        image_queries = shared.q if shared is not None and unfolded else None
+        image_queries = None
+        if shared is not None and resolve_kernels(kernels, keys.device) == "torch":
+            image_queries = shared.q
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
             queries = layer.update_tokens(queries, attended)
             told = layer.cross_attn_image_to_token.fold_tokens(

@@ -194,10 +194,10 @@ def test_fewer_tokens_may_ask_the_image_than_it_asks(device: torch.device, kerne
     assert_close_l2(some, learnt[:, :5], 1e-6, kernels)
 
 
-def kept_queries(inputs: Inputs, grid: int, images: int, dtype: torch.dtype) -> tuple[Inputs, Inputs, Tensor]:
+def kept_queries(inputs: Inputs) -> tuple[Inputs, Inputs, Tensor]:
     """The same attention with the projection of the image's queries folded into the tokens, and with them kept."""
     keys, key_pe, folded = inputs[:3]
-    prompts, heads, tokens, channels = folded.shape
+    (prompts, heads, tokens, channels), dtype = folded.shape, folded.dtype
     draws = torch.Generator().manual_seed(5)
     weight, bias, offered = (
         torch.randn(shape, generator=draws, dtype=dtype) / 4
@@ -217,7 +217,7 @@ def kept_queries(inputs: Inputs, grid: int, images: int, dtype: torch.dtype) -> 
 def test_kept_queries_of_the_image_give_the_same(kernels: str, prompts: int, images: int, grid: int) -> None:
     inputs = make_inputs(prompts, 7, grid, torch.float64, images=images)
     index = torch.tensor([1, 0, 1])[:prompts] % images if images else None
-    folded, unfolded, queries = kept_queries(inputs, grid, images, torch.float64)
+    folded, unfolded, queries = kept_queries(inputs)
     expected = two_way_attention(*folded, image_index=index, kernels="reference")
     found = two_way_attention(*unfolded, image_index=index, image_queries=queries, kernels=kernels)
     for some, other in zip(found, expected, strict=True):
@@ -227,7 +227,7 @@ def test_kept_queries_of_the_image_give_the_same(kernels: str, prompts: int, ima
 
 
 def test_gradients_with_kept_queries() -> None:
-    _, inputs, queries = kept_queries(make_inputs(2, 3, 2, torch.float64, images=1), 2, 1, torch.float64)
+    _, inputs, queries = kept_queries(make_inputs(2, 3, 2, torch.float64, images=1))
     inputs = tuple(tensor.requires_grad_(tensor is not inputs[3]) for tensor in (*inputs, queries))
     index = torch.zeros(2, dtype=torch.int64)
 
@@ -238,7 +238,7 @@ def test_gradients_with_kept_queries() -> None:
 
 
 def test_kept_queries_have_no_triton_form_and_must_fit(device: torch.device) -> None:
-    _, inputs, queries = kept_queries(make_inputs(2, 7, 3, torch.float32), 3, 0, torch.float32)
+    _, inputs, queries = kept_queries(make_inputs(2, 7, 3, torch.float32))
     with pytest.raises(UnsupportedKernelError, match="it folds the queries of the image, and image_queries is given"):
         two_way_attention(*inputs, image_queries=queries, kernels="triton")
     for wrong in (queries[:1], queries[:, 1:], queries[..., 1:]):
