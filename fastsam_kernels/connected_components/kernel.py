@@ -4,6 +4,9 @@ Each pixel first points to the start of its run within a block of columns; runs 
 then united by atomic minima, after which every pixel follows its pointers to the root. A root is the least pixel of
 its component, so the order in which atomics happen does not show. A pointer read late is an older ancestor in the
 same component, and the atomic itself says what was there: nothing has to be in step.
+
+Every pixel has one thread: two threads of a pixel may read different pointers, and would no longer agree on how often
+to go on. So a block has no more threads than columns.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from torch import Tensor
 
 from ..launch import Launch
 from ..tile_config import TileConfig, arch_of, lookup
+
+_WARP = 32  # threads
 
 
 @triton.jit
@@ -126,7 +131,8 @@ def unite(p_parents, a, b, active):
 def plan(masks: Tensor, parents: Tensor, labels: Tensor, tile: TileConfig) -> list[Launch]:
     """The three launches that fill ``labels``; ``parents`` is of the same shape. Tensors may be on the meta device."""
     count, height, width = masks.shape
-    block_w = min(tile.blocks["BLOCK_W"], max(16, triton.next_power_of_2(width)))
+    block_w = min(tile.blocks["BLOCK_W"], max(_WARP, triton.next_power_of_2(width)))
+    warps = min(tile.num_warps, block_w // _WARP)
     blocks = triton.cdiv(width, block_w)
     sizes = {"height": height, "width": width, "blocks": blocks}
     strides = {f"stride_{axis}": stride for axis, stride in zip("nhw", masks.stride(), strict=True)}
@@ -135,7 +141,7 @@ def plan(masks: Tensor, parents: Tensor, labels: Tensor, tile: TileConfig) -> li
         (unite_kernel, {"parents_ptr": parents, **sizes}),
         (labels_kernel, {"parents_ptr": parents, "labels_ptr": labels, **sizes}),
     )
-    tile = TileConfig({"BLOCK_W": block_w}, tile.num_warps, tile.num_stages, tile.provisional, tile.provenance)
+    tile = TileConfig({"BLOCK_W": block_w}, warps, tile.num_stages, tile.provisional, tile.provenance)
     return [Launch(kernel, (count * height * blocks,), values, {}, tile) for kernel, values in arguments]
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernels.foundation import kernel_without
 
 from fastsam_kernels import UnsupportedKernelError, connected_components
-from fastsam_kernels.tile_config import lookup
+from fastsam_kernels.tile_config import SHARED_MEMORY, lookup
 
 
 def canonical(mask: np.ndarray) -> np.ndarray:
@@ -119,6 +119,19 @@ def test_offsets_are_64_bit(device: torch.device) -> None:
     for launch in launches[1:]:
         launch.run()
     assert not torch.equal(labels[2], expected[2])
+
+
+@pytest.mark.parametrize("width", [1, 12, 31, 33, 64, 65, 200, 3000])
+def test_a_pixel_has_one_thread(width: int) -> None:
+    """Two would read the pointers that others change, and go on differently: undefined where they meet."""
+    from fastsam_kernels.connected_components.kernel import plan
+
+    masks = torch.empty(2, 3, width, dtype=torch.bool, device="meta")
+    numbers = torch.empty(masks.shape, dtype=torch.int32, device="meta")
+    for arch in SHARED_MEMORY:
+        for launch in plan(masks, numbers, numbers, lookup("connected_components", arch, torch.bool)):
+            assert 32 * launch.tile.num_warps <= launch.tile.blocks["BLOCK_W"]
+            assert launch.grid[0] * launch.tile.blocks["BLOCK_W"] >= masks.numel()
 
 
 def test_opcheck(device: torch.device) -> None:
