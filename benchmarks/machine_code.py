@@ -138,9 +138,8 @@ def compile_launch(launch: Launch, arch: int | str) -> Any:
 
     types, constants, attributes = signature_of(launch)
     source = ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages}
     target = GPUTarget("hip", arch, 64) if arch == AMD else GPUTarget("cuda", arch, 32)
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=launch.options)
 
 
 def inspect(case: CompileCase) -> Compiled:

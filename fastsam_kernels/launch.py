@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from .tile_config import TileConfig
 
@@ -19,6 +23,7 @@ class Launch:
         arguments: tensors and numbers, by parameter name.
         constants: compile-time parameters, by name, those of the tile left out.
         tile: the rest of the compile-time parameters, warps and stages.
+        fuse_multiply_add: whether the compiler may leave products unrounded that are added to something.
     """
 
     kernel: Any
@@ -26,15 +31,27 @@ class Launch:
     arguments: Mapping[str, Any]
     constants: Mapping[str, Any]
     tile: TileConfig
+    fuse_multiply_add: bool = True
 
     @property
     def constexprs(self) -> dict[str, Any]:
         return {**self.constants, **self.tile.blocks}
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the compiler."""
+        tile = self.tile
+        return {
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+            "enable_fp_fusion": self.fuse_multiply_add,
+        }
+
     def run(self) -> None:
-        self.kernel[self.grid](
-            **self.arguments, **self.constexprs, num_warps=self.tile.num_warps, num_stages=self.tile.num_stages
-        )
+        """Launch on the device of the tensors, on its current stream."""
+        device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self.kernel[self.grid](**self.arguments, **self.constexprs, **self.options)
 
 
 @dataclass(frozen=True)

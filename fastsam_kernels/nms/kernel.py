@@ -39,19 +39,13 @@ def overlap_bits_kernel(
     u0, v0, u1, v1 = tl.load(p_j), tl.load(p_j + 1), tl.load(p_j + 2), tl.load(p_j + 3)
     width = tl.minimum(x1[:, None], u1[None, :]) - tl.maximum(x0[:, None], u0[None, :])
     height = tl.minimum(y1[:, None], v1[None, :]) - tl.maximum(y0[:, None], v0[None, :])
-    both = rounded_product(tl.maximum(width, 0.0), tl.maximum(height, 0.0))
-    own = rounded_product(x1 - x0, y1 - y0)
-    other = rounded_product(u1 - u0, v1 - v0)
+    both = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
+    own = (x1 - x0) * (y1 - y0)
+    other = (u1 - u0) * (v1 - v0)
     union = own[:, None] + other[None, :] - both
     overlap = (tl.div_rn(both, union) > threshold) & (i[:, None] < j[None, :]) & (j < count)[None, :]
     words = tl.sum(overlap.to(tl.int32) << bit[None, :], 1)
     tl.store(bits_ptr + i.to(tl.int64) * WORDS + word, words, mask=i < count)
-
-
-@triton.jit
-def rounded_product(a, b):
-    """a * b rounded to fp32 before anything is added to it: a fused multiply-add would decide otherwise."""
-    return (a.to(tl.float64) * b.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
@@ -99,6 +93,7 @@ def plan(boxes: Tensor, threshold: float, bits: Tensor, keep: Tensor, tile: Tile
             arguments={"boxes_ptr": boxes, "bits_ptr": bits, "count": count, "threshold": threshold},
             constants={"WORDS": words},
             tile=tile,
+            fuse_multiply_add=False,  # a product that is not rounded would decide otherwise
         ),
         Launch(
             kernel=sweep_kernel,

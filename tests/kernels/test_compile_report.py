@@ -67,6 +67,26 @@ def test_a_tile_that_spills_fails(tmp_path: Path) -> None:
     assert "of shared memory, over 166912" in done.stdout or "bytes of stack" in done.stdout
 
 
+NO_FUSED_MULTIPLY_ADD = """
+from benchmarks.compile_cases import compile_cases
+from benchmarks.machine_code import compile_launch
+
+for case in compile_cases(["nms"], [90]):
+    assembly = compile_launch(case.launch, 90).asm["ptx"]
+    print(case.shape, assembly.count("mul.rn.f32") + assembly.count("mul.f32"), assembly.count("fma"))
+"""
+
+
+def test_the_products_of_nms_are_rounded() -> None:
+    """A sum of a product that is not decides otherwise than the host where an overlap is at the threshold."""
+    done = run("-c", NO_FUSED_MULTIPLY_ADD)
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = {line.split(",")[0]: [int(count) for count in line.split()[-2:]] for line in done.stdout.splitlines()}
+    products, fused = counts["overlaps"]
+    assert products > 0
+    assert fused == 0
+
+
 def test_an_interpreting_process_refuses() -> None:
     done = report("--arch", "80", interpret=True)
     assert done.returncode != 0
