@@ -73,6 +73,8 @@ def mask_postprocess_kernel(
             decided = (least - guard > tl.maximum(above, below)) | (greatest + guard <= tl.minimum(above, below))
         else:
             decided = (least - guard > threshold) | (greatest + guard <= threshold)
+        # The least and the greatest leave NaN out, which no threshold is below.
+        decided = decided & (tl.sum(tl.sum((b_patch != b_patch).to(tl.int32), 1), 0) == 0)
         pixels = tl.zeros([32, BLOCK_W], tl.float32) + least
         if not decided:
             pixels = evaluate(

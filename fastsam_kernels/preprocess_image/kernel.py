@@ -53,7 +53,7 @@ def preprocess_image_kernel(
                 weight = row_weight * tl.load(column_weights_ptr + x_in * COLUMN_TAPS + j)[None, :]
                 red += weight * tl.load(p_taps).to(tl.float32)
                 green += weight * tl.load(p_taps + stride_c).to(tl.float32)
-                blue += weight * tl.load(p_taps + 2 * stride_c).to(tl.float32)
+                blue += weight * tl.load(p_taps + stride_c + stride_c).to(tl.float32)
     p_out = out_ptr + y[:, None] * image_size + x[None, :]
     used = (y < image_size)[:, None] & (x < image_size)[None, :]
     inside = (y < height)[:, None] & (x < width)[None, :]
@@ -83,8 +83,8 @@ def plan(image: Tensor, size: tuple[int, int], mean: Tensor, std: Tensor, out: T
             "row_weights_ptr": row_weights,
             "column_first_ptr": column_first,
             "column_weights_ptr": column_weights,
-            "mean_ptr": mean,
-            "std_ptr": std,
+            "mean_ptr": mean.contiguous(),
+            "std_ptr": std.contiguous(),
             "out_ptr": out,
             "height": size[0],
             "width": size[1],

@@ -167,7 +167,7 @@ def plan(
             "token_values_ptr": token_values.contiguous(),
             "norm_weight_ptr": norm_weight.contiguous(),
             "norm_bias_ptr": norm_bias.contiguous(),
-            "index_ptr": image_index,
+            "index_ptr": None if image_index is None else image_index.contiguous(),
             "out_ptr": out,
             "image_tokens": image_tokens,
             "tokens": tokens,

@@ -215,7 +215,7 @@ def plan(
             "keys_ptr": keys,
             "key_pe_ptr": key_pe.contiguous(),
             "value_weight_ptr": value_weight.contiguous(),
-            "index_ptr": image_index,
+            "index_ptr": None if image_index is None else image_index.contiguous(),
             "partial_ptr": partial,
             "stats_ptr": stats,
             "image_tokens": keys.shape[1],

@@ -161,7 +161,7 @@ def plan(
             "norm_bias_ptr": norm_bias.contiguous(),
             "queries_ptr": queries.contiguous(),
             "value_weight_ptr": value_weight.contiguous(),
-            "index_ptr": image_index,
+            "index_ptr": None if image_index is None else image_index.contiguous(),
             "out_ptr": out_keys,
             "partial_ptr": partial,
             "stats_ptr": stats,

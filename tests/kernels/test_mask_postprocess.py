@@ -121,6 +121,19 @@ def test_nothing_and_everything(device: torch.device, kernels: str) -> None:
 
 
 @pytest.mark.parametrize("kernels", ["reference", "torch", "triton"])
+def test_nan_is_outside(device: torch.device, kernels: str) -> None:
+    """One logit of a mask that is far above the threshold everywhere else, so that its tile looks decided."""
+    low_res, resizing = torch.full((1, 16, 16), 5.0, device=device), resizing_of(64, 64, 64)
+    low_res[0, 7, 9] = torch.nan
+    outside = torch.zeros(64, 64, dtype=torch.bool, device=device)
+    outside[26:34, 34:42] = True  # the pixels between it and its neighbours
+    mask = unpack_masks(packed_masks(low_res, resizing, kernels=kernels), 64)[0]
+    assert not (mask & outside).any()
+    assert mask[:, :32].all() if kernels == "torch" else torch.equal(mask, ~outside)  # which loses the tile
+    assert mask_statistics(low_res, resizing, kernels=kernels).area.item() == mask.sum()
+
+
+@pytest.mark.parametrize("kernels", ["reference", "torch", "triton"])
 def test_no_masks(device: torch.device, kernels: str) -> None:
     low_res, resizing = torch.zeros(0, 16, 16, device=device), resizing_of(37, 50, 64)
     assert packed_masks(low_res, resizing, kernels=kernels).shape == (0, 50, 2)
