@@ -18,6 +18,7 @@ from torch import Tensor
 
 KERNELS = ("auto", "reference", "torch", "triton")
 OLDEST_CAPABILITY = (8, 0)
+_HAS_TRITON = find_spec("triton") is not None  # asked once: it searches the disk, and no compiler follows it there
 
 logger = logging.getLogger("fastsam_kernels")
 
@@ -71,7 +72,8 @@ def choose(operation: str, kernels: str, device: torch.device, constraint: str |
             raise UnsupportedKernelError(f"the Triton form of {operation} cannot run here: {problem}")
         return "triton"
     chosen = "torch" if problem is not None or interpreting() else "triton"
-    _log_once(operation, str(device), chosen, problem)
+    if not torch.compiler.is_compiling():
+        _log_once(operation, str(device), chosen, problem)
     return chosen
 
 
@@ -85,13 +87,8 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None  # which searches the disk until it is imported
-
-
 def _device_constraint(device: torch.device) -> str | None:
-    if not _has_triton():
+    if not _HAS_TRITON:
         return "triton is not installed"
     if device.type == "cpu" and interpreting():
         return None
