@@ -101,26 +101,18 @@ class InteractiveSession:
         resizing = Resizing(geometry.image_size, geometry.input_size, geometry.original_size)
         threshold, kernels = self._model.mask_threshold, self._model.kernels
 
-        def finish(logits: Tensor, iou: Tensor) -> tuple[Tensor, Tensor]:
-            """What goes to the host, words and predicted IoU, and the logits of the chosen mask."""
+        def use(logits: Tensor, iou: Tensor) -> bool:
+            """Keep the logits of the best mask, and send its words and predicted IoU to the host."""
             best = iou[0].argmax()[None]
-            chosen = logits[0].index_select(0, best).to(self._logits.dtype)
-            words = packed_masks(chosen, resizing, threshold=threshold, kernels=kernels).flatten()
+            torch.index_select(logits[0].to(self._logits.dtype), 0, best, out=self._logits[0])
+            words = packed_masks(self._logits[0], resizing, threshold=threshold, kernels=kernels).flatten()
             score = iou[0].index_select(0, best).float().view(torch.int32)
-            return torch.cat([words, score]), chosen[None]
-
-        def use(outputs: tuple[Tensor, ...]) -> bool:
-            self._host.copy_(outputs[0], non_blocking=True)
-            self._logits.copy_(outputs[1])
+            self._host.copy_(torch.cat([words, score]), non_blocking=True)
             return True
 
         model, images = self._model, [self._embedding]
-        done = None
-        if model.runtime is not None and model.resolved_kernels == "triton":  # the others wait for the device
-            key = ("interactive", resizing, threshold, kernels)
-            done = model.runtime.decode_then(images, batch, ambiguous, finish=finish, use=use, key=key)
-        if done is None:
-            use(finish(*model.decode(images, batch, ambiguous)))
+        if model.runtime is None or not model.runtime.decode_then(images, batch, ambiguous, use=use):
+            use(*model.decode(images, batch, ambiguous))
         if self._model.device.type == "cuda":
             torch.cuda.current_stream(self._model.device).synchronize()
         self._points, self._labels, self._box, self._answered = points, labels, box, True

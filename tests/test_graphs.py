@@ -243,6 +243,31 @@ def test_sessions_of_one_model_do_not_mix(models: tuple[Sam, Sam]) -> None:
             assert agree(session.click(*CLICKS[turn]), masks[turn])
 
 
+def test_sessions_on_images_of_any_size_share_what_is_recorded(models: tuple[Sam, Sam]) -> None:
+    replaying, eager = models
+    recorded = []
+    for size in ((48, 60), (33, 64), (64, 20)):
+        embedding = eager.encode(random_image(*size))
+        session = InteractiveSession(replaying, embedding)
+        for click, mask in zip(CLICKS[:4], by_prediction(eager, embedding, CLICKS[:4]), strict=True):
+            assert agree(session.click(*click), mask)
+        recorded.append(Rerun.recorded)
+    assert recorded[0] == recorded[-1] == len(replaying.runtime.buckets) > 1  # type: ignore[union-attr]
+
+
+def test_a_move_to_where_it_is_records_anew(models: tuple[Sam, Sam]) -> None:
+    """It drops what is derived from the weights, whose addresses a graph has."""
+    replaying, eager = models
+    embedding, asked = eager.encode(random_image(48, 60)), [Prompt([[3, 4]], [1])]
+    for move in (lambda: None, lambda: replaying.to("cpu"), lambda: replaying.mask_decoder.float()):
+        before = Rerun.recorded
+        move()
+        replaying.predict(embedding, asked)
+        assert Rerun.recorded == before + 1
+        replaying.predict(embedding, asked)
+        assert Rerun.recorded == before + 1
+
+
 def test_graphs_need_a_gpu() -> None:
     with pytest.raises(ValueError, match="cuda_graphs needs a CUDA device, got cpu"):
         load_model(device="cpu", cuda_graphs=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -225,6 +228,24 @@ def test_gradcheck_of_the_decoder() -> None:
 
 
 # What is kept ---------------------------------------------------------------------------------------------
+
+
+def test_threads_derive_a_value_once() -> None:
+    """Who holds the first one by its address, as a graph does, would lose it to the second."""
+    model, made, meet = random_model(TINY), [], threading.Barrier(4)
+
+    def slowly() -> object:
+        made.append(object())
+        time.sleep(0.05)
+        return made[-1]
+
+    def ask(_: int) -> object:
+        meet.wait()
+        return model.derived("slow", slowly, model.prompt_encoder.no_mask_embed.weight)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(ask, range(4))) == set(made)
+    assert len(made) == 1
 
 
 def test_derived_values_are_kept_and_dropped() -> None:

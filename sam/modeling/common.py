@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import threading
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from fastsam_kernels.dispatch import recording
 
 T = TypeVar("T")
+
+_MAKING = threading.RLock()  # of values derived from weights; some are made of others
 
 
 class MLPBlock(nn.Module):
@@ -68,17 +71,29 @@ class Fp32Buffers(nn.Module):
         return self
 
 
+def _finish(sources: Sequence[Tensor]) -> None:
+    """Wait for what was computed of ``sources`` on this stream, which other streams do not wait for."""
+    device = next((source.device for source in sources if source.device.type == "cuda"), None)
+    if device is not None and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).synchronize()
+
+
 class DerivedWeights(nn.Module):
     """A module that keeps values computed from its weights until the weights change.
 
     Kept values are dropped by ``.to()`` and its kin, by ``load_state_dict``, and when one of the named
     sources was written in place (an optimiser step). Nothing is kept while autograd records a source,
-    nor in a compiled graph, which makes it of the weights that it is given.
+    nor in a compiled graph, which makes it of the weights that it is given. Threads may ask at once, each on a
+    stream of its own: one of them makes the value, and the others get it finished.
+
+    Attributes:
+        times_dropped: how often everything was dropped; who reads kept values by their addresses asks.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._derived: dict[str, tuple[Hashable, Any]] = {}
+        self.times_dropped = 0
 
     def derived(self, name: str, make: Callable[[], T], *sources: Tensor) -> T:
         """The value of ``make()``, a function of ``sources`` alone, computed once for their present values."""
@@ -86,20 +101,27 @@ class DerivedWeights(nn.Module):
             return make()
         key = weights_key(*sources)
         kept = self._derived.get(name)
-        if kept is not None and kept[0] == key:
-            return kept[1]
-        # A value made inside inference_mode could never meet autograd later.
-        with torch.inference_mode(False), torch.no_grad():
-            value = make()
-        self._derived[name] = (key, value)
-        return value
+        if kept is None or kept[0] != key:
+            with _MAKING:
+                kept = self._derived.get(name)
+                if kept is None or kept[0] != key:
+                    # A value made inside inference_mode could never meet autograd later.
+                    with torch.inference_mode(False), torch.no_grad():
+                        kept = (key, make())
+                    _finish(sources)
+                    self._derived[name] = kept
+        return kept[1]
+
+    def _drop_derived(self) -> None:
+        self._derived.clear()
+        self.times_dropped += 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._derived.clear()
+        self._drop_derived()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._derived.clear()
+        self._drop_derived()
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ T = TypeVar("T")
 Outputs = tuple[Tensor, ...]
 
 _WARM_UPS = 2  # runs before a capture: kernels are compiled and weights derived in the first
+_RECORDING = threading.Lock()  # torch captures one graph at a time, and waits for the device as it begins
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,17 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], None]) -> Recording:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            for _ in range(_WARM_UPS):
+        with _RECORDING, torch.cuda.device(self._device):
+            before = torch.cuda.current_stream()
+            self._stream.wait_stream(before)
+            with torch.cuda.stream(self._stream):
+                for _ in range(_WARM_UPS):
+                    function()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may go on allocating meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 function()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on allocating meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            function()
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            before.wait_stream(self._stream)
         return graph
 
 

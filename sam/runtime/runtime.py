@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 logger = logging.getLogger("sam")
 
-_VERSION = attrgetter("_version")
+_VERSION, _DROPPED = attrgetter("_version"), attrgetter("times_dropped")
 _LARGEST_IMAGE_BATCH = 8
 _MOST_GRAPHS = 256
 # Of a graph. The image side of a prompt is 2 MB in bf16 and several are alive: a pool for more would be gigabytes.
@@ -165,11 +165,7 @@ class Runtime:
         """Logits [P, C, h, w] and predicted IoU [P, C] of at most a chunk of prompts; None where no bucket fits."""
         rows = slice(len(batch))
         return self.decode_then(
-            embeddings,
-            batch,
-            multimask,
-            finish=lambda logits, iou: (logits, iou),
-            use=lambda outputs: (outputs[0][rows].clone(), outputs[1][rows].clone()),
+            embeddings, batch, multimask, use=lambda logits, iou: (logits[rows].clone(), iou[rows].clone())
         )
 
     def decode_then(
@@ -178,21 +174,15 @@ class Runtime:
         batch: PromptBatch,
         multimask: bool,
         *,
-        finish: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
-        use: Callable[[tuple[Tensor, ...]], T],
-        key: Hashable = None,
+        use: Callable[[Tensor, Tensor], T],
     ) -> T | None:
-        """``use(finish(logits, iou))`` of the padded batch, with ``finish`` in the graph where there is one.
+        """``use(logits, iou)`` of the padded batch; None where no bucket fits.
 
         Args:
             embeddings, batch: at most a chunk of prompts, and their images.
             multimask: three masks a prompt instead of one.
-            finish: may not wait for the device.
-            use: takes what it needs of the results, which the next request overwrites.
-            key: stands for everything that ``finish`` reads besides its arguments.
-
-        Returns:
-            None where no bucket fits.
+            use: takes what it needs of the results, which the next request overwrites. No graph has it: what depends
+                on the size of an image would be recorded for every size.
         """
         bucket = self._bucket_of(len(embeddings), batch, multimask)
         if bucket is None:
@@ -207,13 +197,13 @@ class Runtime:
                 start = time.perf_counter()
                 logits, iou = self._compiled(*tensors, *prompts, multimask=multimask, kernels=kernels)
                 self._first_use.setdefault(bucket, time.perf_counter() - start)
-            return use(finish(logits, iou))
+            return use(logits, iou)
 
         used, seconds = self._graphs_now().run(
-            (key, bucket),
-            lambda *tensors: finish(*self._decode_padded(*tensors, multimask=multimask, kernels=kernels)),
+            bucket,
+            lambda *tensors: self._decode_padded(*tensors, multimask=multimask, kernels=kernels),
             [*image, *(None if tensor is None else Rows.of(tensor) for tensor in prompts)],
-            use,
+            lambda outputs: use(*outputs),
         )
         if seconds is not None:
             self._first_use.setdefault(bucket, seconds)
@@ -229,7 +219,7 @@ class Runtime:
     def _graphs_now(self) -> Graphs:
         """The graphs for the weights as they are."""
         model = self._model
-        settings = (model.device, model.resolved_kernels, torch.get_float32_matmul_precision())
+        settings = (model.device, model.resolved_kernels, torch.backends.cuda.matmul.fp32_precision)
         now = (settings, self._weights())
         with self._lock:
             if self._graphs is None or now != self._recorded_with:
@@ -240,17 +230,25 @@ class Runtime:
             return self._graphs
 
     def _weights(self) -> Hashable:
-        """Changes when a weight of the decoder does; a click asks, so it is as short as it can be."""
+        """Changes when a weight of the decoder does, or what is derived of them may have moved.
 
-        def tensors(part: DerivedWeights) -> tuple[list[Tensor], list[Tensor]]:
+        A click asks, so it is as short as it can be.
+        """
+
+        def parts(part: DerivedWeights) -> tuple[list[Tensor], list[Tensor], list[DerivedWeights]]:
             every = [*part.parameters(), *part.buffers()]
-            return every, [tensor for tensor in every if not tensor.is_inference()]
+            deriving = [module for module in part.modules() if isinstance(module, DerivedWeights)]
+            return every, [tensor for tensor in every if not tensor.is_inference()], deriving
 
         keys: list[Hashable] = []
         for part in (self._model.prompt_encoder, self._model.mask_decoder):
             # The lists are dropped by ``.to()`` and ``load_state_dict``, with all that is derived from weights.
-            every, versioned = part.derived("all weights", lambda part=part: tensors(part))  # type: ignore[misc]
-            keys += [tuple(map(Tensor.data_ptr, every)), tuple(map(_VERSION, versioned))]
+            every, versioned, deriving = part.derived("all weights", lambda part=part: parts(part))  # type: ignore[misc]
+            keys += [
+                tuple(map(Tensor.data_ptr, every)),
+                tuple(map(_VERSION, versioned)),
+                tuple(map(_DROPPED, deriving)),
+            ]
         return tuple(keys)
 
     def _image_rows(self, embeddings: Sequence[ImageEmbedding], bucket: Bucket) -> list[Rows | None]:
