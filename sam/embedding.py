@@ -25,6 +25,33 @@ if TYPE_CHECKING:
 _FORMAT = "sam-image-embedding-1"
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """An image side, for which values it holds, and on a GPU the stream that computes it and the end of that."""
+
+    key: Hashable
+    side: SharedImageSide
+    stream: torch.cuda.Stream | None
+    done: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, key: Hashable, side: SharedImageSide) -> _Kept:
+        if side.keys.device.type != "cuda":
+            return cls(key, side, None, None)
+        stream = torch.cuda.current_stream(side.keys.device)
+        return cls(key, side, stream, stream.record_event())
+
+    def for_this_stream(self) -> SharedImageSide:
+        """The side, once it is computed: whoever asks may be a thread with a stream of its own."""
+        if self.stream is not None and self.done is not None:
+            here = torch.cuda.current_stream(self.stream.device)
+            if here != self.stream:
+                here.wait_event(self.done)
+                for tensor in self.side.tensors:
+                    tensor.record_stream(here)
+        return self.side
+
+
 @dataclass(frozen=True, eq=False)
 class ImageEmbedding:
     """The encoder's answer for one image and all that is needed to predict masks from it.
@@ -45,7 +72,7 @@ class ImageEmbedding:
     model_hash: str | None = None
     model_name: str = "unknown"
     image_hash: str | None = None
-    _shared: tuple[Hashable, SharedImageSide] | None = field(default=None, init=False, repr=False)
+    _shared: _Kept | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.features.ndim != 4 or self.features.shape[0] != 1:
@@ -60,8 +87,7 @@ class ImageEmbedding:
         """Of the features and of what the decoder attached to them."""
         tensors = [self.features]
         if self._shared is not None:
-            side = self._shared[1]
-            tensors += [side.keys, side.k, side.v, side.q]
+            tensors += self._shared.side.tensors
         return sum(tensor.nbytes for tensor in tensors)
 
     def to(self, device: torch.device | str) -> ImageEmbedding:
@@ -74,10 +100,10 @@ class ImageEmbedding:
         ``key`` stands for the values that ``make`` reads. Two threads may both make it; the values are the same.
         """
         kept = self._shared
-        if kept is None or kept[0] != key:
-            kept = (key, make())
+        if kept is None or kept.key != key:
+            kept = _Kept.of(key, make())
             object.__setattr__(self, "_shared", kept)
-        return kept[1]
+        return kept.for_this_stream()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file that :meth:`load` reads; a file already there is replaced whole or not at all."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -193,9 +194,10 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class RaggedChunk:
-    """Some of the prompts of a ragged request, and their places in it."""
+    """Some of the prompts of a ragged request, their places in it, and these as an index of rows on the device."""
 
     places: list[int]
+    rows: slice | Tensor
     batch: PromptBatch
 
 
@@ -234,11 +236,17 @@ def _collate(chunk: list[tuple[Any, ...]], with_mask: bool, device: torch.device
     for row, (some_coords, some_labels) in enumerate(zip(all_coords, all_labels, strict=True)):
         coords[row, : len(some_labels)] = some_coords
         labels[row, : len(some_labels)] = some_labels
+
+    def upload(table: np.ndarray) -> Tensor:
+        return torch.from_numpy(table).to(device, non_blocking=True)  # the encoder may still be at work
+
     batch = PromptBatch(
-        torch.from_numpy(coords).to(device),
-        torch.from_numpy(labels).to(device),
-        torch.from_numpy(np.stack(masks)).to(device) if with_mask else None,
-        torch.tensor(images, device=device),
+        upload(coords),
+        upload(labels),
+        upload(np.stack(masks)) if with_mask else None,
+        upload(np.array(images, np.int64)),
         ragged=bool((labels == LABEL_ABSENT).any()),
     )
-    return RaggedChunk(list(places), batch)
+    in_order = all(later == place + 1 for place, later in pairwise(places))
+    rows = slice(places[0], places[-1] + 1) if in_order else upload(np.array(places, np.int64))
+    return RaggedChunk(list(places), rows, batch)

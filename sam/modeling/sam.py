@@ -269,7 +269,7 @@ class Sam(DerivedWeights, Fp32Buffers):
         iou = torch.empty((total, masks_each), device=self.device, dtype=self._logits_dtype)
         geometries = [embedding.geometry for embedding in embeddings]
         for chunk in ragged_chunks(prompts, geometries, self.device, self.prompts_per_chunk):
-            low_res[chunk.places], iou[chunk.places] = self.decode(embeddings, chunk.batch, multimask_output)
+            low_res[chunk.rows], iou[chunk.rows] = self.decode(embeddings, chunk.batch, multimask_output)
 
         counts = [len(of_image) for of_image in prompts]
         return [

@@ -31,6 +31,10 @@ class SharedImageSide:
     v: Tensor
     q: Tensor
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.keys, self.k, self.v, self.q
+
     def select(self, image_index: Tensor) -> SharedImageSide:
         """One row a prompt; a single image serves all without a copy."""
 
@@ -39,7 +43,7 @@ class SharedImageSide:
                 return field.expand(len(image_index), -1, -1)
             return field.index_select(0, image_index)
 
-        return SharedImageSide(*map(rows, (self.keys, self.k, self.v, self.q)))
+        return SharedImageSide(*map(rows, self.tensors))
 
 
 class Attention(nn.Module):
