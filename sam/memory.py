@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
+
 from .modeling import Sam
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_USUAL = {"cpu": 2 * 10**9, "cuda": 8 * 10**9}
 _CLICKS_ON_A_GPU = 1024  # of a batch: the usual grid, so that the host waits once for all
 _DECODER_BYTES = 40 * 10**6  # activations of the mask decoder a click, 64 x 64 tokens in fp32 (34 MB measured)
 _FIXED_BYTES = 64 * 10**6  # of the statistics and bits of masks: blocks of a few masks
@@ -28,6 +29,11 @@ def parse_bytes(size: int | str) -> int:
     if size <= 0:
         raise ValueError(f"a size of memory must be more than 0 bytes, got {size}")
     return size
+
+
+def usual_memory(device: torch.device) -> int:
+    """Bytes that automatic masks plan with where nothing is said."""
+    return (8 if device.type == "cuda" else 2) * 10**9
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class MaskMemory:
         more_click = 9 * logits + (0 if on_cpu else 4 * tokens * model.prompt_encoder.embed_dim)
         # The words of a mask are compared with their neighbours; its logits are stacked.
         mask = 6 * 4 * size[1] * (size[0] // 32 + 2) + logits
-        budget = _USUAL.get(model.device.type, _USUAL["cpu"]) if max_memory is None else max_memory
+        budget = usual_memory(model.device) if max_memory is None else max_memory
         share = (budget - _FIXED_BYTES) // 4
         needed = _FIXED_BYTES + 4 * max(chunk_click, mask)
         if max_memory is not None and max_memory < needed:

@@ -16,7 +16,7 @@ import torch
 from models import TINY, random_image, random_model
 
 import sam
-from sam import Prompt, Sam, rle
+from sam import Prompt, Sam, SamAutomaticMaskGenerator, rle
 from sam.engine import (
     AutomaticOptions,
     DeadlineExceededError,
@@ -27,6 +27,7 @@ from sam.engine import (
     QueueFullError,
 )
 from sam.engine.core import _fair_shares
+from sam.engine.errors import is_out_of_memory
 
 SECONDS = 30
 CLICK = Prompt([(5, 5)], [1])
@@ -394,6 +395,21 @@ def test_an_embedding_over_the_budget_is_used_but_not_kept(engine_of: Callable[.
     assert engine.counters()["cache_bytes"] == 0
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[enforce fail at alloc_cpu.cpp:116] . DefaultCPUAllocator: can't allocate memory",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_shortages_in_words(words: str) -> None:
+    assert is_out_of_memory(RuntimeError(words))
+    assert not is_out_of_memory(ValueError(words))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
 def test_out_of_memory_halves_the_batch_once(engine_of: Callable[..., Engine], gate: Gate) -> None:
     engine = engine_of(max_batch=8)
     gate.open.set()
@@ -411,13 +427,24 @@ def test_out_of_memory_halves_the_batch_once(engine_of: Callable[..., Engine], g
     assert engine.counters()["out_of_memory"] == 4
 
 
-def test_out_of_memory_in_everything_starts_once_more_with_half(engine_of: Callable[..., Engine], gate: Gate) -> None:
+def test_out_of_memory_in_everything_starts_once_more_with_half(
+    engine_of: Callable[..., Engine], gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budgets = []
+
+    class Generator(SamAutomaticMaskGenerator):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            budgets.append(self.max_memory)
+
+    monkeypatch.setattr("sam.engine.core.SamAutomaticMaskGenerator", Generator)
     engine = engine_of(max_batch=4)
     gate.open.set()
     gate.shortage_above = 2
     options = AutomaticOptions(points_per_side=2)
     engine.automatic(random_image(8, 8), options).result(SECONDS)
     assert gate.decoded == [4, 2, 2]
+    assert budgets == [None, 10**9]
     gate.shortage_above = 1
     with pytest.raises(OutOfMemoryError):
         engine.automatic(random_image(8, 8), options).result(SECONDS)

@@ -20,6 +20,7 @@ from fastsam_kernels import Resizing, packed_masks
 from .. import preprocess, rle
 from ..automatic_mask_generator import SamAutomaticMaskGenerator
 from ..embedding import ImageEmbedding, hash_image
+from ..memory import usual_memory
 from ..modeling import Sam
 from ..preprocess import ImageGeometry
 from ..prompts import Prompt, check_mask_inputs, ragged_chunks
@@ -376,7 +377,11 @@ class Engine:
         assert job.embedding is not None
         if job.steps is None:
             generator = SamAutomaticMaskGenerator(
-                self.model, points_per_batch=job.points_per_batch, output_mode="uncompressed_rle", **vars(job.options)
+                self.model,
+                points_per_batch=job.points_per_batch,
+                max_memory=job.max_memory,
+                output_mode="uncompressed_rle",
+                **vars(job.options),
             )
             job.steps = generator.steps(job.embedding)
         self._count("automatic", 1)
@@ -384,17 +389,20 @@ class Engine:
             next(job.steps)
         except StopIteration as stop:
             job.resolve(stop.value)
+            return
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self._relieve()
+            job.steps = None
+        if job.steps is None:
+            self._relieve()  # only now: the error held what the step had allocated
             if job.retried or job.points_per_batch == 1:
                 job.fail(OutOfMemoryError("not enough memory, not for half the batch either"))
-            else:
-                job.retried, job.steps, job.points_per_batch = True, None, job.points_per_batch // 2
-                self._advance(job)
-        else:
-            self._advance(job)
+                return
+            # The memory too: on a GPU a batch has more clicks than it was asked for.
+            job.retried, job.points_per_batch = True, job.points_per_batch // 2
+            job.max_memory = usual_memory(self.model.device) // 2
+        self._advance(job)
 
     def _halving(self, pieces: list[Piece], run: Callable[[list[Piece]], list[Any]]) -> list[Any]:
         """``run(pieces)``, a result a piece; :class:`OutOfMemoryError` where memory runs out again in a half."""
@@ -409,12 +417,13 @@ class Engine:
         for half in filter(None, (pieces[:middle], pieces[middle:])):
             try:
                 results += run(half)
+                continue
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                self._relieve()
-                shortage = OutOfMemoryError("not enough memory, not for half the batch either")
-                results += [shortage] * len(half)
+            self._relieve()
+            shortage = OutOfMemoryError("not enough memory, not for half the batch either")
+            results += [shortage] * len(half)
         return results
 
     def _relieve(self) -> None:

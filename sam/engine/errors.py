@@ -41,8 +41,12 @@ class EngineClosedError(EngineError):
     counter = "abandoned"
 
 
+# What allocates besides torch's allocator says so in words only: torch on a CPU, the driver, its libraries, Triton.
+_SHORTAGES = ("DefaultCPUAllocator", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED", "[CUDA]: out of memory")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that an allocation failed; on a CPU torch says so in words only."""
+    """Whether ``error`` says that an allocation failed."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORTAGES)
