@@ -118,17 +118,20 @@ def run(
         for shape, make in module.TUNING.items()
         if not operations or operation in operations
     ]
+    without = []
     for operation, shape, make in problems:
         for dtype in dtypes:
+            where = f"{operation}, {shape}, sm_{arch}, {str(dtype).removeprefix('torch.')}"
+            print(f"\n{where}", flush=True)
             trials = try_all(make(device, dtype), device, seconds)
-            print(f"\n{operation}, {shape}, sm_{arch}, {str(dtype).removeprefix('torch.')}")
             for trial in trials:
                 outcome = trial.reason if trial.milliseconds is None else f"{trial.milliseconds:.4g} ms"
                 tile = trial.tile
-                print(f"  {dict(tile.blocks)} {tile.num_warps} warps {tile.num_stages} stages: {outcome}")
+                print(f"  {dict(tile.blocks)} {tile.num_warps} warps {tile.num_stages} stages: {outcome}", flush=True)
             if trials[0].milliseconds is None:
-                print("  no candidate is right: nothing written")
-                return 1
-            if write:
+                without.append(where)
+            elif write:
                 write_choice(operation, shape, arch, dtype, trials[0], facts)
-    return 0
+    for where in without:
+        print(f"no candidate is right, nothing written: {where}", flush=True)
+    return 1 if without else 0

@@ -6,7 +6,10 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ from benchmarks.model import decoder_work
 from benchmarks.operations import OPERATIONS
 from benchmarks.provenance import ROOT, form_name, provenance
 from benchmarks.runner import Row, run_case, to_table
-from fastsam_kernels.launch import Launch
+from fastsam_kernels.launch import Launch, Launches
 from fastsam_kernels.tile_config import TileConfig, read_entries
 
 CPU = torch.device("cpu")
@@ -186,6 +189,35 @@ def test_tuning_takes_only_what_is_right() -> None:
     reasons = {trial.tile.blocks["FACTOR"]: trial.reason for trial in trials[2:]}
     assert reasons[3].startswith("error 5.0e-01 over")
     assert reasons[4] == "RuntimeError: out of resource: shared memory"
+
+
+def test_a_shape_without_a_right_tile_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def all_wrong(device: torch.device, dtype: torch.dtype) -> TuneProblem:
+        return replace(multiplication(), candidates=candidates((4,), (1,), FACTOR=(3, 4)))
+
+    shapes = {"wrong": all_wrong, "right": lambda device, dtype: multiplication()}
+    monkeypatch.setattr(tune, "OPERATIONS", {"doubling": SimpleNamespace(TUNING=shapes)})
+    monkeypatch.setattr(tune, "arch_of", lambda device: 80)
+    written: list[Any] = []
+    monkeypatch.setattr(tune, "write_choice", lambda *choice: written.append(choice[:2]))
+    assert tune.run(None, CPU, [torch.float32], 0.01, write=True) == 1
+    assert written == [("doubling", "right")]
+    assert "no candidate is right, nothing written: doubling, wrong, sm_80, float32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("operation", ["image_to_token_attention", "two_way_attention"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_candidate_sums_over_fewer_than_16_products(operation: str, dtype: torch.dtype) -> None:
+    """Which no matrix product compiles with; a dot over tokens has those of a group of heads."""
+    for make in OPERATIONS[operation].TUNING.values():
+        problem = make(CPU, dtype)
+        for tile in problem.candidates:
+            planned = problem.launch(tile)
+            launch = planned.launches[0] if isinstance(planned, Launches) else planned
+            assert min(tile.blocks["BLOCK_N"], tile.blocks.get("ASKED_N", 16)) >= 16
+            assert launch.constants["T_PADDED"] * launch.tile.blocks["HEADS"] >= 16, tile
 
 
 def test_a_choice_replaces_exactly_one_combination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,13 +102,14 @@ LAUNCHES = {"8 tokens": partial(_launches, CLICK_TOKENS), "16 tokens": partial(_
 
 
 def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProblem:
-    from fastsam_kernels.two_way_attention.two_way_kernel import plan
+    from fastsam_kernels.two_way_attention.two_way_kernel import padded_tokens, plan
 
     prompts, image_tokens = (128, 4096) if device.type == "cuda" else (1, 64)
     inputs, rows = _inputs(prompts, image_tokens, tokens, device, dtype), few_rows(prompts)
     out_keys = torch.empty(prompts, image_tokens, CHANNELS, device=device, dtype=dtype)
     out = torch.empty(prompts, tokens, HEADS * HEAD_CHANNELS, device=device, dtype=dtype)
     exact = dtype == torch.float32
+    fewest = 16 // padded_tokens(tokens)  # a dot sums over 16 products at the least: the tokens of these heads
     return TuneProblem(
         launch=lambda tile: plan(*inputs, EPS, None, out_keys, out, tile),
         out=(out_keys, out),
@@ -119,9 +120,9 @@ def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProble
             (4, 8),
             (1,) if exact else (1, 2),
             BLOCK_N=(16,) if exact else (32, 64),
-            HEADS=(1,) if exact else (2, 4),
+            HEADS=(fewest,) if exact else (2, 4),
             ASKED_N=(16,) if exact else (32, 64),
-            ASKING_HEADS=(1,) if exact else (4, 8),
+            ASKING_HEADS=(fewest,) if exact else (4, 8),
             SPLITS=(8, 16, 32),
         ),
     )
