@@ -47,6 +47,7 @@ class Case:
         make: inputs for a device and dtype.
         devices, dtypes: where it makes sense.
         runs: of every form, at the least.
+        late: long and missed least, so that it comes after the others.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Case:
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     runs: int = 5
+    late: bool = False
 
     def fits(self, device: torch.device, dtype: torch.dtype) -> bool:
         return device.type in self.devices and dtype in self.dtypes

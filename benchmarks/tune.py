@@ -21,7 +21,7 @@ from .case import Result, TuneProblem, parts, relative_error, rows_of
 from .measure import time_forms
 from .operations import OPERATIONS
 from .provenance import describe, provenance
-from .runner import error_budget
+from .runner import error_budget, name_of
 
 _FOLDER = Path(__file__).parents[1] / "fastsam_kernels" / "tile_configs"
 
@@ -66,7 +66,7 @@ def write_choice(operation: str, shape: str, arch: int, dtype: torch.dtype, best
     """Put the choice before the file's other entries, and take (arch, dtype, shape) out of those it replaces."""
     path = _FOLDER / f"{operation}.json"
     document = json.loads(path.read_text())
-    name = str(dtype).removeprefix("torch.")
+    name = name_of(dtype)
     tile = {**best.tile.blocks, "num_warps": best.tile.num_warps, "num_stages": best.tile.num_stages}
     entry = {
         "arch": [arch],
@@ -121,7 +121,7 @@ def run(
     without = []
     for operation, shape, make in problems:
         for dtype in dtypes:
-            where = f"{operation}, {shape}, sm_{arch}, {str(dtype).removeprefix('torch.')}"
+            where = f"{operation}, {shape}, sm_{arch}, {name_of(dtype)}"
             print(f"\n{where}", flush=True)
             trials = try_all(make(device, dtype), device, seconds)
             for trial in trials:

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from benchmarks import plot, tables, tune
 from benchmarks.case import Case, Problem, TuneProblem, candidates
-from benchmarks.cases import GROUPS, select
+from benchmarks.cases import GROUPS, jobs, select
 from benchmarks.measure import Timing, Work, peak_memory, time_forms
 from benchmarks.model import decoder_work
 from benchmarks.operations import OPERATIONS
-from benchmarks.provenance import ROOT, form_name, provenance
+from benchmarks.provenance import ROOT, form_name, provenance, read_rows
 from benchmarks.runner import Row, run_case, to_table
 from fastsam_kernels.launch import Launch, Launches
 from fastsam_kernels.tile_config import TileConfig, read_entries
@@ -83,6 +83,46 @@ def test_the_command_fails_on_red_numerics(monkeypatch: pytest.MonkeyPatch, tmp_
         assert facts["revision"]
         assert facts["cores"] >= 1
     assert runner.run("kernels", "no such case", CPU, [torch.float32], 0.01, False, None) == 2
+
+
+def test_a_case_that_raises_loses_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import runner
+
+    file = tmp_path / "rows.json"
+    right = Case("trebling", doubling(wrong=0.0).make)
+    found: list[int] = []
+
+    def fail(device: torch.device, dtype: torch.dtype) -> Problem:
+        found.append(len(json.loads(file.read_text())))
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(GROUPS, "kernels", [doubling(wrong=0.0), Case("failing", fail), right])
+    assert runner.run("kernels", "", CPU, [torch.float32], 0.01, False, file) == 1
+    assert found == [3]  # rows of the case before were there already
+    document = json.loads(file.read_text())
+    assert [row["failure"] for row in document if row["case"] == "failing"] == ["RuntimeError: out of memory"]
+    assert [row["case"] for row in read_rows(file)] == 3 * ["doubling"] + 3 * ["trebling"]
+    assert "failing, float32: RuntimeError: out of memory" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_matters_most_is_measured_first() -> None:
+    cuda = torch.device("cuda")
+    order = [(case.name, dtype) for case, dtype in jobs(None, "", cuda, [torch.float32, torch.float16, torch.bfloat16])]
+    assert len(order) == len(set(order))
+    of_late = [case.late for case, _ in jobs(None, "", cuda, [torch.bfloat16])]
+    assert of_late == sorted(of_late)
+    names = [name for name, dtype in order if dtype == torch.bfloat16]
+    named = ("mask head", "decoder, 64", "click", "64 points", "encoder, vit_b, 1", "encoder, vit_h", "start of")
+    places = [next(place for place, name in enumerate(names) if name.startswith(text)) for text in named]
+    assert places == sorted(places)
+    last_bf16 = order.index(("encoder, vit_b, 8 images", torch.bfloat16))
+    assert last_bf16 < order.index(("hypernetwork_masks, 1 prompts x 3 masks", torch.float32))
+    assert order.index(("automatic masks, tail of 3072 masks, 1024x1024", torch.float32)) < order.index(
+        ("hypernetwork_masks, 1 prompts x 3 masks", torch.float16)
+    )
 
 
 def test_a_real_case_from_the_command_line() -> None:
