@@ -231,20 +231,41 @@ def test_tuning_takes_only_what_is_right() -> None:
     assert reasons[4] == "RuntimeError: out of resource: shared memory"
 
 
+def test_the_fastest_few_are_timed_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int] = []
+
+    def times(forms: dict[str, Any], device: torch.device, seconds: float, runs: int) -> dict[str, Timing]:
+        timed.append(len(forms))
+        return {name: Timing(0.0, 100.0 - int(name), 0.0, runs) for name in forms}
+
+    monkeypatch.setattr(tune, "time_forms", times)
+    problem = replace(multiplication(), candidates=candidates((4,), tuple(range(20)), FACTOR=(2,)))
+    trials = tune.try_all(problem, CPU, 0.01)
+    assert timed == [20, tune._FINALISTS]
+    assert len(trials) == 20
+    assert {trial.tile.num_stages for trial in trials[: tune._FINALISTS]} == set(range(12, 20))
+
+
 def test_a_shape_without_a_right_tile_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def all_wrong(device: torch.device, dtype: torch.dtype) -> TuneProblem:
         return replace(multiplication(), candidates=candidates((4,), (1,), FACTOR=(3, 4)))
 
-    shapes = {"wrong": all_wrong, "right": lambda device, dtype: multiplication()}
+    def none(device: torch.device, dtype: torch.dtype) -> TuneProblem:
+        raise RuntimeError("out of memory")
+
+    shapes = {"none": none, "wrong": all_wrong, "right": lambda device, dtype: multiplication()}
     monkeypatch.setattr(tune, "OPERATIONS", {"doubling": SimpleNamespace(TUNING=shapes)})
-    monkeypatch.setattr(tune, "arch_of", lambda device: 80)
+    monkeypatch.setattr(tune, "lookup", lambda *wanted: TileConfig({"FACTOR": 3}, 4, 1))
     written: list[Any] = []
     monkeypatch.setattr(tune, "write_choice", lambda *choice: written.append(choice[:2]))
-    assert tune.run(None, CPU, [torch.float32], 0.01, write=True) == 1
+    assert tune.run(None, CPU, [torch.float32], 0.01, workers=1, write=True) == 1
     assert written == [("doubling", "right")]
-    assert "no candidate is right, nothing written: doubling, wrong, sm_80, float32" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(
+        "no candidate is right, nothing written: doubling, none, sm_80, float32: RuntimeError: out of memory\n"
+        "no candidate is right, nothing written: doubling, wrong, sm_80, float32\n"
+    )
 
 
 @pytest.mark.parametrize("operation", ["image_to_token_attention", "two_way_attention"])
