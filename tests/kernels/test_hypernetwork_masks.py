@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastsam_kernels import UnsupportedKernelError, UpscalingWeights, hypernetwork_masks, pack_upscaling
 from fastsam_kernels.hypernetwork_masks import reference
-from fastsam_kernels.tile_config import TileConfig, lookup
+from fastsam_kernels.tile_config import TileConfig, arch_of, lookup
 
 EPS = 1e-6
 Inputs = tuple[Tensor, UpscalingWeights, Tensor, tuple[int, int]]
@@ -154,7 +154,7 @@ def test_nothing_is_written_beside_the_output(device: torch.device) -> None:
 
     keys, weights, hyper, grid = make_inputs(2, (5, 7), 3, torch.float16, device)
     out, buffer = guarded_output((2, 3, 20, 28), torch.float32, device)
-    tile = lookup("hypernetwork_masks", 80, torch.float16)
+    tile = lookup("hypernetwork_masks", arch_of(device), torch.float16)
     plan(keys, *weights, hyper, out, grid, EPS, tile).run()
     assert_bands_untouched(buffer, out.numel())
     expected = hypernetwork_masks(keys, weights, hyper, grid=grid, out_dtype=torch.float32, kernels="triton")
@@ -198,7 +198,7 @@ def test_offsets_are_64_bit(device: torch.device) -> None:
     assert torch.equal(hypernetwork_masks(far, weights, hyper, grid=grid, kernels="triton"), expected)
     # The same kernel without its casts reads the wrong prompt: this test can fail.
     out = torch.zeros_like(expected)
-    launch = plan(far, *weights, hyper, out, grid, EPS, lookup("hypernetwork_masks", 80, torch.float16))
+    launch = plan(far, *weights, hyper, out, grid, EPS, lookup("hypernetwork_masks", arch_of(device), torch.float16))
     mutated = kernel_without(kernel, kernel.hypernetwork_masks_kernel, ".to(tl.int64)")
     replace(launch, kernel=mutated).run()
     assert torch.equal(out[:2], expected[:2])

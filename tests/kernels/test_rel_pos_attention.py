@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastsam_kernels import UnsupportedKernelError, rel_pos_attention
 from fastsam_kernels.rel_pos_attention import reference
-from fastsam_kernels.tile_config import lookup
+from fastsam_kernels.tile_config import arch_of, lookup
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, int, int]
 
@@ -180,7 +180,7 @@ def test_nothing_is_written_beside_the_output(device: torch.device) -> None:
     for shape in ((2, (5, 7), 3, 2, 32), (1, (5, 7), 0, 1, 80)):
         inputs = make_inputs(*shape, torch.float16, device)
         out, buffer = guarded_output((*inputs[0].shape[:3], shape[3] * shape[4]), torch.float16, device)
-        tile = lookup("rel_pos_attention", 80, torch.float16, shape_class(shape[4], shape[2]))
+        tile = lookup("rel_pos_attention", arch_of(device), torch.float16, shape_class(shape[4], shape[2]))
         launch = plan(*inputs[:4], out, *inputs[4:], tile)
         scratch = launch.arguments["scratch_ptr"]
         inner, around = guarded_output(scratch.shape, scratch.dtype, device)
@@ -227,7 +227,7 @@ def test_offsets_are_64_bit(device: torch.device, axis: int) -> None:
     assert torch.equal(attend(far, "triton"), expected)
     # The same kernel without its casts reads something else: this test can fail.
     out = torch.zeros_like(expected)
-    tile = lookup("rel_pos_attention", 80, torch.float16, shape_class(32, 3))
+    tile = lookup("rel_pos_attention", arch_of(device), torch.float16, shape_class(32, 3))
     launch = plan(*far[:4], out, *far[4:], tile)
     mutated = kernel_without(kernel, kernel.rel_pos_attention_kernel, ".to(tl.int64)")
     replace(launch, kernel=mutated).run()
@@ -268,8 +268,8 @@ def test_gradients_of_the_torch_form(window_size: int) -> None:
 
 
 @pytest.mark.parametrize("kernels", ["reference", "torch", "triton"])
-def test_no_bias_is_a_bias_of_zero(kernels: str) -> None:
-    qkv, rel_pos_h, rel_pos_w, bias, heads, window_size = make_inputs(1, (4, 5), 3, 1, 32, torch.float32)
+def test_no_bias_is_a_bias_of_zero(device: torch.device, kernels: str) -> None:
+    qkv, rel_pos_h, rel_pos_w, bias, heads, window_size = make_inputs(1, (4, 5), 3, 1, 32, torch.float32, device)
     sizes = {"num_heads": heads, "window_size": window_size, "kernels": kernels}
     without = rel_pos_attention(qkv, rel_pos_h, rel_pos_w, qkv_bias=None, **sizes)
     assert torch.equal(without, rel_pos_attention(qkv, rel_pos_h, rel_pos_w, qkv_bias=0 * bias, **sizes))

@@ -15,7 +15,7 @@ from kernels.foundation import DTYPES, assert_bands_untouched, guarded, guarded_
 from torch import Tensor
 
 from fastsam_kernels import UnsupportedKernelError, image_to_token_attention, token_to_image_attention
-from fastsam_kernels.tile_config import lookup
+from fastsam_kernels.tile_config import arch_of, lookup
 from fastsam_kernels.two_way_attention import image_to_token_reference, token_to_image_reference
 
 HEADS, HEAD_DIM, EPS = 8, 8, 1e-5
@@ -74,7 +74,7 @@ class Operation:
     def plan(self, inputs: Inputs, out: Tensor) -> Any:
         tokens = inputs[self.by_prompt[0]].shape[2]
         shape_class = "8 tokens" if tokens <= 8 else "16 tokens"
-        tile = lookup(self.name, 80, inputs[0].dtype, shape_class)
+        tile = lookup(self.name, arch_of(out.device), inputs[0].dtype, shape_class)
         if self.name == "token_to_image_attention":
             from fastsam_kernels.two_way_attention.token_to_image_kernel import plan
 
