@@ -112,8 +112,9 @@ def few_rows(count: int) -> list[int]:
 
 
 def draw(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
-    """Normal numbers, the same on every device."""
-    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(device, dtype)
+    """Normal numbers, the same every time on a kind of device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return (scale * torch.randn(shape, generator=generator, device=device)).to(dtype)
 
 
 def meta(*shape: int, dtype: torch.dtype) -> Tensor:

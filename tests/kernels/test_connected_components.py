@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.foundation import kernel_without
+from kernels.foundation import kernel_without, large
 
 from fastsam_kernels import UnsupportedKernelError, connected_components
 from fastsam_kernels.tile_config import arch_of, lookup
@@ -99,6 +99,7 @@ def test_any_strides_and_other_masks_do_not_matter(device: torch.device, kernels
     assert torch.equal(connected_components(masks[1:2], kernels=kernels), expected[1:2])
 
 
+@large
 def test_offsets_are_64_bit(device: torch.device) -> None:
     """Masks 2^30 bytes apart; without its casts the kernel reads others."""
     from fastsam_kernels.connected_components import kernel

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.foundation import DTYPES, guarded, kernel_without
+from kernels.foundation import DTYPES, guarded, kernel_without, large
 from torch import Tensor
 
 from fastsam_kernels import (
@@ -224,6 +224,7 @@ def test_nothing_is_written_beside_the_output(device: torch.device) -> None:
         assert not torch.equal(out.cpu(), inner.cpu())
 
 
+@large
 def test_offsets_are_64_bit(device: torch.device) -> None:
     from fastsam_kernels.mask_postprocess import kernel
 

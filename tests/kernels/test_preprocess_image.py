@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.foundation import DTYPES, assert_bands_untouched, guarded_output, kernel_without
+from kernels.foundation import DTYPES, assert_bands_untouched, guarded_output, kernel_without, large
 from models import random_image
 from PIL import Image
 from torch import Tensor
@@ -98,6 +98,7 @@ def test_nothing_is_written_beside_the_output(device: torch.device) -> None:
     assert (out != -777).all()
 
 
+@large
 def test_offsets_are_64_bit(device: torch.device) -> None:
     """Rows 2^30 bytes apart, in memory that is reserved but never touched; an offset that wraps stays inside."""
     from fastsam_kernels.preprocess_image import kernel

@@ -10,7 +10,7 @@ import torch
 from comparison import assert_close_l2, assert_within_budget, relative_l2
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.foundation import DTYPES, assert_bands_untouched, guarded, guarded_output, kernel_without
+from kernels.foundation import DTYPES, assert_bands_untouched, guarded, guarded_output, kernel_without, large
 from models import TINY, random_model
 from torch import Tensor
 
@@ -30,10 +30,10 @@ def make_inputs(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(shape, generator=generator)).to(device, dtype)
+        return (scale * torch.randn(shape, generator=generator, device=device)).to(dtype)
 
     size_h, size_w = (window_size, window_size) if window_size else grid
     channels = 3 * heads * head_dim
@@ -119,7 +119,7 @@ def test_triton_form(device: torch.device, dtype: torch.dtype, shape: Any) -> No
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("batch", [1, 8, 33])
+@pytest.mark.parametrize("batch", [1, 8, pytest.param(33, marks=large)])
 @pytest.mark.parametrize("window_size", [14, 0])
 @pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (16, 64), (16, 80)])
 def test_real_sizes(
@@ -216,6 +216,7 @@ def far_apart(qkv: Tensor, axis: int) -> Tensor:
     return view
 
 
+@large
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_offsets_are_64_bit(device: torch.device, axis: int) -> None:
     from fastsam_kernels.rel_pos_attention import kernel

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_close_l2, assert_within_budget
-from kernels.foundation import DTYPES, assert_bands_untouched, guarded, guarded_output, kernel_without
+from kernels.foundation import DTYPES, assert_bands_untouched, guarded, guarded_output, kernel_without, large
 from kernels.test_two_way_attention import EPS, HEAD_DIM, HEADS, to_image_inputs, to_token_inputs
 from torch import Tensor
 
@@ -97,7 +97,7 @@ def test_bit_equal_to_two_kernels_of_the_same_tiles(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="real sizes take a GPU")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("prompts", "tokens"), [(1, 7), (33, 16), (1024, 7)])
+@pytest.mark.parametrize(("prompts", "tokens"), [(1, 7), (33, 16), pytest.param(1024, 7, marks=large)])
 def test_triton_form_at_real_size(device: torch.device, prompts: int, tokens: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(prompts, tokens, 64, dtype, device, channels=256)
     found = two_way_attention(*inputs, kernels="triton")
@@ -139,6 +139,7 @@ def test_batches_are_bit_equal(device: torch.device) -> None:
         assert torch.equal(some[last], alone)
 
 
+@large
 def test_offsets_are_64_bit(device: torch.device) -> None:
     """The keys of three prompts 2^30 elements apart; the kernel without its casts reads what is not a key."""
     from fastsam_kernels.two_way_attention import two_way_kernel
