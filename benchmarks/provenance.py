@@ -36,6 +36,7 @@ def provenance() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
+        "tf32": torch.backends.cudnn.allow_tf32,
         "triton": _version("triton"),
         "python": platform.python_version(),
     }

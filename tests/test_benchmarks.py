@@ -82,6 +82,7 @@ def test_the_command_fails_on_red_numerics(monkeypatch: pytest.MonkeyPatch, tmp_
         assert facts["torch"] == torch.__version__
         assert facts["revision"]
         assert facts["cores"] >= 1
+        assert facts["tf32"] is False
     assert runner.run("kernels", "no such case", CPU, [torch.float32], 0.01, False, None) == 2
 
 
