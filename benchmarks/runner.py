@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from sam.files import write_atomically
+
 from .case import Case, Problem, Result, parts, relative_error, rows_of
 from .cases import jobs
 from .measure import Timing, limit_ms, peak_memory, time_forms
@@ -160,6 +162,8 @@ def run(
     if not work:
         print(f"no case of group {group} contains {pattern!r} on {device}")
         return 2
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
     facts, good = provenance(), True
     written: list[dict[str, Any]] = []
     print(describe(facts), flush=True)
@@ -177,15 +181,8 @@ def run(
             written += [{**asdict(row), "provenance": facts} for row in rows]
             good &= all(row.green for row in rows if row.form not in PEERS)
         if json_file is not None:
-            _replace(json_file, json.dumps(written, indent=1) + "\n")
+            with write_atomically(json_file) as partial:
+                partial.write_text(json.dumps(written, indent=1) + "\n")
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return 0 if good else 1
-
-
-def _replace(path: Path, text: str) -> None:
-    """Whoever reads the file finds the old text or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    part.replace(path)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from fastsam_kernels.launch import Launch, Launches
 from fastsam_kernels.tile_config import TileConfig, arch_of, lookup
+from sam.files import write_atomically
 
 from .case import Result, TuneProblem, parts, relative_error, rows_of
 from .compile_cases import CompileCase
@@ -122,7 +123,8 @@ def write_choice(operation: str, shape: str, arch: int, dtype: torch.dtype, best
         "provenance": f"{best.milliseconds:.4g} ms, best of those that passed; {describe(facts)}",
     }
     document["tiles"] = [entry, *(rest for old in document["tiles"] for rest in _without(old, arch, name, shape))]
-    path.write_text(to_json(document))
+    with write_atomically(path) as partial:
+        partial.write_text(to_json(document))
 
 
 def _without(entry: dict[str, Any], arch: int, dtype: str, shape: str) -> Iterator[dict[str, Any]]:
