@@ -13,8 +13,8 @@ BENCH ?= --no-compile --seconds 1
 BIN := .venv/bin
 SOURCES := sam fastsam_kernels benchmarks tests
 
-.PHONY: demo serve test test-all test-oracles test-page test-soak bench bench-service compile-report gpu-test gpu-tune gpu-bench \
-	lint format clean
+.PHONY: demo serve test test-all test-oracles test-page test-soak bench bench-service compile-report \
+	gpu-test gpu-tune gpu-bench lint format clean
 
 demo: .venv/.demo
 	$(BIN)/python -m sam demo
@@ -48,7 +48,7 @@ compile-report: .venv/.test
 	$(BIN)/python -m benchmarks compile-report --write
 
 within = PYTHONUNBUFFERED=1 timeout --signal=INT --kill-after=20 $(1) $(GPU_PYTHON) -m
-# A kernel that does not end is left by its process only, which pytest-timeout ends where it is installed.
+# Only the end of its process ends a kernel that hangs; pytest-timeout, where it is installed, brings that about.
 hanging = $(shell $(GPU_PYTHON) -c "import pytest_timeout" 2>/dev/null && echo --timeout=180 --timeout-method=thread)
 gpu-pytest = $(call within,$(1)) pytest -v --tb=short --durations=15 $(hanging) -m "not slow"
 components := tests/kernels/test_connected_components.py
