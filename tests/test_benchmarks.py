@@ -232,6 +232,22 @@ def test_tuning_takes_only_what_is_right() -> None:
     assert reasons[4] == "RuntimeError: out of resource: shared memory"
 
 
+def test_what_the_compiler_complains_of_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def complaints(problem: TuneProblem, *about: Any) -> list[str]:
+        return ["8 bytes of stack" if tile.blocks["FACTOR"] == 4 else "" for tile in problem.candidates]
+
+    committed = TileConfig({"FACTOR": 5}, 4, 1, provenance="a file")
+    monkeypatch.setattr(tune, "arch_of", lambda device: 90)
+    monkeypatch.setattr(tune, "lookup", lambda *wanted: committed)
+    monkeypatch.setattr(tune, "complaints", complaints)
+    monkeypatch.setattr(tune, "try_all", lambda problem, *rest: [tune.Trial(tile, 1.0) for tile in problem.candidates])
+    device = torch.device("cuda")
+    *tried, first, second = tune.tune("doubling", "any", multiplication(), device, torch.float32, 0.01, workers=1)
+    assert [trial.tile.blocks["FACTOR"] for trial in tried] == [5, 2, 2, 3, 3]
+    assert tried[0].tile == committed
+    assert first.reason == second.reason == "8 bytes of stack"
+
+
 def test_the_fastest_few_are_timed_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[int] = []
 
