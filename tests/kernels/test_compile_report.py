@@ -67,6 +67,18 @@ def test_a_tile_that_spills_fails(tmp_path: Path) -> None:
     assert "of shared memory, over 166912" in done.stdout or "bytes of stack" in done.stdout
 
 
+def test_an_interpreting_process_refuses() -> None:
+    done = report("--arch", "80", interpret=True)
+    assert done.returncode != 0
+    assert "TRITON_INTERPRET=1: the interpreter cannot compile" in done.stderr
+
+
+def test_an_unknown_architecture_is_named() -> None:
+    done = report("--arch", "75")
+    assert done.returncode == 2
+    assert "unknown architecture '75'; known: 80, 86, 89, 90, 100, 120, gfx942" in done.stderr
+
+
 TUNES = """
 from dataclasses import replace
 from pathlib import Path
@@ -103,15 +115,3 @@ def test_what_tuning_compiles_is_clean_and_found_by_a_run(tmp_path: Path, monkey
     files, nothing_new = found.split()
     assert int(files) > 5
     assert nothing_new == "True"
-
-
-def test_an_interpreting_process_refuses() -> None:
-    done = report("--arch", "80", interpret=True)
-    assert done.returncode != 0
-    assert "TRITON_INTERPRET=1: the interpreter cannot compile" in done.stderr
-
-
-def test_an_unknown_architecture_is_named() -> None:
-    done = report("--arch", "75")
-    assert done.returncode == 2
-    assert "unknown architecture '75'; known: 80, 86, 89, 90, 100, 120, gfx942" in done.stderr
