@@ -5,11 +5,16 @@ PYTHON ?= python3
 GPU_PYTHON ?= python3
 OUT ?= out/gpu
 PEERS ?=
+# Of a command on a GPU: when it is stopped, early enough to say what it found, and the processes that run tests.
+GPU_SECONDS ?= 540
+GPU_WORKERS ?= 6
+TUNE ?= --dtype bf16 --dtype fp16
+BENCH ?= --no-compile --seconds 1
 BIN := .venv/bin
 SOURCES := sam fastsam_kernels benchmarks tests
 
-.PHONY: demo serve test test-all test-oracles test-page test-soak bench bench-service compile-report gpu-test gpu-bench \
-	lint format clean
+.PHONY: demo serve test test-all test-oracles test-page test-soak bench bench-service compile-report \
+	gpu-test gpu-tune gpu-bench lint format clean
 
 demo: .venv/.demo
 	$(BIN)/python -m sam demo
@@ -42,15 +47,28 @@ bench-service: .venv/.test
 compile-report: .venv/.test
 	$(BIN)/python -m benchmarks compile-report --write
 
+within = PYTHONUNBUFFERED=1 timeout --signal=INT --kill-after=20 $(1) $(GPU_PYTHON) -m
+# Only the end of its process ends a kernel that hangs; pytest-timeout, where it is installed, brings that about.
+hanging = $(shell $(GPU_PYTHON) -c "import pytest_timeout" 2>/dev/null && echo --timeout=180 --timeout-method=thread)
+gpu-pytest = $(call within,$(1)) pytest -v --tb=short --durations=15 $(hanging) -m "not slow"
+components := tests/kernels/test_connected_components.py
+
+# The compile report needs no GPU. Components, whose threads wait for each other, come last, in a process of their own.
 gpu-test:
 	mkdir -p $(OUT)
-	$(GPU_PYTHON) -m pytest -ra tests/kernels tests/test_gpu.py 2>&1 | tee $(OUT)/gpu-test.log
+	{ $(call gpu-pytest,$$(($(GPU_SECONDS) * 5 / 6))) -n $(GPU_WORKERS) --dist loadgroup tests/kernels tests/test_gpu.py \
+		--ignore=tests/kernels/test_compile_report.py --ignore=$(components); first=$$?; \
+	$(call gpu-pytest,$$(($(GPU_SECONDS) / 6))) $(components) && exit $$first; } 2>&1 | tee $(OUT)/gpu-test.log
+
+gpu-tune:
+	mkdir -p $(OUT)
+	$(call within,$(GPU_SECONDS)) benchmarks tune $(TUNE) --write 2>&1 | tee $(OUT)/gpu-tune.log; status=$$?; \
+	tar -czf $(OUT)/tiles.tgz -C fastsam_kernels tile_configs && exit $$status
 
 gpu-bench:
 	mkdir -p $(OUT)
-	$(GPU_PYTHON) -m benchmarks tune --write 2>&1 | tee $(OUT)/gpu-tune.log
-	cp -r fastsam_kernels/tile_configs $(OUT)
-	$(GPU_PYTHON) -m benchmarks all --peers "$(PEERS)" --json $(OUT)/gpu.json 2>&1 | tee $(OUT)/gpu-bench.log
+	$(call within,$(GPU_SECONDS)) benchmarks all $(BENCH) --peers "$(PEERS)" --json $(OUT)/gpu.json 2>&1 \
+		| tee $(OUT)/gpu-bench.log
 
 lint: .venv/.lint
 	$(BIN)/ruff check $(SOURCES)

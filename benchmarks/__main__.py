@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     tune = commands.add_parser("tune", help="choose tiles on this GPU among those whose numerics pass")
     tune.add_argument("--operation", action="append", help="only this one; may be repeated")
+    tune.add_argument("--workers", type=int, default=os.cpu_count(), help="that compile (default: one a core)")
     tune.add_argument("--write", action="store_true", help="change fastsam_kernels/tile_configs/*.json")
     _add_common(tune, device, seconds=2.0)
 
@@ -98,7 +99,7 @@ def main() -> int:
     if args.command == "tune":
         from . import tune
 
-        return tune.run(args.operation, device, dtypes, args.seconds, args.write)
+        return tune.run(args.operation, device, dtypes, args.seconds, args.workers, args.write)
     from . import peers, runner
 
     try:

@@ -47,6 +47,7 @@ class Case:
         make: inputs for a device and dtype.
         devices, dtypes: where it makes sense.
         runs: of every form, at the least.
+        late: long and missed least, so that it comes after the others.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Case:
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     runs: int = 5
+    late: bool = False
 
     def fits(self, device: torch.device, dtype: torch.dtype) -> bool:
         return device.type in self.devices and dtype in self.dtypes
@@ -110,8 +112,9 @@ def few_rows(count: int) -> list[int]:
 
 
 def draw(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
-    """Normal numbers, the same on every device."""
-    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(device, dtype)
+    """Normal numbers, the same every time on a kind of device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return (scale * torch.randn(shape, generator=generator, device=device)).to(dtype)
 
 
 def meta(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -21,5 +21,25 @@ def select(group: str | None, pattern: str, device: torch.device, dtype: torch.d
     return [case for cases in groups for case in cases if _named(case, pattern) and case.fits(device, dtype)]
 
 
+def jobs(
+    group: str | None, pattern: str, device: torch.device, dtypes: list[torch.dtype]
+) -> list[tuple[Case, torch.dtype]]:
+    """The cases with their dtypes, what matters most first, for a run that is cut short.
+
+    Every case has its turn in the first of its dtypes before any has it in the second; those that are late come last.
+    """
+    wanted = [dtype for dtype in _DTYPES if dtype in dtypes]
+    found = [(case, dtype) for dtype in wanted for case in select(group, pattern, device, dtype)]
+
+    def place(job: tuple[Case, torch.dtype]) -> tuple[bool, int]:
+        case, dtype = job
+        return case.late, [other for other in wanted if other in case.dtypes].index(dtype)
+
+    return sorted(found, key=place)
+
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
 def _named(case: Case, pattern: str) -> bool:
     return any(text in case.name for text in pattern.split("|"))

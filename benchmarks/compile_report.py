@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from multiprocessing import get_context
 from typing import Any
 
-from tqdm import tqdm
-
-from .compile_cases import CompileCase, compile_cases
+from .compile_cases import compile_cases
+from .forks import map_in_forks
 from .machine_code import Compiled, inspect
 from .provenance import RESULTS, describe, provenance
-
-
-def compile_all(cases: Iterable[CompileCase], workers: int) -> list[Compiled]:
-    """Every case, in processes of their own."""
-    # Kernels cannot be sent to a process; forked ones have them already.
-    _CASES[:] = cases
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        places = range(len(_CASES))
-        return list(tqdm(pool.map(_inspect_place, places), total=len(places), desc="compile", disable=None))
-
-
-_CASES: list[CompileCase] = []
-
-
-def _inspect_place(place: int) -> Compiled:
-    return inspect(_CASES[place])
 
 
 def to_markdown(rows: list[Compiled], facts: dict[str, Any]) -> str:
@@ -62,7 +42,7 @@ def to_markdown(rows: list[Compiled], facts: dict[str, Any]) -> str:
 
 def run(operations: list[str] | None, arches: list[int | str] | None, workers: int, write: bool) -> int:
     """The command: print the table, write it if asked, exit status 1 when a tile has a problem that it must not."""
-    rows = compile_all(compile_cases(operations, arches), workers)
+    rows = map_in_forks(inspect, compile_cases(operations, arches), workers, "compile")
     facts = {**provenance(), "gpu": None}
     table = to_markdown(rows, facts)
     print(table)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastsam_kernels.dispatch import interpreting
 from fastsam_kernels.launch import Launch
@@ -24,16 +23,7 @@ from fastsam_kernels.tile_config import SHARED_MEMORY
 
 from .compile_cases import AMD, CompileCase
 
-TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int8: "i8",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.uint8: "u8",
-    torch.bool: "i1",
-}
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.bool: "i1"}
 # Of a multiprocessor: registers and warps; its shared memory is a block's limit and 1 KB that the system keeps.
 _REGISTERS_AN_SM = 65536
 _WARPS_AN_SM = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
@@ -97,49 +87,38 @@ class Compiled:
         return problems
 
 
-def signature_of(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
-    """Types, constants and attributes of a launch as Triton specialises them at run time.
+class _Device:
+    """Stands where Triton has the driver of a GPU: all that compiling asks of it is the architecture."""
 
-    Divisible by 16 are pointers (torch aligns memory) and the numbers that are; a number 1 becomes a constant.
-    """
-    types, constants, attributes = {}, dict(launch.constexprs), {}
-    for place, name in enumerate(launch.kernel.arg_names):
-        if name in constants:
-            types[name] = "constexpr"
-            continue
-        value = launch.arguments[name]
-        if value is None or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
-            types[name], constants[name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            types[name] = f"*{TYPES[value.dtype]}"
-            attributes[(place,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, bool):
-            types[name] = "i1"
-        elif isinstance(value, int):
-            types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(place,)] = [["tt.divisibility", 16]]
-        else:
-            types[name] = "fp32"
-    return types, constants, attributes
+    def __init__(self, arch: int | str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget("hip", arch, 64) if arch == AMD else GPUTarget("cuda", arch, 32)
+
+    def get_current_device(self) -> Any:
+        return self._target  # what kernels are kept by
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self._target
 
 
 def compile_launch(launch: Launch, arch: int | str) -> Any:
-    """Triton's compiled kernel for sm_``arch``, or for an AMD architecture by name.
+    """Triton's compiled kernel for sm_``arch``, or for an AMD architecture by name, as a run there would compile it.
+
+    Such a run finds it in Triton's cache on the disk. This process can launch nothing afterwards.
 
     Raises:
         RuntimeError: this process interprets.
     """
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET=1: the interpreter cannot compile; run without it")
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime import driver
 
-    types, constants, attributes = signature_of(launch)
-    source = ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=attributes)
-    target = GPUTarget("hip", arch, 64) if arch == AMD else GPUTarget("cuda", arch, 32)
-    return triton.compile(source, target=target, options=launch.options)
+    driver.set_active(_Device(arch))
+    return launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.constexprs, **launch.options)
 
 
 def inspect(case: CompileCase) -> Compiled:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .provenance import describe, form_name, title
+from .provenance import describe, form_name, read_rows, title
 
 _COLORS = {True: "#2a7f62", False: "#9aa5b1"}
 
 
 def run(results: Sequence[Path], out: Path) -> int:
     """The command: ``results`` as written by ``--json``, drawn to the PNG ``out``."""
-    draw([row for path in results for row in json.loads(path.read_text())], out)
+    draw([row for path in results for row in read_rows(path)], out)
     print(out)
     return 0
 

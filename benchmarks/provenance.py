@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import subprocess
@@ -35,6 +36,7 @@ def provenance() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
+        "tf32": torch.backends.cudnn.allow_tf32,
         "triton": _version("triton"),
         "python": platform.python_version(),
     }
@@ -47,6 +49,11 @@ def describe(facts: dict[str, Any]) -> str:
         f"{machine}; torch {facts['torch']}, triton {facts['triton']}, Python {facts['python']}; "
         f"revision {facts['revision']}, {facts['date']}"
     )
+
+
+def read_rows(results: Path) -> list[dict[str, Any]]:
+    """The rows of a results file; a case that failed has none."""
+    return [row for row in json.loads(results.read_text()) if "failure" not in row]
 
 
 def title(row: dict[str, Any]) -> str:

@@ -9,12 +9,15 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from sam.files import write_atomically
+
 from .case import Case, Problem, Result, parts, relative_error, rows_of
-from .cases import select
+from .cases import jobs
 from .measure import Timing, limit_ms, peak_memory, time_forms
 from .peers import PEERS
 from .provenance import describe, provenance
@@ -50,6 +53,16 @@ class Row:
         return self.error <= self.budget
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A case that raised, in place of its rows."""
+
+    case: str
+    device: str
+    dtype: str
+    failure: str
+
+
 def run_case(case: Case, device: torch.device, dtype: torch.dtype, seconds: float, compiled: bool) -> list[Row]:
     """Every form of a case, checked and timed in one go."""
     problem = case.make(device, dtype)
@@ -69,7 +82,7 @@ def run_case(case: Case, device: torch.device, dtype: torch.dtype, seconds: floa
                 case=case.name,
                 form=name,
                 device=str(device),
-                dtype=str(dtype).removeprefix("torch."),
+                dtype=name_of(dtype),
                 timing=timing,
                 percent_of_limit=100 * limit / timing.p50,
                 peak_bytes=memory[name],
@@ -90,6 +103,11 @@ def form_errors(problem: Problem, forms: dict[str, Callable[[], Result]]) -> dic
 def error_budget(baseline: float, dtype: torch.dtype) -> float:
     """Twice the error of plain PyTorch in the same dtype, and the rounding of one operation."""
     return 2 * baseline + torch.finfo(dtype).eps
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As rows and tile files have it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _compile(problem: Problem) -> Callable[[], Result]:
@@ -135,18 +153,36 @@ def run(
     compiled: bool,
     json_file: Path | None,
 ) -> int:
-    """The command: a table, a JSON file if asked; exit status 1 for red numerics, 2 when nothing matches."""
-    jobs = [(case, dtype) for dtype in dtypes for case in select(group, pattern, device, dtype)]
-    if not jobs:
+    """The command: a table a case, and all rows in a JSON file if asked, as they are made.
+
+    A case that raises is written down, and the others go on. Exit status 1 for red numerics and for failures, 2 when
+    nothing matches.
+    """
+    work = jobs(group, pattern, device, dtypes)
+    if not work:
         print(f"no case of group {group} contains {pattern!r} on {device}")
         return 2
-    rows: list[Row] = []
-    with torch.no_grad():
-        for case, dtype in tqdm(jobs, desc="measure", disable=None, leave=False):
-            rows += run_case(case, device, dtype, seconds, compiled)
-    facts = provenance()
-    print(f"{describe(facts)}\n\n{to_table(rows)}")
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps([{**asdict(row), "provenance": facts} for row in rows], indent=1) + "\n")
-    return 0 if all(row.green for row in rows if row.form not in PEERS) else 1
+    facts, good = provenance(), True
+    written: list[dict[str, Any]] = []
+    print(describe(facts), flush=True)
+    for case, dtype in tqdm(work, desc="measure", disable=None, leave=False):
+        try:
+            with torch.no_grad():
+                rows = run_case(case, device, dtype, seconds, compiled)
+        except Exception as error:
+            failure = Failure(case.name, str(device), name_of(dtype), f"{type(error).__name__}: {error}")
+            print(f"\n{failure.case}, {failure.dtype}: {failure.failure}", flush=True)
+            written.append({**asdict(failure), "provenance": facts})
+            good = False
+        else:
+            print(f"\n{to_table(rows)}", flush=True)
+            written += [{**asdict(row), "provenance": facts} for row in rows]
+            good &= all(row.green for row in rows if row.form not in PEERS)
+        if json_file is not None:
+            with write_atomically(json_file) as partial:
+                partial.write_text(json.dumps(written, indent=1) + "\n")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return 0 if good else 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fastsam_kernels.tile_config import read_entries
 from sam.build_sam import NANO_CHECKPOINT
@@ -14,7 +13,7 @@ from sam.checkpoint import read_checkpoint
 from .compile_cases import AMD
 from .model.decoder_work import work_table
 from .operations import OPERATIONS
-from .provenance import CPU_RESULTS, RESULTS, ROOT, describe, form_name, title
+from .provenance import CPU_RESULTS, RESULTS, ROOT, describe, form_name, read_rows, title
 
 
 def status_table() -> str:
@@ -50,7 +49,8 @@ def _interpreted(operation: str) -> str:
 
 def _compiled(operation: str) -> str:
     cells = []
-    for document in _documents("compile_report_*.json"):
+    for path in sorted(RESULTS.glob("compile_report_*.json")):
+        document = json.loads(path.read_text())
         every = [row for row in document["rows"] if row["operation"] == operation]
         rows = [row for row in every if row["dtype"] != "fp32"] or every  # boxes come in fp32 only
         spilled = {row["arch"] for row in rows if row["stack"]}
@@ -62,8 +62,8 @@ def _compiled(operation: str) -> str:
 
 def _ran(case: str, form: str) -> str:
     found: dict[str, set[str]] = {}
-    for rows in _documents("gpu*.json"):
-        for row in rows:
+    for path in sorted(RESULTS.glob("gpu*.json")):
+        for row in read_rows(path):
             if row["case"].startswith(case) and row["form"] == form and row["speedup"] is not None:
                 facts = row["provenance"]
                 where = f"{facts['gpu']}, {facts['date']}, {facts['revision']}"
@@ -82,14 +82,10 @@ def _tuned(operation: str) -> str:
     return ", ".join(dict.fromkeys(tuned)) or "provisional"
 
 
-def _documents(pattern: str) -> list[Any]:
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
-
-
 def speed_table(*results: str) -> str:
     """The rows of results files of one run, as the front page shows them."""
     paths = [RESULTS / name for name in results]
-    rows = [row for path in paths if path.exists() for row in json.loads(path.read_text())]
+    rows = [row for path in paths if path.exists() for row in read_rows(path)]
     if not rows:
         return "Not measured yet."
     lines = ["| | | ms | speed-up | peak memory |", "|---|---|---:|---:|---:|"]

@@ -1,28 +1,37 @@
-"""Choose tiles on a GPU: compile and check each candidate, time what is right, write the best to the JSON file.
+"""Choose tiles on a GPU: compile all candidates, check those that are clean, time what is right, write the best.
 
-A candidate counts only when its result is within the comparator's budget; then the fastest one wins. The entry that
-is written carries where it was measured and is no longer provisional.
+Candidates are compiled side by side first, which leaves them in Triton's cache and takes out those that the compile
+report would complain of. A candidate counts only when its result is within the comparator's budget. Of those that do,
+the fastest in two runs are timed side by side, and the fastest of these wins; the committed tile is always among the
+candidates. The entry that is written carries where it was measured and is no longer provisional.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from fastsam_kernels.tile_config import TileConfig, arch_of
+from fastsam_kernels.launch import Launch, Launches
+from fastsam_kernels.tile_config import TileConfig, arch_of, lookup
+from sam.files import write_atomically
 
 from .case import Result, TuneProblem, parts, relative_error, rows_of
+from .compile_cases import CompileCase
+from .forks import map_in_forks
+from .machine_code import inspect
 from .measure import time_forms
 from .operations import OPERATIONS
 from .provenance import describe, provenance
-from .runner import error_budget
+from .runner import error_budget, name_of
 
+_FINALISTS = 8
 _FOLDER = Path(__file__).parents[1] / "fastsam_kernels" / "tile_configs"
 
 
@@ -35,19 +44,53 @@ class Trial:
     reason: str = ""
 
 
+def complaints(
+    problem: TuneProblem, operation: str, shape: str, arch: int, dtype: torch.dtype, workers: int
+) -> list[str]:
+    """What the compiler says against each candidate, empty where nothing; the rest is in Triton's cache then."""
+    cases = [
+        [CompileCase(operation, shape, dtype, arch, launch) for launch in _without_memory(problem.launch(tile))]
+        for tile in problem.candidates
+    ]
+    return map_in_forks(_complaint, cases, workers, "compile")
+
+
+def _without_memory(planned: Launch | Launches) -> Iterator[Launch]:
+    for launch in planned.launches if isinstance(planned, Launches) else (planned,):
+        meta = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in launch.arguments.items()}
+        yield replace(launch, arguments=meta)
+
+
+def _complaint(cases: list[CompileCase]) -> str:
+    try:
+        return "; ".join(problem for case in cases for problem in inspect(case).problems)
+    except Exception as failure:
+        return _in_a_line(failure)
+
+
 def try_all(problem: TuneProblem, device: torch.device, seconds: float) -> list[Trial]:
-    """Check every candidate, then time the right ones side by side."""
+    """Check every candidate, then time the right ones, the fastest few side by side."""
     truth, plain = parts(problem.truth()), parts(problem.plain())
     budget = error_budget(relative_error(plain, truth), plain[0].dtype)
     rejected, right = [], []
     for tile in tqdm(problem.candidates, desc="check", disable=None, leave=False):
         reason = _check(problem, tile, truth, budget)
         (rejected.append(Trial(tile, None, reason)) if reason else right.append(tile))
-    times = (
-        time_forms({str(i): problem.launch(tile).run for i, tile in enumerate(right)}, device, seconds) if right else {}
-    )
-    timed = [Trial(tile, times[str(i)].p50) for i, tile in enumerate(right)]
-    return sorted(timed, key=lambda trial: trial.milliseconds or 0.0) + rejected
+    first = _time(problem, right, device, 0.0, runs=2)
+    finalists = [trial.tile for trial in first[:_FINALISTS]]
+    return _time(problem, finalists, device, seconds, runs=5) + first[_FINALISTS:] + rejected
+
+
+def _time(
+    problem: TuneProblem, tiles: list[TileConfig], device: torch.device, seconds: float, runs: int
+) -> list[Trial]:
+    """The fastest first."""
+    if not tiles:
+        return []
+    forms = {str(place): problem.launch(tile).run for place, tile in enumerate(tiles)}
+    timings = time_forms(forms, device, seconds, runs).values()
+    trials = [Trial(tile, timing.p50) for tile, timing in zip(tiles, timings, strict=True)]
+    return sorted(trials, key=lambda trial: trial.milliseconds or 0.0)
 
 
 def _check(problem: TuneProblem, tile: TileConfig, truth: Result, budget: float) -> str:
@@ -58,26 +101,30 @@ def _check(problem: TuneProblem, tile: TileConfig, truth: Result, budget: float)
         problem.launch(tile).run()
         error = relative_error(rows_of(problem.out, problem.rows), truth)
     except Exception as failure:  # out of shared memory or registers, or the compiler gave up
-        return f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}"
+        return _in_a_line(failure)
     return "" if error <= budget else f"error {error:.1e} over {budget:.1e}"
+
+
+def _in_a_line(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {next(iter(str(failure).strip().splitlines()), '')}"
 
 
 def write_choice(operation: str, shape: str, arch: int, dtype: torch.dtype, best: Trial, facts: dict[str, Any]) -> None:
     """Put the choice before the file's other entries, and take (arch, dtype, shape) out of those it replaces."""
     path = _FOLDER / f"{operation}.json"
     document = json.loads(path.read_text())
-    name = str(dtype).removeprefix("torch.")
-    tile = {**best.tile.blocks, "num_warps": best.tile.num_warps, "num_stages": best.tile.num_stages}
+    name = name_of(dtype)
     entry = {
         "arch": [arch],
         "dtype": [name],
         "shape": [shape],
-        "tile": tile,
+        "tile": _numbers(best.tile),
         "provisional": False,
         "provenance": f"{best.milliseconds:.4g} ms, best of those that passed; {describe(facts)}",
     }
     document["tiles"] = [entry, *(rest for old in document["tiles"] for rest in _without(old, arch, name, shape))]
-    path.write_text(to_json(document))
+    with write_atomically(path) as partial:
+        partial.write_text(to_json(document))
 
 
 def _without(entry: dict[str, Any], arch: int, dtype: str, shape: str) -> Iterator[dict[str, Any]]:
@@ -106,29 +153,72 @@ def to_json(document: dict[str, Any]) -> str:
     return f'{{\n  "operation": "{document["operation"]}",\n  "tiles": [\n' + ",\n".join(entries) + "\n  ]\n}\n"
 
 
+def tune(
+    operation: str,
+    shape: str,
+    problem: TuneProblem,
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+    workers: int,
+) -> list[Trial]:
+    """Every trial, the best first."""
+    arch = arch_of(device)
+    committed = lookup(operation, arch, dtype, shape)
+    fresh = [tile for tile in problem.candidates if _numbers(tile) != _numbers(committed)]
+    problem = replace(problem, candidates=[committed, *fresh])
+    rejected: list[Trial] = []
+    if device.type == "cuda":
+        reasons = complaints(problem, operation, shape, arch, dtype, workers)
+        judged = list(zip(problem.candidates, reasons, strict=True))
+        rejected = [Trial(tile, None, reason) for tile, reason in judged if reason]
+        problem = replace(problem, candidates=[tile for tile, reason in judged if not reason])
+    return try_all(problem, device, seconds) + rejected
+
+
+def _numbers(tile: TileConfig) -> dict[str, int]:
+    """As the tile file has them."""
+    return {**tile.blocks, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
 def run(
-    operations: list[str] | None, device: torch.device, dtypes: list[torch.dtype], seconds: float, write: bool
+    operations: list[str] | None,
+    device: torch.device,
+    dtypes: list[torch.dtype],
+    seconds: float,
+    workers: int,
+    write: bool,
 ) -> int:
-    """The command: every trial, the best first; with ``write`` the file is changed."""
+    """The command: every trial, the best first; with ``write`` the file is changed after each shape.
+
+    Exit status 1 when a shape has no right tile.
+    """
     facts, arch = provenance(), arch_of(device)
-    print(describe(facts))
+    print(describe(facts), flush=True)
     problems = [
         (operation, shape, make)
         for operation, module in OPERATIONS.items()
         for shape, make in module.TUNING.items()
         if not operations or operation in operations
     ]
-    for operation, shape, make in problems:
-        for dtype in dtypes:
-            trials = try_all(make(device, dtype), device, seconds)
-            print(f"\n{operation}, {shape}, sm_{arch}, {str(dtype).removeprefix('torch.')}")
+    without = []
+    for dtype in dtypes:
+        for operation, shape, make in problems:
+            where = f"{operation}, {shape}, sm_{arch}, {name_of(dtype)}"
+            print(f"\n{where}", flush=True)
+            try:
+                trials = tune(operation, shape, make(device, dtype), device, dtype, seconds, workers)
+            except Exception as failure:
+                without.append(f"{where}: {_in_a_line(failure)}")
+                continue
             for trial in trials:
                 outcome = trial.reason if trial.milliseconds is None else f"{trial.milliseconds:.4g} ms"
                 tile = trial.tile
-                print(f"  {dict(tile.blocks)} {tile.num_warps} warps {tile.num_stages} stages: {outcome}")
+                print(f"  {dict(tile.blocks)} {tile.num_warps} warps {tile.num_stages} stages: {outcome}", flush=True)
             if trials[0].milliseconds is None:
-                print("  no candidate is right: nothing written")
-                return 1
-            if write:
+                without.append(where)
+            elif write:
                 write_choice(operation, shape, arch, dtype, trials[0], facts)
-    return 0
+    for where in without:
+        print(f"no candidate is right, nothing written: {where}", flush=True)
+    return 1 if without else 0

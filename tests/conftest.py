@@ -23,6 +23,8 @@ from models import TINY, random_model
 import sam
 from sam import Sam
 
+torch.backends.cudnn.allow_tf32 = False  # or fp32 convolutions on a GPU, and the budgets that they give, have 10 bits
+
 settings.register_profile("oracles", max_examples=1000)  # make test-oracles
 
 

@@ -6,7 +6,10 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +18,13 @@ from torch import Tensor
 
 from benchmarks import plot, tables, tune
 from benchmarks.case import Case, Problem, TuneProblem, candidates
-from benchmarks.cases import GROUPS, select
+from benchmarks.cases import GROUPS, jobs, select
 from benchmarks.measure import Timing, Work, peak_memory, time_forms
 from benchmarks.model import decoder_work
 from benchmarks.operations import OPERATIONS
-from benchmarks.provenance import ROOT, form_name, provenance
+from benchmarks.provenance import ROOT, form_name, provenance, read_rows
 from benchmarks.runner import Row, run_case, to_table
-from fastsam_kernels.launch import Launch
+from fastsam_kernels.launch import Launch, Launches
 from fastsam_kernels.tile_config import TileConfig, read_entries
 
 CPU = torch.device("cpu")
@@ -79,7 +82,48 @@ def test_the_command_fails_on_red_numerics(monkeypatch: pytest.MonkeyPatch, tmp_
         assert facts["torch"] == torch.__version__
         assert facts["revision"]
         assert facts["cores"] >= 1
+        assert facts["tf32"] is False
     assert runner.run("kernels", "no such case", CPU, [torch.float32], 0.01, False, None) == 2
+
+
+def test_a_case_that_raises_loses_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import runner
+
+    file = tmp_path / "rows.json"
+    right = Case("trebling", doubling(wrong=0.0).make)
+    found: list[int] = []
+
+    def fail(device: torch.device, dtype: torch.dtype) -> Problem:
+        found.append(len(json.loads(file.read_text())))
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(GROUPS, "kernels", [doubling(wrong=0.0), Case("failing", fail), right])
+    assert runner.run("kernels", "", CPU, [torch.float32], 0.01, False, file) == 1
+    assert found == [3]  # rows of the case before were there already
+    document = json.loads(file.read_text())
+    assert [row["failure"] for row in document if row["case"] == "failing"] == ["RuntimeError: out of memory"]
+    assert [row["case"] for row in read_rows(file)] == 3 * ["doubling"] + 3 * ["trebling"]
+    assert "failing, float32: RuntimeError: out of memory" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_matters_most_is_measured_first() -> None:
+    cuda = torch.device("cuda")
+    order = [(case.name, dtype) for case, dtype in jobs(None, "", cuda, [torch.float32, torch.float16, torch.bfloat16])]
+    assert len(order) == len(set(order))
+    of_late = [case.late for case, _ in jobs(None, "", cuda, [torch.bfloat16])]
+    assert of_late == sorted(of_late)
+    names = [name for name, dtype in order if dtype == torch.bfloat16]
+    named = ("mask head", "decoder, 64", "click", "64 points", "encoder, vit_b, 1", "encoder, vit_h", "start of")
+    places = [next(place for place, name in enumerate(names) if name.startswith(text)) for text in named]
+    assert places == sorted(places)
+    last_bf16 = order.index(("encoder, vit_b, 8 images", torch.bfloat16))
+    assert last_bf16 < order.index(("hypernetwork_masks, 1 prompts x 3 masks", torch.float32))
+    assert order.index(("automatic masks, tail of 3072 masks, 1024x1024", torch.float32)) < order.index(
+        ("hypernetwork_masks, 1 prompts x 3 masks", torch.float16)
+    )
 
 
 def test_a_real_case_from_the_command_line() -> None:
@@ -155,7 +199,7 @@ class Multiply:
     def __getitem__(self, grid: tuple[int, ...]) -> Multiply:
         return self
 
-    def __call__(self, x: Tensor, FACTOR: int, num_warps: int, num_stages: int) -> None:  # noqa: N803
+    def __call__(self, x: Tensor, FACTOR: int, **options: Any) -> None:  # noqa: N803
         if FACTOR == 4:
             raise RuntimeError("out of resource: shared memory")
         self.out.copy_(FACTOR * x)
@@ -186,6 +230,72 @@ def test_tuning_takes_only_what_is_right() -> None:
     reasons = {trial.tile.blocks["FACTOR"]: trial.reason for trial in trials[2:]}
     assert reasons[3].startswith("error 5.0e-01 over")
     assert reasons[4] == "RuntimeError: out of resource: shared memory"
+
+
+def test_what_the_compiler_complains_of_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def complaints(problem: TuneProblem, *about: Any) -> list[str]:
+        return ["8 bytes of stack" if tile.blocks["FACTOR"] == 4 else "" for tile in problem.candidates]
+
+    committed = TileConfig({"FACTOR": 5}, 4, 1, provenance="a file")
+    monkeypatch.setattr(tune, "arch_of", lambda device: 90)
+    monkeypatch.setattr(tune, "lookup", lambda *wanted: committed)
+    monkeypatch.setattr(tune, "complaints", complaints)
+    monkeypatch.setattr(tune, "try_all", lambda problem, *rest: [tune.Trial(tile, 1.0) for tile in problem.candidates])
+    device = torch.device("cuda")
+    *tried, first, second = tune.tune("doubling", "any", multiplication(), device, torch.float32, 0.01, workers=1)
+    assert [trial.tile.blocks["FACTOR"] for trial in tried] == [5, 2, 2, 3, 3]
+    assert tried[0].tile == committed
+    assert first.reason == second.reason == "8 bytes of stack"
+
+
+def test_the_fastest_few_are_timed_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int] = []
+
+    def times(forms: dict[str, Any], device: torch.device, seconds: float, runs: int) -> dict[str, Timing]:
+        timed.append(len(forms))
+        return {name: Timing(0.0, 100.0 - int(name), 0.0, runs) for name in forms}
+
+    monkeypatch.setattr(tune, "time_forms", times)
+    problem = replace(multiplication(), candidates=candidates((4,), tuple(range(20)), FACTOR=(2,)))
+    trials = tune.try_all(problem, CPU, 0.01)
+    assert timed == [20, tune._FINALISTS]
+    assert len(trials) == 20
+    assert {trial.tile.num_stages for trial in trials[: tune._FINALISTS]} == set(range(12, 20))
+
+
+def test_a_shape_without_a_right_tile_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def all_wrong(device: torch.device, dtype: torch.dtype) -> TuneProblem:
+        return replace(multiplication(), candidates=candidates((4,), (1,), FACTOR=(3, 4)))
+
+    def none(device: torch.device, dtype: torch.dtype) -> TuneProblem:
+        raise RuntimeError("out of memory")
+
+    shapes = {"none": none, "wrong": all_wrong, "right": lambda device, dtype: multiplication()}
+    monkeypatch.setattr(tune, "OPERATIONS", {"doubling": SimpleNamespace(TUNING=shapes)})
+    monkeypatch.setattr(tune, "lookup", lambda *wanted: TileConfig({"FACTOR": 3}, 4, 1))
+    written: list[Any] = []
+    monkeypatch.setattr(tune, "write_choice", lambda *choice: written.append(choice[:2]))
+    assert tune.run(None, CPU, [torch.float32], 0.01, workers=1, write=True) == 1
+    assert written == [("doubling", "right")]
+    assert capsys.readouterr().out.endswith(
+        "no candidate is right, nothing written: doubling, none, sm_80, float32: RuntimeError: out of memory\n"
+        "no candidate is right, nothing written: doubling, wrong, sm_80, float32\n"
+    )
+
+
+@pytest.mark.parametrize("operation", ["image_to_token_attention", "two_way_attention"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_candidate_sums_over_fewer_than_16_products(operation: str, dtype: torch.dtype) -> None:
+    """Which no matrix product compiles with; a dot over tokens has those of a group of heads."""
+    for make in OPERATIONS[operation].TUNING.values():
+        problem = make(CPU, dtype)
+        for tile in problem.candidates:
+            planned = problem.launch(tile)
+            launch = planned.launches[0] if isinstance(planned, Launches) else planned
+            assert min(tile.blocks["BLOCK_N"], tile.blocks.get("ASKED_N", 16)) >= 16
+            assert launch.constants["T_PADDED"] * launch.tile.blocks["HEADS"] >= 16, tile
 
 
 def test_a_choice_replaces_exactly_one_combination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

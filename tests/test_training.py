@@ -13,7 +13,7 @@ from models import TINY
 
 import sam
 from sam import Sam
-from sam.training import evaluate, helper, losses, prompts, schedule
+from sam.training import evaluate, helper, losses, prompts, provenance, schedule
 from sam.training.crops import CropModel
 from sam.training.helper import SameObjectHead
 from sam.training.loop import resume, save, train
@@ -445,6 +445,15 @@ def test_a_run_writes_its_log_its_state_and_weights_that_load(tmp_path: Path) ->
     assert {"seed", "seconds", "machine", "revision", "started_from"} <= set(stored.metadata)
     assert {tensor.dtype for tensor in stored.state_dict.values()} == {torch.float16}
     sam.load_model(tmp_path / "nano.safetensors", device="cpu")
+
+
+def test_without_a_repository_the_environment_may_name_the_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    assert provenance.revision() == sam.__version__
+    monkeypatch.setenv("REVISION", "0123456789")
+    assert provenance.revision() == "0123456789"
 
 
 class FakeClock:

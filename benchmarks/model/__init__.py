@@ -2,11 +2,12 @@
 
 from . import automatic_masks, click, cold_start, decoder, encoder, stream
 
+# In the order in which they are measured.
 PARTS = {
-    "automatic_masks": automatic_masks,
-    "click": click,
-    "cold_start": cold_start,
     "decoder": decoder,
+    "click": click,
     "encoder": encoder,
+    "automatic_masks": automatic_masks,
     "stream": stream,
+    "cold_start": cold_start,
 }

@@ -98,7 +98,7 @@ def _bf16_against_fp32(device: torch.device, dtype: torch.dtype) -> Problem:
 CASES = [
     Case("encoder, vit_b, 1 image", _case(1)),
     Case("encoder, vit_b, 8 images", _case(8), devices=("cuda",)),
-    Case("encoder, vit_h, 1 image", _case(1, "vit_h"), devices=("cuda",)),
-    Case("encoder, vit_h, 8 images", _case(8, "vit_h"), devices=("cuda",)),
+    Case("encoder, vit_h, 1 image", _case(1, "vit_h"), devices=("cuda",), late=True),
+    Case("encoder, vit_h, 8 images", _case(8, "vit_h"), devices=("cuda",), late=True),
     Case("encoder, vit_b, bf16 against fp32", _bf16_against_fp32, dtypes=(torch.bfloat16,)),
 ]

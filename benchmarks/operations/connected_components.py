@@ -11,7 +11,7 @@ from fastsam_kernels import connected_components
 from fastsam_kernels.launch import Launch
 from fastsam_kernels.tile_config import TileConfig
 
-from ..case import Case, Problem, TuneProblem, few_rows, meta
+from ..case import Case, Problem, TuneProblem, draw, few_rows, meta
 from ..measure import Form, Work
 from .mask_postprocess import discs
 
@@ -19,8 +19,8 @@ from .mask_postprocess import discs
 def _masks(count: int, side: int, device: torch.device) -> Tensor:
     """Discs with a speckled border: one large component and many small ones."""
     smooth = discs(count, side, device, torch.float32, 20.0)
-    noise = torch.randn(count, side, side, generator=torch.Generator().manual_seed(1)).to(device)
-    return smooth + 2 * noise > 0
+    noise = draw((count, side, side), device, torch.float32, 1, 2.0)
+    return smooth + noise > 0
 
 
 def _case(count: int, side: int) -> Callable[[torch.device, torch.dtype], Problem]:

@@ -87,12 +87,13 @@ LAUNCHES = {"8 tokens": partial(_launches, CLICK_TOKENS), "16 tokens": partial(_
 
 
 def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProblem:
-    from fastsam_kernels.two_way_attention.image_to_token_kernel import plan
+    from fastsam_kernels.two_way_attention.image_to_token_kernel import padded_tokens, plan
 
     prompts, image_tokens = (128, 4096) if device.type == "cuda" else (1, 64)
     made, rows = inputs(prompts, image_tokens, tokens, device, dtype), few_rows(prompts)
     out = torch.empty(prompts, image_tokens, CHANNELS, device=device, dtype=dtype)
     exact = dtype == torch.float32
+    fewest = 16 // padded_tokens(tokens)  # a dot sums over 16 products at the least: the tokens of these heads
     return TuneProblem(
         launch=lambda tile: plan(*made, EPS, None, out, tile),
         out=out,
@@ -104,7 +105,7 @@ def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProble
             (1,) if exact else (2, 3),
             BLOCK_N=(16,) if exact else (32, 64),
             TILES=(4, 8, 16),
-            HEADS=(1,) if exact else (1, 2, 4),
+            HEADS=(fewest,) if exact else tuple(sorted({fewest, 2, 4})),
         ),
     )
 

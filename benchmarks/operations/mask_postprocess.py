@@ -27,13 +27,13 @@ def discs(masks: int, side: int, device: torch.device, dtype: torch.dtype, steep
     of 20 are not.
     """
     generator = torch.Generator().manual_seed(0)
-    centre, radius = torch.rand(masks, 2, generator=generator), torch.rand(masks, 1, 1, generator=generator)
-    uneven = torch.randn(masks, 1, side // 8, side // 8, generator=generator)
-    place = (torch.arange(side) + 0.5) / side
+    centre, radius = (torch.rand(masks, *shape, generator=generator).to(device) for shape in ((2,), (1, 1)))
+    uneven = torch.randn(masks, 1, side // 8, side // 8, generator=generator).to(device)
+    place = (torch.arange(side, device=device) + 0.5) / side
     away = (place - centre[:, :1]).square()[:, None] + (place - centre[:, 1:]).square()[:, :, None]
-    logits = torch.as_tensor(steepness).reshape(-1, 1, 1) * (1 - away.sqrt() / (0.025 + 0.225 * radius))
+    logits = torch.as_tensor(steepness, device=device).reshape(-1, 1, 1) * (1 - away.sqrt() / (0.025 + 0.225 * radius))
     logits += 0.5 * F.interpolate(uneven, (side, side), mode="bilinear")[:, 0]
-    return logits.clamp(-25, 20).to(device, dtype)
+    return logits.clamp(-25, 20).to(dtype)
 
 
 def _numbers(statistics: MaskStatistics) -> Tensor:

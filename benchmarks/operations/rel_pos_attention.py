@@ -179,6 +179,7 @@ CASES = [
         f"rel_pos_attention, {name} {'windowed' if window_size else 'global'}, batch {batch}",
         _case(SIZES[name], batch, window_size),
         devices=("cpu", "cuda") if (name, batch) == ("vit_b", 1) else ("cuda",),
+        late=name == "vit_h",
     )
     for name in ("vit_b", "vit_l", "vit_h")
     for window_size in (WINDOW, 0)

@@ -35,12 +35,12 @@ def machine(device: torch.device) -> str:
 
 
 def revision() -> str:
-    """The git revision of the code, or its version where there is no repository."""
+    """The git revision of the code; where there is no repository, what ``REVISION`` says, or the version."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return __version__
+        return os.environ.get("REVISION", __version__)
 
 
 def _read(path: str) -> str:

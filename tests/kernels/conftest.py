@@ -20,3 +20,5 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # for the processes that share the GPU

@@ -97,3 +97,41 @@ def test_an_unknown_architecture_is_named() -> None:
     done = report("--arch", "75")
     assert done.returncode == 2
     assert "unknown architecture '75'; known: 80, 86, 89, 90, 100, 120, gfx942" in done.stderr
+
+
+TUNES = """
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from benchmarks.machine_code import compile_launch
+from benchmarks.operations import hypernetwork_masks
+from benchmarks.tune import complaints
+from fastsam_kernels.tile_config import TileConfig
+from triton.knobs import cache
+
+if __name__ == "__main__":
+    problem = hypernetwork_masks.TUNING["any"](torch.device("cpu"), torch.bfloat16)
+    tiles = [TileConfig({"BLOCK_N": n, "BLOCK_C": 256}, 4, stages) for n, stages in ((32, 1), (128, 3), (24, 1))]
+    problem = replace(problem, candidates=tiles)
+    for reason in complaints(problem, "hypernetwork_masks", "any", 80, torch.bfloat16, workers=1):
+        print(reason or "clean")
+    before = sorted(Path(cache.dir).rglob("*"))
+    compile_launch(problem.launch(tiles[0]), 80)
+    print(len(before), sorted(Path(cache.dir).rglob("*")) == before)
+"""
+
+
+def test_what_tuning_compiles_is_clean_and_found_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    script = tmp_path / "tunes.py"
+    script.write_text(TUNES)
+    done = run(script)
+    assert done.returncode == 0, done.stderr[-2000:]
+    clean, large, odd, found = done.stdout.splitlines()
+    assert clean == "clean"
+    assert "of shared memory, over 166912" in large or "bytes of stack" in large
+    assert odd.startswith("CompilationError")
+    files, nothing_new = found.split()
+    assert int(files) > 5
+    assert nothing_new == "True"

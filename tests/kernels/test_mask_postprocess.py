@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.foundation import DTYPES, guarded, kernel_without
+from kernels.foundation import DTYPES, guarded, kernel_without, large
 from torch import Tensor
 
 from fastsam_kernels import (
@@ -26,7 +26,7 @@ from fastsam_kernels import (
 )
 from fastsam_kernels.mask_postprocess import reference
 from fastsam_kernels.mask_postprocess.resize_map import axis
-from fastsam_kernels.tile_config import lookup
+from fastsam_kernels.tile_config import arch_of, lookup
 
 
 def resizing_of(height: int, width: int, image_size: int) -> Resizing:
@@ -226,7 +226,7 @@ def test_nothing_is_written_beside_the_output(device: torch.device) -> None:
     from fastsam_kernels.mask_postprocess.kernel import no_pixels, plan
 
     low_res, resizing = smooth_logits(2, 16).to(device), resizing_of(40, 33, 64)
-    tile = lookup("mask_postprocess", 80, torch.float32)
+    tile = lookup("mask_postprocess", arch_of(device), torch.float32)
     for statistics, inner in ((True, no_pixels(2, device)), (False, torch.zeros(2, 33, 2, dtype=torch.int32))):
         buffer = torch.full((inner.numel() + 2 * 512,), -777, dtype=torch.int32, device=device)
         out = buffer[512:-512].view_as(inner)
@@ -237,6 +237,7 @@ def test_nothing_is_written_beside_the_output(device: torch.device) -> None:
         assert not torch.equal(out.cpu(), inner.cpu())
 
 
+@large
 def test_offsets_are_64_bit(device: torch.device) -> None:
     from fastsam_kernels.mask_postprocess import kernel
 
@@ -250,7 +251,7 @@ def test_offsets_are_64_bit(device: torch.device) -> None:
     far.copy_(low_res)
     assert torch.equal(packed_masks(far, resizing, kernels="triton"), expected)
     out = torch.zeros_like(expected)
-    tile = lookup("mask_postprocess", 80, torch.float16)
+    tile = lookup("mask_postprocess", arch_of(device), torch.float16)
     launch = kernel.plan(far, resizing, 0.0, 0.0, out, tile, statistics=False)
     mutated = kernel_without(kernel, kernel.mask_postprocess_kernel, ".to(tl.int64)")
     replace(launch, kernel=mutated).run()

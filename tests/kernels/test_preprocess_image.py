@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.foundation import DTYPES, assert_bands_untouched, guarded_output, kernel_without
+from kernels.foundation import DTYPES, assert_bands_untouched, guarded_output, kernel_without, large
 from models import random_image
 from PIL import Image
 from torch import Tensor
 
 from fastsam_kernels import UnsupportedKernelError, preprocess_image
-from fastsam_kernels.tile_config import lookup
+from fastsam_kernels.tile_config import arch_of, lookup
 
 MEAN, STD = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
 SIZES = [
@@ -92,12 +92,13 @@ def test_nothing_is_written_beside_the_output(device: torch.device) -> None:
 
     image = torch.from_numpy(random_image(30, 40)).to(device)
     out, buffer = guarded_output((3, 20, 20), torch.float32, device)
-    tile = lookup("preprocess_image", 80, torch.float32)
+    tile = lookup("preprocess_image", arch_of(device), torch.float32)
     plan(image, (12, 16), MEAN.to(device), STD.to(device), out, tile).run()
     assert_bands_untouched(buffer, out.numel())
     assert (out != -777).all()
 
 
+@large
 def test_offsets_are_64_bit(device: torch.device) -> None:
     """Rows 2^30 bytes apart, in memory that is reserved but never touched; an offset that wraps stays inside."""
     from fastsam_kernels.preprocess_image import kernel
@@ -112,7 +113,7 @@ def test_offsets_are_64_bit(device: torch.device) -> None:
     expected = preprocess_image(image, (3, 8), 8, mean, std, kernels="triton")
     assert torch.equal(preprocess_image(far, (3, 8), 8, mean, std, kernels="triton"), expected)
     out = torch.zeros_like(expected)
-    launch = kernel.plan(far, (3, 8), mean, std, out, lookup("preprocess_image", 80, torch.float32))
+    launch = kernel.plan(far, (3, 8), mean, std, out, lookup("preprocess_image", arch_of(device), torch.float32))
     replace(launch, kernel=kernel_without(kernel, kernel.preprocess_image_kernel, ".to(tl.int64)")).run()
     assert torch.equal(out[:, :2], expected[:, :2])
     assert not torch.equal(out[:, 2], expected[:, 2])

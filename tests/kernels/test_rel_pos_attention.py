@@ -10,13 +10,13 @@ import torch
 from comparison import assert_close_l2, assert_within_budget, relative_l2
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.foundation import DTYPES, assert_bands_untouched, guarded, guarded_output, kernel_without
+from kernels.foundation import DTYPES, assert_bands_untouched, guarded, guarded_output, kernel_without, large
 from models import TINY, random_model
 from torch import Tensor
 
 from fastsam_kernels import UnsupportedKernelError, rel_pos_attention
 from fastsam_kernels.rel_pos_attention import reference
-from fastsam_kernels.tile_config import lookup
+from fastsam_kernels.tile_config import arch_of, lookup
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, int, int]
 
@@ -30,10 +30,10 @@ def make_inputs(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(shape, generator=generator)).to(device, dtype)
+        return (scale * torch.randn(shape, generator=generator, device=device)).to(dtype)
 
     size_h, size_w = (window_size, window_size) if window_size else grid
     channels = 3 * heads * head_dim
@@ -119,7 +119,7 @@ def test_triton_form(device: torch.device, dtype: torch.dtype, shape: Any) -> No
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("batch", [1, 8, 33])
+@pytest.mark.parametrize("batch", [1, 8, pytest.param(33, marks=large)])
 @pytest.mark.parametrize("window_size", [14, 0])
 @pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (16, 64), (16, 80)])
 def test_real_sizes(
@@ -180,7 +180,7 @@ def test_nothing_is_written_beside_the_output(device: torch.device) -> None:
     for shape in ((2, (5, 7), 3, 2, 32), (1, (5, 7), 0, 1, 80)):
         inputs = make_inputs(*shape, torch.float16, device)
         out, buffer = guarded_output((*inputs[0].shape[:3], shape[3] * shape[4]), torch.float16, device)
-        tile = lookup("rel_pos_attention", 80, torch.float16, shape_class(shape[4], shape[2]))
+        tile = lookup("rel_pos_attention", arch_of(device), torch.float16, shape_class(shape[4], shape[2]))
         launch = plan(*inputs[:4], out, *inputs[4:], tile)
         scratch = launch.arguments["scratch_ptr"]
         inner, around = guarded_output(scratch.shape, scratch.dtype, device)
@@ -216,6 +216,7 @@ def far_apart(qkv: Tensor, axis: int) -> Tensor:
     return view
 
 
+@large
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_offsets_are_64_bit(device: torch.device, axis: int) -> None:
     from fastsam_kernels.rel_pos_attention import kernel
@@ -227,7 +228,7 @@ def test_offsets_are_64_bit(device: torch.device, axis: int) -> None:
     assert torch.equal(attend(far, "triton"), expected)
     # The same kernel without its casts reads something else: this test can fail.
     out = torch.zeros_like(expected)
-    tile = lookup("rel_pos_attention", 80, torch.float16, shape_class(32, 3))
+    tile = lookup("rel_pos_attention", arch_of(device), torch.float16, shape_class(32, 3))
     launch = plan(*far[:4], out, *far[4:], tile)
     mutated = kernel_without(kernel, kernel.rel_pos_attention_kernel, ".to(tl.int64)")
     replace(launch, kernel=mutated).run()
@@ -268,8 +269,8 @@ def test_gradients_of_the_torch_form(window_size: int) -> None:
 
 
 @pytest.mark.parametrize("kernels", ["reference", "torch", "triton"])
-def test_no_bias_is_a_bias_of_zero(kernels: str) -> None:
-    qkv, rel_pos_h, rel_pos_w, bias, heads, window_size = make_inputs(1, (4, 5), 3, 1, 32, torch.float32)
+def test_no_bias_is_a_bias_of_zero(device: torch.device, kernels: str) -> None:
+    qkv, rel_pos_h, rel_pos_w, bias, heads, window_size = make_inputs(1, (4, 5), 3, 1, 32, torch.float32, device)
     sizes = {"num_heads": heads, "window_size": window_size, "kernels": kernels}
     without = rel_pos_attention(qkv, rel_pos_h, rel_pos_w, qkv_bias=None, **sizes)
     assert torch.equal(without, rel_pos_attention(qkv, rel_pos_h, rel_pos_w, qkv_bias=0 * bias, **sizes))

@@ -11,11 +11,11 @@ import torch
 from comparison import assert_close_l2, assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.foundation import DTYPES, assert_bands_untouched, guarded, guarded_output, kernel_without
+from kernels.foundation import DTYPES, assert_bands_untouched, guarded, guarded_output, kernel_without, large
 from torch import Tensor
 
 from fastsam_kernels import UnsupportedKernelError, image_to_token_attention, token_to_image_attention
-from fastsam_kernels.tile_config import lookup
+from fastsam_kernels.tile_config import arch_of, lookup
 from fastsam_kernels.two_way_attention import image_to_token_reference, token_to_image_reference
 
 HEADS, HEAD_DIM, EPS = 8, 8, 1e-5
@@ -23,7 +23,8 @@ Inputs = tuple[Tensor, ...]
 
 
 def draw(shape: tuple[int, ...], seed: int, scale: float, dtype: torch.dtype, device: Any) -> Tensor:
-    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    return (scale * torch.randn(shape, generator=generator, device=device)).to(dtype)
 
 
 def to_image_inputs(
@@ -74,7 +75,7 @@ class Operation:
     def plan(self, inputs: Inputs, out: Tensor) -> Any:
         tokens = inputs[self.by_prompt[0]].shape[2]
         shape_class = "8 tokens" if tokens <= 8 else "16 tokens"
-        tile = lookup(self.name, 80, inputs[0].dtype, shape_class)
+        tile = lookup(self.name, arch_of(out.device), inputs[0].dtype, shape_class)
         if self.name == "token_to_image_attention":
             from fastsam_kernels.two_way_attention.token_to_image_kernel import plan
 
@@ -123,7 +124,7 @@ def test_triton_form(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="real sizes take a GPU")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("prompts", "tokens"), [(1, 7), (33, 16), (64, 7), (1024, 7)])
+@pytest.mark.parametrize(("prompts", "tokens"), [(1, 7), (33, 16), (64, 7), pytest.param(1024, 7, marks=large)])
 def test_triton_form_at_real_size(
     operation: Operation, device: torch.device, prompts: int, tokens: int, dtype: torch.dtype
 ) -> None:
@@ -204,6 +205,7 @@ def test_large_scores_do_not_overflow(operation: Operation, device: torch.device
         assert_within_budget(operation.public(*inputs, kernels=kernels), operation.formula, inputs, kernels)
 
 
+@large
 def test_offsets_are_64_bit(operation: Operation, device: torch.device) -> None:
     """The keys of three prompts 2^30 elements apart; the kernel without its casts reads what is not a key."""
     from fastsam_kernels.two_way_attention import image_to_token_kernel, token_to_image_kernel

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_close_l2, assert_within_budget
-from kernels.foundation import DTYPES, assert_bands_untouched, guarded, guarded_output, kernel_without
+from kernels.foundation import DTYPES, assert_bands_untouched, guarded, guarded_output, kernel_without, large
 from kernels.test_two_way_attention import EPS, HEAD_DIM, HEADS, to_image_inputs, to_token_inputs
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from fastsam_kernels import (
     two_way_attention,
 )
 from fastsam_kernels.launch import Launches
-from fastsam_kernels.tile_config import TileConfig, lookup
+from fastsam_kernels.tile_config import TileConfig, arch_of, lookup
 
 Inputs = tuple[Tensor, ...]
 KEYS, BY_PROMPT = 0, (2, 3, 4, 7)
@@ -43,7 +43,8 @@ def plan(inputs: Inputs, out_keys: Tensor, out: Tensor) -> Launches:
     from fastsam_kernels.two_way_attention.two_way_kernel import plan
 
     shape_class = "8 tokens" if out.shape[1] <= 8 else "16 tokens"
-    return plan(*inputs, EPS, None, out_keys, out, lookup("two_way_attention", 80, inputs[0].dtype, shape_class))
+    tile = lookup("two_way_attention", arch_of(out.device), inputs[0].dtype, shape_class)
+    return plan(*inputs, EPS, None, out_keys, out, tile)
 
 
 def rows(inputs: Inputs, some: slice) -> Inputs:
@@ -80,7 +81,7 @@ def test_bit_equal_to_two_kernels_of_the_same_tiles(
 
     inputs = make_inputs(prompts, tokens, grid, dtype, device)
     *update, queries, value_weight, value_bias = inputs
-    tile = lookup("two_way_attention", 80, dtype, "8 tokens" if tokens <= 8 else "16 tokens")
+    tile = lookup("two_way_attention", arch_of(device), dtype, "8 tokens" if tokens <= 8 else "16 tokens")
     blocks = tile.blocks
     assert blocks["BLOCK_N"] == blocks["ASKED_N"], "else the shares begin at other image tokens"
     out_keys, out = torch.empty_like(update[0]), queries.new_empty(prompts, tokens, HEADS * HEAD_DIM)
@@ -96,7 +97,7 @@ def test_bit_equal_to_two_kernels_of_the_same_tiles(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="real sizes take a GPU")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("prompts", "tokens"), [(1, 7), (33, 16), (1024, 7)])
+@pytest.mark.parametrize(("prompts", "tokens"), [(1, 7), (33, 16), pytest.param(1024, 7, marks=large)])
 def test_triton_form_at_real_size(device: torch.device, prompts: int, tokens: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(prompts, tokens, 64, dtype, device, channels=256)
     found = two_way_attention(*inputs, kernels="triton")
@@ -138,6 +139,7 @@ def test_batches_are_bit_equal(device: torch.device) -> None:
         assert torch.equal(some[last], alone)
 
 
+@large
 def test_offsets_are_64_bit(device: torch.device) -> None:
     """The keys of three prompts 2^30 elements apart; the kernel without its casts reads what is not a key."""
     from fastsam_kernels.two_way_attention import two_way_kernel
@@ -200,11 +202,11 @@ def kept_queries(inputs: Inputs) -> tuple[Inputs, Inputs, Tensor]:
     (prompts, heads, tokens, channels), dtype = folded.shape, folded.dtype
     draws = torch.Generator().manual_seed(5)
     weight, bias, offered = (
-        torch.randn(shape, generator=draws, dtype=dtype) / 4
+        torch.randn(shape, generator=draws, dtype=dtype).to(folded.device) / 4
         for shape in ((heads, HEAD_DIM, channels), (heads, HEAD_DIM), (prompts, heads, tokens, HEAD_DIM))
     )
     queries = torch.einsum("inc,hdc->inhd", keys + key_pe, weight) + bias
-    padding = torch.zeros(prompts, heads, tokens, dtype=dtype)
+    padding = torch.zeros(prompts, heads, tokens, dtype=dtype, device=folded.device)
     padding[:, :, -1] = -torch.inf
     folded = torch.einsum("phtd,hdc->phtc", offered, weight)
     asked = torch.einsum("phtd,hd->pht", offered, bias)
@@ -238,7 +240,7 @@ def test_gradients_with_kept_queries() -> None:
 
 
 def test_kept_queries_have_no_triton_form_and_must_fit(device: torch.device) -> None:
-    _, inputs, queries = kept_queries(make_inputs(2, 7, 3, torch.float32))
+    _, inputs, queries = kept_queries(make_inputs(2, 7, 3, torch.float32, device))
     with pytest.raises(UnsupportedKernelError, match="it folds the queries of the image, and image_queries is given"):
         two_way_attention(*inputs, image_queries=queries, kernels="triton")
     for wrong in (queries[:1], queries[:, 1:], queries[..., 1:]):
@@ -250,7 +252,7 @@ def test_kept_queries_have_no_triton_form_and_must_fit(device: torch.device) -> 
         two_way_attention(*inputs, image_queries=queries.half())
 
 
-def test_bad_input() -> None:
+def test_bad_input(device: torch.device) -> None:
     inputs = make_inputs(2, 7, 3, torch.float32)
     for wrong in (make_inputs(2, 8, 3, torch.float32)[7], inputs[7][:, :, :0], inputs[7][:, 0], inputs[7][:1]):
         message = rf"queries must be \[2, 8, 1 to 7, 64\], got {list(wrong.shape)}".replace("got [", r"got \[")
@@ -263,4 +265,4 @@ def test_bad_input() -> None:
     ):
         two_way_attention(*inputs[:7], inputs[7].half(), *inputs[8:])
     with pytest.raises(UnsupportedKernelError, match="a prompt may have up to 16 tokens, got 17"):
-        two_way_attention(*make_inputs(1, 17, 2, torch.float32), kernels="triton")
+        two_way_attention(*make_inputs(1, 17, 2, torch.float32, device), kernels="triton")
