@@ -227,7 +227,7 @@ def test_a_click_trains_the_best_alternative_and_a_box_the_single_mask() -> None
     assert strength["click"][2] > 3 * strength["click"][3]
     assert result.iou[0, [0, 1, 3]].tolist() == [0, 0, 0]
     assert result.iou[0, 2] == pytest.approx(1, abs=0.07)  # enlarging rounds the corners off
-    assert result.iou_head.item() == pytest.approx((result.iou[0, 2].item() - 0.125) / 4)
+    assert result.iou_head.item() == pytest.approx((result.iou[0, 2].item() - 0.025) / 4)  # nearly the mean error
 
 
 # The helper head ------------------------------------------------------------------------------------------
@@ -426,10 +426,12 @@ def test_a_resumed_run_continues_to_the_bit(tmp_path: Path) -> None:
 def test_the_same_seed_gives_the_same_losses_and_another_seed_others() -> None:
     def first_losses(seed: int) -> list[float]:
         learner = trainer(seed)
-        return torch.stack([learner.train_step(0.0)[0] for _ in range(2)]).tolist()
+        losses = torch.stack([learner.train_step(0.0)[0] for _ in range(2)])
+        assert losses.isfinite().all()  # both batches show objects
+        return losses.tolist()
 
-    assert first_losses(5) == first_losses(5)
-    assert first_losses(5) != first_losses(6)
+    assert first_losses(7) == first_losses(7)
+    assert first_losses(7) != first_losses(6)
 
 
 def test_a_run_writes_its_log_its_state_and_weights_that_load(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from .scenes import SIZE, training_scene
 from .team import Team
 
+_NATIVE_SHARE = 0.6  # of the batches at the scale of the scene, which is the scale of the whole canvas
 _SMALLEST_WINDOW = 0.55  # of the picture's side; smaller windows of a scene are enlarged
 
 
@@ -101,7 +102,7 @@ class ScenePool:
 
 def _window_side(rng: np.random.Generator, size: int) -> int:
     """Side of the part of the scene that is shown: the whole one, or a window up to twice enlarged or reduced."""
-    if rng.random() < 0.4:
+    if rng.random() < _NATIVE_SHARE:
         return size
     low = _SMALLEST_WINDOW * size
     return round(math.exp(rng.uniform(math.log(low), math.log(SIZE))))

@@ -19,7 +19,7 @@ _FOCAL_ALPHA, _FOCAL_GAMMA = 0.25, 2.0
 # Both outputs answer every prompt in use, so the one not meant for it learns a little too.
 _SINGLE_MASK_ON_CLICKS = 0.3
 _ALTERNATIVES_ON_OTHERS = 0.3
-_IOU_BETA = 0.25  # errors of the predicted IoU beyond this count by their size, not by its square
+_IOU_BETA = 0.05  # errors of the predicted IoU beyond this count by their size, not by its square
 _ALL_ALTERNATIVES = 0.05  # share of the mean over the three: none of them dies
 
 MaskLoss = Callable[[Tensor, Tensor], Tensor]

@@ -38,9 +38,8 @@ FROM_SCRATCH = (
     Stage(until=1.0, size=512, images=3, prompts=8, corrections=0.5),
 )
 CONTINUED = (
-    Stage(until=0.5, size=224, images=12, prompts=8, corrections=0.2),
-    Stage(until=0.75, size=448, images=4, prompts=8, corrections=0.3),
-    Stage(until=1.0, size=512, images=4, prompts=8, corrections=0.35),
+    Stage(until=0.55, size=224, images=12, prompts=8, corrections=0.12),
+    Stage(until=1.0, size=512, images=4, prompts=12, corrections=0.3),
 )
 
 
