@@ -27,7 +27,7 @@ from .embedding import ImageEmbedding
 from .memory import MaskMemory
 from .modeling import Sam
 from .modeling.mask_decoder import MaskDecoder
-from .prompts import PromptBatch
+from .prompts import PromptBatch, upload
 from .utils.amg import MaskData, is_box_near_crop_edge, uncrop_boxes_xyxy, uncrop_points
 from .utils.transforms import ResizeLongestSide
 
@@ -138,23 +138,18 @@ def confident_masks(
         for chunk, choice in zip(chunks, np.split(chosen, range(size, len(chosen), size)), strict=True):
             rows = np.flatnonzero(choice.any(axis=1))
             if len(rows):
-                masks = model.decode_masks(chunk, True, _upload(rows, model.device)).flatten(0, 1)
-                logits.append(masks[_upload(np.flatnonzero(choice[rows]), model.device)])
+                masks = model.decode_masks(chunk, True, upload(rows, model.device)).flatten(0, 1)
+                logits.append(masks[upload(np.flatnonzero(choice[rows]), model.device)])
         if logits:
             places = np.flatnonzero(chosen)
-            scores = iou.flatten()[_upload(places, model.device)].to(logits[0].dtype)
-            found.append((torch.cat(logits), scores, _upload(start + places // iou.shape[1], model.device)))
+            scores = iou.flatten()[upload(places, model.device)].to(logits[0].dtype)
+            found.append((torch.cat(logits), scores, upload(start + places // iou.shape[1], model.device)))
     if not found:
         side = model.prompt_encoder.mask_input_size
         none = torch.zeros(0, device=model.device)
         return none.view(0, *side), none, none.long()
     logits_of, iou_of, prompts_of = zip(*found, strict=True)
     return torch.cat(logits_of), torch.cat(iou_of), torch.cat(prompts_of)
-
-
-def _upload(indices: np.ndarray, device: torch.device) -> Tensor:
-    """Without a wait for the device."""
-    return torch.from_numpy(indices).to(device, non_blocking=True)
 
 
 def _candidates(

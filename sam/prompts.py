@@ -194,11 +194,17 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class RaggedChunk:
-    """Some of the prompts of a ragged request, their places in it, and these as an index of rows on the device."""
+    """Some of the prompts of a ragged request, and their places in it."""
 
     places: list[int]
-    rows: slice | Tensor
     batch: PromptBatch
+
+    @property
+    def rows(self) -> slice | Tensor:
+        """The places as an index of tensors on the batch's device."""
+        if all(later == place + 1 for place, later in pairwise(self.places)):
+            return slice(self.places[0], self.places[-1] + 1)
+        return upload(np.array(self.places, np.int64), self.batch.coords.device)
 
 
 def ragged_chunks(
@@ -236,17 +242,16 @@ def _collate(chunk: list[tuple[Any, ...]], with_mask: bool, device: torch.device
     for row, (some_coords, some_labels) in enumerate(zip(all_coords, all_labels, strict=True)):
         coords[row, : len(some_labels)] = some_coords
         labels[row, : len(some_labels)] = some_labels
-
-    def upload(table: np.ndarray) -> Tensor:
-        return torch.from_numpy(table).to(device, non_blocking=True)  # the encoder may still be at work
-
     batch = PromptBatch(
-        upload(coords),
-        upload(labels),
-        upload(np.stack(masks)) if with_mask else None,
-        upload(np.array(images, np.int64)),
+        upload(coords, device),
+        upload(labels, device),
+        upload(np.stack(masks), device) if with_mask else None,
+        upload(np.array(images, np.int64), device),
         ragged=bool((labels == LABEL_ABSENT).any()),
     )
-    in_order = all(later == place + 1 for place, later in pairwise(places))
-    rows = slice(places[0], places[-1] + 1) if in_order else upload(np.array(places, np.int64))
-    return RaggedChunk(list(places), rows, batch)
+    return RaggedChunk(list(places), batch)
+
+
+def upload(table: np.ndarray, device: torch.device) -> Tensor:
+    """Without a wait for the device, where the encoder may still be at work."""
+    return torch.from_numpy(table).to(device, non_blocking=True)

@@ -376,10 +376,11 @@ class Engine:
         (job,) = jobs
         assert job.embedding is not None
         if job.steps is None:
+            # The second time with half of the memory too: on a GPU a batch has more clicks than it was asked for.
             generator = SamAutomaticMaskGenerator(
                 self.model,
                 points_per_batch=job.points_per_batch,
-                max_memory=job.max_memory,
+                max_memory=usual_memory(self.model.device) // 2 if job.retried else None,
                 output_mode="uncompressed_rle",
                 **vars(job.options),
             )
@@ -393,16 +394,15 @@ class Engine:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            job.steps = None
-        if job.steps is None:
-            self._relieve()  # only now: the error held what the step had allocated
-            if job.retried or job.points_per_batch == 1:
-                job.fail(OutOfMemoryError("not enough memory, not for half the batch either"))
-                return
-            # The memory too: on a GPU a batch has more clicks than it was asked for.
-            job.retried, job.points_per_batch = True, job.points_per_batch // 2
-            job.max_memory = usual_memory(self.model.device) // 2
-        self._advance(job)
+        else:
+            self._advance(job)
+            return
+        self._relieve()  # only now: the error held what the step had allocated
+        if job.retried or job.points_per_batch == 1:
+            job.fail(OutOfMemoryError("not enough memory, not for half the batch either"))
+        else:
+            job.retried, job.steps, job.points_per_batch = True, None, job.points_per_batch // 2
+            self._advance(job)
 
     def _halving(self, pieces: list[Piece], run: Callable[[list[Piece]], list[Any]]) -> list[Any]:
         """``run(pieces)``, a result a piece; :class:`OutOfMemoryError` where memory runs out again in a half."""

@@ -119,6 +119,5 @@ class SegmentJob(Job):
 class AutomaticJob(Job):
     options: AutomaticOptions = field(default_factory=AutomaticOptions)
     points_per_batch: int = 64
-    max_memory: int | None = None
     retried: bool = False
     steps: Iterator[Any] | None = None

@@ -269,7 +269,8 @@ class Sam(DerivedWeights, Fp32Buffers):
         iou = torch.empty((total, masks_each), device=self.device, dtype=self._logits_dtype)
         geometries = [embedding.geometry for embedding in embeddings]
         for chunk in ragged_chunks(prompts, geometries, self.device, self.prompts_per_chunk):
-            low_res[chunk.rows], iou[chunk.rows] = self.decode(embeddings, chunk.batch, multimask_output)
+            rows = chunk.rows
+            low_res[rows], iou[rows] = self.decode(embeddings, chunk.batch, multimask_output)
 
         counts = [len(of_image) for of_image in prompts]
         return [
