@@ -82,8 +82,8 @@ format: .venv/.lint
 clean:
 	rm -rf .venv build out .pytest_cache .mypy_cache .ruff_cache *.egg-info
 
-# The stamp of an extra: installed, with the versions of constraints.txt.
+# The stamp of an extra: installed, with the versions of constraints.txt; Python compiles only what it then imports.
 .venv/.%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@

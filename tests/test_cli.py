@@ -115,10 +115,12 @@ def test_too_many_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     Image.new("1", (9000, 6000)).save(path)
     message = run_bad(capsys, "segment", path, *click)
     assert "large.png has 54.0 megapixels (9000x6000), more than the limit of 50; raise max_megapixels" in message
-    assert main(["segment", str(path), *map(str, click), "--max-megapixels", "0"]) == 0
-    capsys.readouterr()
     Image.new("1", (20000, 10000)).save(path)  # beyond PIL's own limit
     assert "large.png has more pixels than the limit of 50 megapixels" in run_bad(capsys, "segment", path, *click)
+    Image.new("1", (1500, 1000)).save(path)
+    message = run_bad(capsys, "segment", path, *click, "--max-megapixels", "1")
+    assert "large.png has 1.5 megapixels (1500x1000), more than the limit of 1; raise max_megapixels" in message
+    assert main(["segment", str(path), *map(str, click), "--max-megapixels", "0"]) == 0
 
 
 def test_upright_and_rgb(tmp_path: Path) -> None:

@@ -108,7 +108,12 @@ def nano_of(grid: int) -> Callable[[], Sam]:
 
 @pytest.mark.parametrize(
     ("grid", "dtype", "count"),
-    [(8, torch.float32, 1), (8, torch.float16, 2), (16, torch.float32, 2), (16, torch.float16, 1)],
+    [
+        (8, torch.float32, 1),
+        (8, torch.float16, 2),
+        pytest.param(16, torch.float32, 2, marks=pytest.mark.slow),
+        pytest.param(16, torch.float16, 1, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_nano_on_small_pictures(grid: int, dtype: torch.dtype, count: int) -> None:

@@ -88,7 +88,8 @@ def test_a_click_compiled(compiled: Sam) -> None:
 
 
 def test_what_fits_no_bucket_runs_and_says_so_once(compiled: Sam, caplog: pytest.LogCaptureFixture) -> None:
-    embedding, eager = compiled.encode(random_image(48, 60)), copy.deepcopy(compiled)
+    eager = copy.deepcopy(compiled)
+    embedding = eager.encode(random_image(48, 60))
     with caplog.at_level(logging.WARNING, logger="sam"):
         for _ in range(2):
             found = compiled.predict(embedding, clicks(1, 20))
