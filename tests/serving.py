@@ -1,8 +1,9 @@
-"""A service as a user starts it, in a process of its own."""
+"""A service as a user starts it, in a process of its own, and what is sent to it."""
 
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import os
 import queue
@@ -15,7 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 SECONDS = 60
+TOKEN = "a-token-for-tests"
 ROOT = Path(__file__).parents[1]
 
 
@@ -86,3 +91,17 @@ class Server:
     def resident_bytes(self) -> int:
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def multipart(image: bytes, fields: dict[str, Any]) -> tuple[bytes, str]:
+    parts = [b'--b\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n' + image + b"\r\n"]
+    for name, value in fields.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        parts.append(f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n'.encode())
+    return b"".join(parts) + b"--b--\r\n", "multipart/form-data; boundary=b"
+
+
+def file_of(image: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
+    return file.getvalue()

@@ -1,13 +1,10 @@
-"""The service over real sockets: answers, limits, refusals, and what it does when busy, left or broken."""
+"""The service over real sockets: answers, limits, refusals, and who is let in."""
 
 from __future__ import annotations
 
 import base64
-import http.client
 import io
 import json
-import socket
-import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -16,95 +13,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gate import SECONDS
 from models import TINY, random_image, random_model
 from PIL import Image
-from test_engine import Gate
-from test_polygons import fill
+from polygons import fill
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
-import uvicorn
+from local_service import Local
+from serving import TOKEN, file_of, multipart
 
 from sam import Prompt, Sam, rle
 from sam.engine import Engine
-from sam.server import Settings, app, create_app
+from sam.server import Settings
 from sam.server.errors import KINDS
-from sam.server.service import Service, warm_up
 
-SECONDS = 30
-TOKEN = "a-token-for-tests"
 IMAGE = random_image(60, 90)
 CLICK = [{"points": [[5, 5]]}]
-
-
-class Local:
-    """The application on a free port, its server in a thread."""
-
-    def __init__(self, engine: Engine, settings: Settings) -> None:
-        app = create_app(engine, settings)
-        self.service: Service = app.state.service
-        self.engine, self.app = engine, app
-        config = uvicorn.Config(app, "127.0.0.1", 0, log_config=None, http="h11", ws="none", loop="asyncio")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run)
-        self._thread.start()
-        wait_until(lambda: self._server.started)
-        self.port = self._server.servers[0].sockets[0].getsockname()[1]
-        wait_until(lambda: self.service.warm)
-
-    def close(self) -> None:
-        self._server.should_exit = True
-        self._thread.join(SECONDS)
-        self.engine.close(SECONDS)
-
-    def request(
-        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
-    ) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
-        try:
-            connection.request(method, path, body, headers or {})
-            answer = connection.getresponse()
-            return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
-        finally:
-            connection.close()
-
-    def post(self, route: str, image: bytes | None = None, headers: dict[str, str] | None = None, **fields: Any) -> Any:
-        """Multipart with an image, else JSON; the answer as JSON where it is."""
-        if image is None:
-            body, kind = json.dumps(fields).encode(), "application/json"
-        else:
-            body, kind = multipart(image, fields)
-        status, answered, content = self.request("POST", route, body, {"Content-Type": kind, **(headers or {})})
-        is_json = answered.get("content-type") == "application/json"
-        return status, json.loads(content) if is_json else content, answered
-
-    def error(self, route: str, image: bytes | None = None, **fields: Any) -> tuple[int, str]:
-        status, answer, _ = self.post(route, image, **fields)
-        assert set(answer) == {"error", "request_id"}
-        assert answer["error"]["message"] == KINDS[answer["error"]["code"]].message
-        return status, answer["error"]["code"]
-
-
-def multipart(image: bytes, fields: dict[str, Any]) -> tuple[bytes, str]:
-    parts = [b'--b\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n' + image + b"\r\n"]
-    for name, value in fields.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        parts.append(f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n'.encode())
-    return b"".join(parts) + b"--b--\r\n", "multipart/form-data; boundary=b"
-
-
-def wait_until(condition: Any) -> None:
-    until = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.005)
-
-
-def file_of(image: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
-    return file.getvalue()
-
-
 PNG = file_of(IMAGE)
 _IMAGE_AS_TEXT = b'--b\r\nContent-Disposition: form-data; name="image"\r\n\r\nx\r\n--b--\r\n'
 
@@ -118,22 +42,6 @@ def model() -> Sam:
 def local(model: Sam) -> Iterator[Local]:
     running = Local(Engine(model), Settings())
     yield running
-    running.close()
-
-
-@pytest.fixture
-def gated() -> Iterator[tuple[Local, Gate]]:
-    """A service whose model waits for the gate, of its own for each test."""
-    model = random_model(TINY)
-    gate = Gate(model)
-    gate.open.set()
-    running = Local(Engine(model, max_queue=4, deadline=20), Settings())
-    gate.open.clear()
-    for passes in (gate.encoded, gate.decoded):
-        passes.clear()
-    gate.entered.clear()
-    yield running, gate
-    gate.open.set()
     running.close()
 
 
@@ -443,6 +351,13 @@ def test_body_limit_to_the_byte(model: Sam, extra: int, chunked: bool) -> None:
     running.close()
 
 
+def test_a_mistake_of_ours_is_500_without_its_text(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sam.server.app.decode_image", lambda *arguments: 1 / 0)
+    status, answer, _ = local.post("/v1/embed", PNG)
+    assert (status, answer["error"]["code"]) == (500, "internal")
+    assert "division" not in json.dumps(answer)
+
+
 # Who is let in -----------------------------------------------------------------------------------------------
 
 
@@ -486,178 +401,3 @@ def test_other_sites_are_refused(local: Local) -> None:
     assert local.request("POST", "/v1/embed", b"", {"Sec-Fetch-Site": "cross-site"})[0] == 403
     assert local.request("POST", "/v1/embed", b"", {"Sec-Fetch-Site": "same-origin"})[0] == 415
     assert local.request("GET", "/", headers={"Host": "localhost:99"})[0] == 200
-
-
-# Busy, left, broken ------------------------------------------------------------------------------------------
-
-
-def test_exactly_as_many_are_rejected_as_do_not_fit(gated: tuple[Local, Gate]) -> None:
-    running, gate = gated
-    with ThreadPoolExecutor(8) as pool:
-        inside = [pool.submit(running.post, "/v1/segment", PNG, prompts=CLICK) for _ in range(4)]
-        wait_until(lambda: running.service.in_flight == 4)
-        seconds = []
-        for _ in range(2):
-            start = time.perf_counter()
-            status, answer, headers = running.post("/v1/segment", PNG, prompts=CLICK)
-            seconds.append(time.perf_counter() - start)
-            assert (status, answer["error"]["code"], headers["retry-after"]) == (503, "queue_full", "1")
-        assert max(seconds) < 0.5
-        gate.open.set()
-        assert [future.result(SECONDS)[0] for future in inside] == [200] * 4
-    assert running.service.metrics.errors.labels("queue_full")._value.get() == 2
-    wait_until(lambda: running.service.in_flight == 0)
-
-
-def test_who_left_is_dropped_before_dispatch(gated: tuple[Local, Gate]) -> None:
-    running, gate = gated
-    with ThreadPoolExecutor(2) as pool:
-        busy = pool.submit(running.post, "/v1/embed", PNG)
-        assert gate.entered.wait(SECONDS)
-        body, kind = multipart(file_of(random_image(40, 40)), {"prompts": CLICK})
-        head = (
-            f"POST /v1/segment HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
-        )
-        with socket.create_connection(("127.0.0.1", running.port)) as leaving:
-            leaving.sendall(head.encode() + b"\r\n" + body)
-            wait_until(lambda: running.engine.pending == 2)
-        wait_until(lambda: running.engine.pending == 1)
-        gate.open.set()
-        assert busy.result(SECONDS)[0] == 200
-    assert running.post("/v1/embed", file_of(random_image(41, 41)))[0] == 200
-    assert gate.encoded == [1, 1]
-    assert gate.decoded == []
-    assert running.engine.counters()["cancelled"] == 1
-
-
-def test_who_left_while_the_image_was_decoded_is_not_dispatched(
-    gated: tuple[Local, Gate], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    running, gate = gated
-    gate.open.set()
-    decode, gone, before = app.decode_image, threading.Event(), running.engine.counters()["accepted"]
-
-    def slow_decode(*arguments: Any) -> np.ndarray:
-        assert gone.wait(SECONDS)
-        time.sleep(0.1)  # until the loop has read the end of the connection
-        return decode(*arguments)
-
-    monkeypatch.setattr(app, "decode_image", slow_decode)
-    body, kind = multipart(PNG, {})
-    head = f"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", running.port)) as leaving:
-        leaving.sendall(head.encode() + body)
-        wait_until(lambda: running.service.in_flight == 1)
-    gone.set()
-    wait_until(lambda: running.service.in_flight == 0)
-    assert gate.encoded == []
-    assert running.engine.counters()["accepted"] == before
-
-
-def test_deadline() -> None:
-    model = random_model(TINY)
-    gate = Gate(model)
-    gate.open.set()
-    running = Local(Engine(model, deadline=0.3), Settings())
-    gate.open.clear()
-    gate.entered.clear()
-    gate.encoded.clear()
-    assert running.error("/v1/embed", PNG) == (504, "deadline_exceeded")
-    assert running.error("/v1/embed", file_of(random_image(9, 9))) == (504, "deadline_exceeded")
-    gate.open.set()
-    wait_until(lambda: running.engine.pending == 0)
-    assert gate.encoded == [1]
-    running.close()
-
-
-def test_a_body_that_does_not_come(model: Sam) -> None:
-    running = Local(Engine(model, deadline=0.3), Settings())
-    with socket.create_connection(("127.0.0.1", running.port)) as slow:
-        slow.sendall(b"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n")
-        slow.sendall(b"Content-Length: 1000\r\n\r\n--b\r\n")
-        slow.settimeout(SECONDS)
-        assert b"408" in slow.recv(100)
-    wait_until(lambda: running.service.in_flight == 0)
-    running.close()
-
-
-def test_not_ready_while_warming_or_draining(gated: tuple[Local, Gate]) -> None:
-    running, _ = gated
-    for attribute, value, code in (("warm", False, "not_ready"), ("draining", True, "draining")):
-        before = getattr(running.service, attribute)
-        setattr(running.service, attribute, value)
-        assert running.request("GET", "/v2/health/ready")[0] == 503
-        assert running.request("GET", "/v2/health/live")[0] == 200
-        assert running.error("/v1/embed", PNG) == (503, code)
-        setattr(running.service, attribute, before)
-
-
-def test_warm_up_runs_every_size_of_a_batch() -> None:
-    """Where kernels are compiled, no request meets a size of batch that was not run before."""
-    gate = Gate(random_model(TINY))
-    gate.open.set()
-    with Engine(gate.model, max_batch=3, max_images=2) as engine:
-        warm_up(engine, every_size=True)
-        assert set(gate.encoded) == {1, 2}
-        assert set(gate.decoded) == {1, 2, 3}
-        assert engine.counters()["automatics"] > 0
-
-
-def test_one_bad_request_never_fails_its_batch_mates(gated: tuple[Local, Gate]) -> None:
-    """They wait at the same time for the same model; the good ones are answered as they are alone."""
-    running, gate = gated
-    gate.open.set()
-    asked = {"prompts": CLICK * 2}
-    alone = running.post("/v1/segment", PNG, **asked)[1]["prompts"]
-    gate.open.clear()
-    gate.entered.clear()
-    with ThreadPoolExecutor(4) as pool:
-        busy = pool.submit(running.post, "/v1/embed", file_of(random_image(30, 30)))
-        assert gate.entered.wait(SECONDS)
-        good = [pool.submit(running.post, "/v1/segment", PNG, **asked) for _ in range(2)]
-        wait_until(lambda: running.engine.pending == 3)
-        for image, fields, code in (
-            (PNG[:200], asked, "bad_image"),
-            (PNG, {"prompts": [*CLICK, {"points": [[91, 1]]}]}, "out_of_image"),
-            (PNG, {"prompts": [{"points": [[5, 5]], "mask_input": {"result": "0" * 32}}]}, "unknown_result"),
-        ):
-            assert running.error("/v1/segment", image, **fields)[1] == code
-        gate.open.set()
-        assert busy.result(SECONDS)[0] == 200
-        for future in good:
-            status, answer, _ = future.result(SECONDS)
-            assert status == 200
-            assert [prompt["best"] for prompt in answer["prompts"]] == [prompt["best"] for prompt in alone]
-            for prompt, before in zip(answer["prompts"], alone, strict=True):
-                scores = [[mask["predicted_iou"] for mask in masks["masks"]] for masks in (prompt, before)]
-                assert scores[0] == pytest.approx(scores[1], abs=1e-4)
-
-
-def test_out_of_memory_is_503_and_the_service_lives(gated: tuple[Local, Gate]) -> None:
-    running, gate = gated
-    gate.open.set()
-    gate.shortage_above = 0
-    assert running.error("/v1/embed", PNG) == (503, "out_of_memory")
-    gate.shortage_above = None
-    assert running.post("/v1/embed", PNG)[0] == 200
-
-
-def test_a_model_fault_makes_it_unready(gated: tuple[Local, Gate]) -> None:
-    running, gate = gated
-    stopped = threading.Event()
-    running.service.stop = stopped.set
-    gate.faults.append(RuntimeError("CUDA error: secret text"))
-    gate.open.set()
-    status, answer, _ = running.post("/v1/embed", PNG)
-    assert (status, answer["error"]["code"]) == (503, "model_failed")
-    assert "secret" not in json.dumps(answer)
-    assert running.request("GET", "/v2/health/ready")[0] == 503
-    assert stopped.wait(1)
-    assert running.error("/v1/embed", PNG) == (503, "model_failed")
-
-
-def test_a_mistake_of_ours_is_500_without_its_text(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sam.server.app.decode_image", lambda *arguments: 1 / 0)
-    status, answer, _ = local.post("/v1/embed", PNG)
-    assert (status, answer["error"]["code"]) == (500, "internal")
-    assert "division" not in json.dumps(answer)

@@ -21,8 +21,7 @@ from models import random_image
 from PIL import Image
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
-from serving import SECONDS, Server
-from test_server import file_of, multipart
+from serving import SECONDS, Server, file_of, multipart
 
 REQUESTS = int(os.environ.get("HOSTILE_REQUESTS", "10000"))
 CORPUS, GENERATED = REQUESTS * 9 // 10, REQUESTS // 10  # schemathesis takes longer to make a case than to ask it

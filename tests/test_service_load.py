@@ -13,8 +13,7 @@ import pytest
 from models import random_image
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
-from serving import SECONDS, Server
-from test_server import file_of, multipart
+from serving import SECONDS, Server, file_of, multipart
 
 pytestmark = [pytest.mark.slow, pytest.mark.soak]
 SMALL = ("--image-size", "256", "--device", "cpu")

@@ -21,8 +21,7 @@ from models import random_image
 from PIL import Image
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
-from serving import ROOT, SECONDS, Server
-from test_server import TOKEN, file_of, multipart
+from serving import ROOT, SECONDS, TOKEN, Server, file_of, multipart
 
 import sam
 from sam.cli import main
