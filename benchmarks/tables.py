@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fastsam_kernels.tile_config import read_entries
 from sam.build_sam import NANO_CHECKPOINT
@@ -13,7 +14,7 @@ from sam.checkpoint import read_checkpoint
 from .compile_cases import AMD
 from .model.decoder_work import work_table
 from .operations import OPERATIONS
-from .provenance import CPU_RESULTS, RESULTS, ROOT, describe, form_name, read_rows, title
+from .provenance import CPU_RESULTS, RESULTS, ROOT, describe, read_rows, title
 
 
 def status_table() -> str:
@@ -82,21 +83,56 @@ def _tuned(operation: str) -> str:
     return ", ".join(dict.fromkeys(tuned)) or "provisional"
 
 
+# The columns of the front page's table, and the forms that may stand in each.
+_COLUMNS = {
+    "segment-anything": ("segment-anything",),
+    "transformers": ("transformers",),
+    "official modules here": ("reference",),
+    "**ours**": ("torch",),
+    "**ours**, compiled": ("torch, compiled", "torch.compile of torch"),
+}
+
+
 def speed_table(*results: str) -> str:
-    """The rows of results files of one run, as the front page shows them."""
+    """A row for each case of results files, a column for each form, as the front page shows them."""
     paths = [RESULTS / name for name in results]
     rows = [row for path in paths if path.exists() for row in read_rows(path)]
     if not rows:
         return "Not measured yet."
-    lines = ["| | | ms | speed-up | peak memory |", "|---|---|---:|---:|---:|"]
+    cases: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
-        speedup = "over budget" if row["speedup"] is None else f"{row['speedup']:.2f}"
-        time, peak = row["timing"]["p50"], row["peak_bytes"]
-        name = form_name(row["form"]).replace("ours", "**ours**")
-        memory = "" if peak is None else f"{peak / 1e6:.0f} MB"
-        lines.append(f"| {title(row)} | {name} | {time:.0f} | {speedup} | {memory} |")
-    sources = dict.fromkeys(describe(row["provenance"]) for row in rows)
-    return "\n".join([*lines, "", f"Medians, forms in turn. {'; '.join(sources)}."])
+        cases.setdefault(title(row), {})[row["form"]] = row
+    lines = ["| ms | " + " | ".join(_COLUMNS) + " | MB |", "|---|" + "---:|" * (len(_COLUMNS) + 1)]
+    for case, forms in cases.items():
+        cells = []
+        for column, names in _COLUMNS.items():
+            row = next((forms[name] for name in names if name in forms), None)
+            cells.append("" if row is None else _milliseconds(row, "ours" in column))
+        memory = [forms[name]["peak_bytes"] for name in ("segment-anything", "torch") if name in forms]
+        cells.append(" / ".join("-" if peak is None else f"{peak / 1e6:.0f}" for peak in memory))
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    explained = (
+        "Medians, forms in turn; in brackets the speed-up over the official modules in this package; "
+        "MB: peak memory of segment-anything / ours."
+    )
+    return "\n".join([*lines, "", explained, *_sources(rows)])
+
+
+def _sources(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each machine and day, with the revisions that were measured there."""
+    revisions: dict[str, dict[str, None]] = {}
+    for row in rows:
+        facts = row["provenance"]
+        revisions.setdefault(describe({**facts, "revision": "{}"}), {})[facts["revision"]] = None
+    return [f"{line.format(', '.join(found))}." for line, found in revisions.items()]
+
+
+def _milliseconds(row: dict[str, Any], is_ours: bool) -> str:
+    """No time stands without a result that is right."""
+    if row["speedup"] is None:
+        return "over budget"
+    time = f"{row['timing']['p50']:.0f}"
+    return f"{time} ({row['speedup']:.1f}x)" if is_ours else time
 
 
 # What stands between <!-- NAME --> and <!-- /NAME --> in a page.

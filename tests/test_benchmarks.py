@@ -336,6 +336,19 @@ def test_pages_show_what_the_results_say(name: str) -> None:
     assert tables.fill(page, name, make()) == page
 
 
+def test_no_time_stands_without_a_right_result(tmp_path: Path) -> None:
+    row = {"case": "a case", "dtype": "float32", "provenance": {**provenance(), "gpu": None, "cores": 2}}
+    rows = [
+        {**row, "form": "segment-anything", "timing": {"p50": 40.2}, "speedup": 0.9, "peak_bytes": 2_000_000},
+        {**row, "form": "torch", "timing": {"p50": 3.4}, "speedup": None, "peak_bytes": None},
+        {**row, "form": "torch, compiled", "timing": {"p50": 12.3}, "speedup": 2.94, "peak_bytes": 5},
+    ]
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps(rows))
+    table = tables.speed_table(str(results))
+    assert "| a case, float32, 2 cores | 40 |  |  | over budget | 12 (2.9x) | 2 / - |" in table
+
+
 def test_a_picture_of_results(tmp_path: Path) -> None:
     row = {"case": "a case", "dtype": "float32", "percent_of_limit": 50.0, "provenance": provenance()}
     rows = [
