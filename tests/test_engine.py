@@ -391,7 +391,7 @@ def test_out_of_memory_in_everything_starts_once_more_with_half(
             super().__init__(*arguments, **options)
             budgets.append(self.max_memory)
 
-    monkeypatch.setattr("sam.engine.core.SamAutomaticMaskGenerator", Generator)
+    monkeypatch.setattr("sam.engine.passes.SamAutomaticMaskGenerator", Generator)
     engine = engine_of(max_batch=4)
     gate.open.set()
     gate.shortage_above = 2

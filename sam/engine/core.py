@@ -8,22 +8,15 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from fastsam_kernels import Resizing, packed_masks
-
-from .. import preprocess, rle
-from ..automatic_mask_generator import SamAutomaticMaskGenerator
+from .. import preprocess
 from ..embedding import ImageEmbedding, hash_image
-from ..memory import usual_memory
 from ..modeling import Sam
 from ..preprocess import ImageGeometry
-from ..prompts import Prompt, check_mask_inputs, ragged_chunks
+from ..prompts import Prompt, check_mask_inputs
 from .cache import EmbeddingCache
 from .errors import (
     DeadlineExceededError,
@@ -31,11 +24,10 @@ from .errors import (
     EngineFailedError,
     OutOfMemoryError,
     QueueFullError,
-    is_out_of_memory,
 )
 from .jobs import AutomaticJob, AutomaticOptions, Job, PreparedImage, PromptMasks, SegmentJob
+from .passes import Passes
 
-Piece = TypeVar("Piece")
 _STAGES = ("encode", "decode", "automatic")
 _COUNTERS = (
     "accepted", "completed", "rejected", "cancelled", "expired", "failed", "out_of_memory",
@@ -82,6 +74,7 @@ class Engine:
                 raise ValueError(f"{name} must be positive, got {value}")
         self.model = model
         self.max_batch = max_batch
+        self._passes = Passes(model, max_batch, self._count_shortage)
         self.max_queue = max_queue
         self.deadline = deadline
         on_cpu = model.device.type == "cpu"
@@ -298,17 +291,9 @@ class Engine:
         return [self._queues["automatic"].popleft()]
 
     def _encode(self, groups: list[list[Job]]) -> None:
-        def encode(some: list[list[Job]]) -> list[ImageEmbedding]:
-            images = [group[0].image for group in some]
-            embeddings = self.model.encode([image.resized for image in images if image], batch_size=len(some))
-            return [
-                replace(embedding, geometry=image.geometry, image_hash=image.image_hash)
-                for embedding, image in zip(embeddings, images, strict=True)
-                if image
-            ]
-
         self._count("image", len(groups))
-        for group, embedding in zip(groups, self._halving(groups, encode), strict=True):
+        images = [group[0].image for group in groups if group[0].image is not None]
+        for group, embedding in zip(groups, self._passes.encode(images), strict=True):
             if isinstance(embedding, ImageEmbedding):
                 with self._changed:
                     self._cache.put(str(group[0].key), embedding)
@@ -322,7 +307,7 @@ class Engine:
     def _decode(self, pieces: list[tuple[SegmentJob, int]]) -> None:
         self._count("prompt", len(pieces))
         failed: dict[SegmentJob, OutOfMemoryError] = {}
-        for (job, _), masks in zip(pieces, self._halving(pieces, self._decode_some), strict=True):
+        for (job, _), masks in zip(pieces, self._passes.decode(pieces), strict=True):
             if isinstance(masks, OutOfMemoryError):
                 failed[job] = masks
             else:
@@ -338,99 +323,20 @@ class Engine:
             else:
                 job.resolve(job.done)
 
-    @torch.no_grad()
-    def _decode_some(self, pieces: list[tuple[SegmentJob, int]]) -> list[PromptMasks]:
-        asked: dict[SegmentJob, list[Prompt]] = {}
-        for job, place in pieces:
-            asked.setdefault(job, []).append(job.prompts[place])
-        embeddings = [job.embedding for job in asked if job.embedding is not None]
-        geometries = [embedding.geometry for embedding in embeddings]
-        geometry_of = [job.embedding.geometry for job, _ in pieces if job.embedding is not None]
-        results: list[PromptMasks | None] = [None] * len(pieces)
-        chunks = ragged_chunks(list(asked.values()), geometries, self.model.device, self.max_batch)
-        multimask = pieces[0][0].multimask_output
-        for chunk in chunks:
-            logits, iou = self.model.decode(embeddings, chunk.batch, multimask)
-            scores = iou.float().cpu().numpy()
-            rles = self._rles(logits, [geometry_of[place] for place in chunk.places])
-            for row, place in enumerate(chunk.places):
-                kept = logits[row].float().cpu().numpy().copy() if pieces[place][0].keep_logits else None
-                results[place] = PromptMasks(rles[row], scores[row], kept)
-        return [result for result in results if result is not None]
-
-    def _rles(self, logits: Tensor, geometries: list[ImageGeometry]) -> list[list[dict[str, Any]]]:
-        """Those of each prompt's masks, prompts of images of one size together; never as pixels, only as bits."""
-        rles: list[list[dict[str, Any]]] = [[] for _ in geometries]
-        for geometry in dict.fromkeys(geometries):
-            rows = [row for row, other in enumerate(geometries) if other == geometry]
-            resizing = Resizing(geometry.image_size, geometry.input_size, geometry.original_size)
-            packed = packed_masks(
-                logits[rows].flatten(0, 1), resizing, threshold=self.model.mask_threshold, kernels=self.model.kernels
-            )
-            encoded = rle.encode_packed(packed, geometry.original_size)
-            for place, row in enumerate(rows):
-                rles[row] = encoded[place * logits.shape[1] : (place + 1) * logits.shape[1]]
-        return rles
-
     def _automatic(self, jobs: list[AutomaticJob]) -> None:
-        (job,) = jobs
-        assert job.embedding is not None
-        if job.steps is None:
-            # The second time with half of the memory too: on a GPU a batch has more clicks than it was asked for.
-            generator = SamAutomaticMaskGenerator(
-                self.model,
-                points_per_batch=job.points_per_batch,
-                max_memory=usual_memory(self.model.device) // 2 if job.retried else None,
-                output_mode="uncompressed_rle",
-                **vars(job.options),
-            )
-            job.steps = generator.steps(job.embedding)
-        self._count("automatic", 1)
-        try:
-            next(job.steps)
-        except StopIteration as stop:
-            job.resolve(stop.value)
-            return
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        else:
-            self._advance(job)
-            return
-        self._relieve()  # only now: the error held what the step had allocated
-        if job.retried or job.points_per_batch == 1:
-            job.fail(OutOfMemoryError("not enough memory, not for half the batch either"))
-        else:
-            job.retried, job.steps, job.points_per_batch = True, None, job.points_per_batch // 2
-            self._advance(job)
+        self._count("automatic", len(jobs))
+        for job in jobs:
+            records = self._passes.automatic(job)
+            if records is None:
+                self._advance(job)
+            elif isinstance(records, OutOfMemoryError):
+                job.fail(records)
+            else:
+                job.resolve(records)
 
-    def _halving(self, pieces: list[Piece], run: Callable[[list[Piece]], list[Any]]) -> list[Any]:
-        """``run(pieces)``, a result a piece; :class:`OutOfMemoryError` where memory runs out again in a half."""
-        try:
-            return run(pieces)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        self._relieve()
-        results: list[Any] = []
-        middle = (len(pieces) + 1) // 2
-        for half in filter(None, (pieces[:middle], pieces[middle:])):
-            try:
-                results += run(half)
-                continue
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-            self._relieve()
-            shortage = OutOfMemoryError("not enough memory, not for half the batch either")
-            results += [shortage] * len(half)
-        return results
-
-    def _relieve(self) -> None:
+    def _count_shortage(self) -> None:
         with self._changed:
             self._counters["out_of_memory"] += 1
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _count(self, kind: str, amount: int) -> None:
         with self._changed:
