@@ -230,7 +230,8 @@ class Trainer:
         shared_features = features.detach().requires_grad_(features.requires_grad)
         covered = torch.nn.functional.avg_pool2d(objects.masks.float()[:, None], 2)
         targets = torch.nn.functional.avg_pool2d(covered, self.patch // 8)[:, 0]
-        truth = covered[:, 0] > 0.5
+        # Every second pixel will do while the masks change too.
+        truth = objects.masks if self.settings.iou_head_alone else covered[:, 0] > 0.5
         coords, labels, is_click = first_prompts(objects, _BOX_SHARE, generator)
         balance = balance_at(self.step) if self.settings.init == SCRATCH else 0.0
         mask_inputs = None
