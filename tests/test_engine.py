@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from typing import Any
 
 import numpy as np
@@ -175,6 +175,29 @@ def test_masks_of_one_and_of_three_are_not_mixed(engine_of: Callable[..., Engine
     assert len(one.result(SECONDS)[0].rles) == 1
 
 
+def test_an_embedding_of_another_dtype_is_refused(engine_of: Callable[..., Engine], model: Sam) -> None:
+    made = model.encode(random_image(8, 8))
+    engine = engine_of()
+    for dtype in (torch.float64, torch.int64, torch.bfloat16):
+        other = sam.ImageEmbedding(made.features.to(dtype), made.geometry)
+        with pytest.raises(ValueError, match=f"the embedding is in {dtype}, the model in torch.float32"):
+            engine.segment(other, [CLICK])
+    assert engine.pending == 0
+
+
+def test_options_that_are_no_numbers_above_zero_are_refused(engine_of: Callable[..., Engine], model: Sam) -> None:
+    nan = float("nan")
+    for name, value in (("deadline", nan), ("max_images", 0), ("max_images", -1), ("max_batch", 0)):
+        with pytest.raises(ValueError, match=f"{name} must be positive, got {value}"):
+            Engine(model, **{name: value})
+    with pytest.raises(ValueError, match="deadline must be positive, got nan"):
+        engine_of().segment(random_image(8, 8), [CLICK], deadline=nan)
+    with pytest.raises(ValueError, match=r"points_per_side must be within 1..1024, got 10000000"):
+        AutomaticOptions(points_per_side=10**7)
+    with pytest.raises(ValueError, match="truth value of an array"):
+        engine_of().segment(random_image(8, 8), [CLICK], np.array([True, False]))  # type: ignore[arg-type]
+
+
 def test_fair_shares() -> None:
     assert _fair_shares([(1, 1), (9, 1), (9, 1)], 8, 99) == [1, 4, 3]
     assert _fair_shares([(1, 1), (1, 1), (1, 1)], 2, 99) == [1, 1, 0]
@@ -227,6 +250,34 @@ def test_clicks_pass_between_the_batches_of_everything(engine_of: Callable[..., 
     assert not everything.done()
     everything.result(SECONDS)
     assert gate.decoded[1] == 1
+
+
+def test_everything_that_is_begun_ends_before_another_begins(
+    engine_of: Callable[..., Engine], gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is begun holds masks: under load they would all be held, and all expire together."""
+    steps: list[str] = []
+    names = iter("abc")
+    steps_of = SamAutomaticMaskGenerator.steps
+
+    def noted_steps(self: SamAutomaticMaskGenerator, embedding: sam.ImageEmbedding) -> Any:
+        name, inner = next(names), steps_of(self, embedding)
+        while True:
+            steps.append(name)
+            try:
+                yield next(inner)
+            except StopIteration as stop:
+                return stop.value
+
+    monkeypatch.setattr(SamAutomaticMaskGenerator, "steps", noted_steps)
+    engine = engine_of(max_batch=2)
+    hold(engine, gate)
+    waiting = [engine.automatic(random_image(8, 8, seed), AutomaticOptions(points_per_side=3)) for seed in range(3)]
+    gate.open.set()
+    for future in waiting:
+        future.result(SECONDS)
+    assert len(steps) > 6
+    assert steps == sorted(steps)
 
 
 def test_exactly_as_many_are_rejected_as_do_not_fit(engine_of: Callable[..., Engine], gate: Gate) -> None:
@@ -283,6 +334,7 @@ def test_a_cancelled_request_never_reaches_the_model(engine_of: Callable[..., En
     stays.result(SECONDS)
     with pytest.raises(CancelledError):
         left.result()
+    assert wait([left, stays], SECONDS).not_done == set()
     assert gate.encoded == [1, 1]
     assert engine.counters()["cancelled"] == 1
 
@@ -341,6 +393,16 @@ def test_cache_keeps_its_budget(engine_of: Callable[..., Engine], model: Sam) ->
     counters = engine.counters()
     assert counters["cache_evictions"] == 1
     assert counters["cache_bytes"] == 2 * probe.nbytes
+
+
+def test_cache_keeps_its_budget_however_embeddings_are_used(engine_of: Callable[..., Engine]) -> None:
+    engine = engine_of(embedding_cache_bytes=2**18)
+    for seed in range(6):
+        handle = engine.embed(random_image(8, 8, seed)).result(SECONDS)
+        engine.segment(handle, [CLICK]).result(SECONDS)
+        engine.automatic(random_image(8, 8, 9 + seed), AutomaticOptions(points_per_side=1)).result(SECONDS)
+    held = sum(embedding.nbytes for embedding, _ in engine._cache._entries.values())
+    assert 0 < engine.counters()["cache_bytes"] == held <= 2**18
 
 
 def test_an_embedding_over_the_budget_is_used_but_not_kept(engine_of: Callable[..., Engine]) -> None:

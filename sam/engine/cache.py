@@ -45,11 +45,13 @@ class EmbeddingCache:
             self._remove(next(iter(self._entries)))
             self.evictions += 1
 
-    def recount(self, key: str) -> None:
+    def recount(self, embedding: ImageEmbedding) -> None:
         """An embedding grows when the decoder attaches what its prompts share; keep the budget all the same."""
-        entry = self._entries.get(key)
-        if entry is not None and entry[0].nbytes != entry[1]:
-            self.put(key, entry[0])
+        for key, (kept, size) in reversed(self._entries.items()):  # it was used a moment ago
+            if kept is embedding:
+                if embedding.nbytes != size:
+                    self.put(key, embedding)
+                return
 
     def _remove(self, key: str) -> None:
         entry = self._entries.pop(key, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -69,16 +70,18 @@ class Engine:
             max_images: images encoded together; by default 1 on a CPU and 8 elsewhere.
             on_failure: called once, in the engine's thread, when the model failed.
         """
-        for name, value in (("max_batch", max_batch), ("max_queue", max_queue), ("deadline", deadline)):
-            if value <= 0:
+        on_cpu = model.device.type == "cpu"
+        max_images = (1 if on_cpu else 8) if max_images is None else max_images
+        limits = {"max_batch": max_batch, "max_queue": max_queue, "deadline": deadline, "max_images": max_images}
+        for name, value in limits.items():
+            if not value > 0:  # NaN is not
                 raise ValueError(f"{name} must be positive, got {value}")
         self.model = model
         self.max_batch = max_batch
         self._passes = Passes(model, max_batch, self._count_shortage)
         self.max_queue = max_queue
         self.deadline = deadline
-        on_cpu = model.device.type == "cpu"
-        self.max_images = max_images or (1 if on_cpu else 8)
+        self.max_images = max_images
         self._batch_pixels = 2**27 if on_cpu else 2**30
         self.failure: BaseException | None = None
         self.on_failure = on_failure
@@ -142,7 +145,8 @@ class Engine:
             deadline: seconds, in place of the engine's.
 
         Raises:
-            TypeError, ValueError: a bad image, no prompts, a mask input of the wrong size, a foreign embedding.
+            TypeError, ValueError: a bad image, no prompts, a mask input of the wrong size, an embedding that is not
+                of this model or of its dtype.
             QueueFullError, EngineClosedError, EngineFailedError: nothing was accepted.
         """
         if not prompts:
@@ -152,10 +156,8 @@ class Engine:
                 raise TypeError(f"prompts must be of type Prompt, got {type(prompt).__name__}")
             if prompt.mask_input is not None:
                 check_mask_inputs(prompt.mask_input.shape, self.model.prompt_encoder.mask_input_size[0])
-        source = self._source(image)
-        return self._submit(
-            SegmentJob(*source, self._expiry(deadline), Future(), list(prompts), multimask_output, keep_logits)
-        )
+        wanted = list(prompts), bool(multimask_output), bool(keep_logits)
+        return self._submit(SegmentJob(*self._source(image), self._expiry(deadline), Future(), *wanted))
 
     def automatic(
         self,
@@ -166,7 +168,7 @@ class Engine:
         """Masks of everything: the records of :class:`sam.SamAutomaticMaskGenerator` with uncompressed RLEs.
 
         Raises:
-            TypeError, ValueError: a bad image or a foreign embedding.
+            TypeError, ValueError: a bad image, or an embedding that is not of this model or of its dtype.
             QueueFullError, EngineClosedError, EngineFailedError: nothing was accepted.
         """
         options = options or AutomaticOptions()
@@ -178,13 +180,15 @@ class Engine:
     ) -> tuple[str | None, PreparedImage | None, ImageEmbedding | None]:
         if isinstance(image, ImageEmbedding):
             self.model.check_embedding(image)
+            if image.features.dtype != self.model.dtype:  # would fail, or not, by what else is in the batch
+                raise ValueError(f"the embedding is in {image.features.dtype}, the model in {self.model.dtype}")
             return None, None, image
         prepared = image if isinstance(image, PreparedImage) else self.prepare(image)
         return prepared.key, prepared, None
 
     def _expiry(self, deadline: float | None) -> float:
         seconds = self.deadline if deadline is None else deadline
-        if seconds <= 0:
+        if not seconds > 0:  # NaN is not
             raise ValueError(f"deadline must be positive, got {seconds}")
         return time.monotonic() + seconds
 
@@ -199,14 +203,18 @@ class Engine:
                 raise QueueFullError(f"{self.max_queue} requests are waiting already")
             self._counters["accepted"] += 1
             self._accepted.add(job)
-        job.future.add_done_callback(lambda future: self._forget(job))
+        answered = weakref.ref(job)  # a future that held its job would keep the embedding until the next collection
+        job.future.add_done_callback(lambda future: self._forget(answered()))
         with self._changed:
             if job.embedding is None and job.key is not None:
                 job.embedding = self._cache.get(job.key)
         self._advance(job)
         return job.future
 
-    def _forget(self, job: Job) -> None:
+    def _forget(self, job: Job | None) -> None:
+        assert job is not None  # those accepted are held
+        if job.future.cancelled():
+            job.acknowledge_cancel()
         with self._changed:
             self._accepted.discard(job)
             if job.future.cancelled():
@@ -216,7 +224,7 @@ class Engine:
                 self._counters[getattr(error, "counter", "failed") if error else "completed"] += 1
             self._changed.notify_all()
 
-    def _advance(self, job: Job) -> None:
+    def _advance(self, job: Job, before_others: bool = False) -> None:
         """Put a job where its next piece of work is done, or answer it."""
         if job.embedding is not None and type(job) is Job:
             job.resolve(job.embedding)
@@ -225,7 +233,8 @@ class Engine:
         with self._changed:
             failed = self.failure is not None
             if not failed:
-                self._queues[stage].append(job)
+                queue = self._queues[stage]
+                queue.appendleft(job) if before_others else queue.append(job)
                 self._changed.notify_all()
         if failed:
             job.fail(EngineFailedError("the model failed"))
@@ -313,9 +322,7 @@ class Engine:
             else:
                 job.done.append(masks)
         for job in dict.fromkeys(job for job, _ in pieces):
-            if job.key is not None:
-                with self._changed:
-                    self._cache.recount(job.key)
+            self._recount(job)
             if job in failed:
                 job.fail(failed[job])
             elif job.remaining:
@@ -327,12 +334,18 @@ class Engine:
         self._count("automatic", len(jobs))
         for job in jobs:
             records = self._passes.automatic(job)
-            if records is None:
-                self._advance(job)
+            self._recount(job)
+            if records is None:  # one that is begun holds masks, so no other begins before it ends
+                self._advance(job, before_others=True)
             elif isinstance(records, OutOfMemoryError):
                 job.fail(records)
             else:
                 job.resolve(records)
+
+    def _recount(self, job: Job) -> None:
+        if job.embedding is not None:
+            with self._changed:
+                self._cache.recount(job.embedding)
 
     def _count_shortage(self) -> None:
         with self._changed:

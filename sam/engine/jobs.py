@@ -14,6 +14,8 @@ from ..embedding import ImageEmbedding
 from ..preprocess import ImageGeometry
 from ..prompts import Prompt
 
+_MOST_POINTS_PER_SIDE = 1024  # a million clicks
+
 
 @dataclass(frozen=True, eq=False)
 class PreparedImage:
@@ -62,8 +64,8 @@ class AutomaticOptions:
     box_nms_thresh: float = 0.7
 
     def __post_init__(self) -> None:
-        if self.points_per_side < 1:
-            raise ValueError(f"points_per_side must be at least 1, got {self.points_per_side}")
+        if not 1 <= self.points_per_side <= _MOST_POINTS_PER_SIDE:
+            raise ValueError(f"points_per_side must be within 1..{_MOST_POINTS_PER_SIDE}, got {self.points_per_side}")
         for name in ("pred_iou_thresh", "stability_score_thresh", "box_nms_thresh"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
@@ -91,6 +93,10 @@ class Job:
     def fail(self, error: BaseException) -> None:
         if self._is_first_answer():
             self.future.set_exception(error)
+
+    def acknowledge_cancel(self) -> None:
+        """Who waits for several futures at once, as ``concurrent.futures.wait`` does, learns of it only now."""
+        self._is_first_answer()
 
     def _is_first_answer(self) -> bool:
         """Once, and not for who cancelled: the engine's thread and one that closes it may answer at the same time."""

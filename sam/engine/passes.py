@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -92,18 +92,8 @@ class Passes:
 
         Where memory runs out it begins again, once, with half as many clicks a batch.
         """
-        assert job.embedding is not None
-        if job.steps is None:
-            # The second time with half of the memory too: on a GPU a batch has more clicks than it was asked for.
-            generator = SamAutomaticMaskGenerator(
-                self.model,
-                points_per_batch=job.points_per_batch,
-                max_memory=usual_memory(self.model.device) // 2 if job.retried else None,
-                output_mode="uncompressed_rle",
-                **vars(job.options),
-            )
-            job.steps = generator.steps(job.embedding)
         try:
+            job.steps = job.steps or self._steps(job)
             next(job.steps)
             return None
         except StopIteration as stop:
@@ -117,6 +107,18 @@ class Passes:
             return _shortage()
         job.retried, job.steps, job.points_per_batch = True, None, job.points_per_batch // 2
         return None
+
+    def _steps(self, job: AutomaticJob) -> Iterator[Any]:
+        """The second time with half of the memory too: on a GPU a batch has more clicks than it was asked for."""
+        assert job.embedding is not None
+        generator = SamAutomaticMaskGenerator(
+            self.model,
+            points_per_batch=job.points_per_batch,
+            max_memory=usual_memory(self.model.device) // 2 if job.retried else None,
+            output_mode="uncompressed_rle",
+            **vars(job.options),
+        )
+        return generator.steps(job.embedding)
 
     def _halving(
         self, pieces: list[Piece], run: Callable[[list[Piece]], list[Result]]
