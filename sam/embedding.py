@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,19 +27,24 @@ _FORMAT = "sam-image-embedding-1"
 
 @dataclass(frozen=True)
 class _Kept:
-    """An image side, for which values it holds, and on a GPU the stream that computes it and the end of that."""
+    """An image side, for which values it holds, and on a GPU the stream that computes it and the end of that.
+
+    ``memory`` is that of the weights: while it is held, no others get their addresses.
+    """
 
     key: Hashable
     side: SharedImageSide
+    memory: Sequence[Tensor]
     stream: torch.cuda.Stream | None
     done: torch.cuda.Event | None
 
     @classmethod
-    def of(cls, key: Hashable, side: SharedImageSide) -> _Kept:
+    def of(cls, key: Hashable, side: SharedImageSide, weights: Sequence[Tensor]) -> _Kept:
+        memory = [weight.detach() for weight in weights]
         if side.keys.device.type != "cuda":
-            return cls(key, side, None, None)
+            return cls(key, side, memory, None, None)
         stream = torch.cuda.current_stream(side.keys.device)
-        return cls(key, side, stream, stream.record_event())
+        return cls(key, side, memory, stream, stream.record_event())
 
     def for_this_stream(self) -> SharedImageSide:
         """The side, once it is computed: whoever asks may be a thread with a stream of its own."""
@@ -94,14 +99,17 @@ class ImageEmbedding:
         """The same embedding on another device."""
         return replace(self, features=self.features.to(device))
 
-    def shared_image_side(self, key: Hashable, make: Callable[[], SharedImageSide]) -> SharedImageSide:
+    def shared_image_side(
+        self, key: Hashable, make: Callable[[], SharedImageSide], weights: Sequence[Tensor]
+    ) -> SharedImageSide:
         """Block 0 of the decoder on this image: ``make()`` the first time, and again when ``key`` changes.
 
-        ``key`` stands for the values that ``make`` reads. Two threads may both make it; the values are the same.
+        ``key`` stands for the values that ``make`` reads, by the addresses of ``weights``, whose memory is held.
+        Two threads may both make it; the values are the same.
         """
         kept = self._shared
         if kept is None or kept.key != key:
-            kept = _Kept.of(key, make())
+            kept = _Kept.of(key, make(), weights)
             object.__setattr__(self, "_shared", kept)
         return kept.for_this_stream()
 

@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -282,20 +283,85 @@ def test_derived_values_are_kept_and_dropped() -> None:
     assert model.model_hash == third.model_hash
 
 
-def test_an_optimiser_step_is_noticed() -> None:
-    """A handle of unknown origin keeps the decoder's image side: it must follow the weights."""
-    model = random_model(TINY).requires_grad_(True)
-    image, prompts = random_image(128, 128), [Prompt([(40, 40)], [1])]
-    embedding = sam.ImageEmbedding(model.encode(image).features, model.encode(image).geometry)
-    before = model.predict(embedding, prompts).low_res_logits
+def step_fused(model: Sam) -> None:
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)  # such leave no trace on the tensors
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimiser.step()
+
+
+def step(model: Sam) -> None:
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-2)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimiser.step()
+
+
+def write_data(model: Sam) -> None:
+    for parameter in model.mask_decoder.parameters():
+        parameter.data.mul_(1.1)
+    model.weights_changed()
+
+
+def write_data_between_modes(model: Sam) -> None:
+    model.train()
+    for parameter in model.mask_decoder.parameters():
+        parameter.data.mul_(1.1)
+    model.eval()
+
+
+def replace_again_and_again(model: Sam) -> None:
+    """The third may get the address of the first."""
+    layer = model.mask_decoder.output_upscaling[3]
+    before = layer.weight.detach().clone()
+    for scale in (1.3, 0.5, 1.7, 0.9):
+        layer.weight = None
+        layer.weight = torch.nn.Parameter(before * scale)
+        model.predict(model.encode(random_image(9, 9)), [Prompt([(4, 4)], [1])])
+
+
+@pytest.mark.parametrize("change", [step, step_fused, write_data, write_data_between_modes, replace_again_and_again])
+def test_changed_weights_are_noticed(change: Callable[[Sam], None]) -> None:
+    """A handle of unknown origin keeps the decoder's image side: it must follow the weights."""
+    model = random_model(TINY).requires_grad_(True)
+    image, prompts = random_image(128, 128), [Prompt([(40, 40)], [1])]
+    embedding = sam.ImageEmbedding(model.encode(image).features, model.encode(image).geometry)
+    before, known = model.predict(embedding, prompts).low_res_logits, model.model_hash
+    change(model)
     after = model.predict(embedding, prompts).low_res_logits
     assert not torch.equal(before, after)
     fresh = sam.ImageEmbedding(embedding.features, embedding.geometry)
-    assert torch.equal(after, model.predict(fresh, prompts).low_res_logits)
+    unused = copy.deepcopy(model)
+    assert torch.equal(after, unused.predict(fresh, prompts).low_res_logits)
+    assert model.model_hash == unused.model_hash != known
+
+
+def test_what_autocast_or_an_adapter_made_is_not_kept_for_others() -> None:
+    model, prompts = random_model(TINY), [Prompt([(40, 40)], [1])]
+    embedding = model.encode(random_image(128, 128))
+    fresh = sam.ImageEmbedding(embedding.features, embedding.geometry)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = model.predict(embedding, prompts).low_res_logits
+    wide = model.predict(embedding, prompts).low_res_logits
+    assert torch.equal(wide, copy.deepcopy(model).predict(fresh, prompts).low_res_logits)
+    assert 0 < (wide - narrow).abs().max() < 0.1 * wide.abs().max()
+
+    class Adapter(torch.nn.Module):
+        scale = 1.5
+
+        def __init__(self, adapted: torch.nn.Module) -> None:
+            super().__init__()
+            self.adapted = adapted
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.scale * self.adapted(x)
+
+    attention = model.mask_decoder.transformer.layers[0].cross_attn_token_to_image
+    attention.k_proj = adapter = Adapter(attention.k_proj)
+    adapted = model.predict(embedding, prompts).low_res_logits
+    adapter.scale = 1.0
+    assert_close_l2(model.predict(embedding, prompts).low_res_logits, wide, 1e-5, "the adapter turned off")
+    assert not torch.allclose(adapted, wide, rtol=1e-3)
 
 
 def test_nothing_is_kept_while_gradients_are_recorded() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastsam_kernels.dispatch import recording
 
@@ -54,9 +56,38 @@ def is_ours(module: nn.Module, kind: type[nn.Module]) -> bool:
     return isinstance(getattr(module, "_orig_mod", module), kind)
 
 
+_steps: dict[int, int] = {}  # of optimisers, by the address of the parameter: fused ones leave ``_version`` as it is
+
+
+def _count_step(optimiser: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                address = parameter.data_ptr()
+                _steps[address] = _steps.get(address, 0) + 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def steps_at(addresses: Iterable[int]) -> Hashable:
+    """Changes when an optimiser has stepped a parameter at one of ``addresses``."""
+    return tuple(_steps.get(address, 0) for address in addresses) if _steps else ()
+
+
 def weights_key(*sources: Tensor) -> Hashable:
-    """Changes whenever one of ``sources`` is replaced or written in place."""
-    return tuple((s.data_ptr(), s.dtype, 0 if s.is_inference() else s._version) for s in sources)
+    """Changes when one of ``sources`` is replaced, or written in place as far as torch counts it.
+
+    It knows memory by its address: whoever keeps the key keeps :func:`memory_of` them, so that nothing else gets it.
+    """
+    addresses = tuple(source.data_ptr() for source in sources)
+    versions = tuple(0 if source.is_inference() else source._version for source in sources)
+    return addresses, tuple(source.dtype for source in sources), versions, steps_at(addresses)
+
+
+def memory_of(sources: Iterable[Tensor]) -> list[Tensor]:
+    """Holds the memory of ``sources``, also when they are given another."""
+    return [source.detach() for source in sources]
 
 
 class Fp32Buffers(nn.Module):
@@ -71,6 +102,11 @@ class Fp32Buffers(nn.Module):
         return self
 
 
+def without_autocast(sources: Sequence[Tensor]) -> AbstractContextManager[Any]:
+    """What is kept of weights must not hang on who asked first."""
+    return torch.autocast(sources[0].device.type, enabled=False) if sources else nullcontext()
+
+
 def _finish(sources: Sequence[Tensor]) -> None:
     """Wait for what was computed of ``sources`` on this stream, which other streams do not wait for."""
     device = next((source.device for source in sources if source.device.type == "cuda"), None)
@@ -81,10 +117,11 @@ def _finish(sources: Sequence[Tensor]) -> None:
 class DerivedWeights(nn.Module):
     """A module that keeps values computed from its weights until the weights change.
 
-    Kept values are dropped by ``.to()`` and its kin, by ``load_state_dict``, and when one of the named
-    sources was written in place (an optimiser step). Nothing is kept while autograd records a source,
-    nor in a compiled graph, which makes it of the weights that it is given. Threads may ask at once, each on a
-    stream of its own: one of them makes the value, and the others get it finished.
+    Kept values are dropped by ``.to()`` and its kin, by ``train()`` and ``eval()``, by ``load_state_dict``, and when
+    one of the named sources was written in place, by an optimiser too. What torch does not count, writes through
+    ``.data`` or from outside, has to be told: :meth:`weights_changed`. Nothing is kept while autograd records a
+    source, nor in a compiled graph, which makes it of the weights that it is given. Threads may ask at once, each on
+    a stream of its own: one of them makes the value, and the others get it finished.
 
     Attributes:
         times_dropped: how often everything was dropped; who reads kept values by their addresses asks.
@@ -92,7 +129,7 @@ class DerivedWeights(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._derived: dict[str, tuple[Hashable, Any]] = {}
+        self._derived: dict[str, tuple[Hashable, Any, list[Tensor]]] = {}
         self.times_dropped = 0
 
     def derived(self, name: str, make: Callable[[], T], *sources: Tensor) -> T:
@@ -106,11 +143,21 @@ class DerivedWeights(nn.Module):
                 kept = self._derived.get(name)
                 if kept is None or kept[0] != key:
                     # A value made inside inference_mode could never meet autograd later.
-                    with torch.inference_mode(False), torch.no_grad():
-                        kept = (key, make())
+                    with torch.inference_mode(False), torch.no_grad(), without_autocast(sources):
+                        kept = (key, make(), memory_of(sources))
                     _finish(sources)
                     self._derived[name] = kept
         return kept[1]
+
+    def weights_changed(self) -> None:
+        """Make all that is kept of the weights anew, here and below: after writes that torch does not count."""
+        for module in self.modules():
+            if isinstance(module, DerivedWeights):
+                module._drop_derived()
+
+    def train(self, mode: bool = True) -> Any:
+        self._drop_derived()
+        return super().train(mode)
 
     def _drop_derived(self) -> None:
         self._derived.clear()

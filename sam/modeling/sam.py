@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsam_kernels import check_kernels, preprocess_image, resolve_kernels
+from fastsam_kernels.dispatch import recording
 
 from .. import postprocess, preprocess
 from ..allocator import keep_freed_memory
@@ -333,20 +334,24 @@ class Sam(DerivedWeights, Fp32Buffers):
 
     def shared_image_side(self, embeddings: Sequence[ImageEmbedding]) -> SharedImageSide:
         """What prompts without a mask input share of each image, kept in its embedding; one row an image."""
-        prompt_encoder = self.prompt_encoder
+        prompt_encoder, block = self.prompt_encoder, self.mask_decoder.transformer.first_block
         weights = (
             prompt_encoder.no_mask_embed.weight,
             prompt_encoder.pe_layer.positional_encoding_gaussian_matrix,
-            *self.mask_decoder.transformer.first_block.image_side_weights(),
+            *block.image_side_weights(),
         )
+        narrowed = torch.is_autocast_enabled(self.device.type) and torch.get_autocast_dtype(self.device.type)
+        how = narrowed, self.times_dropped, prompt_encoder.times_dropped, self.mask_decoder.times_dropped
 
         def side(embedding: ImageEmbedding) -> SharedImageSide:
-            return embedding.shared_image_side(
-                weights_key(embedding.features, *weights),
-                lambda: self.mask_decoder.share_image_side(
+            def make() -> SharedImageSide:
+                return self.mask_decoder.share_image_side(
                     embedding.features, prompt_encoder.get_dense_pe(), prompt_encoder.no_mask_embed.weight
-                ),
-            )
+                )
+
+            if not block.is_official or recording(embedding.features, *weights):
+                return make()  # an adapter may be turned on and off, and a graph serves one backward pass
+            return embedding.shared_image_side((weights_key(embedding.features, *weights), *how), make, weights)
 
         sides = [side(embedding) for embedding in embeddings]
         if len(sides) == 1:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..modeling.common import DerivedWeights, is_ours
+from ..modeling.common import DerivedWeights, is_ours, steps_at
 from ..modeling.image_encoder import Block, ImageEncoderViT
 from ..modeling.mask_decoder import MaskDecoder
 from ..modeling.prompt_encoder import LABEL_ABSENT, PromptEncoder
@@ -244,11 +244,8 @@ class Runtime:
         for part in (self._model.prompt_encoder, self._model.mask_decoder):
             # The lists are dropped by ``.to()`` and ``load_state_dict``, with all that is derived from weights.
             every, versioned, deriving = part.derived("all weights", lambda part=part: parts(part))  # type: ignore[misc]
-            keys += [
-                tuple(map(Tensor.data_ptr, every)),
-                tuple(map(_VERSION, versioned)),
-                tuple(map(_DROPPED, deriving)),
-            ]
+            addresses = tuple(map(Tensor.data_ptr, every))
+            keys += [addresses, tuple(map(_VERSION, versioned)), tuple(map(_DROPPED, deriving)), steps_at(addresses)]
         return tuple(keys)
 
     def _image_rows(self, embeddings: Sequence[ImageEmbedding], bucket: Bucket) -> list[Rows | None]:
