@@ -3,8 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+# What the whole numbers of a SamConfig may be, far above vit_h's: files hold them, and a model is built of them.
+_COUNTS, SIZES = range(1, 257), range(1, 2**16 + 1)
+_WHOLE_NUMBERS = {
+    "encoder_embed_dim": SIZES,
+    "encoder_depth": _COUNTS,
+    "encoder_num_heads": SIZES,
+    "image_size": SIZES,
+    "patch_size": SIZES,
+    "window_size": range(SIZES.stop),  # 0: no windows
+    "prompt_embed_dim": SIZES,
+    "mask_in_chans": SIZES,
+    "decoder_depth": _COUNTS,
+    "decoder_num_heads": SIZES,
+    "decoder_mlp_dim": SIZES,
+    "num_multimask_outputs": _COUNTS,
+    "iou_head_depth": _COUNTS,
+    "iou_head_hidden_dim": SIZES,
+}
+_LARGEST_MLP_RATIO = 256
+_LARGEST_PIXEL = 2**16
 
 
 @dataclass(frozen=True)
@@ -14,6 +36,9 @@ class SamConfig:
     The sizes are those of the paper's figure: a ViT image encoder whose blocks attend inside windows
     except for ``global_attn_indexes``, a prompt encoder and a two-way mask decoder of ``prompt_embed_dim``
     channels. Lengths are in pixels of the padded square input unless said otherwise.
+
+    Raises:
+        ValueError: a number of another type, out of bounds, or at odds with another.
     """
 
     variant: str
@@ -38,8 +63,12 @@ class SamConfig:
 
     def __post_init__(self) -> None:
         for name in ("global_attn_indexes", "pixel_mean", "pixel_std"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.image_size <= 0 or self.image_size % self.patch_size:
+            values = getattr(self, name)
+            if not isinstance(values, Iterable):
+                raise ValueError(f"{name} must be a list, got {values!r}")
+            object.__setattr__(self, name, tuple(values))
+        self._check_each()
+        if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size must be a positive multiple of patch_size={self.patch_size}, got {self.image_size}"
             )
@@ -47,9 +76,29 @@ class SamConfig:
             raise ValueError(
                 f"encoder_num_heads={self.encoder_num_heads} must divide encoder_embed_dim={self.encoder_embed_dim}"
             )
-        outside = [i for i in self.global_attn_indexes if not 0 <= i < self.encoder_depth]
+        if self.prompt_embed_dim % (2 * self.decoder_num_heads):
+            raise ValueError(
+                f"twice decoder_num_heads={self.decoder_num_heads} must divide prompt_embed_dim={self.prompt_embed_dim}"
+            )
+        blocks = range(self.encoder_depth)
+        outside = [i for i in self.global_attn_indexes if not _is_whole(i, blocks)]
         if outside:
             raise ValueError(f"global_attn_indexes {outside} lie outside 0..{self.encoder_depth - 1}")
+
+    def _check_each(self) -> None:
+        if not isinstance(self.variant, str):
+            raise ValueError(f"variant must be a name, got {self.variant!r}")
+        for name, allowed in _WHOLE_NUMBERS.items():
+            check_whole(name, getattr(self, name), allowed)
+        if not isinstance(self.mlp_ratio, (int, float)) or not 0 < self.mlp_ratio <= _LARGEST_MLP_RATIO:
+            raise ValueError(f"mlp_ratio must be above 0 and at most {_LARGEST_MLP_RATIO}, got {self.mlp_ratio!r}")
+        for name, least in (("pixel_mean", -_LARGEST_PIXEL), ("pixel_std", 0)):
+            values = getattr(self, name)
+            numbers = [v for v in values if isinstance(v, (int, float)) and least <= v <= _LARGEST_PIXEL]
+            if not len(values) == len(numbers) == 3:
+                raise ValueError(f"{name} must be three numbers from {least} to {_LARGEST_PIXEL}, got {list(values)}")
+        if 0 in self.pixel_std:
+            raise ValueError(f"pixel_std must not be 0, got {list(self.pixel_std)}")
 
     @property
     def grid_size(self) -> int:
@@ -73,7 +122,8 @@ class SamConfig:
         """Inverse of :meth:`to_json`.
 
         Raises:
-            ValueError: not JSON, or fields that no ``SamConfig`` has.
+            ValueError: not JSON, or fields or values that no ``SamConfig`` has.
+            RecursionError: JSON that is nested too deep.
         """
         values: Any = json.loads(text)
         if not isinstance(values, dict):
@@ -85,6 +135,20 @@ class SamConfig:
             return cls(**values)
         except TypeError as error:
             raise ValueError(f"incomplete SamConfig: {error}") from None
+
+
+def check_whole(name: str, value: Any, allowed: range) -> None:
+    """Check a number that may come out of a file.
+
+    Raises:
+        ValueError: no whole number, or one that is not ``allowed``.
+    """
+    if not _is_whole(value, allowed):
+        raise ValueError(f"{name} must be a whole number from {allowed[0]} to {allowed[-1]}, got {value!r}")
+
+
+def _is_whole(value: Any, allowed: range) -> bool:
+    return type(value) is int and value in allowed  # True is an int too, and 1.0 is in a range
 
 
 VARIANTS: dict[str, SamConfig] = {

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,21 @@ def test_wrappers_and_prefixes_of_fine_tunes(tmp_path: Path, nano_state: State, 
     assert_same_weights(read_checkpoint(tmp_path / "tuned.pth").state_dict, nano_state)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn])
+def test_floating_point_weights_load(tmp_path: Path, nano_state: State, dtype: torch.dtype) -> None:
+    """Whatever their strides."""
+    stored = {name: tensor.t().to(dtype).contiguous().t() for name, tensor in nano_state.items() if tensor.ndim == 2}
+    torch.save({name: stored.get(name, tensor.to(dtype)) for name, tensor in nano_state.items()}, tmp_path / "w.pth")
+    expected = {name: tensor.to(dtype).float() for name, tensor in nano_state.items()}
+    assert_same_weights(sam.load_model(tmp_path / "w.pth", device="cpu").state_dict(), expected)
+
+
+def test_a_tensor_under_two_names(tmp_path: Path, nano_state: State) -> None:
+    """As in the file of a module that keeps a part of its model as an attribute as well."""
+    torch.save({f"model.{name}": tensor for name, tensor in nano_state.items()} | nano_state, tmp_path / "tied.pth")
+    assert_same_weights(read_checkpoint(tmp_path / "tied.pth").state_dict, nano_state)
+
+
 def test_a_sharded_folder(tmp_path: Path, tiny: Sam) -> None:
     sam.save_checkpoint(tiny, tmp_path / "folder", "transformers")
     whole = tmp_path / "folder" / "model.safetensors"
@@ -187,6 +203,49 @@ def test_a_transformers_file_with_two_different_positional_embeddings(tmp_path: 
         read_checkpoint(tmp_path / "t.safetensors")
 
 
+def test_keys_that_become_one(tmp_path: Path, nano: Sam, nano_state: State) -> None:
+    """Neither overwrites the other."""
+    name = "image_encoder.pos_embed"
+    torch.save({f"module.{key}": t for key, t in nano_state.items()} | {name: torch.zeros(1)}, tmp_path / "two.pth")
+    with pytest.raises(CheckpointError, match=rf"two.pth: pairs of keys .* differ: module.{name} and {name}$"):
+        read_checkpoint(tmp_path / "two.pth")
+    sam.save_checkpoint(nano, tmp_path / "t.pth", "transformers")
+    torch.save(torch.load(tmp_path / "t.pth") | {name: torch.zeros(1)}, tmp_path / "t.pth")
+    with pytest.raises(CheckpointError, match=rf"differ: vision_encoder.pos_embed and {name}$"):
+        read_checkpoint(tmp_path / "t.pth")
+
+
+FLAWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "torch.int8": lambda tensor: tensor.to(torch.int8),
+    "torch.bool": lambda tensor: tensor > 0,
+    "torch.complex64": lambda tensor: tensor.to(torch.complex64),
+    "torch.float4_e2m1fn_x2": lambda tensor: tensor.to(torch.uint8).view(torch.float4_e2m1fn_x2),
+    "torch.sparse_coo": lambda tensor: tensor.to_sparse(),
+    "no values, on the meta device": lambda tensor: tensor.to("meta"),
+    "nested": lambda tensor: torch.nested.nested_tensor(list(tensor), layout=torch.jagged),
+}
+
+
+@pytest.mark.parametrize("layout", ["official", "transformers"])
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_tensors_that_are_no_weights(tmp_path: Path, nano: Sam, flaw: str, layout: Any) -> None:
+    sam.save_checkpoint(nano, tmp_path / "w.pth", layout)
+    state = torch.load(tmp_path / "w.pth")
+    name = next(name for name in state if "positional" in name)
+    torch.save(state | {name: FLAWS[flaw](state[name])}, tmp_path / "w.pth")
+    says = rf"w.pth: keys that hold no dense floating-point values: {name} \({flaw}\)$"
+    with pytest.raises(CheckpointError, match=says):
+        sam.load_model(tmp_path / "w.pth")
+
+
+def test_wrappers_without_end(tmp_path: Path) -> None:
+    cycle: dict[str, Any] = {}
+    cycle["model"] = cycle
+    torch.save(cycle, tmp_path / "cycle.pth")
+    with pytest.raises(CheckpointError, match=r"cycle.pth: no state dict within 8 wrappers \(model, state_dict, "):
+        read_checkpoint(tmp_path / "cycle.pth")
+
+
 def test_a_transformers_file_with_one_positional_embedding(tmp_path: Path, nano: Sam, nano_state: State) -> None:
     """Tied tensors are stored once."""
     sam.save_checkpoint(nano, tmp_path / "t.safetensors", "transformers")
@@ -218,6 +277,11 @@ RELATIVES = {
     "no state dict but a list": [1, 2],
     "keys that hold no tensor: extra": {"image_encoder.pos_embed": torch.zeros(1), "extra": 5},
     "missing keys: image_encoder.patch_embed.proj.weight": {"image_encoder.pos_embed": torch.zeros(1)},
+    "image_encoder.pos_embed is .*image_size must be a whole number from 1 to 65536, got 0": {
+        "image_encoder.patch_embed.proj.weight": torch.zeros(192, 3, 16, 16),
+        "image_encoder.pos_embed": torch.zeros(1, 0, 0, 192),
+        **{f"image_encoder.blocks.{index}.norm1.bias": torch.zeros(192) for index in range(6)},
+    },
 }
 
 
@@ -283,11 +347,94 @@ def test_a_bare_pickle_does_not_go_off(tmp_path: Path) -> None:
 def test_damaged_configuration(tmp_path: Path, tiny: Sam) -> None:
     sam.save_checkpoint(tiny, tmp_path / "c.safetensors")
     save_file(load_file(tmp_path / "c.safetensors"), tmp_path / "c.safetensors", {"sam_config": '{"variant": "x"}'})
-    with pytest.raises(CheckpointError, match=r"damaged model configuration: incomplete SamConfig"):
+    with pytest.raises(CheckpointError, match=r"damaged model configuration in sam_config: incomplete SamConfig"):
         read_checkpoint(tmp_path / "c.safetensors")
     save_file(load_file(tmp_path / "c.safetensors"), tmp_path / "c.safetensors", {"sam_config": '{"colour": 1}'})
     with pytest.raises(CheckpointError, match=r"unknown SamConfig fields \['colour'\]"):
         read_checkpoint(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("encoder_depth", 10**6, "must be a whole number from 1 to 256, got 1000000"),
+        ("decoder_depth", 10**6, "must be a whole number from 1 to 256, got 1000000"),
+        ("iou_head_depth", 10**6, "must be a whole number from 1 to 256, got 1000000"),
+        ("num_multimask_outputs", 10**6, "must be a whole number from 1 to 256, got 1000000"),
+        ("encoder_embed_dim", 10**12, "must be a whole number from 1 to 65536, got 1000000000000"),
+        ("encoder_embed_dim", -64, "must be a whole number from 1 to 65536, got -64"),
+        ("encoder_num_heads", 0, "must be a whole number from 1 to 65536, got 0"),
+        ("decoder_num_heads", 7, "=7 must divide prompt_embed_dim=64"),
+        ("decoder_mlp_dim", True, "must be a whole number from 1 to 65536, got True"),
+        ("patch_size", 0, "must be a whole number from 1 to 65536, got 0"),
+        ("window_size", -1, "must be a whole number from 0 to 65536, got -1"),
+        ("image_size", 128.0, "must be a whole number from 1 to 65536, got 128.0"),
+        ("mlp_ratio", float("nan"), "must be above 0 and at most 256, got nan"),
+        ("mlp_ratio", float("inf"), "must be above 0 and at most 256, got inf"),
+        ("mlp_ratio", "x", "must be above 0 and at most 256, got 'x'"),
+        ("global_attn_indexes", 5, "must be a list, got 5"),
+        ("global_attn_indexes", ["a"], r"\['a'\] lie outside 0..2"),
+        ("pixel_mean", [1, 2], r"must be three numbers from -65536 to 65536, got \[1, 2\]"),
+        ("pixel_std", "abc", r"must be three numbers from 0 to 65536, got \['a', 'b', 'c'\]"),
+        ("pixel_std", [1, 0, 1], r"must not be 0, got \[1, 0, 1\]"),
+        ("variant", None, "must be a name, got None"),
+    ],
+)
+def test_impossible_numbers(tmp_path: Path, tiny: Sam, name: str, value: Any, says: str) -> None:
+    text = json.dumps(asdict(TINY) | {name: value})
+    save_file(tiny.state_dict(), tmp_path / "c.safetensors", {"sam_config": text})
+    with pytest.raises(CheckpointError, match=rf"c.safetensors: damaged .* in sam_config: .*{name}.*{says}"):
+        read_checkpoint(tmp_path / "c.safetensors")
+
+
+def vision(**values: Any) -> bytes:
+    return json.dumps({"model_type": "sam", "vision_config": values}).encode()
+
+
+NESTED = b"[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\xe9", "'utf-8' codec can't decode byte 0xe9"),
+        (NESTED, ".* while decoding a JSON array"),
+        (b'{"model_type": "sam", "vision_config": [1]}', "vision_config must be an object, got list"),
+        (vision(hidden_size=0), "encoder_embed_dim must be a whole number from 1 to 65536, got 0"),
+        (vision(num_attention_heads=0), "encoder_num_heads must be a whole number from 1 to 65536, got 0"),
+        (vision(patch_size=0), "patch_size must be a whole number from 1 to 65536, got 0"),
+        (vision(mlp_dim=10**400), "mlp_dim must be a whole number from 1 to 65536, got 1000"),
+        (vision(mlp_ratio=float("inf")), "mlp_ratio must be above 0 and at most 256, got inf"),
+        (vision(global_attn_indexes=None), "global_attn_indexes must be a list, got None"),
+    ],
+)
+def test_damaged_config_json(tmp_path: Path, tiny: Sam, content: bytes, says: str) -> None:
+    sam.save_checkpoint(tiny, tmp_path, "transformers")
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}: damaged .* in config.json: {says}"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\xe9", "'utf-8' codec can't decode byte 0xe9"),
+        (NESTED, ".* while decoding a JSON array"),
+        *(
+            (json.dumps(index).encode(), "it has no weight_map from the names of weights to those of files")
+            for index in (
+                [1],
+                {},
+                *({"weight_map": bad} for bad in (["a"], {"a": 1}, {"a": ["b"]}, {"a": "b", "c": 1})),
+            )
+        ),
+    ],
+)
+def test_damaged_index_of_shards(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}: damaged model.safetensors.index.json: {says}"):
+        read_checkpoint(tmp_path)
 
 
 def test_writing_replaces_whole_or_not_at_all(tmp_path: Path, tiny: Sam, monkeypatch: pytest.MonkeyPatch) -> None:

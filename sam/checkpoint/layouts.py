@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..config import VARIANTS, SamConfig
+from ..config import SIZES, VARIANTS, SamConfig, check_whole
 from .errors import CheckpointError, listing
 
 Layout = Literal["official", "transformers"]
@@ -161,37 +161,43 @@ def infer_config(state: Mapping[str, Tensor], layout: Layout) -> SamConfig:
     depth = len({match[1] for name in state if (match := index.match(name))})
     for config in VARIANTS.values():
         if (config.encoder_embed_dim, config.encoder_depth) == (weight.shape[0], depth):
-            return config.with_image_size(positions.shape[1] * config.patch_size)
+            try:
+                return config.with_image_size(positions.shape[1] * config.patch_size)
+            except ValueError as error:
+                raise CheckpointError(f"{names[1]} is {list(positions.shape)}: {error}") from error
     known = ", ".join(f"{c.variant} {c.encoder_embed_dim} x {c.encoder_depth}" for c in VARIANTS.values())
     raise CheckpointError(
         f"the encoder has {weight.shape[0]} channels and {depth} blocks; the known variants are {known}"
     )
 
 
-def config_from_transformers(text: str) -> SamConfig | None:
+def config_from_transformers(text: bytes) -> SamConfig | None:
     """The configuration that a transformers ``config.json`` describes; None if it is not a SAM's.
 
     Values the file leaves out are transformers' defaults, which are those of vit_b.
+
+    Raises:
+        ValueError: not JSON, or parts or values that no ``SamConfig`` has.
+        RecursionError: JSON that is nested too deep.
     """
     values = json.loads(text)
     if not isinstance(values, dict) or values.get("model_type") != "sam":
         return None
-    vision, prompt, decoder = (
-        values.get(f"{part}_config") or {} for part in ("vision", "prompt_encoder", "mask_decoder")
-    )
+    parts = {name: values.get(name) or {} for name in ("vision_config", "prompt_encoder_config", "mask_decoder_config")}
+    for name, part in parts.items():
+        if not isinstance(part, dict):
+            raise ValueError(f"{name} must be an object, got {type(part).__name__}")
+    vision, prompt, decoder = parts.values()
     base = VARIANTS["vit_b"]
-    width = vision.get("hidden_size", base.encoder_embed_dim)
-    mlp_dim = vision.get("mlp_dim") or int(width * vision.get("mlp_ratio", base.mlp_ratio))
     config = SamConfig(
         variant="custom",
-        encoder_embed_dim=width,
+        encoder_embed_dim=vision.get("hidden_size", base.encoder_embed_dim),
         encoder_depth=vision.get("num_hidden_layers", base.encoder_depth),
         encoder_num_heads=vision.get("num_attention_heads", base.encoder_num_heads),
-        global_attn_indexes=tuple(vision.get("global_attn_indexes", base.global_attn_indexes)),
+        global_attn_indexes=vision.get("global_attn_indexes", base.global_attn_indexes),
         image_size=vision.get("image_size", base.image_size),
         patch_size=vision.get("patch_size", base.patch_size),
         window_size=vision.get("window_size", base.window_size),
-        mlp_ratio=mlp_dim / width,
         prompt_embed_dim=decoder.get("hidden_size", base.prompt_embed_dim),
         mask_in_chans=prompt.get("mask_input_channels", base.mask_in_chans),
         decoder_depth=decoder.get("num_hidden_layers", base.decoder_depth),
@@ -201,7 +207,11 @@ def config_from_transformers(text: str) -> SamConfig | None:
         iou_head_depth=decoder.get("iou_head_depth", base.iou_head_depth),
         iou_head_hidden_dim=decoder.get("iou_head_hidden_dim", base.iou_head_hidden_dim),
     )
-    return named(config)
+    mlp_dim, mlp_ratio = vision.get("mlp_dim"), vision.get("mlp_ratio", base.mlp_ratio)
+    if mlp_dim:
+        check_whole("mlp_dim", mlp_dim, SIZES)
+        mlp_ratio = mlp_dim / config.encoder_embed_dim
+    return named(replace(config, mlp_ratio=mlp_ratio))
 
 
 def named(config: SamConfig) -> SamConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from ..config import SamConfig, variant_config
 from ..modeling.build import build_empty
 from .errors import CheckpointError, listing
 from .layouts import (
-    TRANSFORMERS_POSITIONAL,
     WRAPPERS,
     Layout,
     config_from_transformers,
@@ -29,7 +28,8 @@ from .layouts import (
 )
 
 CONFIG_KEY = "sam_config"
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_MOST_WRAPPERS = 8
 
 
 @dataclass(frozen=True)
@@ -147,16 +147,13 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str | None]:
-    config = path / "config.json"
-    config_json = config.read_text() if config.is_file() else None
+def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str], bytes | None]:
+    config = path / _CONFIG
+    config_json = config.read_bytes() if config.is_file() else None
     if (path / _SINGLE).is_file():
         return (*_read_safetensors(path / _SINGLE), config_json)
     if (path / _INDEX).is_file():
-        try:
-            shards = sorted(set(json.loads((path / _INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"damaged {_INDEX}: {error}") from error
+        shards = _shards_of(path / _INDEX)
         outside = [shard for shard in shards if Path(shard).name != shard or not (path / shard).is_file()]
         if outside:
             raise CheckpointError(f"{_INDEX} names files that are not in the folder: {listing(outside)}")
@@ -167,28 +164,79 @@ def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str | N
     raise CheckpointError(f"the folder has neither {_SINGLE} nor {_INDEX}")
 
 
+def _shards_of(index: Path) -> list[str]:
+    """The files that an index of shards names."""
+    try:
+        values = json.loads(index.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"damaged {index.name}: {error}") from error
+    weight_map = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"damaged {index.name}: it has no weight_map from the names of weights to those of files")
+    return sorted(set(weight_map.values()))
+
+
 # Names ----------------------------------------------------------------------------------------------------
 
 
 def _unwrap(stored: Any) -> tuple[dict[str, Tensor], Layout]:
     """The state dict inside training checkpoints, without the prefixes of wrapping modules."""
+    wrappers = 0
     while isinstance(stored, Mapping) and not any(isinstance(value, Tensor) for value in stored.values()):
         inner = [stored[name] for name in WRAPPERS if isinstance(stored.get(name), Mapping)]
         if not inner:
             raise CheckpointError(f"no state dict: the keys are {listing(map(str, stored))}")
+        if wrappers == _MOST_WRAPPERS:
+            raise CheckpointError(f"no state dict within {_MOST_WRAPPERS} wrappers ({', '.join(WRAPPERS)})")
         stored = inner[0]
+        wrappers += 1
     if not isinstance(stored, Mapping):
         raise CheckpointError(f"no state dict but a {type(stored).__name__}")
     layout, prefix = detect_layout(map(str, stored))
-    state = {str(name).removeprefix(prefix): value for name, value in stored.items()}
-    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    others = [str(name) for name, value in stored.items() if not isinstance(value, Tensor)]
     if others:
         raise CheckpointError(f"keys that hold no tensor: {listing(others)}")
-    return state, layout
+    flawed = [f"{name} ({flaw})" for name, tensor in stored.items() if (flaw := _flaw(tensor))]
+    if flawed:
+        raise CheckpointError(f"keys that hold no dense floating-point values: {listing(flawed)}")
+    return _rename(stored, lambda name: str(name).removeprefix(prefix)), layout
+
+
+def _flaw(tensor: Tensor) -> str | None:
+    """What keeps a tensor from being weights, or None."""
+    if tensor.is_meta:
+        return "no values, on the meta device"
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout != torch.strided:
+        return str(tensor.layout)
+    if not tensor.is_floating_point() or tensor.dtype == torch.float4_e2m1fn_x2:  # two numbers an element
+        return str(tensor.dtype)
+    return None
+
+
+def _rename(state: Mapping[Any, Tensor], new_name: Callable[[Any], str]) -> dict[str, Tensor]:
+    """``state`` under new names, a tensor that is stored more than once under one.
+
+    Raises:
+        CheckpointError: two keys get one name, but hold different values.
+    """
+    renamed: dict[str, Tensor] = {}
+    origins: dict[str, Any] = {}
+    differing = []
+    for key, tensor in state.items():
+        name = new_name(key)
+        if name not in renamed:
+            renamed[name], origins[name] = tensor, key
+        elif not torch.equal(renamed[name], tensor):
+            differing.append(f"{origins[name]} and {key}")
+    if differing:
+        raise CheckpointError(f"pairs of keys are one tensor, but they differ: {listing(differing)}")
+    return renamed
 
 
 def _config_of(
-    state: Mapping[str, Tensor], layout: Layout, metadata: Mapping[str, str], config_json: str | None
+    state: Mapping[str, Tensor], layout: Layout, metadata: Mapping[str, str], config_json: bytes | None
 ) -> SamConfig:
     try:
         if CONFIG_KEY in metadata:
@@ -197,19 +245,17 @@ def _config_of(
             described = config_from_transformers(config_json)
             if described is not None:
                 return described
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"damaged model configuration: {error}") from error
+    except (ValueError, RecursionError) as error:
+        source = CONFIG_KEY if CONFIG_KEY in metadata else _CONFIG
+        raise CheckpointError(f"damaged model configuration in {source}: {error}") from error
     return infer_config(state, layout)
 
 
 def _official_names(state: dict[str, Tensor], layout: Layout, config: SamConfig) -> dict[str, Tensor]:
     if layout == "official":
         return state
-    first, second = (state.get(name) for name in TRANSFORMERS_POSITIONAL)
-    if first is not None and second is not None and not torch.equal(first, second):
-        raise CheckpointError(f"{' and '.join(TRANSFORMERS_POSITIONAL)} are one tensor, but they differ")
     official = {theirs: ours for ours in expected_shapes(config) for theirs in transformers_names(ours, config)}
-    return {official.get(name, name): value for name, value in state.items()}
+    return _rename(state, lambda name: official.get(name, name))
 
 
 def expected_shapes(config: SamConfig) -> dict[str, torch.Size]:
