@@ -159,6 +159,23 @@ class PromptBatch:
             self.ragged,
         )
 
+    @property
+    def of_one_kind(self) -> bool:
+        """Whether all have as many points and all or none have a box."""
+        boxed = (self.labels[:, -1:] == LABEL_BOX_BOTTOM_RIGHT).flatten().tolist()
+        return not self.ragged and len(set(boxed)) <= 1
+
+    def points_and_boxes(self) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+        """What the official prompt encoder takes: (points, their labels) and boxes, of prompts of one kind."""
+        present = (self.labels != LABEL_ABSENT).all(dim=0)
+        coords, labels = self.coords[:, present], self.labels[:, present]
+        if bool((labels[:, -1:] == LABEL_BOX_BOTTOM_RIGHT).any()):
+            boxes = coords[:, -2:].flatten(1)
+            coords, labels = coords[:, :-2], labels[:, :-2]
+        else:  # the encoder appends the padding point itself
+            boxes, coords, labels = None, coords[:, :-1], labels[:, :-1]
+        return (coords, labels) if labels.shape[1] else None, boxes
+
     @classmethod
     def from_tensors(
         cls,

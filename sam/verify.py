@@ -148,6 +148,8 @@ def _run_block(block: Any, x: Tensor, kernels: str) -> Tensor:
 
 
 def _decoder_checks(models: _Models, embedding: ImageEmbedding) -> Iterator[Check]:
+    if not models.ours.decodes_by_shortcuts:
+        return  # with modules of a user's own it has no operations of ours; it is part of the whole
     yield models.compare(
         "positional encoding", "image grid", lambda m: m.prompt_encoder.get_dense_pe(), dtype=torch.float32
     )
@@ -186,7 +188,9 @@ def _image_side(model: Sam, embedding: ImageEmbedding) -> Tensor:
 def _decode_tokens(model: Sam, embedding: ImageEmbedding, prompts: Sequence[Prompt]) -> DecodedPrompts:
     narrow = ImageEmbedding(embedding.features.to(model.dtype), embedding.geometry)
     [chunk] = ragged_chunks([prompts], [narrow.geometry], model.device, len(prompts))
-    return model.decode_tokens([narrow], chunk.batch)
+    decoded = model.decode_tokens([narrow], chunk.batch)
+    assert isinstance(decoded, DecodedPrompts)
+    return decoded
 
 
 def _prompts(embedding: ImageEmbedding) -> dict[str, list[Prompt]]:

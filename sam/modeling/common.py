@@ -49,11 +49,17 @@ class LayerNorm2d(nn.Module):
 
 
 def is_ours(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` is of a class of this package, compiled or not, and so takes ``kernels``.
+    """Whether ``module`` is of a class of this package as it is, compiled or not, and so takes ``kernels``.
 
-    What a user put in its place is called as the official code calls it.
+    What a user put in its place, a subclass or another ``forward`` is called as the official code calls it.
     """
-    return isinstance(getattr(module, "_orig_mod", module), kind)
+    module = getattr(module, "_orig_mod", module)
+    return type(module) is kind and "forward" not in module.__dict__
+
+
+def is_as_written(module: nn.Module) -> bool:
+    """Whether nobody has hooked ``module`` or anything in it, or given it another ``forward``."""
+    return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in module.modules())
 
 
 _steps: dict[int, int] = {}  # of optimisers, by the address of the parameter: fused ones leave ``_version`` as it is

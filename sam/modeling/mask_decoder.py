@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastsam_kernels import UnsupportedKernelError, UpscalingWeights, hypernetwork_masks, pack_upscaling
 
-from .common import DerivedWeights, LayerNorm2d
+from .common import DerivedWeights, LayerNorm2d, is_as_written
 from .transformer import SharedImageSide, TwoWayTransformer
 
 
@@ -31,6 +31,19 @@ class DecodedPrompts:
     mask_tokens: Tensor
     iou: Tensor
     grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class AnsweredPrompts:
+    """P prompts whose M masks are made already: by modules that cannot be asked for a half.
+
+    Attributes:
+        logits: [P, M, h, w], the single mask first.
+        iou: [P, M] predicted IoU of each.
+    """
+
+    logits: Tensor
+    iou: Tensor
 
 
 class MaskDecoder(DerivedWeights):
@@ -85,13 +98,14 @@ class MaskDecoder(DerivedWeights):
         Returns:
             logits [P, 3 or 1, 4h, 4w] and predicted IoU [P, 3 or 1].
         """
-        return self.decode(
-            image_embeddings,
-            image_pe,
-            sparse_prompt_embeddings,
-            dense_prompt_embeddings,
-            mask_slice=self.mask_slice(multimask_output),
+        masks, iou = self.predict_masks(
+            image_embeddings=image_embeddings,
+            image_pe=image_pe,
+            sparse_prompt_embeddings=sparse_prompt_embeddings,
+            dense_prompt_embeddings=dense_prompt_embeddings,
         )
+        wanted = self.mask_slice(multimask_output)
+        return masks[:, wanted], iou[:, wanted]
 
     def predict_masks(
         self,
@@ -100,10 +114,33 @@ class MaskDecoder(DerivedWeights):
         sparse_prompt_embeddings: Tensor,
         dense_prompt_embeddings: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """As ``forward``, of all masks: logits [P, 4, 4h, 4w] and predicted IoU [P, 4], the single mask first."""
-        return self.decode(
-            image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, mask_slice=slice(None)
-        )
+        """As ``forward``, of all masks: logits [P, 4, 4h, 4w] and predicted IoU [P, 4], the single mask first.
+
+        Every module is called as officially, so hooks, adapters and other modules in their places count.
+        """
+        prompts, grid = len(sparse_prompt_embeddings), image_embeddings.shape[-2:]
+        dtype = self.iou_token.weight.dtype
+        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(prompts, -1, -1)
+        tokens = torch.cat([output_tokens, sparse_prompt_embeddings.to(dtype)], dim=1)
+        source = image_embeddings + dense_prompt_embeddings.to(image_embeddings.dtype)
+        everywhere = (prompts, -1, -1, -1)
+        tokens, keys = self.transformer(source.expand(everywhere), image_pe[:1].to(dtype).expand(everywhere), tokens)
+        mask_tokens = tokens[:, 1 : 1 + self.num_mask_tokens]
+        masks = self._masks_by_modules(keys, mask_tokens, slice(None), (grid[0], grid[1]))
+        return masks, self.iou_prediction_head(tokens[:, 0])
+
+    @property
+    def is_official(self) -> bool:
+        """Whether :meth:`decode` computes what ``forward`` does, which calls every module.
+
+        It does not reach hooks, nor what a user put in the place of a block, an attention, an MLP or the upscaling.
+        """
+        transformer, mlps = self.transformer, self.output_hypernetworks_mlps
+        if type(self) is not MaskDecoder or type(transformer) is not TwoWayTransformer:
+            return False
+        if type(self.output_upscaling) is not nn.Sequential or not transformer.has_official_parts:
+            return False
+        return all(type(mlp) is MLP and mlp.is_official for mlp in mlps) and is_as_written(self)
 
     @staticmethod
     def mask_slice(multimask_output: bool) -> slice:
@@ -285,6 +322,11 @@ class MLP(nn.Module):
         widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
         self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
         self.sigmoid_output = sigmoid_output
+
+    @property
+    def is_official(self) -> bool:
+        """Whether it is nothing but plain linears with ReLU between."""
+        return not self.sigmoid_output and all(type(layer) is nn.Linear for layer in self.layers)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .common import DerivedWeights, Fp32Buffers, LayerNorm2d
+from .common import DerivedWeights, Fp32Buffers, LayerNorm2d, is_as_written
 
 LABEL_ABSENT = -2  # fills the token list of a shorter prompt; masked out of every attention
 LABEL_PADDING = -1  # the "not a point" token
@@ -54,6 +54,12 @@ class PromptEncoder(DerivedWeights):
             nn.Conv2d(mask_in_chans, embed_dim, kernel_size=1),
         )
         self.no_mask_embed = nn.Embedding(1, embed_dim)
+
+    @property
+    def is_official(self) -> bool:
+        """Whether :meth:`embed_tokens` computes what ``forward`` does, which a user may have changed."""
+        official = type(self) is PromptEncoder and type(self.pe_layer) is PositionEmbeddingRandom
+        return official and is_as_written(self)
 
     def get_dense_pe(self) -> Tensor:
         """The positional encoding of the image embedding's grid, [1, embed_dim, grid_h, grid_w], fp32."""

@@ -24,7 +24,7 @@ from ..prompts import Prompt, PromptBatch, check_mask_inputs, ragged_chunks
 from ..results import MaskPrediction
 from .common import DerivedWeights, Fp32Buffers, is_ours, weights_key
 from .image_encoder import ImageEncoderViT
-from .mask_decoder import DecodedPrompts, MaskDecoder
+from .mask_decoder import AnsweredPrompts, DecodedPrompts, MaskDecoder
 from .prompt_encoder import LABEL_ABSENT, PromptEncoder
 from .transformer import SharedImageSide
 
@@ -72,7 +72,8 @@ class Sam(DerivedWeights, Fp32Buffers):
     @property
     def dtype(self) -> torch.dtype:
         """Of the image encoder and the mask decoder; prompts are always encoded in fp32 at least."""
-        return self.mask_decoder.iou_token.weight.dtype
+        token = getattr(self.mask_decoder, "iou_token", None)
+        return next(self.parameters()).dtype if token is None else token.weight.dtype
 
     @property
     def name(self) -> str:
@@ -264,7 +265,8 @@ class Sam(DerivedWeights, Fp32Buffers):
             if prompt.mask_input is not None:
                 check_mask_inputs(prompt.mask_input.shape, self._low_res_size)
 
-        masks_each = len(range(self.mask_decoder.num_mask_tokens)[MaskDecoder.mask_slice(multimask_output)])
+        tokens = getattr(self.mask_decoder, "num_mask_tokens", 4)
+        masks_each = len(range(tokens)[MaskDecoder.mask_slice(multimask_output)])
         side = self._low_res_size
         low_res = torch.empty((total, masks_each, side, side), device=self.device, dtype=self._logits_dtype)
         iou = torch.empty((total, masks_each), device=self.device, dtype=self._logits_dtype)
@@ -302,15 +304,52 @@ class Sam(DerivedWeights, Fp32Buffers):
             found = self.runtime.decode(embeddings, batch, multimask_output)
             if found is not None:
                 return found[0].to(self._logits_dtype), found[1].to(self._logits_dtype)
+        if not self.decodes_by_shortcuts:
+            return self._decode_by_modules(embeddings, batch, multimask_output)
         decoded = self.decode_tokens(embeddings, batch)
         iou = decoded.iou[:, MaskDecoder.mask_slice(multimask_output)]
         return self.decode_masks(decoded, multimask_output), iou.to(self._logits_dtype)
 
-    def decode_tokens(self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch) -> DecodedPrompts:
+    @property
+    def decodes_by_shortcuts(self) -> bool:
+        """Whether prompts need not go through the official calls of the prompt encoder and the mask decoder.
+
+        They do where a user hooked, patched, subclassed or replaced something in there.
+        """
+        parts = (getattr(part, "_orig_mod", part) for part in (self.prompt_encoder, self.mask_decoder))
+        return all(getattr(part, "is_official", False) for part in parts)
+
+    def _decode_by_modules(
+        self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and predicted IoU by the official calls, which take prompts of one image and of one kind."""
+        alike = len(embeddings) == 1 and batch.of_one_kind
+        answers = []
+        for part in [batch] if alike else [batch.rows(row, row + 1) for row in range(len(batch))]:
+            image = 0 if part.image_index is None or len(embeddings) == 1 else int(part.image_index[0])
+            points, boxes = part.points_and_boxes()
+            sparse, dense = self.prompt_encoder(points=points, boxes=boxes, masks=part.mask_inputs)
+            masks, iou = self.mask_decoder(
+                image_embeddings=embeddings[image].features,
+                image_pe=self.prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                multimask_output=multimask_output,
+            )
+            answers.append((masks.to(self._logits_dtype), iou.to(self._logits_dtype)))
+        logits, iou = zip(*answers, strict=True)
+        return torch.cat(logits), torch.cat(iou)
+
+    def decode_tokens(
+        self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch
+    ) -> DecodedPrompts | AnsweredPrompts:
         """The first half of :meth:`decode`, of a batch as one chunk: all but the masks, their predicted IoU included.
 
         It holds the image side of each prompt: ask for :attr:`prompts_per_chunk` prompts or so at a time.
         """
+        if not self.decodes_by_shortcuts:
+            both = [self._decode_by_modules(embeddings, batch, multimask) for multimask in (False, True)]
+            return AnsweredPrompts(*(torch.cat(parts, dim=1) for parts in zip(*both, strict=True)))
         if batch.mask_inputs is not None:
             dense = self.prompt_encoder._embed_masks(batch.mask_inputs)
         else:
@@ -327,9 +366,13 @@ class Sam(DerivedWeights, Fp32Buffers):
             kernels=self._kernels,
         )
 
-    def decode_masks(self, decoded: DecodedPrompts, multimask_output: bool, rows: Tensor | None = None) -> Tensor:
+    def decode_masks(
+        self, decoded: DecodedPrompts | AnsweredPrompts, multimask_output: bool, rows: Tensor | None = None
+    ) -> Tensor:
         """The second half: low-resolution logits [P, C, h, w], fp32 at least, or of the prompts ``rows`` [R] only."""
         masks = MaskDecoder.mask_slice(multimask_output)
+        if isinstance(decoded, AnsweredPrompts):
+            return decoded.logits[:, masks] if rows is None else decoded.logits[rows, masks]
         return self.mask_decoder.decode_masks(decoded, masks, rows, self._kernels).to(self._logits_dtype)
 
     def shared_image_side(self, embeddings: Sequence[ImageEmbedding]) -> SharedImageSide:
@@ -372,7 +415,9 @@ class Sam(DerivedWeights, Fp32Buffers):
                 f"this embedding was made by model {embedding.model_name} {embedding.model_hash}, not by this "
                 f"model, {self.name} {self._known_hash()}; encode the image again"
             )
-        expected = (1, self.prompt_encoder.embed_dim, *self.prompt_encoder.image_embedding_size)
+        encoder = getattr(self.prompt_encoder, "_orig_mod", self.prompt_encoder)
+        ours = isinstance(encoder, PromptEncoder)  # a user's own need not say what it takes
+        expected = (1, encoder.embed_dim, *encoder.image_embedding_size) if ours else embedding.features.shape
         if embedding.features.shape != expected:
             raise ValueError(f"this model's features are {list(expected)}, got {list(embedding.features.shape)}")
         if embedding.geometry.image_size != self.image_encoder.img_size:
@@ -397,7 +442,8 @@ class Sam(DerivedWeights, Fp32Buffers):
 
     @property
     def _low_res_size(self) -> int:
-        return self.prompt_encoder.mask_input_size[0]
+        side = 4 * self.image_encoder.img_size // 16  # where the prompt encoder is a user's own
+        return getattr(self.prompt_encoder, "mask_input_size", (side,))[0]
 
     @property
     def prompts_per_chunk(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,15 @@ class SharedImageSide:
             return field.index_select(0, image_index)
 
         return SharedImageSide(*map(rows, self.tensors))
+
+
+_USUAL_KERNELS = ("kernels", "reference")
+
+
+def _unusual(**options: Any) -> dict[str, Any]:
+    """Those that the official modules do not have and that are not at their defaults: what a user puts in the place
+    of a module of ours need not know them."""
+    return {name: value for name, value in options.items() if value is not None and (name, value) != _USUAL_KERNELS}
 
 
 class Attention(nn.Module):
@@ -203,6 +213,12 @@ class TwoWayAttentionBlock(nn.Module):
             kernels: "reference" is the official formula; anything else takes PyTorch's fused attention.
         """
         queries = self.attend_self(queries, query_pe, token_mask, kernels)
+        if shared is None and kernels == "reference":
+            attended = self.cross_attn_token_to_image(queries + query_pe, keys + key_pe, keys)
+            queries = self.update_tokens(queries, attended)
+            how = _unusual(key_mask=token_mask)
+            attended = self.cross_attn_image_to_token(keys + key_pe, queries + query_pe, queries, **how)
+            return queries, self.norm4(keys + attended)
         if shared is None:
             shared = self.share_image_side(keys, key_pe)
         elif image_index is not None:
@@ -216,11 +232,12 @@ class TwoWayAttentionBlock(nn.Module):
 
     def attend_self(self, queries: Tensor, query_pe: Tensor, token_mask: Tensor | None, kernels: str) -> Tensor:
         """The tokens after their self-attention."""
+        how = _unusual(key_mask=token_mask, kernels=kernels)
         if self.skip_first_layer_pe:
-            queries = self.self_attn(queries, queries, queries, token_mask, kernels)
+            queries = self.self_attn(queries, queries, queries, **how)
         else:
             located = queries + query_pe
-            queries = queries + self.self_attn(located, located, queries, token_mask, kernels)
+            queries = queries + self.self_attn(located, located, queries, **how)
         return self.norm1(queries)
 
     def update_tokens(self, queries: Tensor, attended: Tensor) -> Tensor:
@@ -261,6 +278,15 @@ class TwoWayTransformer(nn.Module):
         self.norm_final_attn = nn.LayerNorm(embedding_dim)
 
     @property
+    def has_official_parts(self) -> bool:
+        """Whether the blocks and attentions are of these classes as they are, whatever their projections."""
+        if not all(type(block) is TwoWayAttentionBlock for block in self.layers):
+            return False
+        names = ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token")
+        attentions = [getattr(block, name) for block in self.layers for name in names]
+        return all(type(attention) is Attention for attention in [*attentions, self.final_attn_token_to_image])
+
+    @property
     def first_block(self) -> TwoWayAttentionBlock:
         return self.layers[0]  # type: ignore[return-value]
 
@@ -296,18 +322,13 @@ class TwoWayTransformer(nn.Module):
             return self._attend_folded(keys, key_pe[0], tokens, token_mask, shared, image_index, answers, kernels)
         queries = tokens
         for index, layer in enumerate(self.layers):
-            queries, keys = layer(
-                queries=queries,
-                keys=keys,
-                query_pe=tokens,
-                key_pe=key_pe,
-                token_mask=token_mask,
-                shared=shared if index == 0 else None,
-                image_index=image_index if index == 0 else None,
-                kernels=kernels,
-            )
+            first = {"shared": shared, "image_index": image_index} if index == 0 else {}
+            how = _unusual(token_mask=token_mask, kernels=kernels, **first)
+            queries, keys = layer(queries=queries, keys=keys, query_pe=tokens, key_pe=key_pe, **how)
         queries = queries[:, :answers]
-        attended = self.final_attn_token_to_image(queries + tokens[:, :answers], keys + key_pe, keys, None, kernels)
+        attended = self.final_attn_token_to_image(
+            queries + tokens[:, :answers], keys + key_pe, keys, **_unusual(kernels=kernels)
+        )
         return self.norm_final_attn(queries + attended), keys
 
     def _folds(self, tokens: Tensor, kernels: str) -> bool:

@@ -57,11 +57,13 @@ class Runtime:
     def __init__(self, model: Sam, *, compile_encoder: bool = True, recorder: Recorder | None = None) -> None:
         """
         Args:
-            model: keeps its modules and weights.
+            model: keeps its modules and weights. A decoder with hooks or modules of a user's own runs eagerly; put
+                them in before, a click has no time to look for them.
             compile_encoder: the blocks of its encoder run compiled from now on, here or elsewhere.
             recorder: stands in for CUDA's graphs.
         """
         self._model = model
+        self._by_shortcuts = model.decodes_by_shortcuts
         self._lock = threading.Lock()
         self._first_use: dict[Bucket, float] = {}
         self._told: set[str] = set()
@@ -265,7 +267,8 @@ class Runtime:
 
     def _bucket_of(self, images: int, batch: PromptBatch, multimask: bool) -> Bucket | None:
         model = self._model
-        ours = is_ours(model.prompt_encoder, PromptEncoder) and is_ours(model.mask_decoder, MaskDecoder)
+        kinds = ((model.prompt_encoder, PromptEncoder), (model.mask_decoder, MaskDecoder))
+        ours = self._by_shortcuts and all(is_ours(module, kind) for module, kind in kinds)
         eager = torch.is_grad_enabled() or torch.is_autocast_enabled(model.device.type)
         if len(batch) == 0 or not ours or (self._replays and eager):
             return None
