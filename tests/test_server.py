@@ -360,6 +360,15 @@ def test_a_mistake_of_ours_is_500_without_its_text(local: Local, monkeypatch: py
     assert "division" not in json.dumps(answer)
 
 
+@pytest.mark.parametrize("place", ["sam.server.app.decode_image", "PIL.Image.open", "PIL.Image.Image.load"])
+def test_no_memory_for_an_upload(local: Local, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    def out_of_memory(*arguments: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(place, out_of_memory)
+    assert local.error("/v1/embed", PNG) == (503, "out_of_memory")
+
+
 # Who is let in -----------------------------------------------------------------------------------------------
 
 

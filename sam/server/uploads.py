@@ -151,6 +151,8 @@ def decode_image(file: BinaryIO, max_pixels: int) -> np.ndarray:
             image = Image.open(file, formats=_FORMATS)
         except Image.DecompressionBombError:
             raise ApiError("image_too_large") from None
+        except MemoryError:
+            raise
         except Exception:
             raise ApiError("unsupported_image") from None
         with image:
