@@ -6,24 +6,26 @@ import http.client
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from . import rle
 
+T = TypeVar("T")
+
 
 class ServiceError(RuntimeError):
-    """The service refused.
+    """The service refused, or the answer is none of the service's: a proxy's page, for example.
 
     Attributes:
         status: of HTTP.
-        code: one of the service's fixed codes, for example ``queue_full``.
-        request_id: to be found in the service's log.
+        code: one of the service's fixed codes, for example ``queue_full``; ``unknown`` when it is none of its answers.
+        request_id: to be found in the service's log; ``unknown`` as well.
     """
 
     def __init__(self, status: int, code: str, message: str, request_id: str) -> None:
@@ -60,7 +62,8 @@ class RemoteMasks:
 class Client:
     """Asks a service; not for sharing between threads.
 
-    Every method raises :class:`ServiceError` when the service refuses and ``OSError`` when it is not there.
+    Every method raises :class:`ServiceError` when the service refuses, or something else answers for it, and
+    ``OSError`` when it is not there or breaks off.
     """
 
     def __init__(self, url: str = "http://127.0.0.1:8000", token: str | None = None, timeout: float = 60.0) -> None:
@@ -78,28 +81,18 @@ class Client:
         boundary = secrets.token_hex(16)
         head = f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="image"\r\n\r\n'
         body = head.encode() + data + f"\r\n--{boundary}--\r\n".encode()
-        answer = self._post("/v1/embed", body, f"multipart/form-data; boundary={boundary}")
-        return RemoteImage(answer["embedding"], answer["image"]["height"], answer["image"]["width"])
+        return self._post("/v1/embed", body, f"multipart/form-data; boundary={boundary}", _read_image)
 
     def segment(
         self, image: RemoteImage, prompts: Sequence[dict[str, Any]], multimask_output: bool = True
     ) -> list[RemoteMasks]:
         """Masks for each prompt: ``{"points": [[x, y]], "labels": [1], "box": [...], "mask_input": reference}``."""
         question = {"embedding": image.embedding, "prompts": list(prompts), "multimask": multimask_output}
-        answer = self._ask("/v1/segment", question)
-        results = []
-        for index, prompt in enumerate(answer["prompts"]):
-            masks = np.stack([rle.decode(mask["segmentation"]) for mask in prompt["masks"]])
-            scores = np.array([mask["predicted_iou"] for mask in prompt["masks"]], np.float32)
-            best = prompt["best"]
-            reference = {"result": answer["result"], "prompt": index, "mask": best} if answer["result"] else None
-            results.append(RemoteMasks(masks, scores, best, reference))
-        return results
+        return self._ask("/v1/segment", question, _read_prompts)
 
     def automatic(self, image: RemoteImage, **options: Any) -> list[dict[str, Any]]:
         """Records of everything, as :class:`sam.SamAutomaticMaskGenerator` gives them, masks as [H, W] bool."""
-        answer = self._ask("/v1/automatic", {"embedding": image.embedding, **options})
-        return [{**record, "segmentation": rle.decode(record["segmentation"])} for record in answer["masks"]]
+        return self._ask("/v1/automatic", {"embedding": image.embedding, **options}, _read_records)
 
     def ready(self) -> bool:
         """Whether the service takes requests; False also when it cannot be reached."""
@@ -117,16 +110,21 @@ class Client:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _ask(self, path: str, question: dict[str, Any]) -> dict[str, Any]:
-        return self._post(path, json.dumps(question).encode(), "application/json")
+    def _ask(self, path: str, question: dict[str, Any], read: Callable[[Any], T]) -> T:
+        return self._post(path, json.dumps(question).encode(), "application/json", read)
 
-    def _post(self, path: str, body: bytes, kind: str) -> dict[str, Any]:
+    def _post(self, path: str, body: bytes, kind: str, read: Callable[[Any], T]) -> T:
         status, text = self._send("POST", path, body, {"Content-Type": kind})
-        answer = json.loads(text)
-        if status != 200:
+        try:
+            answer = json.loads(text)
+            if status == 200:
+                return read(answer)
             error = answer["error"]
-            raise ServiceError(status, error["code"], error["message"], answer["request_id"])
-        return answer
+            refusal = ServiceError(status, error["code"], error["message"], answer["request_id"])
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as problem:
+            message = f"not an answer of the service: {text[:100]!r}"
+            raise ServiceError(status, "unknown", message, "unknown") from problem
+        raise refusal
 
     def _send(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> tuple[int, bytes]:
         for last in (False, True):
@@ -138,7 +136,30 @@ class Client:
                 self._connection.close()  # the service ended an idle connection; asking again changes nothing there
                 if last:
                     raise
+            except http.client.HTTPException as error:
+                self._connection.close()
+                there = f"{self._connection.host}:{self._connection.port}"
+                raise ConnectionError(f"no whole answer of HTTP from {there}: {error!r}") from error
             except BaseException:
                 self._connection.close()
                 raise
         raise AssertionError
+
+
+def _read_image(answer: Any) -> RemoteImage:
+    return RemoteImage(answer["embedding"], answer["image"]["height"], answer["image"]["width"])
+
+
+def _read_prompts(answer: Any) -> list[RemoteMasks]:
+    results = []
+    for index, prompt in enumerate(answer["prompts"]):
+        masks = np.stack([rle.decode(mask["segmentation"]) for mask in prompt["masks"]])
+        scores = np.array([mask["predicted_iou"] for mask in prompt["masks"]], np.float32)
+        best = prompt["best"]
+        reference = {"result": answer["result"], "prompt": index, "mask": best} if answer["result"] else None
+        results.append(RemoteMasks(masks, scores, best, reference))
+    return results
+
+
+def _read_records(answer: Any) -> list[dict[str, Any]]:
+    return [{**record, "segmentation": rle.decode(record["segmentation"])} for record in answer["masks"]]

@@ -139,19 +139,26 @@ class ImageEmbedding:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"{path} is not a saved image embedding (format {metadata.get('format')!r})")
-                features = file.get_tensor("features")
-            original_size, input_size, image_size = json.loads(metadata["geometry"])
-            return cls(
-                features=features.to(device),
-                geometry=ImageGeometry(tuple(original_size), tuple(input_size), image_size),
-                model_hash=metadata["model_hash"] or None,
-                model_name=metadata["model_name"],
-                image_hash=metadata["image_hash"] or None,
-            )
-        except (SafetensorError, KeyError, TypeError) as error:
+                if metadata.get("format") == _FORMAT:
+                    return cls(
+                        # A copy: a tensor that maps the file would change, or crash, when someone overwrites it.
+                        features=file.get_tensor("features").to(device, copy=True),
+                        geometry=_read_geometry(metadata["geometry"]),
+                        model_hash=metadata["model_hash"] or None,
+                        model_name=metadata["model_name"],
+                        image_hash=metadata["image_hash"] or None,
+                    )
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is a damaged image embedding: {error}") from None
+        raise ValueError(f"{path} is not a saved image embedding (format {metadata.get('format')!r})")
+
+
+def _read_geometry(text: str) -> ImageGeometry:
+    original_size, input_size, image_size = json.loads(text)
+    sizes = [*original_size, *input_size, image_size]
+    if any(type(size) is not int for size in sizes):
+        raise ValueError(f"the sizes of its geometry must be integers, got {sizes}")
+    return ImageGeometry(tuple(original_size), tuple(input_size), image_size)
 
 
 def hash_image(resized: np.ndarray, geometry: ImageGeometry) -> str:

@@ -26,8 +26,10 @@ def multipolygon(mask: np.ndarray) -> dict[str, Any]:
     ring_at_edge: dict[tuple[int, int, int], int] = {}
 
     rings: list[list[Corner]] = []
-    while across:
-        start = x, y, step = next(iter(across))
+    for start in list(across):
+        if start not in across:  # it is part of a ring before
+            continue
+        x, y, step = start
         ring: list[Corner] = [(x, y)]
         while True:
             x = across.pop((x, y, step))
@@ -68,8 +70,9 @@ def _nest(
     ring_at_edge: dict[tuple[int, int, int], int],
 ) -> list[list[list[list[int]]]]:
     """Each hole with the outline of the pixels around it, found at the next edge to its left."""
-    holes = [index for index, ring in enumerate(rings) if _area(ring) < 0]
-    polygons = {index: [ring] for index, ring in enumerate(rings) if _area(ring) > 0}
+    # A ring's first edge is a topmost one: an outline goes to the right there, a hole to the left.
+    holes = [index for index, ring in enumerate(rings) if ring[1] < ring[0]]
+    polygons = {index: [ring] for index, ring in enumerate(rings) if ring[1] > ring[0]}
     if holes:
         ring_of = np.full(columns.shape, -1, np.int32)
         for x, y0, y1, kind in vertical:
@@ -91,11 +94,3 @@ def _nest(
         for hole in holes:
             polygons[outline(hole)].append(rings[hole])
     return [[[list(corner) for corner in ring] for ring in polygon] for polygon in polygons.values()]
-
-
-def _area(ring: list[Corner]) -> int:
-    """Twice the signed area; positive for outlines."""
-    corners = np.array(ring, dtype=np.int64)
-    x, y = corners[:-1].T
-    next_x, next_y = corners[1:].T
-    return int((x * next_y - next_x * y).sum())

@@ -91,9 +91,14 @@ def decode(rle: dict[str, Any]) -> np.ndarray:
     """
     height, width = rle["size"]
     counts = rle["counts"]
-    counts = decompress(counts) if isinstance(counts, str | bytes) else np.asarray(counts, dtype=np.int64)
-    if counts.sum() != height * width or (counts < 0).any():
-        raise ValueError(f"the counts of an RLE of {height}x{width} must add up to {height * width}")
+    wrong = f"the counts of an RLE of {height}x{width} must add up to {height * width}"
+    try:
+        counts = decompress(counts) if isinstance(counts, str | bytes) else np.asarray(counts, dtype=np.int64)
+    except OverflowError:
+        raise ValueError(wrong) from None
+    ends = np.cumsum(counts)  # a sum beyond 64 bits turns negative before it comes round to the total
+    if min(counts.min(initial=0), ends.min(initial=0)) < 0 or ends.max(initial=0) != height * width:
+        raise ValueError(wrong)
     inside = np.arange(len(counts)) % 2 == 1
     return np.repeat(inside, counts).reshape(width, height).T
 

@@ -105,3 +105,13 @@ def file_of(image: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) 
     file = io.BytesIO()
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
     return file.getvalue()
+
+
+def jpeg_with_an_odd_tag(image: np.ndarray) -> bytes:
+    """To be turned by 90 degrees to see it upright, and with text in a tag that should hold a number."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "hello"
+    description, thresholding = b"\x01\x0e\0\x02", b"\x01\x07\0\x02"  # tags of type text
+    data = file_of(image, "JPEG", exif=exif)
+    assert data.count(description) == 1
+    return data.replace(description, thresholding)

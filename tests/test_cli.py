@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from models import random_image
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools import mask as coco
+from serving import file_of, jpeg_with_an_odd_tag
 
 import sam
 from sam.cli import main
+from sam.images import read_image
 
 
 @pytest.fixture
@@ -123,14 +125,39 @@ def test_too_many_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["segment", str(path), *map(str, click), "--max-megapixels", "0"]) == 0
 
 
-def test_upright_and_rgb(tmp_path: Path) -> None:
-    from sam.images import read_image
+def test_damage_that_pillow_has_other_errors_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "damaged.dds"
+    whole = file_of(random_image(8, 9), "DDS")
+    for place, value in ((80, 0), (12, 255)):  # NotImplementedError, ValueError
+        path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"damaged.dds is a damaged image: (Unknown pixel|not enough)"):
+            read_image(path)
 
-    turned = Image.fromarray(random_image(20, 40))
-    exif = turned.getexif()
-    exif[0x0112] = 6  # "rotate by 90 degrees to see it upright"
-    turned.save(tmp_path / "turned.jpg", exif=exif)
-    assert read_image(tmp_path / "turned.jpg").shape == (40, 20, 3)
+    def out_of_memory(image: Image.Image) -> None:
+        raise MemoryError
+
+    path.write_bytes(whole)
+    monkeypatch.setattr(Image.Image, "load", out_of_memory)
+    with pytest.raises(MemoryError):
+        read_image(path)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif"])
+def test_upright(tmp_path: Path, kind: str) -> None:
+    path, exif = tmp_path / f"turned.{kind}", Image.Exif()
+    for orientation in (*range(1, 9), 0, 99):
+        exif[0x0112] = orientation
+        Image.fromarray(random_image(20, 40)).save(path, exif=exif)
+        with Image.open(path) as image:
+            np.testing.assert_array_equal(read_image(path), ImageOps.exif_transpose(image))
+
+
+def test_other_tags_may_be_odd(tmp_path: Path) -> None:
+    (tmp_path / "odd.jpg").write_bytes(jpeg_with_an_odd_tag(random_image(20, 40)))
+    assert read_image(tmp_path / "odd.jpg").shape == (40, 20, 3)
+
+
+def test_rgb(tmp_path: Path) -> None:
     Image.fromarray(random_image(8, 9)[..., 0]).save(tmp_path / "grey.png")
     assert read_image(tmp_path / "grey.png").shape == (8, 9, 3)
     Image.fromarray(np.zeros((8, 9, 4), np.uint8)).save(tmp_path / "rgba.png")

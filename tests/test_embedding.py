@@ -77,6 +77,16 @@ def test_round_trip(tmp_path: Path, nano: Sam, photo: np.ndarray) -> None:
     assert os.listdir(tmp_path) == ["e.safetensors"]
 
 
+def test_what_was_loaded_stays_when_its_file_changes(tmp_path: Path, nano: Sam, photo: np.ndarray) -> None:
+    embedding, path = nano.encode(photo), tmp_path / "e.safetensors"
+    embedding.save(path)
+    loaded = ImageEmbedding.load(path)
+    with path.open("r+b") as file:
+        file.seek(-embedding.features.nbytes, os.SEEK_END)
+        file.write(bytes(embedding.features.nbytes))
+    assert torch.equal(loaded.features, embedding.features)
+
+
 def test_half_precision_round_trip(tmp_path: Path, photo: np.ndarray) -> None:
     model = sam.load_model(device="cpu", dtype=torch.bfloat16)
     embedding = model.encode(photo)
@@ -136,6 +146,28 @@ def test_damaged_and_foreign_files(tmp_path: Path, nano: Sam, photo: np.ndarray)
         ImageEmbedding.load(path)
     with pytest.raises(ValueError, match=r"is not a saved image embedding \(format 'pt'\)"):
         ImageEmbedding.load(NANO_CHECKPOINT)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "message"),
+    [
+        ("[[300, 451], [341, 512], 512.5]", r"must be integers, got \[300, 451, 341, 512, 512.5\]"),
+        ("[[300, Infinity], [341, 512], 512]", r"must be integers, got \[300, inf, 341, 512, 512\]"),
+        ("[[300, 451], [341, 512], 128]", r"input_size \(341, 512\) does not fit the model's square of 128 px"),
+        ("[[300], [341, 512], 512]", "not enough values"),
+        ("[[300, 451], 512]", "not enough values"),
+        ("[300, 451, 512]", "must be an iterable, not int"),
+        ("[[300, 451], [341, 512]", "delimiter"),
+        ("[" * 100_000, ""),
+        ("[[300, 451], [341, 512], 512]", r"features must be \[1, C, h, w\], got \[7\]"),
+    ],
+)
+def test_damaged_metadata(tmp_path: Path, geometry: str, message: str) -> None:
+    path = tmp_path / "e.safetensors"
+    metadata = {"format": "sam-image-embedding-1", "model_hash": "", "model_name": "nano", "image_hash": ""}
+    save_file({"features": torch.zeros(7)}, path, {**metadata, "geometry": geometry})
+    with pytest.raises(ValueError, match=rf"e.safetensors is a damaged image embedding: .*{message}"):
+        ImageEmbedding.load(path)
 
 
 def test_resizing_on_the_device(tiny: Sam) -> None:

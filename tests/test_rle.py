@@ -56,10 +56,22 @@ def test_a_large_noisy_mask() -> None:
     assert rle.compress(encoded["counts"]) == theirs["counts"].decode()
 
 
-@pytest.mark.parametrize("counts", [[3, 4], [7, -1], "zz", "0P"])
+@pytest.mark.parametrize("counts", [[3, 4], [7, -1], [], [2**70], "zz", "0P"])
 def test_bad_runs(counts: object) -> None:
     with pytest.raises(ValueError, match=r"must add up to 6|not a compressed RLE"):
         rle.decode({"size": [2, 3], "counts": counts})
+
+
+@pytest.mark.parametrize("size", [(2, 3), (2**31, 2**31), (5 * 2**31, 2**31)])
+def test_runs_that_add_up_beyond_64_bits(size: tuple[int, int]) -> None:
+    """Wrapped around they could fit, and would be written past the end of the mask."""
+    height, width = size
+    rest = (height * width) % 2**62
+    counts = [2**62] * 4 + [rest or 2**62]
+    assert sum(counts) % 2**64 == height * width % 2**64
+    for hostile in (counts, rle.compress(counts)):
+        with pytest.raises(ValueError, match=f"an RLE of {height}x{width} must add up to {height * width}$"):
+            rle.decode({"size": [height, width], "counts": hostile})
 
 
 @settings(deadline=None)

@@ -20,7 +20,7 @@ from polygons import fill
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 from local_service import Local
-from serving import TOKEN, file_of, multipart
+from serving import TOKEN, file_of, jpeg_with_an_odd_tag, multipart
 
 from sam import Prompt, Sam, rle
 from sam.engine import Engine
@@ -140,11 +140,13 @@ def test_formats(local: Local, kind: str) -> None:
 
 
 def test_upright(local: Local) -> None:
+    """Also with a tag that Pillow reads but cannot write."""
     turned = Image.fromarray(IMAGE)
     exif = turned.getexif()
     exif[0x0112] = 6
-    _, answer, _ = local.post("/v1/embed", file_of(turned, "JPEG", exif=exif))
-    assert answer["image"] == {"height": 90, "width": 60}
+    for image in (file_of(turned, "JPEG", exif=exif), jpeg_with_an_odd_tag(IMAGE)):
+        _, answer, _ = local.post("/v1/embed", image)
+        assert answer["image"] == {"height": 90, "width": 60}
 
 
 def test_health_model_and_metrics(local: Local, model: Sam) -> None:
@@ -356,6 +358,15 @@ def test_a_mistake_of_ours_is_500_without_its_text(local: Local, monkeypatch: py
     status, answer, _ = local.post("/v1/embed", PNG)
     assert (status, answer["error"]["code"]) == (500, "internal")
     assert "division" not in json.dumps(answer)
+
+
+@pytest.mark.parametrize("place", ["sam.server.app.decode_image", "PIL.Image.open", "PIL.Image.Image.load"])
+def test_no_memory_for_an_upload(local: Local, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    def out_of_memory(*arguments: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(place, out_of_memory)
+    assert local.error("/v1/embed", PNG) == (503, "out_of_memory")
 
 
 # Who is let in -----------------------------------------------------------------------------------------------

@@ -131,6 +131,8 @@ async def _answer(
             asked, subject = await _read(request, service, schema)
     except TimeoutError:
         raise ApiError("request_timeout") from None
+    except MemoryError:
+        raise ApiError("out_of_memory") from None
     except ClientDisconnect:
         return Response(status_code=499)
     left = max(0.001, deadline - (asyncio.get_running_loop().time() - started))

@@ -10,12 +10,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from fastapi import Request
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from ..images import MODES, upright_rgb
 from .errors import ApiError
 from .settings import Settings
 
@@ -23,8 +24,6 @@ _MAX_NAMES = 16
 _FORMATS = ("JPEG", "PNG", "WEBP")
 # A progressive JPEG repeats itself in scans, ten as a rule. Each costs a pass over all pixels and takes 100 bytes.
 _START_OF_SCAN, _MAX_SCANS = b"\xff\xda", 64
-# Modes with 8 bits a channel, which convert to RGB without losing range.
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
 
 @dataclass(frozen=True)
@@ -152,20 +151,21 @@ def decode_image(file: BinaryIO, max_pixels: int) -> np.ndarray:
             image = Image.open(file, formats=_FORMATS)
         except Image.DecompressionBombError:
             raise ApiError("image_too_large") from None
+        except MemoryError:
+            raise
         except Exception:
             raise ApiError("unsupported_image") from None
         with image:
             if image.width * image.height > max_pixels:
                 raise ApiError("image_too_large")
-            if image.mode not in _MODES:
+            if image.mode not in MODES:
                 raise ApiError("unsupported_image")
             if isinstance(image, JpegImageFile) and _count(file, _START_OF_SCAN) > _MAX_SCANS:
                 raise ApiError("bad_image")
-            # Decoders of hostile bytes raise whatever they please, struct.error and KeyError among it.
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            return upright_rgb(image)
     except (ApiError, MemoryError):
         raise
-    except Exception:
+    except Exception:  # decoders of hostile bytes raise whatever they please, struct.error and KeyError among it
         raise ApiError("bad_image") from None
 
 
