@@ -23,6 +23,7 @@ from ..dispatch import choose, recording
 # stay in the cache: 2 MB in fp32 for 1024 tokens.
 _AT_ONCE = {"cpu": (1, 1024)}
 _AT_ONCE_ELSEWHERE = (32, 2**31)
+_MOST_MASKS = 4  # a prompt, in the Triton form
 _PAIR_OF = {torch.float16: torch.int32, torch.bfloat16: torch.int32, torch.float32: torch.int64}
 
 
@@ -71,7 +72,7 @@ def hypernetwork_masks(
     Args:
         keys: [P, h * w, C] image tokens of P prompts, any strides.
         weights: from :func:`pack_upscaling`, in the dtype of ``keys``.
-        hyper: [P, M, C / 8] outputs of the hypernetworks asked for, 1 to 4 of them, in the dtype of ``keys``.
+        hyper: [P, M, C / 8] outputs of the hypernetworks asked for, in the dtype of ``keys``.
         grid: (h, w).
         eps: of the layer norm.
         out_dtype: of the result; None is that of ``keys``.
@@ -160,8 +161,8 @@ def _check(keys: Tensor, weights: UpscalingWeights, hyper: Tensor, grid: tuple[i
     if keys.ndim != 3 or keys.shape[1] != grid[0] * grid[1]:
         raise ValueError(f"keys must be [P, {grid[0]} * {grid[1]}, C], got {list(keys.shape)}")
     prompts, _, channels = keys.shape
-    if hyper.ndim != 3 or hyper.shape[0] != prompts or hyper.shape[2] * 8 != channels or not 1 <= hyper.shape[1] <= 4:
-        raise ValueError(f"hyper must be [{prompts}, 1 to 4, {channels} / 8], got {list(hyper.shape)}")
+    if hyper.ndim != 3 or hyper.shape[0] != prompts or hyper.shape[2] * 8 != channels or not hyper.shape[1]:
+        raise ValueError(f"hyper must be [{prompts}, masks, {channels} / 8], got {list(hyper.shape)}")
     narrow, narrower = channels // 4, channels // 8
     expected = ((channels, 4 * narrow), (4 * narrow,), (narrow,), (narrow,), (narrow, 4 * narrower), (4 * narrower,))
     for name, weight, shape in zip(weights._fields, weights, expected, strict=True):
@@ -183,4 +184,6 @@ def _constraint(keys: Tensor, hyper: Tensor, out_dtype: torch.dtype) -> str | No
         return f"the channels must be a power of two of at least 64, got {channels}"
     if keys.shape[0] == 0:
         return "there are no prompts"
+    if hyper.shape[1] > _MOST_MASKS:
+        return f"it makes at most {_MOST_MASKS} masks a prompt, got {hyper.shape[1]}"
     return None

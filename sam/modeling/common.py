@@ -58,8 +58,17 @@ def is_ours(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def is_as_written(module: nn.Module) -> bool:
-    """Whether nobody has hooked ``module`` or anything in it, or given it another ``forward``."""
-    return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in module.modules())
+    """Whether nobody has hooked ``module`` or anything in it, or given it another ``forward``.
+
+    Every click asks, and ``modules()`` takes four times as long.
+    """
+    left: list[nn.Module | None] = [module]
+    while left:
+        state = left.pop().__dict__  # type: ignore[union-attr]
+        if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+            return False
+        left += [inner for inner in state["_modules"].values() if inner is not None]
+    return True
 
 
 _steps: dict[int, int] = {}  # of optimisers, by the address of the parameter: fused ones leave ``_version`` as it is

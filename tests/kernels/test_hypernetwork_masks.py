@@ -303,8 +303,8 @@ def test_bad_shapes_and_dtypes() -> None:
     keys, weights, hyper, grid = make_inputs(2, (3, 5), 2, torch.float32)
     bad = [
         ((keys[:, 1:], weights, hyper), r"keys must be \[P, 3 \* 5, C\], got \[2, 14, 256\]"),
-        ((keys, weights, hyper[:1]), r"hyper must be \[2, 1 to 4, 256 / 8\], got \[1, 2, 32\]"),
-        ((keys, weights, hyper.repeat(1, 3, 1)), r"hyper must be \[2, 1 to 4, 256 / 8\], got \[2, 6, 32\]"),
+        ((keys, weights, hyper[:1]), r"hyper must be \[2, masks, 256 / 8\], got \[1, 2, 32\]"),
+        ((keys, weights, hyper[:, :0]), r"hyper must be \[2, masks, 256 / 8\], got \[2, 0, 32\]"),
         ((keys, weights, hyper[..., 1:]), r"hyper must be .*got \[2, 2, 31\]"),
         (
             (keys, weights._replace(bias1=weights.bias1[:64]), hyper),
@@ -317,6 +317,14 @@ def test_bad_shapes_and_dtypes() -> None:
             hypernetwork_masks(*arguments, grid=grid)
     with pytest.raises(ValueError, match=r"kernels must be one of .*, got 'cuda'"):
         hypernetwork_masks(keys, weights, hyper, grid=grid, kernels="cuda")
+
+
+def test_a_decoder_of_many_masks_takes_the_torch_form() -> None:
+    inputs = make_inputs(2, (3, 5), 6, torch.float32)
+    keys, weights, hyper, grid = inputs
+    assert_within_budget(hypernetwork_masks(keys, weights, hyper, grid=grid), formula, inputs, "six masks")
+    with pytest.raises(UnsupportedKernelError, match="it makes at most 4 masks a prompt, got 6"):
+        hypernetwork_masks(keys, weights, hyper, grid=grid, kernels="triton")
 
 
 def test_no_prompts() -> None:
