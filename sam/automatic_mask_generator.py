@@ -18,11 +18,13 @@ from .memory import MaskMemory, parse_bytes
 from .modeling import Sam
 from .postprocess import remove_small_regions
 from .predictor import SamPredictor
-from .preprocess import validate_image
+from .preprocess import ImageGeometry, resized_size, validate_image
+from .prompts import check_finite
 from .utils.amg import (
     MaskData,
     area_from_rle,
     batched_mask_to_box,
+    box_xyxy_to_xywh,
     build_all_layer_point_grids,
     generate_crop_boxes,
     mask_to_rle_pytorch,
@@ -54,7 +56,7 @@ class SamAutomaticMaskGenerator:
         crop_nms_thresh: float = 0.7,
         crop_overlap_ratio: float = 512 / 1500,
         crop_n_points_downscale_factor: int = 1,
-        point_grids: list[np.ndarray] | None = None,
+        point_grids: Sequence[Any] | None = None,
         min_mask_region_area: int = 0,
         output_mode: str = "binary_mask",
         *,
@@ -86,17 +88,31 @@ class SamAutomaticMaskGenerator:
             resize_on_device: see :meth:`sam.Sam.encode`.
 
         Raises:
-            ValueError: both or none of ``points_per_side`` and ``point_grids``, an unknown ``output_mode``, or a
+            ValueError: both or none of ``points_per_side`` and ``point_grids``, a number below its limit, a layer
+                without a click a side or without a grid, a grid that is not [N, 2], an unknown ``output_mode``, or a
                 ``max_memory`` that is no size; from ``generate``, one that a single click or mask does not fit.
         """
         if (points_per_side is None) == (point_grids is None):
             raise ValueError("exactly one of points_per_side and point_grids must be given")
         if output_mode not in _OUTPUT_MODES:
             raise ValueError(f"output_mode must be one of {', '.join(_OUTPUT_MODES)}, got {output_mode!r}")
-        if point_grids is None:
-            assert points_per_side is not None
+        for name, value, least in (("points_per_batch", points_per_batch, 1), ("crop_n_layers", crop_n_layers, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if points_per_side is not None:
+            if points_per_side < 1:
+                raise ValueError(f"points_per_side must be at least 1, got {points_per_side}")
+            if crop_n_points_downscale_factor <= 0:
+                raise ValueError(
+                    f"crop_n_points_downscale_factor must be more than 0, got {crop_n_points_downscale_factor}"
+                )
             point_grids = build_all_layer_point_grids(points_per_side, crop_n_layers, crop_n_points_downscale_factor)
-        self.point_grids = point_grids
+        assert point_grids is not None
+        self.point_grids = [_grid(points) for points in point_grids]
+        if len(self.point_grids) <= crop_n_layers:
+            raise ValueError(
+                f"crop_n_layers={crop_n_layers} needs {crop_n_layers + 1} point_grids, got {len(self.point_grids)}"
+            )
         self.predictor = SamPredictor(model)
         self.points_per_batch = points_per_batch
         self.pred_iou_thresh = pred_iou_thresh
@@ -124,7 +140,7 @@ class SamAutomaticMaskGenerator:
             point_coords ([[x, y]], the click), stability_score, crop_box (XYWH, where the click was made).
 
         Raises:
-            TypeError, ValueError: another kind of image.
+            TypeError, ValueError: another kind of image, or one too long and thin to be resized.
         """
         (records,) = self.generate_batch([image])
         return records
@@ -136,14 +152,14 @@ class SamAutomaticMaskGenerator:
             the records of each image, in the order of the images.
 
         Raises:
-            TypeError, ValueError: an image of another kind, named by its place; nothing was encoded.
+            TypeError, ValueError: an image as ``generate`` refuses it, named by its place; nothing was encoded.
         """
+        plans = []
         for index, image in enumerate(images):
             try:
-                validate_image(image)
+                plans.append(self._crop_boxes(self._size(image)))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"image {index}: {error}" if len(images) > 1 else str(error)) from None
-        plans = [self._crop_boxes(image.shape[:2]) for image in images]
         parts = [image[y0:y1, x0:x1] for image, plan in zip(images, plans, strict=True) for (x0, y0, x1, y1), _ in plan]
         embeddings = self._embeddings(parts)
         report = _Progress(self.progress, sum(len(self.point_grids[layer]) for plan in plans for _, layer in plan))
@@ -160,23 +176,37 @@ class SamAutomaticMaskGenerator:
         batch; the generator returns the records.
 
         Raises:
-            TypeError, ValueError: another kind of image, or an embedding where there are crops to be encoded.
+            TypeError, ValueError: an image as ``generate`` refuses it, or an embedding where there are crops to be
+                encoded.
         """
         if not isinstance(image, ImageEmbedding):
-            size = validate_image(image).shape[:2]
+            size = self._size(image)
             plan = self._crop_boxes(size)
             return self._steps(self._embeddings([image[y0:y1, x0:x1] for (x0, y0, x1, y1), _ in plan]), plan, size)
         if self.crop_n_layers > 0:
             raise ValueError(f"crop_n_layers={self.crop_n_layers} needs the image, got its embedding")
         self.predictor.model.check_embedding(image)
-        size = image.geometry.original_size
-        return self._steps(iter([image]), self._crop_boxes(size), size)
+        height, width = image.geometry.original_size
+        return self._steps(iter([image]), [((0, 0, width, height), 0)], (height, width))
+
+    def _size(self, image: np.ndarray) -> tuple[int, int]:
+        """(height, width) of an image that can be embedded; ``TypeError`` or ``ValueError`` of another."""
+        height, width = validate_image(image).shape[:2]
+        return ImageGeometry.of(height, width, self.predictor.model.image_encoder.img_size).original_size
 
     def _crop_boxes(self, size: tuple[int, ...]) -> list[tuple[tuple[int, int, int, int], int]]:
-        """Boxes in an image of ``size`` that clicks are made in, and the layer of each; none without a pixel."""
+        """Boxes in an image of ``size`` that clicks are made in, and the layer of each.
+
+        None without a pixel, before or after the resize.
+        """
+        long_side = self.predictor.model.image_encoder.img_size
+
+        def shows(x0: int, y0: int, x1: int, y1: int) -> bool:
+            return x0 < x1 and y0 < y1 and min(resized_size(y1 - y0, x1 - x0, long_side)) > 0
+
         boxes, layers = generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
         crops = zip(boxes, layers, strict=True)
-        return [((x0, y0, x1, y1), layer) for (x0, y0, x1, y1), layer in crops if x0 < x1 and y0 < y1]
+        return [((x0, y0, x1, y1), layer) for (x0, y0, x1, y1), layer in crops if shows(x0, y0, x1, y1)]
 
     @torch.no_grad()
     def _embeddings(self, parts: Sequence[np.ndarray]) -> Iterator[ImageEmbedding]:
@@ -222,17 +252,14 @@ class SamAutomaticMaskGenerator:
         return self._records(data)
 
     def _records(self, data: MaskData) -> list[dict[str, Any]]:
-        boxes, crop_boxes = data["boxes"], data["crop_boxes"].clone()
-        for corners in (boxes, crop_boxes):
-            corners[:, 2:] -= corners[:, :2]
         columns = {
             "segmentation": self._segmentations(data["rles"]),
             "area": [area_from_rle(rle) for rle in data["rles"]],
-            "bbox": boxes.tolist(),
+            "bbox": box_xyxy_to_xywh(data["boxes"]).tolist(),
             "predicted_iou": data["iou_preds"].tolist(),
             "point_coords": data["points"][:, None].tolist(),
             "stability_score": data["stability_score"].tolist(),
-            "crop_box": crop_boxes.tolist(),
+            "crop_box": box_xyxy_to_xywh(data["crop_boxes"]).tolist(),
         }
         return [dict(zip(columns, record, strict=True)) for record in zip(*columns.values(), strict=True)]
 
@@ -251,6 +278,15 @@ class SamAutomaticMaskGenerator:
         Masks that were clean win over those that had to be changed. Needs SciPy on a CPU.
         """
         return _clean(mask_data, min_area, nms_thresh, torch.device("cpu"))
+
+
+def _grid(points: Any) -> np.ndarray:
+    """Clicks [N, 2] in the unit square as an array."""
+    grid = np.asarray(points, dtype=np.float64)
+    if grid.ndim != 2 or grid.shape[1] != 2:
+        raise ValueError(f"each of point_grids must be [N, 2], got {list(grid.shape)}")
+    check_finite("point_grids", grid)
+    return grid
 
 
 def _clean(data: MaskData, min_area: int, nms_thresh: float, device: torch.device) -> MaskData:

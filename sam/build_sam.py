@@ -41,6 +41,7 @@ def load_model(
         cuda_graphs: the decoder as CUDA graphs without compiling anything.
 
     Raises:
+        TypeError: a ``dtype`` that is none of torch's.
         FileNotFoundError: no such file.
         CheckpointError: unreadable, foreign, or weights that do not fit, the keys listed.
         ValueError: an unknown variant or ``kernels``; a variant without a checkpoint, other than ``nano``; or
@@ -56,10 +57,12 @@ def load_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if cuda_graphs and torch.device(device).type != "cuda":
         raise ValueError(f"cuda_graphs needs a CUDA device, got {device}")
-    stored = read_checkpoint(checkpoint, variant, image_size)
-    dtype = dtype or torch.float32
+    dtype = torch.float32 if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype like torch.bfloat16, got {dtype!r}")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+    stored = read_checkpoint(checkpoint, variant, image_size)
 
     model = build_empty(stored.config)
     state = {name: tensor.to(torch.float32) for name, tensor in stored.state_dict.items()}

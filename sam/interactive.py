@@ -78,15 +78,17 @@ class InteractiveSession:
         """Another click, in pixels of the original image: 1 on the object, 0 on what is not.
 
         Raises:
-            ValueError: not finite, or another label. Nothing has changed then.
+            ValueError: not finite or too far away (:class:`sam.Prompt`), or another label. Nothing has changed then.
         """
+        if label not in (0, 1):
+            raise ValueError(f"label must be 1 (object) or 0 (background), got {label!r}")
         return self._ask([*self._points, (x, y)], [*self._labels, label], self._box)
 
     def box(self, x0: float, y0: float, x1: float, y1: float) -> Answer:
         """The object's box, in pixels of the original image, in place of an earlier one.
 
         Raises:
-            ValueError: not finite. Nothing has changed then.
+            ValueError: not finite or too far away (:class:`sam.Prompt`). Nothing has changed then.
         """
         return self._ask(self._points, self._labels, (x0, y0, x1, y1))
 

@@ -78,7 +78,7 @@ def validate_image(image: Any) -> np.ndarray:
     if not isinstance(image, np.ndarray):
         raise TypeError(f"the image must be a numpy array [H, W, 3] of uint8, got {type(image).__name__}")
     if image.ndim != 3 or image.shape[2] != 3:
-        hint = {1: " (grey? np.repeat(image, 3, axis=2))", 4: " (RGBA? image[..., :3])"}
+        hint = {1: " (grey? np.dstack([image] * 3))", 4: " (RGBA? image[..., :3])"}
         channels = 1 if image.ndim == 2 else image.shape[-1] if image.ndim == 3 else 0
         raise ValueError(f"the image must be [H, W, 3], got {list(image.shape)}{hint.get(channels, '')}")
     if image.dtype != np.uint8:

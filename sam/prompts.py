@@ -13,17 +13,30 @@ from torch import Tensor
 
 from .modeling.prompt_encoder import (
     LABEL_ABSENT,
-    LABEL_BACKGROUND,
     LABEL_BOX_BOTTOM_RIGHT,
     LABEL_BOX_TOP_LEFT,
-    LABEL_FOREGROUND,
     LABEL_PADDING,
     append_padding_point,
+    as_array,
     box_labels,
+    check_coordinates,
+    check_finite,
+    check_labels,
+    check_mask_inputs,
+    check_prompts,
 )
 from .preprocess import ImageGeometry
 
-_POINT_LABELS = (LABEL_PADDING, LABEL_BACKGROUND, LABEL_FOREGROUND)
+__all__ = [
+    "Prompt",
+    "PromptBatch",
+    "RaggedChunk",
+    "check_finite",
+    "check_labels",
+    "check_mask_inputs",
+    "ragged_chunks",
+    "upload",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +51,7 @@ class Prompt:
 
     Raises:
         ValueError: points without labels or the reverse, lengths that differ, a label outside {-1, 0, 1}, a wrong
-            shape, NaN or infinity.
+            shape, NaN or infinity, a coordinate further than ``MAX_COORDINATE`` (1e30) from 0.
     """
 
     points: Any = None
@@ -57,13 +70,13 @@ class Prompt:
             if labels.shape != points.shape[:1]:
                 raise ValueError(f"{len(points)} points need labels of shape [{len(points)}], got {list(labels.shape)}")
             check_labels(labels)
-            check_finite("points", points)
+            check_coordinates("points", points)
             self._set(points=points, labels=labels.astype(np.int64))
         if self.box is not None:
             box = _array(self.box, np.float64)
             if box.size != 4:
                 raise ValueError(f"box must be x0, y0, x1, y1 of shape [4], got {list(box.shape)}")
-            check_finite("box", box)
+            check_coordinates("box", box)
             self._set(box=box.reshape(4))
         if self.mask_input is not None:
             mask_input = _array(self.mask_input, np.float32)
@@ -90,41 +103,12 @@ class Prompt:
 
 
 def _array(values: Any, dtype: Any = None) -> np.ndarray:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # numpy has no bf16
-    return np.array(values, dtype=dtype)
+    return np.array(as_array(values), dtype=dtype)
 
 
 def _as_float(values: Tensor) -> Tensor:
     """fp64 stays: pixels divided by the image size are rounded once, as officially."""
     return values if values.dtype == torch.float64 else values.to(torch.float32)
-
-
-def check_finite(name: str, values: np.ndarray | Tensor) -> None:
-    """Raise ``ValueError`` naming the first value of ``values`` that is NaN or infinite."""
-    array = np.asarray(values)
-    bad = ~np.isfinite(array)
-    if bad.any():
-        where = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise ValueError(f"{name} must be finite, got {array[where]} at index {list(where)}")
-
-
-def check_labels(labels: np.ndarray | Tensor) -> None:
-    """Raise ``ValueError`` naming the first label outside {-1, 0, 1}."""
-    array = np.asarray(labels)
-    bad = np.logical_and.reduce([array != label for label in _POINT_LABELS])
-    if bad.any():
-        raise ValueError(f"labels must be 1 (object), 0 (background) or -1 (padding), got {array[bad].flat[0]}")
-
-
-def check_mask_inputs(shape: Sequence[int], low_res_size: int) -> None:
-    """Raise ``ValueError`` unless masks of ``shape`` [..., h, w] are what the model takes."""
-    if tuple(shape[-2:]) != (low_res_size, low_res_size):
-        raise ValueError(
-            f"mask_input must be low-resolution logits of {low_res_size}x{low_res_size} px for this model, "
-            f"got {shape[-2]}x{shape[-1]}"
-        )
 
 
 @dataclass(frozen=True)
@@ -190,7 +174,11 @@ class PromptBatch:
             points: coordinates [P, N, 2] and labels [P, N].
             boxes: [P, 4].
             mask_inputs: [P, 1, h, w]; one mask serves all points, and one set of points all masks.
+
+        Raises:
+            ValueError: NaN, infinity, an unknown label or a coordinate too far away in tensors on the CPU.
         """
+        check_prompts(points, boxes, mask_inputs)
         coords = torch.empty((1, 0, 2), device=device)
         labels = torch.empty((1, 0), device=device, dtype=torch.int64)
         if points is not None:

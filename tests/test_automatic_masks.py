@@ -224,6 +224,9 @@ def test_point_grids_and_errors(small: Sam, generator: Generator, photograph: np
     records = generator(None, point_grids=[grid]).generate(photograph)
     assert records
     assert records[0]["point_coords"] == [pytest.approx([44, 54])]
+    in_rle = {"output_mode": "coco_rle"}
+    as_lists = generator(None, point_grids=[grid.tolist()], **in_rle).generate(photograph)
+    assert as_lists == generator(None, point_grids=[grid], **in_rle).generate(photograph)
     with pytest.raises(ValueError, match="exactly one of points_per_side and point_grids"):
         generator(32, point_grids=[grid])
     with pytest.raises(ValueError, match="exactly one of points_per_side and point_grids"):
@@ -232,6 +235,45 @@ def test_point_grids_and_errors(small: Sam, generator: Generator, photograph: np
         generator(output_mode="png")
     with pytest.raises(ValueError, match="must be uint8"):
         generator(4).generate(photograph / 255)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"points_per_batch": -1}, "points_per_batch must be at least 1, got -1"),
+        ({"points_per_batch": 0}, "points_per_batch must be at least 1, got 0"),
+        ({"points_per_side": 0}, "points_per_side must be at least 1, got 0"),
+        ({"crop_n_layers": -1}, "crop_n_layers must be at least 0, got -1"),
+        ({"crop_n_points_downscale_factor": 0}, "crop_n_points_downscale_factor must be more than 0, got 0"),
+        ({"crop_n_layers": 2, "crop_n_points_downscale_factor": 3}, "a grid must have at least 1 point a side, got 0"),
+        ({"points_per_side": None, "point_grids": [[0.5, 0.5]]}, r"each of point_grids must be \[N, 2\], got \[2\]"),
+        ({"points_per_side": None, "point_grids": [[[0.5, np.nan]]]}, "point_grids must be finite, got nan"),
+        (
+            {"points_per_side": None, "point_grids": [[[0.5, 0.5]]], "crop_n_layers": 1},
+            "crop_n_layers=1 needs 2 point_grids, got 1",
+        ),
+    ],
+)
+def test_numbers_out_of_range(generator: Generator, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generator(**arguments)
+
+
+def test_a_thin_image_is_named_before_any_is_encoded(
+    small: Sam, generator: Generator, photograph: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small, "image_features", lambda pixels: pytest.fail("encoded"))
+    with pytest.raises(ValueError, match=r"image 1: an image of 1x600 .* has a side of 0 px"):
+        generator(2).generate_batch([photograph, random_image(1, 600)])
+    with pytest.raises(ValueError, match="an image of 1x600"):
+        generator(2).steps(random_image(1, 600))
+
+
+def test_crops_that_vanish_when_resized_are_left_out(generator: Generator) -> None:
+    """At the edge of this image the second layer has crops of 1 x 600."""
+    image = random_image(5, 2400)
+    records = generator(2, crop_n_layers=2, pred_iou_thresh=0, stability_score_thresh=0).generate(image)
+    assert all(record["segmentation"].shape == (5, 2400) for record in records)
 
 
 def test_little_memory_changes_nothing(generator: Generator, photograph: np.ndarray) -> None:

@@ -265,6 +265,8 @@ def test_another_variant_than_asked_for(tmp_path: Path, nano: Sam) -> None:
         sam.load_model(variant="vit_h")
     with pytest.raises(ValueError, match=r"dtype must be a floating-point type, got torch.int8"):
         sam.load_model(dtype=torch.int8)
+    with pytest.raises(TypeError, match=r"dtype must be a torch.dtype like torch.bfloat16, got 'bfloat16'"):
+        sam.load_model(dtype="bfloat16")  # type: ignore[arg-type]
 
 
 RELATIVES = {

@@ -226,10 +226,16 @@ def test_a_bad_click_changes_nothing() -> None:
     embedding = model.encode(random_image(45, 70))
     session = InteractiveSession(model, embedding)
     session.click(*CLICKS[0])
-    with pytest.raises(ValueError, match=r"labels must be 1 .* got 7"):
+    with pytest.raises(ValueError, match=r"label must be 1 \(object\) or 0 \(background\), got 7"):
         session.click(3, 4, 7)
+    with pytest.raises(ValueError, match=r"label must be 1 .* got -1"):
+        session.click(3, 4, -1)
     with pytest.raises(ValueError, match="points must be finite"):
         session.click(float("nan"), 4)
+    with pytest.raises(ValueError, match=r"points must lie within 1e\+30 px of 0, got 1e\+300"):
+        session.click(1e300, 4)
+    with pytest.raises(ValueError, match=r"box must lie within 1e\+30 px of 0, got 3e\+38"):
+        session.box(0, 0, 3e38, 3)
     assert agree(session.click(*CLICKS[1]), by_prediction(model, embedding, CLICKS[:2])[1])
 
 

@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from comparison import assert_close_l2, assert_close_max
 from models import TINY, random_image, random_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sam
 from sam import Prompt, Sam
@@ -226,6 +228,30 @@ def test_gradcheck_of_the_decoder() -> None:
         features = torch.randn(1, 16, 2, 2, dtype=torch.float64, requires_grad=True)
         sparse = torch.randn(2, 1, 16, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(masks, (features, sparse))
+
+
+def test_the_prompt_encoder_is_traced_compiled_and_mapped(tiny: Sam) -> None:
+    """The checks of values read nothing where there are none to be read."""
+
+    def encode(coords: torch.Tensor, labels: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        return tiny.prompt_encoder((coords, labels), boxes, None)[0]
+
+    coords, labels, boxes = torch.rand(3, 2, 2) * 99, torch.tensor([[1, 0]] * 3), torch.rand(3, 4) * 99
+    expected = encode(coords, labels, boxes)
+    assert torch.equal(encode(coords.requires_grad_(), labels, boxes), expected)
+    coords = coords.detach()
+    compiled = torch.compile(encode, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(coords, labels, boxes), expected)
+    mapped = torch.func.vmap(encode)(coords[:, None], labels[:, None], boxes[:, None])
+    torch.testing.assert_close(mapped[:, 0], expected)
+    derivative = torch.func.jacfwd(encode)(coords[:1], labels[:1], boxes[:1])
+    torch.testing.assert_close(derivative, torch.func.jacrev(encode)(coords[:1], labels[:1], boxes[:1]))
+    with FakeTensorMode(allow_non_fake_inputs=True) as shapes_only:
+        assert encode(*(shapes_only.from_tensor(tensor) for tensor in (coords, labels, boxes))).shape == expected.shape
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(encode, (coords, labels, boxes), check_trace=False)
+    assert torch.equal(traced(coords, 1 - labels, boxes), encode(coords, 1 - labels, boxes))
 
 
 # What is kept ---------------------------------------------------------------------------------------------

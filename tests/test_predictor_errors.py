@@ -31,7 +31,7 @@ def test_before_set_image(nano: Sam) -> None:
 
 
 BAD_IMAGES = [
-    (random_image(30, 40)[..., 0], ValueError, r"must be \[H, W, 3\], got \[30, 40\] \(grey\?"),
+    (random_image(30, 40)[..., 0], ValueError, r"must be \[H, W, 3\], got \[30, 40\] \(grey\? np.dstack"),
     (np.zeros((30, 40, 4), np.uint8), ValueError, r"must be \[H, W, 3\], got \[30, 40, 4\] \(RGBA\?"),
     (np.zeros((2, 30, 40, 3), np.uint8), ValueError, r"must be \[H, W, 3\], got \[2, 30, 40, 3\]"),
     (random_image(30, 40) / 255.0, ValueError, r"must be uint8 in 0..255, got float64"),
@@ -81,6 +81,8 @@ BAD_PROMPTS = [
     ({"point_coords": one(1, np.nan), "point_labels": LABEL}, r"points must be finite, got nan at index \[0, 1\]"),
     ({"point_coords": one(-np.inf, 1), "point_labels": LABEL}, r"points must be finite, got -inf at index \[0, 0\]"),
     ({"box": np.array([1, 2, np.inf, 4])}, r"box must be finite, got inf at index \[2\]"),
+    ({"point_coords": one(1e39, 1), "point_labels": LABEL}, r"points must lie within 1e\+30 px of 0, got 1e\+39 at"),
+    ({"box": np.array([0, 0, 3e38, -3e38])}, r"box must lie within 1e\+30 px of 0, got 3e\+38 at index \[2\]"),
     ({"point_coords": one(1, 2)}, r"labels must be given with points"),
     ({"point_coords": one(1, 2), "point_labels": np.array([1, 0])}, r"1 points need labels of shape \[1\], got \[2\]"),
     ({"point_coords": one(1, 2), "point_labels": np.array([2])}, r"labels must be 1 .*0 .*or -1.*got 2"),
@@ -110,6 +112,7 @@ BAD_TENSORS = [
     ((POINTS, LABELS + 2), {}, r"labels must be 1 .*got 3.0"),
     ((POINTS * torch.nan, LABELS), {}, r"point_coords must be finite, got nan at index \[0, 0, 0\]"),
     ((POINTS, LABELS, BOXES[:1]), {}, r"number of prompts differs: \{'point_coords': 2, 'boxes': 1\}"),
+    ((POINTS * 1e31, LABELS), {}, r"points must lie within 1e\+30 px of 0, got .*e\+30 at index \[0, 0, 0\]"),
     ((None, None, BOXES[:, :3]), {}, r"boxes must be \[P, 4\], got \[2, 3\]"),
     ((None, None, BOXES * torch.inf), {}, r"boxes must be finite, got inf"),
     ((None, None, BOXES), {"mask_input": torch.zeros(2, 128, 128)}, r"mask_input must be \[P, 1, h, w\]"),
@@ -122,6 +125,44 @@ BAD_TENSORS = [
 def test_bad_tensors(ready: SamPredictor, args: tuple[Any, ...], kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ready.predict_torch(*args, **kwargs)
+
+
+# Of ``Sam.forward`` and of the prompt encoder by itself: points, labels, boxes, masks.
+BAD_MODULE_INPUTS = [
+    (POINTS, LABELS + 1, None, None, r"labels must be 1 .*0 .*or -1 .*got 2"),
+    (POINTS, torch.full((2, 3), 3, dtype=torch.int64), None, None, r"labels must be 1 .*got 3"),
+    (POINTS, LABELS - 3, None, None, r"labels must be 1 .*got -2"),
+    (POINTS, LABELS / 2, BOXES, None, r"labels must be 1 .*got 0.5"),
+    (POINTS, LABELS + 6, None, None, r"labels must be 1 .*got 7"),
+    (POINTS * torch.nan, LABELS, None, None, r"points must be finite, got nan at index \[0, 0, 0\]"),
+    (POINTS.double() * 1e39, LABELS, None, None, r"points must lie within 1e\+30 px of 0, got 1e\+39"),
+    (POINTS.bfloat16() * torch.inf, LABELS, None, None, r"points must be finite, got inf"),
+    (None, None, BOXES * -torch.inf, None, r"boxes must be finite, got -inf at index \[0, 0\]"),
+    (POINTS, LABELS, None, torch.zeros(2, 1, 4, 4), r"128x128 px for this model, got 4x4"),
+    (None, None, BOXES, torch.zeros(2, 1, 64, 64), r"128x128 px for this model, got 64x64"),
+    (None, None, BOXES, torch.full((2, 1, 128, 128), torch.nan), r"mask_inputs must be finite, got nan"),
+]
+
+
+@pytest.mark.parametrize(("points", "labels", "boxes", "masks", "message"), BAD_MODULE_INPUTS)
+def test_bad_module_input(
+    nano: Sam, points: Any, labels: Any, boxes: Any, masks: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        nano.prompt_encoder(None if points is None else (points, labels), boxes, masks)
+    record = {"image": torch.zeros(3, 512, 512), "original_size": (512, 512), "boxes": boxes, "mask_inputs": masks}
+    if points is not None:
+        record |= {"point_coords": points, "point_labels": labels}
+    monkeypatch.setattr(nano, "image_features", lambda pixels: torch.zeros(1, 256, 32, 32))
+    with pytest.raises(ValueError, match=message):
+        nano([record], multimask_output=True)
+
+
+def test_the_furthest_points_have_masks(ready: SamPredictor) -> None:
+    masks, scores, logits = ready.predict(one(-1e30, 1e30), LABEL, np.array([-1e30, 0, 1e30, 1e30]))
+    assert masks.shape == (3, 300, 451)
+    assert np.isfinite(scores).all()
+    assert np.isfinite(logits).all()
 
 
 def test_labels_without_points() -> None:

@@ -87,7 +87,15 @@ def test_shapes_of_boxes() -> None:
     assert amg.batched_mask_to_box(torch.ones(5, 6, dtype=torch.bool)).tolist() == [0, 0, 5, 4]
     assert amg.batched_mask_to_box(torch.ones(2, 3, 5, 6, dtype=torch.bool)).shape == (2, 3, 4)
     assert amg.batched_mask_to_box(torch.ones(0, 5, 6, dtype=torch.bool)).shape == (0, 4)
-    assert amg.box_xyxy_to_xywh(torch.tensor([3, 4, 10, 20])).tolist() == [3, 4, 7, 16]
+    for make in (torch.tensor, np.array, list, tuple):
+        box = make([3, 4, 10, 20])
+        found = amg.box_xyxy_to_xywh(box)
+        assert type(found) is type(box)
+        assert list(found) == [3, 4, 7, 16]
+        assert list(box) == [3, 4, 10, 20]
+    several = [[[3, 4, 10, 20]], [[1, 2, 1, 3]]]
+    for make in (torch.tensor, np.array):
+        assert amg.box_xyxy_to_xywh(make(several)).tolist() == [[[3, 4, 7, 16]], [[1, 2, 0, 1]]]
 
 
 def test_stability_score() -> None:

@@ -79,11 +79,13 @@ def is_box_near_crop_edge(boxes: Tensor, crop_box: list[int], orig_box: list[int
     return near
 
 
-def box_xyxy_to_xywh(box_xyxy: Tensor) -> Tensor:
-    """One box [4], corners to corner and size."""
+def box_xyxy_to_xywh(box_xyxy: Any) -> Any:
+    """Corners to corner and size: a tensor or an array [..., 4], or the four numbers of one box as a list."""
+    if isinstance(box_xyxy, Tensor | np.ndarray):
+        box_xywh: Any = box_xyxy.clone() if isinstance(box_xyxy, Tensor) else box_xyxy.copy()
+        box_xywh[..., 2:] -= box_xyxy[..., :2]
+        return box_xywh
     x0, y0, x1, y1 = box_xyxy
-    if isinstance(box_xyxy, Tensor):
-        return torch.stack([x0, y0, x1 - x0, y1 - y0])
     return type(box_xyxy)([x0, y0, x1 - x0, y1 - y0])
 
 
@@ -124,7 +126,13 @@ def calculate_stability_score(masks: Tensor, mask_threshold: float, threshold_of
 
 
 def build_point_grid(n_per_side: int) -> np.ndarray:
-    """[n * n, 2] centres (x, y) of an even grid over the unit square, row by row."""
+    """[n * n, 2] centres (x, y) of an even grid over the unit square, row by row.
+
+    Raises:
+        ValueError: less than one a side.
+    """
+    if n_per_side < 1:
+        raise ValueError(f"a grid must have at least 1 point a side, got {n_per_side}")
     offset = 1 / (2 * n_per_side)
     side = np.linspace(offset, 1 - offset, n_per_side)
     x, y = np.meshgrid(side, side)
