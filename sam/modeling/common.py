@@ -64,7 +64,7 @@ def is_as_written(module: nn.Module) -> bool:
     """
     left: list[nn.Module | None] = [module]
     while left:
-        state = left.pop().__dict__  # type: ignore[union-attr]
+        state = left.pop().__dict__
         if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
             return False
         left += [inner for inner in state["_modules"].values() if inner is not None]
