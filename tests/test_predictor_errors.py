@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from models import random_image
+from PIL import Image
 
 from sam import Prompt, Sam, SamPredictor
 
@@ -140,6 +141,7 @@ BAD_MODULE_INPUTS = [
     (None, None, BOXES * -torch.inf, None, r"boxes must be finite, got -inf at index \[0, 0\]"),
     (POINTS, LABELS, None, torch.zeros(2, 1, 4, 4), r"128x128 px for this model, got 4x4"),
     (None, None, BOXES, torch.zeros(2, 1, 64, 64), r"128x128 px for this model, got 64x64"),
+    (None, None, None, torch.zeros(2, 1, 64, 64), r"128x128 px for this model, got 64x64"),
     (None, None, BOXES, torch.full((2, 1, 128, 128), torch.nan), r"mask_inputs must be finite, got nan"),
 ]
 
@@ -174,6 +176,15 @@ def test_counts_of_embeddings_and_prompts(nano: Sam, photo: np.ndarray) -> None:
     embedding = nano.encode(photo)
     with pytest.raises(ValueError, match=r"1 embeddings need as many lists of prompts, got 2"):
         nano.predict([embedding], [[], []])
+
+
+def test_one_thing_in_place_of_a_list(nano: Sam, photo: np.ndarray) -> None:
+    with pytest.raises(TypeError, match=r"an array \[H, W, 3\] or a list of them is wanted, got Image"):
+        nano.encode(Image.fromarray(photo))  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="prompts must be a list of Prompt, got a single one"):
+        nano.predict(nano.encode(photo), Prompt([(5, 5)], [1]))  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        nano.encode([photo], batch_size=0)
 
 
 def test_encoder_input_of_another_size(nano: Sam) -> None:

@@ -141,8 +141,7 @@ class PromptEncoder(DerivedWeights):
         if boxes is not None:
             sparse = torch.cat([sparse, self._embed_boxes(boxes)], dim=1)
         if masks is not None:
-            alone = points is None and boxes is None
-            return sparse, self._downscale_masks(masks) if alone else self._embed_masks(masks)
+            return sparse, self._embed_masks(masks)
         return sparse, self.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(prompts, -1, *self.image_embedding_size)
 
 

@@ -150,10 +150,15 @@ class Sam(DerivedWeights, Fp32Buffers):
             one handle, or a list of them in the order of the images.
 
         Raises:
-            TypeError, ValueError: an image of another kind, named by its place; nothing was encoded.
+            TypeError, ValueError: an image of another kind, named by its place, or a batch below 1; nothing was
+                encoded.
         """
         if isinstance(images, np.ndarray):
             return self.encode([images], resize_on_device=resize_on_device)[0]
+        if not isinstance(images, Sequence):
+            raise TypeError(f"an array [H, W, 3] or a list of them is wanted, got {type(images).__name__}")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         geometries = []
         for index, image in enumerate(images):
             try:
@@ -255,6 +260,8 @@ class Sam(DerivedWeights, Fp32Buffers):
             ValueError: an embedding of another model or on another device, a mask input of the wrong size.
         """
         if isinstance(embeddings, ImageEmbedding):
+            if isinstance(prompts, Prompt):
+                raise TypeError("prompts must be a list of Prompt, got a single one")
             return self.predict([embeddings], [prompts], multimask_output, return_logits)[0]
         if len(embeddings) != len(prompts):
             raise ValueError(f"{len(embeddings)} embeddings need as many lists of prompts, got {len(prompts)}")
@@ -476,6 +483,8 @@ class Sam(DerivedWeights, Fp32Buffers):
             size = record["image"].shape[-2:]
             geometry = ImageGeometry(record["original_size"], size, self.image_encoder.img_size)
             points = (record["point_coords"], record["point_labels"]) if "point_coords" in record else None
+            if record.get("mask_inputs") is not None:
+                check_mask_inputs(record["mask_inputs"].shape, self._low_res_size)
             batch = PromptBatch.from_tensors(points, record.get("boxes"), record.get("mask_inputs"), self.device)
             logits, iou = self.decode([ImageEmbedding(features[None], geometry)], batch, multimask_output)
             outputs.append(

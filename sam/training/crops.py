@@ -86,7 +86,7 @@ class CropModel:
             dense = encoder.no_mask_embed.weight.view(1, -1, 1, 1)
             shared = decoder.share_image_side(features, image_pe, encoder.no_mask_embed.weight)
         else:
-            dense = encoder(None, None, mask_inputs[:, None])[1]
+            dense = encoder._downscale_masks(mask_inputs[:, None])
         return decoder.decode(
             features,
             image_pe,
