@@ -20,7 +20,7 @@ from sam.training.loop import resume, save, train
 from sam.training.muon import Muon, hidden_matrices, orthogonalized
 from sam.training.scenes import Scene, held_out_scene, scene_rng, training_scene
 from sam.training.schedule import Schedule, Stage
-from sam.training.trainer import _TOKENS_AT_ONCE, MEANS, Settings, Trainer
+from sam.training.trainer import _TOKENS_AT_ONCE, Settings, Trainer
 
 CPU = torch.device("cpu")
 STAGES = (
@@ -228,18 +228,6 @@ def test_a_click_trains_the_best_alternative_and_a_box_the_single_mask() -> None
     assert result.iou[0, [0, 1, 3]].tolist() == [0, 0, 0]
     assert result.iou[0, 2] == pytest.approx(1, abs=0.07)  # enlarging rounds the corners off
     assert result.iou_head.item() == pytest.approx((result.iou[0, 2].item() - 0.025) / 4)  # nearly the mean error
-
-
-def test_the_iou_head_alone_leaves_the_masks_as_they_are() -> None:
-    learner = trainer(iou_head_alone=True)
-    before = {name: value.clone() for name, value in learner.model.state_dict().items()}
-    means = learner.train_step(0.0)
-    changed = {name for name, value in learner.model.state_dict().items() if not torch.equal(value, before[name])}
-    head = {name for name in before if name.startswith("mask_decoder.iou_prediction_head.")}
-    assert changed == head
-    assert {name for name, value in learner.average.items() if not torch.equal(value, before[name])} == head
-    assert dict(zip(MEANS, means.isnan().tolist(), strict=True))["helper loss"]
-    assert means[: MEANS.index("box IoU")].isfinite().all()
 
 
 # The helper head ------------------------------------------------------------------------------------------

@@ -34,11 +34,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="CHECKPOINT",
         help=f"where to start: '{EMBEDDED}', '{SCRATCH}' or a file (default: %(default)s)",
     )
-    parser.add_argument(
-        "--iou-head-alone",
-        action="store_true",
-        help="fit what predicts the IoU of masks; the masks stay as they are",
-    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, help="times the images a step (default: 1 on a CPU, 8 on a GPU)")
     parser.add_argument("--reuse", type=int, help="times a scene is used (default: 8 on a CPU, 4 on a GPU)")
@@ -114,7 +109,6 @@ def _settings(args: argparse.Namespace, device: torch.device) -> Settings:
         pool=args.pool or (2048 if on_gpu else -(-512 // max(processes, 1))),
         peak=args.peak or (1e-3 if args.init == SCRATCH else 4e-4),
         processes=processes,
-        iou_head_alone=args.iou_head_alone,
     )
 
 

@@ -41,8 +41,6 @@ CONTINUED = (
     Stage(until=0.55, size=224, images=12, prompts=8, corrections=0.12),
     Stage(until=1.0, size=512, images=4, prompts=12, corrections=0.3),
 )
-# Nothing is kept for a backward pass, so pictures and prompts may be many; all at the size that the model answers at.
-IOU_HEAD_ALONE = (Stage(until=1.0, size=512, images=4, prompts=24, corrections=0.3),)
 
 
 def stage_at(stages: tuple[Stage, ...], progress: float) -> Stage:

@@ -22,7 +22,7 @@ from .losses import prompt_losses
 from .muon import Muon, hidden_matrices
 from .prompts import Objects, add_corrections, choose_objects, first_prompts
 from .provenance import EMBEDDED, SCRATCH, revision
-from .schedule import CONTINUED, FROM_SCRATCH, IOU_HEAD_ALONE, Stage, balance_at, learning_rate, stage_at
+from .schedule import CONTINUED, FROM_SCRATCH, Stage, balance_at, learning_rate, stage_at
 from .team import ALONE, Team
 
 _WEIGHT_DECAY, _BETAS = 0.05, (0.9, 0.99)
@@ -59,7 +59,6 @@ class Settings:
         pool: scenes that a process keeps on the device to be used again.
         peak: learning rate of the plateau.
         processes: that train together, each on its own images.
-        iou_head_alone: all else stays as it is, masks included; what predicts their IoU is fitted to them.
     """
 
     seed: int = 0
@@ -69,13 +68,6 @@ class Settings:
     pool: int = 64
     peak: float = 4e-4
     processes: int = 1
-    iou_head_alone: bool = False
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        if self.iou_head_alone:
-            return IOU_HEAD_ALONE
-        return FROM_SCRATCH if self.init == SCRATCH else CONTINUED
 
 
 def initial_model(init: str, seed: int, device: torch.device) -> Sam:
@@ -132,7 +124,7 @@ class Trainer:
         if team.size != settings.processes:
             raise ValueError(f"a run of {settings.processes} processes cannot go on with {team.size}")
         self.settings, self.device, self.team = settings, device, team
-        self.stages = stages or settings.stages
+        self.stages = stages or (FROM_SCRATCH if settings.init == SCRATCH else CONTINUED)
         self.model = initial_model(settings.init, settings.seed, device) if model is None else model
         self.dtype = arithmetic(device)
         self.revision = revision()  # now: the repository may move on while this runs
@@ -141,10 +133,6 @@ class Trainer:
         self._pool: ScenePool | None = None
         self._next_scene = 0
         self.helper = SameObjectHead(self.model.prompt_encoder.embed_dim, settings.seed).to(device)
-        if settings.iou_head_alone:
-            for module in (self.model, self.helper):
-                module.requires_grad_(False)
-            self.model.mask_decoder.iou_prediction_head.requires_grad_(True)
         self._trained = [p for p in [*self.model.parameters(), *self.helper.parameters()] if p.requires_grad]
         self._gradients = self._flat_gradients()
         self.optimizers = _optimizers(self.model, self._trained, settings.peak)
@@ -227,11 +215,10 @@ class Trainer:
         """Gradients of the first prompts and of ``rounds`` corrections; one round's activations live at a time."""
         with self._autocast():
             features = crop.encode(batch.pixels)
-        shared_features = features.detach().requires_grad_(features.requires_grad)
+        shared_features = features.detach().requires_grad_()
         covered = torch.nn.functional.avg_pool2d(objects.masks.float()[:, None], 2)
         targets = torch.nn.functional.avg_pool2d(covered, self.patch // 8)[:, 0]
-        # Every second pixel will do while the masks change too.
-        truth = objects.masks if self.settings.iou_head_alone else covered[:, 0] > 0.5
+        truth = covered[:, 0] > 0.5
         coords, labels, is_click = first_prompts(objects, _BOX_SHARE, generator)
         balance = balance_at(self.step) if self.settings.init == SCRATCH else 0.0
         mask_inputs = None
@@ -266,8 +253,6 @@ class Trainer:
                 shown = logits[torch.arange(len(chosen), device=self.device), torch.where(ambiguous, chosen, 0)].float()
                 coords, labels = add_corrections(coords, labels, shown, objects.masks, generator)
                 mask_inputs = shown if fed_back else None
-        if not features.requires_grad:
-            return
         helped = self.helper.loss(shared_features, batch.ids)
         (_HELPER_WEIGHT * helped).backward()
         means[7] = helped.detach()
