@@ -91,7 +91,7 @@ TRITON_CASES = [
     (2, (16, 16), 4, torch.float16, torch.float16),
     (5, (8, 8), 3, torch.float16, torch.float32),
     (1, (20, 27), 3, torch.float16, torch.float32),
-    (1, (64, 64), 1, torch.float16, torch.float16),
+    pytest.param(1, (64, 64), 1, torch.float16, torch.float16, marks=pytest.mark.slow),
 ]
 GPU_CASES = [
     pytest.param(prompts, grid, masks, dtype, out_dtype, marks=large if prompts == 1024 else ())
