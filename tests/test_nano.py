@@ -80,7 +80,7 @@ def test_a_cup_by_a_box_and_by_a_click(nano: Sam) -> None:
     clicked = nano.predict(embedding, [Prompt([(285, 230)], [1])])  # on its front
     ious = [coins.iou(mask.numpy(), cup.mask) for mask in clicked.masks[0]]
     print(f"\ncup: by a box {by_box:.3f}, by a click {ious[int(clicked.iou_predictions.argmax())]:.3f}")
-    assert by_box >= 0.3  # weak, like every large object of a photograph
+    assert by_box >= 0.4  # weak, like every large object of a photograph
 
 
 @pytest.mark.xfail(reason="large objects are beyond this checkpoint: the box comes back nearly empty", strict=True)
