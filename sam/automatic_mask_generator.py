@@ -16,10 +16,10 @@ from .crop_masks import Criteria, Crop, masks_of_crop
 from .embedding import ImageEmbedding
 from .memory import MaskMemory, parse_bytes
 from .modeling import Sam
+from .modeling.prompt_encoder import check_finite
 from .postprocess import remove_small_regions
 from .predictor import SamPredictor
 from .preprocess import ImageGeometry, resized_size, validate_image
-from .prompts import check_finite
 from .utils.amg import (
     MaskData,
     area_from_rle,

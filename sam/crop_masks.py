@@ -145,7 +145,7 @@ def confident_masks(
             scores = iou.flatten()[upload(places, model.device)].to(logits[0].dtype)
             found.append((torch.cat(logits), scores, upload(start + places // iou.shape[1], model.device)))
     if not found:
-        side = model.prompt_encoder.mask_input_size
+        side = model.low_res_size
         none = torch.zeros(0, device=model.device)
         return none.view(0, *side), none, none.long()
     logits_of, iou_of, prompts_of = zip(*found, strict=True)

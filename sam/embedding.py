@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,13 +34,12 @@ class _Kept:
 
     key: Hashable
     side: SharedImageSide
-    memory: Sequence[Tensor]
+    memory: list[Tensor]
     stream: torch.cuda.Stream | None
     done: torch.cuda.Event | None
 
     @classmethod
-    def of(cls, key: Hashable, side: SharedImageSide, weights: Sequence[Tensor]) -> _Kept:
-        memory = [weight.detach() for weight in weights]
+    def of(cls, key: Hashable, side: SharedImageSide, memory: list[Tensor]) -> _Kept:
         if side.keys.device.type != "cuda":
             return cls(key, side, memory, None, None)
         stream = torch.cuda.current_stream(side.keys.device)
@@ -100,16 +99,16 @@ class ImageEmbedding:
         return replace(self, features=self.features.to(device))
 
     def shared_image_side(
-        self, key: Hashable, make: Callable[[], SharedImageSide], weights: Sequence[Tensor]
+        self, key: Hashable, make: Callable[[], tuple[SharedImageSide, list[Tensor]]]
     ) -> SharedImageSide:
         """Block 0 of the decoder on this image: ``make()`` the first time, and again when ``key`` changes.
 
-        ``key`` stands for the values that ``make`` reads, by the addresses of ``weights``, whose memory is held.
+        ``key`` stands for the values that ``make`` reads, by the addresses of the weights, whose memory it returns too.
         Two threads may both make it; the values are the same.
         """
         kept = self._shared
         if kept is None or kept.key != key:
-            kept = _Kept.of(key, make(), weights)
+            kept = _Kept.of(key, *make())
             object.__setattr__(self, "_shared", kept)
         return kept.for_this_stream()
 

@@ -52,7 +52,7 @@ class InteractiveSession:
         """
         model.check_embedding(embedding)
         self._model, self._embedding = model, embedding
-        side = model.prompt_encoder.mask_input_size
+        side = model.low_res_size
         wide = torch.promote_types(model.dtype, torch.float32)
         self._logits = torch.zeros((1, 1, *side), device=model.device, dtype=wide)
         height, width = embedding.geometry.original_size

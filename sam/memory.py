@@ -60,7 +60,7 @@ class MaskMemory:
         Raises:
             ValueError: a single click or mask needs more than ``max_memory``.
         """
-        low_height, low_width = model.prompt_encoder.mask_input_size
+        low_height, low_width = model.low_res_size
         grid_height, grid_width = model.prompt_encoder.image_embedding_size
         tokens, logits = grid_height * grid_width, 4 * low_height * low_width
         # The logits of a click's three masks exist three times: in the decoder's chunk, joined, and filtered.

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from .embedding import ImageEmbedding
 from .modeling import Sam
+from .modeling.prompt_encoder import check_finite, check_labels, check_mask_inputs
 from .preprocess import ImageGeometry, validate_image
-from .prompts import Prompt, PromptBatch, check_finite, check_labels, check_mask_inputs
+from .prompts import Prompt, PromptBatch
 from .utils.transforms import ResizeLongestSide
 
 
@@ -199,7 +200,7 @@ class SamPredictor:
         if masks is not None:
             if masks.ndim != 4 or masks.shape[1] != 1:
                 raise ValueError(f"mask_input must be [P, 1, h, w], got {list(masks.shape)}")
-            check_mask_inputs(masks.shape, self.model.prompt_encoder.mask_input_size[0])
+            check_mask_inputs(masks.shape, self.model.low_res_size)
             counts["mask_input"] = masks.shape[0]
             if len({*counts.values(), 1}) > 2:
                 raise ValueError(f"the number of prompts differs: {counts}")

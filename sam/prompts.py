@@ -22,21 +22,9 @@ from .modeling.prompt_encoder import (
     check_coordinates,
     check_finite,
     check_labels,
-    check_mask_inputs,
     check_prompts,
 )
 from .preprocess import ImageGeometry
-
-__all__ = [
-    "Prompt",
-    "PromptBatch",
-    "RaggedChunk",
-    "check_finite",
-    "check_labels",
-    "check_mask_inputs",
-    "ragged_chunks",
-    "upload",
-]
 
 
 @dataclass(frozen=True, eq=False)

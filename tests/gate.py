@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +12,13 @@ import torch
 from sam import Sam
 
 SECONDS = 30
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.002)
 
 
 class Gate:

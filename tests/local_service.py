@@ -5,11 +5,10 @@ from __future__ import annotations
 import http.client
 import json
 import threading
-import time
 from typing import Any
 
 import uvicorn
-from gate import SECONDS
+from gate import SECONDS, wait_until
 from serving import multipart
 
 from sam.engine import Engine
@@ -64,10 +63,3 @@ class Local:
         assert set(answer) == {"error", "request_id"}
         assert answer["error"]["message"] == KINDS[answer["error"]["code"]].message
         return status, answer["error"]["code"]
-
-
-def wait_until(condition: Any) -> None:
-    until = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.005)

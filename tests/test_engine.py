@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gate import SECONDS, Gate
+from gate import SECONDS, Gate, wait_until
 from models import TINY, random_image, random_model
 
 import sam
@@ -61,13 +61,6 @@ def hold(engine: Engine, gate: Gate) -> Future[Any]:
     busy = engine.embed(random_image(9, 9, seed=99))
     assert gate.entered.wait(SECONDS)
     return busy
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.002)
 
 
 def test_answers_are_those_of_the_model(nano: Sam, photo: np.ndarray) -> None:

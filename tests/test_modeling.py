@@ -309,18 +309,19 @@ def test_derived_values_are_kept_and_dropped() -> None:
     assert model.model_hash == third.model_hash
 
 
-def step_fused(model: Sam) -> None:
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)  # such leave no trace on the tensors
+def step_by(optimiser: torch.optim.Optimizer, model: Sam) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimiser.step()
 
 
 def step(model: Sam) -> None:
-    optimiser = torch.optim.SGD(model.parameters(), lr=1e-2)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimiser.step()
+    step_by(torch.optim.SGD(model.parameters(), lr=1e-2), model)
+
+
+def step_fused(model: Sam) -> None:
+    """Such leave no trace on the tensors."""
+    step_by(torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True), model)
 
 
 def write_data(model: Sam) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gate import SECONDS, Gate
+from gate import SECONDS, Gate, wait_until
 from models import TINY, random_image, random_model
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
-from local_service import Local, wait_until
+from local_service import Local
 from serving import file_of, multipart
 
 from sam.engine import Engine

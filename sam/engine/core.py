@@ -16,8 +16,9 @@ import numpy as np
 from .. import preprocess
 from ..embedding import ImageEmbedding, hash_image
 from ..modeling import Sam
+from ..modeling.prompt_encoder import check_mask_inputs
 from ..preprocess import ImageGeometry
-from ..prompts import Prompt, check_mask_inputs
+from ..prompts import Prompt
 from .cache import EmbeddingCache
 from .errors import (
     DeadlineExceededError,
@@ -155,7 +156,7 @@ class Engine:
             if not isinstance(prompt, Prompt):
                 raise TypeError(f"prompts must be of type Prompt, got {type(prompt).__name__}")
             if prompt.mask_input is not None:
-                check_mask_inputs(prompt.mask_input.shape, self.model.prompt_encoder.mask_input_size[0])
+                check_mask_inputs(prompt.mask_input.shape, self.model.low_res_size)
         wanted = list(prompts), bool(multimask_output), bool(keep_logits)
         return self._submit(SegmentJob(*self._source(image), self._expiry(deadline), Future(), *wanted))
 

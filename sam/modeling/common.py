@@ -48,12 +48,22 @@ class LayerNorm2d(nn.Module):
         return (normed * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """What ``torch.compile`` wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it has memory of its own: no fake, no part of a distributed one."""
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
 def is_ours(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether ``module`` is of a class of this package as it is, compiled or not, and so takes ``kernels``.
 
     What a user put in its place, a subclass or another ``forward`` is called as the official code calls it.
     """
-    module = getattr(module, "_orig_mod", module)
+    module = uncompiled(module)
     return type(module) is kind and "forward" not in module.__dict__
 
 
@@ -77,7 +87,7 @@ _steps: dict[int, int] = {}  # of optimisers, by the address of the parameter: f
 def _count_step(optimiser: torch.optim.Optimizer, *_: Any) -> None:
     for group in optimiser.param_groups:
         for parameter in group["params"]:
-            if parameter.grad is not None:
+            if parameter.grad is not None and is_plain(parameter):
                 address = parameter.data_ptr()
                 _steps[address] = _steps.get(address, 0) + 1
 

@@ -118,13 +118,10 @@ class MaskDecoder(DerivedWeights):
 
         Every module is called as officially, so hooks, adapters and other modules in their places count.
         """
-        prompts, grid = len(sparse_prompt_embeddings), image_embeddings.shape[-2:]
-        dtype = self.iou_token.weight.dtype
-        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(prompts, -1, -1)
-        tokens = torch.cat([output_tokens, sparse_prompt_embeddings.to(dtype)], dim=1)
+        tokens, grid = self._tokens(sparse_prompt_embeddings), image_embeddings.shape[-2:]
         source = image_embeddings + dense_prompt_embeddings.to(image_embeddings.dtype)
-        everywhere = (prompts, -1, -1, -1)
-        tokens, keys = self.transformer(source.expand(everywhere), image_pe[:1].to(dtype).expand(everywhere), tokens)
+        each = (len(tokens), -1, -1, -1)
+        tokens, keys = self.transformer(source.expand(each), image_pe[:1].to(tokens.dtype).expand(each), tokens)
         mask_tokens = tokens[:, 1 : 1 + self.num_mask_tokens]
         masks = self._masks_by_modules(keys, mask_tokens, slice(None), (grid[0], grid[1]))
         return masks, self.iou_prediction_head(tokens[:, 0])
@@ -196,12 +193,10 @@ class MaskDecoder(DerivedWeights):
             shared: from :meth:`share_image_side`, for prompts without a mask input.
             kernels: implementation of the operations; "auto" resolves for each of them.
         """
-        prompts = sparse.shape[0]
-        dtype = self.iou_token.weight.dtype
-        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        tokens = torch.cat([output_tokens.expand(prompts, -1, -1), sparse.to(dtype)], dim=1)
+        prompts, answers = sparse.shape[0], 1 + self.num_mask_tokens
+        tokens = self._tokens(sparse)
         if token_mask is not None:
-            token_mask = F.pad(token_mask, (output_tokens.shape[0], 0), value=True)
+            token_mask = F.pad(token_mask, (answers, 0), value=True)
 
         if shared is not None:
             keys = shared.keys
@@ -215,17 +210,20 @@ class MaskDecoder(DerivedWeights):
                 keys = keys.contiguous()  # they are read a dozen times, a token at a time
             keys = keys.expand(prompts, -1, -1)
             image_index = None
-        key_pe = _tokens_of(image_pe[:1]).to(dtype)
+        key_pe = _tokens_of(image_pe[:1]).to(tokens.dtype)
 
-        tokens, keys = self.transformer.attend(
-            keys, key_pe, tokens, token_mask, shared, image_index, len(output_tokens), kernels
-        )
+        tokens, keys = self.transformer.attend(keys, key_pe, tokens, token_mask, shared, image_index, answers, kernels)
         return DecodedPrompts(
             keys=keys,
             mask_tokens=tokens[:, 1 : 1 + self.num_mask_tokens],
             iou=self.iou_prediction_head(tokens[:, 0]),
             grid=(image_embeddings.shape[-2], image_embeddings.shape[-1]),
         )
+
+    def _tokens(self, sparse: Tensor) -> Tensor:
+        """Those that will answer, the predicted IoU's first, and a prompt's: [P, S, C] -> [P, 1 + M + S, C]."""
+        answers = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        return torch.cat([answers.expand(len(sparse), -1, -1), sparse.to(answers.dtype)], dim=1)
 
     def decode_masks(
         self, decoded: DecodedPrompts, mask_slice: slice, rows: Tensor | None = None, kernels: str = "reference"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .common import DerivedWeights, Fp32Buffers, LayerNorm2d, is_as_written
+from .common import DerivedWeights, Fp32Buffers, LayerNorm2d, is_as_written, is_plain
 
 LABEL_ABSENT = -2  # fills the token list of a shorter prompt; masked out of every attention
 LABEL_PADDING = -1  # the "not a point" token
@@ -124,8 +124,7 @@ class PromptEncoder(DerivedWeights):
         Args:
             points: coordinates [P, N, 2] in pixels of the padded input and labels [P, N].
             boxes: [P, 4] as x0, y0, x1, y1 in pixels of the padded input.
-            masks: [P, 1, 4 * grid_h, 4 * grid_w] low-resolution logits; without points and boxes also those of a
-                part of the image.
+            masks: [P, 1, 4 * grid_h, 4 * grid_w] low-resolution logits.
 
         Returns:
             sparse [P, tokens, embed_dim] in fp32 and dense [P, embed_dim, grid_h, grid_w] in the weights' dtype.
@@ -193,9 +192,9 @@ def check_labels(labels: np.ndarray | Tensor) -> None:
         raise ValueError(f"labels must be 1 (object), 0 (background) or -1 (padding), got {array[bad].flat[0]}")
 
 
-def check_mask_inputs(shape: Sequence[int], low_res_size: int | tuple[int, int]) -> None:
+def check_mask_inputs(shape: Sequence[int], low_res_size: tuple[int, int]) -> None:
     """Raise ``ValueError`` unless masks of ``shape`` [..., h, w] are what the model takes."""
-    height, width = (low_res_size, low_res_size) if isinstance(low_res_size, int) else low_res_size
+    height, width = low_res_size
     if tuple(shape[-2:]) != (height, width):
         raise ValueError(
             f"mask_input must be low-resolution logits of {height}x{width} px for this model, "
@@ -224,8 +223,7 @@ def _readable(values: Tensor) -> bool:
         return False
     if torch._C._functorch.is_functorch_wrapped_tensor(values):
         return False
-    plain = type(values).__torch_dispatch__ is Tensor.__torch_dispatch__  # not one of shapes only, nor a part of one
-    return plain and values.device.type == "cpu"
+    return is_plain(values) and values.device.type == "cpu"
 
 
 class PositionEmbeddingRandom(Fp32Buffers):

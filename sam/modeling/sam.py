@@ -20,12 +20,12 @@ from ..allocator import keep_freed_memory
 from ..config import SamConfig
 from ..embedding import ImageEmbedding, hash_image
 from ..preprocess import ImageGeometry
-from ..prompts import Prompt, PromptBatch, check_mask_inputs, ragged_chunks
+from ..prompts import Prompt, PromptBatch, ragged_chunks
 from ..results import MaskPrediction
-from .common import DerivedWeights, Fp32Buffers, is_ours, weights_key
+from .common import DerivedWeights, Fp32Buffers, is_ours, memory_of, uncompiled, weights_key
 from .image_encoder import ImageEncoderViT
 from .mask_decoder import AnsweredPrompts, DecodedPrompts, MaskDecoder
-from .prompt_encoder import LABEL_ABSENT, PromptEncoder
+from .prompt_encoder import LABEL_ABSENT, PromptEncoder, check_mask_inputs
 from .transformer import SharedImageSide
 
 if TYPE_CHECKING:
@@ -270,12 +270,11 @@ class Sam(DerivedWeights, Fp32Buffers):
         total = sum(len(of_image) for of_image in prompts)
         for prompt in (prompt for of_image in prompts for prompt in of_image):
             if prompt.mask_input is not None:
-                check_mask_inputs(prompt.mask_input.shape, self._low_res_size)
+                check_mask_inputs(prompt.mask_input.shape, self.low_res_size)
 
         tokens = getattr(self.mask_decoder, "num_mask_tokens", 4)
         masks_each = len(range(tokens)[MaskDecoder.mask_slice(multimask_output)])
-        side = self._low_res_size
-        low_res = torch.empty((total, masks_each, side, side), device=self.device, dtype=self._logits_dtype)
+        low_res = torch.empty((total, masks_each, *self.low_res_size), device=self.device, dtype=self._logits_dtype)
         iou = torch.empty((total, masks_each), device=self.device, dtype=self._logits_dtype)
         geometries = [embedding.geometry for embedding in embeddings]
         for chunk in ragged_chunks(prompts, geometries, self.device, self.prompts_per_chunk):
@@ -313,7 +312,7 @@ class Sam(DerivedWeights, Fp32Buffers):
                 return found[0].to(self._logits_dtype), found[1].to(self._logits_dtype)
         if not self.decodes_by_shortcuts:
             return self._decode_by_modules(embeddings, batch, multimask_output)
-        decoded = self.decode_tokens(embeddings, batch)
+        decoded = self._decode_tokens(embeddings, batch)
         iou = decoded.iou[:, MaskDecoder.mask_slice(multimask_output)]
         return self.decode_masks(decoded, multimask_output), iou.to(self._logits_dtype)
 
@@ -323,8 +322,8 @@ class Sam(DerivedWeights, Fp32Buffers):
 
         They do where a user hooked, patched, subclassed or replaced something in there.
         """
-        parts = (getattr(part, "_orig_mod", part) for part in (self.prompt_encoder, self.mask_decoder))
-        return all(getattr(part, "is_official", False) for part in parts)
+        parts = (self.prompt_encoder, self.mask_decoder)
+        return all(getattr(uncompiled(part), "is_official", False) for part in parts)
 
     def _decode_by_modules(
         self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
@@ -357,6 +356,9 @@ class Sam(DerivedWeights, Fp32Buffers):
         if not self.decodes_by_shortcuts:
             both = [self._decode_by_modules(embeddings, batch, multimask) for multimask in (False, True)]
             return AnsweredPrompts(*(torch.cat(parts, dim=1) for parts in zip(*both, strict=True)))
+        return self._decode_tokens(embeddings, batch)
+
+    def _decode_tokens(self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch) -> DecodedPrompts:
         if batch.mask_inputs is not None:
             dense = self.prompt_encoder._embed_masks(batch.mask_inputs)
         else:
@@ -401,7 +403,8 @@ class Sam(DerivedWeights, Fp32Buffers):
 
             if not block.is_official or recording(embedding.features, *weights):
                 return make()  # an adapter may be turned on and off, and a graph serves one backward pass
-            return embedding.shared_image_side((weights_key(embedding.features, *weights), *how), make, weights)
+            key = (weights_key(embedding.features, *weights), *how)
+            return embedding.shared_image_side(key, lambda: (make(), memory_of(weights)))
 
         sides = [side(embedding) for embedding in embeddings]
         if len(sides) == 1:
@@ -422,11 +425,11 @@ class Sam(DerivedWeights, Fp32Buffers):
                 f"this embedding was made by model {embedding.model_name} {embedding.model_hash}, not by this "
                 f"model, {self.name} {self._known_hash()}; encode the image again"
             )
-        encoder = getattr(self.prompt_encoder, "_orig_mod", self.prompt_encoder)
-        ours = isinstance(encoder, PromptEncoder)  # a user's own need not say what it takes
-        expected = (1, encoder.embed_dim, *encoder.image_embedding_size) if ours else embedding.features.shape
-        if embedding.features.shape != expected:
-            raise ValueError(f"this model's features are {list(expected)}, got {list(embedding.features.shape)}")
+        encoder = uncompiled(self.prompt_encoder)
+        if isinstance(encoder, PromptEncoder):  # a user's own need not say what it takes
+            expected = (1, encoder.embed_dim, *encoder.image_embedding_size)
+            if embedding.features.shape != expected:
+                raise ValueError(f"this model's features are {list(expected)}, got {list(embedding.features.shape)}")
         if embedding.geometry.image_size != self.image_encoder.img_size:
             raise ValueError(
                 f"the embedding is of an image of {embedding.geometry.image_size} px, "
@@ -448,9 +451,10 @@ class Sam(DerivedWeights, Fp32Buffers):
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
-    def _low_res_size(self) -> int:
+    def low_res_size(self) -> tuple[int, int]:
+        """(height, width) of low-resolution logits and of mask inputs."""
         side = 4 * self.image_encoder.img_size // 16  # where the prompt encoder is a user's own
-        return getattr(self.prompt_encoder, "mask_input_size", (side,))[0]
+        return getattr(self.prompt_encoder, "mask_input_size", (side, side))
 
     @property
     def prompts_per_chunk(self) -> int:
@@ -484,7 +488,7 @@ class Sam(DerivedWeights, Fp32Buffers):
             geometry = ImageGeometry(record["original_size"], size, self.image_encoder.img_size)
             points = (record["point_coords"], record["point_labels"]) if "point_coords" in record else None
             if record.get("mask_inputs") is not None:
-                check_mask_inputs(record["mask_inputs"].shape, self._low_res_size)
+                check_mask_inputs(record["mask_inputs"].shape, self.low_res_size)
             batch = PromptBatch.from_tensors(points, record.get("boxes"), record.get("mask_inputs"), self.device)
             logits, iou = self.decode([ImageEmbedding(features[None], geometry)], batch, multimask_output)
             outputs.append(

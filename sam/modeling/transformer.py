@@ -213,7 +213,7 @@ class TwoWayAttentionBlock(nn.Module):
             kernels: "reference" is the official formula; anything else takes PyTorch's fused attention.
         """
         queries = self.attend_self(queries, query_pe, token_mask, kernels)
-        if shared is None and kernels == "reference":
+        if shared is None and kernels == "reference":  # the official calls, which reach what a user put in their place
             attended = self.cross_attn_token_to_image(queries + query_pe, keys + key_pe, keys)
             queries = self.update_tokens(queries, attended)
             how = _unusual(key_mask=token_mask)

@@ -160,7 +160,7 @@ def warm_up(engine: Engine, every_size: bool) -> None:
     for count in range(1, engine.max_images + 1) if every_size else ():
         model.encode([image] * count, batch_size=count)
     embedding = engine.embed(image).result(limit)
-    low_res = np.zeros((1, *model.prompt_encoder.mask_input_size), np.float32)
+    low_res = np.zeros((1, *model.low_res_size), np.float32)
     kinds = (Prompt([(1, 1)], [1]), Prompt(box=(1, 1, 9, 9)), Prompt([(1, 1)], [1], mask_input=low_res))
     counts = range(1, engine.max_batch + 1) if every_size else [1]
     for prompt in kinds:
