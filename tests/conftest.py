@@ -21,11 +21,26 @@ from hypothesis import settings
 from models import TINY, random_model
 
 import sam
-from sam import Sam
+from sam import Sam, hardware
 
 torch.backends.cudnn.allow_tf32 = False  # or fp32 convolutions on a GPU, and the budgets that they give, have 10 bits
 
 settings.register_profile("oracles", max_examples=1000)  # make test-oracles
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast-bf16",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="whether this CPU multiplies bf16 faster than fp32, for every test (default: as it is)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    answer = config.getoption("--fast-bf16")
+    if answer != "auto":
+        hardware._cpu_has_bf16_products = lambda: answer == "yes"
 
 
 @pytest.fixture(scope="session")

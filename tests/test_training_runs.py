@@ -63,7 +63,9 @@ def member(team: Team, scenes_seed: int = 0) -> Trainer:
     torch.manual_seed(0)
     settings = Settings(seed=scenes_seed, peak=1e-3, processes=team.size)
     stages = (Stage(until=1.0, size=96, images=2, prompts=3, corrections=0.5),)
-    return Trainer(settings, CPU, 0, sam.build_from_config(TINY).train(), stages, team)
+    trainer = Trainer(settings, CPU, 0, sam.build_from_config(TINY).train(), stages, team)
+    trainer.dtype = torch.float32  # whatever the CPU multiplies fast: the same on both sides of a comparison
+    return trainer
 
 
 def three_steps(team: Team, out: Path) -> None:

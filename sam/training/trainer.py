@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..build_sam import NANO_CHECKPOINT, load_model
 from ..config import variant_config
+from ..hardware import multiplies_bf16_fast
 from ..modeling import Sam
 from ..modeling.build import build_from_config
 from .batches import Batch, ScenePool
@@ -83,12 +84,8 @@ def initial_model(init: str, seed: int, device: torch.device) -> Sam:
 
 
 def arithmetic(device: torch.device) -> torch.dtype:
-    """bf16 where the device multiplies it faster than fp32, else fp32; weights stay in fp32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return torch.bfloat16 if fast else torch.float32
+    """Choose bf16 where the device multiplies it faster than fp32, else fp32; weights stay in fp32."""
+    return torch.bfloat16 if multiplies_bf16_fast(device) else torch.float32
 
 
 def _optimizers(model: Sam, trained: list[nn.Parameter], peak: float) -> list[torch.optim.Optimizer]:
