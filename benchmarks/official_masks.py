@@ -74,7 +74,7 @@ def coco_counts(segmentation: Any) -> str:
     return counts if isinstance(counts, str) else rle.compress(counts)
 
 
-def _package_version() -> str:
+def package_version() -> str:
     for name in ("segment-anything-py", "segment-anything"):
         try:
             return f"{name} {version(name)}"
@@ -113,7 +113,7 @@ def main() -> None:
                 "arguments": ARGUMENTS[what],
                 "records": list(map(summary, records)),
             }
-        document = {"package": _package_version(), "model_hash": ours.model_hash, "results": list(results.values())}
+        document = {"package": package_version(), "model_hash": ours.model_hash, "results": list(results.values())}
         TARGET.write_text(_text(document))
 
 

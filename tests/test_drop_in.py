@@ -106,6 +106,12 @@ OFFICIAL = {
     "utils.amg.remove_small_regions": "mask, area_thresh, mode",
     "utils.amg.coco_encode_rle": "uncompressed_rle",
     "utils.amg.batched_mask_to_box": "masks",
+    "utils.onnx.SamOnnxModel": "model, return_single_mask, use_stability_score=False, return_extra_metrics=False",
+    "utils.onnx.SamOnnxModel.resize_longest_image_size": "input_image_size, longest_side",
+    "utils.onnx.SamOnnxModel.mask_postprocessing": "self, masks, orig_im_size",
+    "utils.onnx.SamOnnxModel.select_masks": "self, masks, iou_preds, num_points",
+    "utils.onnx.SamOnnxModel.forward": "self, image_embeddings, point_coords, point_labels, mask_input, "
+    "has_mask_input, orig_im_size",
 }
 
 
