@@ -8,13 +8,14 @@ PEERS ?=
 # Of a command on a GPU: when it is stopped, early enough to say what it found, and the processes that run tests.
 GPU_SECONDS ?= 540
 GPU_WORKERS ?= 6
+SANITIZER ?= compute-sanitizer
 TUNE ?= --dtype bf16 --dtype fp16
 BENCH ?= --no-compile --seconds 1
 BIN := .venv/bin
 SOURCES := sam fastsam_kernels benchmarks tests
 
 .PHONY: demo serve test test-all test-oracles test-page test-soak bench bench-service compile-report \
-	gpu-test gpu-tune gpu-bench lint format clean
+	gpu-test gpu-tune gpu-bench gpu-sanitize lint format clean
 
 demo: .venv/.demo
 	$(BIN)/python -m sam demo
@@ -69,6 +70,17 @@ gpu-bench:
 	mkdir -p $(OUT)
 	$(call within,$(GPU_SECONDS)) benchmarks all $(BENCH) --peers "$(PEERS)" --json $(OUT)/gpu.json 2>&1 \
 		| tee $(OUT)/gpu-bench.log
+
+# Out-of-bounds accesses, then races in shared memory, of the kernels that share memory between threads and programs.
+# Without the allocator's pool, in which a neighbour's memory is within bounds. Tests of real sizes would take hours.
+sanitized := tests/kernels/test_two_way_attention.py tests/kernels/test_two_way_pass.py $(components)
+gpu-sanitize:
+	mkdir -p $(OUT)
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --signal=INT --kill-after=20 $(GPU_SECONDS) \
+			$(SANITIZER) --tool $$tool --error-exitcode 1 $(GPU_PYTHON) -m pytest -v --tb=short \
+			-m "not slow and not xdist_group" -k "not real_sizes" $(sanitized) || exit 1; \
+	done 2>&1 | tee $(OUT)/gpu-sanitize.log
 
 lint: .venv/.lint
 	$(BIN)/ruff check $(SOURCES)

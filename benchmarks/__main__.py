@@ -41,6 +41,10 @@ def build_parser() -> argparse.ArgumentParser:
     tune.add_argument("--operation", action="append", help="only this one; may be repeated")
     tune.add_argument("--workers", type=int, default=os.cpu_count(), help="that compile (default: one a core)")
     tune.add_argument("--write", action="store_true", help="change fastsam_kernels/tile_configs/*.json")
+    tune.add_argument("--dry-run", action="store_true", help="compile all candidates, no GPU needed; estimate a run")
+    tune.add_argument("--arch", type=int, default=90, help="of a dry run (default: %(default)s)")
+    tune.add_argument("--gpu-cores", type=int, default=16, help="beside the GPU, of a dry run (default: %(default)s)")
+    tune.add_argument("--limit", type=float, default=540.0, help="of the estimate, in seconds (default: %(default)g)")
     _add_common(tune, device, seconds=2.0)
 
     report = commands.add_parser(
@@ -97,18 +101,31 @@ def main() -> int:
     )
     dtypes = [DTYPES[name] for name in args.dtype or (DTYPES if device.type == "cuda" else ["fp32"])]
     if args.command == "tune":
-        from . import tune
-
-        return tune.run(args.operation, device, dtypes, args.seconds, args.workers, args.write)
+        return _tune(args, device, dtypes)
     from . import peers, runner
 
     try:
-        peers.choose_peers(args.peers)
+        peers.choose_peers(args.peers, compiled=not args.no_compile)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     group = None if args.command == "all" else args.command
     return runner.run(group, args.case, device, dtypes, args.seconds, not args.no_compile, args.json)
+
+
+def _tune(args: argparse.Namespace, device: torch.device, dtypes: list[torch.dtype]) -> int:
+    from . import tune, tuning_plan
+
+    try:
+        tuning_plan.planned(args.operation)
+        if args.dry_run:
+            return tuning_plan.dry_run(
+                args.operation, args.arch, dtypes, args.seconds, args.workers, args.gpu_cores, args.limit
+            )
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return tune.run(args.operation, device, dtypes, args.seconds, args.workers, args.write)
 
 
 def _compile_report(args: argparse.Namespace) -> int:

@@ -70,6 +70,7 @@ class TuneProblem:
         out: the result.
         truth, plain: the formula in fp64 and in the inputs' dtype, on ``rows`` of the result.
         candidates: tiles to try.
+        reset: makes ``out`` ready for a launch that joins its result to it; None poisons what was there.
     """
 
     launch: Callable[[TileConfig], Launch | Launches]
@@ -78,6 +79,7 @@ class TuneProblem:
     plain: Callable[[], Result]
     rows: list[int]
     candidates: list[TileConfig]
+    reset: Callable[[], object] | None = None
 
 
 def candidates(warps: tuple[int, ...], stages: tuple[int, ...], **blocks: tuple[int, ...]) -> list[TileConfig]:
@@ -112,7 +114,9 @@ def few_rows(count: int) -> list[int]:
 
 
 def draw(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
-    """Normal numbers, the same every time on a kind of device."""
+    """Normal numbers, the same every time on a kind of device; nothing on the meta device."""
+    if device.type == "meta":
+        return meta(*shape, dtype=dtype)
     generator = torch.Generator(device).manual_seed(seed)
     return (scale * torch.randn(shape, generator=generator, device=device)).to(dtype)
 

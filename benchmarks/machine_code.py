@@ -113,13 +113,31 @@ def compile_launch(launch: Launch, arch: int | str) -> Any:
     Raises:
         RuntimeError: this process interprets.
     """
+    pretend(arch)
+    import triton
+
+    # Put back afterwards: the knob is a variable of the environment, which is part of the key of Triton's cache.
+    with triton.knobs.amd.scope():
+        if arch == AMD:  # whose compiler stops at an assertion on rel_pos_attention with buffer operations
+            triton.knobs.amd.use_buffer_ops = False
+        return warmup(launch)
+
+
+def pretend(arch: int | str) -> None:
+    """Make this process compile for an architecture as if such a device were here.
+
+    Raises:
+        RuntimeError: this process interprets.
+    """
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET=1: the interpreter cannot compile; run without it")
-    import triton
     from triton.runtime import driver
 
-    triton.knobs.amd.use_buffer_ops = False  # with which its compiler stops at an assertion on rel_pos_attention
     driver.set_active(_Device(arch))
+
+
+def warmup(launch: Launch) -> Any:
+    """Triton's compiled kernel for the active device, from its cache where it is there."""
     return launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.constexprs, **launch.options)
 
 

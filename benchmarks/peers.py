@@ -178,17 +178,19 @@ PEERS: dict[str, Callable[[Sam, str], Peer]] = {
 _chosen: dict[str, str] = {}
 
 
-def choose_peers(text: str) -> None:
+def choose_peers(text: str, compiled: bool = True) -> None:
     """Take the value of ``--peers``: names, each with ``=PATH`` where it needs one, between commas.
 
     Raises:
-        ValueError: an unknown name, or a path that does not exist.
+        ValueError: an unknown name, a path that does not exist, or a peer that compiles without ``compiled``.
     """
     _chosen.clear()
     for part in filter(None, text.split(",")):
         name, _, path = part.partition("=")
         if name not in PEERS:
             raise ValueError(f"unknown peer {name!r}; known: {', '.join(PEERS)}")
+        if PEERS[name] is SegmentAnythingFast and not compiled:
+            raise ValueError(f"the peer {name} compiles its encoder: not with --no-compile")
         if path and not Path(path).is_dir():
             raise ValueError(f"the peer {name} is to come from {path}, which is no folder")
         _chosen[name] = path

@@ -11,27 +11,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from fastsam_kernels.launch import Launch, Launches
-from fastsam_kernels.tile_config import TileConfig, arch_of, lookup
+from fastsam_kernels.tile_config import TileConfig, arch_of
 from sam.files import write_atomically
 
 from .case import Result, TuneProblem, parts, relative_error, rows_of
-from .compile_cases import CompileCase
-from .forks import map_in_forks
-from .machine_code import inspect
 from .measure import time_forms
-from .operations import OPERATIONS
 from .provenance import describe, provenance
 from .runner import error_budget, name_of
+from .tuning_plan import FINALISTS, Planned, compile_all, counting, in_a_line, planned
 
-_FINALISTS = 8
 _FOLDER = Path(__file__).parents[1] / "fastsam_kernels" / "tile_configs"
 
 
@@ -44,30 +39,6 @@ class Trial:
     reason: str = ""
 
 
-def complaints(
-    problem: TuneProblem, operation: str, shape: str, arch: int, dtype: torch.dtype, workers: int
-) -> list[str]:
-    """What the compiler says against each candidate, empty where nothing; the rest is in Triton's cache then."""
-    cases = [
-        [CompileCase(operation, shape, dtype, arch, launch) for launch in _without_memory(problem.launch(tile))]
-        for tile in problem.candidates
-    ]
-    return map_in_forks(_complaint, cases, workers, "compile")
-
-
-def _without_memory(planned: Launch | Launches) -> Iterator[Launch]:
-    for launch in planned.launches if isinstance(planned, Launches) else (planned,):
-        meta = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in launch.arguments.items()}
-        yield replace(launch, arguments=meta)
-
-
-def _complaint(cases: list[CompileCase]) -> str:
-    try:
-        return "; ".join(problem for case in cases for problem in inspect(case).problems)
-    except Exception as failure:
-        return _in_a_line(failure)
-
-
 def try_all(problem: TuneProblem, device: torch.device, seconds: float) -> list[Trial]:
     """Check every candidate, then time the right ones, the fastest few side by side."""
     truth, plain = parts(problem.truth()), parts(problem.plain())
@@ -77,8 +48,8 @@ def try_all(problem: TuneProblem, device: torch.device, seconds: float) -> list[
         reason = _check(problem, tile, truth, budget)
         (rejected.append(Trial(tile, None, reason)) if reason else right.append(tile))
     first = _time(problem, right, device, 0.0, runs=2)
-    finalists = [trial.tile for trial in first[:_FINALISTS]]
-    return _time(problem, finalists, device, seconds, runs=5) + first[_FINALISTS:] + rejected
+    finalists = [trial.tile for trial in first[:FINALISTS]]
+    return _time(problem, finalists, device, seconds, runs=5) + first[FINALISTS:] + rejected
 
 
 def _time(
@@ -95,18 +66,18 @@ def _time(
 
 def _check(problem: TuneProblem, tile: TileConfig, truth: Result, budget: float) -> str:
     """Why a tile must not be used; empty if it may."""
-    for out in parts(problem.out):
-        out.fill_(torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).max)
+    (problem.reset or partial(_poison, problem.out))()
     try:
         problem.launch(tile).run()
         error = relative_error(rows_of(problem.out, problem.rows), truth)
     except Exception as failure:  # out of shared memory or registers, or the compiler gave up
-        return _in_a_line(failure)
+        return in_a_line(failure)
     return "" if error <= budget else f"error {error:.1e} over {budget:.1e}"
 
 
-def _in_a_line(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {next(iter(str(failure).strip().splitlines()), '')}"
+def _poison(out: Result) -> None:
+    for part in parts(out):
+        part.fill_(torch.nan if part.is_floating_point() else torch.iinfo(part.dtype).max)
 
 
 def write_choice(operation: str, shape: str, arch: int, dtype: torch.dtype, best: Trial, facts: dict[str, Any]) -> None:
@@ -118,7 +89,7 @@ def write_choice(operation: str, shape: str, arch: int, dtype: torch.dtype, best
         "arch": [arch],
         "dtype": [name],
         "shape": [shape],
-        "tile": _numbers(best.tile),
+        "tile": numbers_of(best.tile),
         "provisional": False,
         "provenance": f"{best.milliseconds:.4g} ms, best of those that passed; {describe(facts)}",
     }
@@ -154,29 +125,24 @@ def to_json(document: dict[str, Any]) -> str:
 
 
 def tune(
-    operation: str,
-    shape: str,
-    problem: TuneProblem,
-    device: torch.device,
-    dtype: torch.dtype,
-    seconds: float,
-    workers: int,
-) -> list[Trial]:
-    """Every trial, the best first."""
+    about: Planned, device: torch.device, dtype: torch.dtype, seconds: float, workers: int
+) -> tuple[list[Trial], int]:
+    """Every trial, the best first; and how many launches had to be compiled that were compiled before."""
     arch = arch_of(device)
-    committed = lookup(operation, arch, dtype, shape)
-    fresh = [tile for tile in problem.candidates if _numbers(tile) != _numbers(committed)]
-    problem = replace(problem, candidates=[committed, *fresh])
+    problem = about.make(device, dtype, arch)
     rejected: list[Trial] = []
-    if device.type == "cuda":
-        reasons = complaints(problem, operation, shape, arch, dtype, workers)
-        judged = list(zip(problem.candidates, reasons, strict=True))
-        rejected = [Trial(tile, None, reason) for tile, reason in judged if reason]
-        problem = replace(problem, candidates=[tile for tile, reason in judged if not reason])
-    return try_all(problem, device, seconds) + rejected
+    if device.type != "cuda":
+        return try_all(problem, device, seconds), 0
+    verdicts = compile_all(problem, about, arch, dtype, workers)
+    judged = list(zip(problem.candidates, verdicts, strict=True))
+    rejected = [Trial(tile, None, verdict.complaint) for tile, verdict in judged if verdict.complaint]
+    problem = replace(problem, candidates=[tile for tile, verdict in judged if not verdict.complaint])
+    with counting() as found:
+        trials = try_all(problem, device, seconds)
+    return trials + rejected, found.count(False)
 
 
-def _numbers(tile: TileConfig) -> dict[str, int]:
+def numbers_of(tile: TileConfig) -> dict[str, int]:
     """As the tile file has them."""
     return {**tile.blocks, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
@@ -191,34 +157,34 @@ def run(
 ) -> int:
     """The command: every trial, the best first; with ``write`` the file is changed after each shape.
 
-    Exit status 1 when a shape has no right tile.
+    Exit status 1 when a shape has no right tile, or when the command is interrupted before the last.
     """
     facts, arch = provenance(), arch_of(device)
     print(describe(facts), flush=True)
-    problems = [
-        (operation, shape, make)
-        for operation, module in OPERATIONS.items()
-        for shape, make in module.TUNING.items()
-        if not operations or operation in operations
-    ]
+    work = [(dtype, about) for dtype in dtypes for about in planned(operations)]
     without = []
-    for dtype in dtypes:
-        for operation, shape, make in problems:
-            where = f"{operation}, {shape}, sm_{arch}, {name_of(dtype)}"
-            print(f"\n{where}", flush=True)
-            try:
-                trials = tune(operation, shape, make(device, dtype), device, dtype, seconds, workers)
-            except Exception as failure:
-                without.append(f"{where}: {_in_a_line(failure)}")
-                continue
-            for trial in trials:
-                outcome = trial.reason if trial.milliseconds is None else f"{trial.milliseconds:.4g} ms"
-                tile = trial.tile
-                print(f"  {dict(tile.blocks)} {tile.num_warps} warps {tile.num_stages} stages: {outcome}", flush=True)
-            if trials[0].milliseconds is None:
-                without.append(where)
-            elif write:
-                write_choice(operation, shape, arch, dtype, trials[0], facts)
+    for place, (dtype, about) in enumerate(work):
+        where = f"{about.operation}, {about.shape}, sm_{arch}, {name_of(dtype)}"
+        print(f"\n{where}", flush=True)
+        try:
+            trials, again = tune(about, device, dtype, seconds, workers)
+        except KeyboardInterrupt:
+            left = ", ".join(f"{rest.operation} ({rest.shape}, {name_of(dtype)})" for dtype, rest in work[place:])
+            print(f"interrupted; not tuned: {left}", flush=True)
+            return 1
+        except Exception as failure:
+            without.append(f"{where}: {in_a_line(failure)}")
+            continue
+        if again:
+            print(f"  {again} launches were compiled again: the parallel compilations were not found", flush=True)
+        for trial in trials:
+            outcome = trial.reason if trial.milliseconds is None else f"{trial.milliseconds:.4g} ms"
+            tile = trial.tile
+            print(f"  {dict(tile.blocks)} {tile.num_warps} warps {tile.num_stages} stages: {outcome}", flush=True)
+        if trials[0].milliseconds is None:
+            without.append(where)
+        elif write:
+            write_choice(about.operation, about.shape, arch, dtype, trials[0], facts)
     for where in without:
         print(f"no candidate is right, nothing written: {where}", flush=True)
     return 1 if without else 0

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,14 +17,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks import plot, tables, tune
+from benchmarks import peers, plot, tables, tune, tuning_plan
 from benchmarks.case import Case, Problem, TuneProblem, candidates
 from benchmarks.cases import GROUPS, jobs, select
 from benchmarks.measure import Timing, Work, peak_memory, time_forms
 from benchmarks.model import decoder_work
-from benchmarks.operations import OPERATIONS
+from benchmarks.operations import OPERATIONS, rel_pos_attention
 from benchmarks.provenance import ROOT, form_name, provenance, read_rows
 from benchmarks.runner import Row, run_case, to_table
+from benchmarks.tuning_plan import Planned, Verdict, planned
 from fastsam_kernels.launch import Launch, Launches
 from fastsam_kernels.tile_config import TileConfig, read_entries
 
@@ -134,6 +136,23 @@ def test_a_real_case_from_the_command_line() -> None:
     assert "red numerics" not in done.stdout
 
 
+def test_nothing_is_compiled_that_is_not_named_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--no-compile`` goes by the names of forms."""
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda function: lambda *a, **b: compiled.append(function) or a[0])
+    inputs = rel_pos_attention._inputs(rel_pos_attention.Size(1, 64, 4), 1, 0, CPU, torch.float32)
+    forms = rel_pos_attention.baselines(inputs)
+    assert set(forms) == {"SDPA, bias in memory", "FlexAttention, compiled"}
+    for name, form in forms.items():
+        form()
+        assert bool(compiled) == ("compiled" in name), name
+
+
+def test_a_peer_that_compiles_is_refused_without_compiling() -> None:
+    with pytest.raises(ValueError, match="segment-anything-fast compiles its encoder: not with --no-compile"):
+        peers.choose_peers("transformers,segment-anything-fast", compiled=False)
+
+
 def test_unknown_peers_are_named() -> None:
     command = [sys.executable, "-m", "benchmarks", "model", "--peers"]
     done = subprocess.run([*command, "fastsam"], cwd=ROOT, capture_output=True, text=True)
@@ -232,20 +251,72 @@ def test_tuning_takes_only_what_is_right() -> None:
     assert reasons[4] == "RuntimeError: out of resource: shared memory"
 
 
+def doubling_operation(make: Callable[[torch.device, torch.dtype], TuneProblem]) -> dict[str, Any]:
+    return {"doubling": SimpleNamespace(TUNING={"any": make})}
+
+
 def test_what_the_compiler_complains_of_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def complaints(problem: TuneProblem, *about: Any) -> list[str]:
-        return ["8 bytes of stack" if tile.blocks["FACTOR"] == 4 else "" for tile in problem.candidates]
+    def verdicts(problem: TuneProblem, *about: Any) -> list[Verdict]:
+        return [
+            Verdict("8 bytes of stack" if tile.blocks["FACTOR"] == 4 else "", 1, 0.5) for tile in problem.candidates
+        ]
 
     committed = TileConfig({"FACTOR": 5}, 4, 1, provenance="a file")
+    monkeypatch.setattr(tuning_plan, "OPERATIONS", doubling_operation(lambda device, dtype: multiplication()))
+    monkeypatch.setattr(tuning_plan, "lookup", lambda *wanted: committed)
     monkeypatch.setattr(tune, "arch_of", lambda device: 90)
-    monkeypatch.setattr(tune, "lookup", lambda *wanted: committed)
-    monkeypatch.setattr(tune, "complaints", complaints)
+    monkeypatch.setattr(tune, "compile_all", verdicts)
     monkeypatch.setattr(tune, "try_all", lambda problem, *rest: [tune.Trial(tile, 1.0) for tile in problem.candidates])
-    device = torch.device("cuda")
-    *tried, first, second = tune.tune("doubling", "any", multiplication(), device, torch.float32, 0.01, workers=1)
+    device, about = torch.device("cuda"), Planned("doubling", "any")
+    (*tried, first, second), again = tune.tune(about, device, torch.float32, 0.01, workers=1)
     assert [trial.tile.blocks["FACTOR"] for trial in tried] == [5, 2, 2, 3, 3]
     assert tried[0].tile == committed
     assert first.reason == second.reason == "8 bytes of stack"
+    assert again == 0
+
+
+def test_no_candidate_is_tried_twice() -> None:
+    """Two tiles that a plan rounds to the same launch are one, and the committed one stands for both."""
+    problem = multiplication()
+
+    def rounded(tile: TileConfig) -> Launch:
+        return Launch(Multiply(problem.out), (1,), {}, {}, replace(tile, blocks={"FACTOR": 2}))  # type: ignore[arg-type]
+
+    tiles = candidates((4,), (1, 2), FACTOR=(2, 3))
+    assert tuning_plan.distinct(replace(problem, launch=rounded), tiles) == tiles[:2]
+    assert tuning_plan.distinct(problem, [*tiles, *tiles]) == tiles
+
+
+def test_operations_are_tuned_in_the_order_of_their_worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(None)
+    assert list(dict.fromkeys(about.operation for about in plan)) == list(tuning_plan.ORDER)
+    asked = [about.operation for about in planned(["preprocess_image", "two_way_attention"])]
+    assert list(dict.fromkeys(asked)) == ["preprocess_image", "two_way_attention"]
+    left_out = {operation for operation, module in OPERATIONS.items() if module.TUNING} - set(tuning_plan.ORDER)
+    sources = "".join(path.read_text() for path in (ROOT / "sam" / "modeling").glob("*.py"))
+    for operation in left_out:
+        assert f"    {operation}(" not in sources, f"{operation} is launched by the model and has no place in ORDER"
+    with pytest.raises(ValueError, match="nothing to tune in 'nms'; known: hypernetwork_masks"):
+        planned(["nms"])
+
+
+def test_an_interrupted_run_says_what_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(device: torch.device, dtype: torch.dtype) -> TuneProblem:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning_plan, "OPERATIONS", {"doubling": SimpleNamespace(TUNING={"a": stop, "b": stop})})
+    assert tune.run(["doubling"], CPU, [torch.bfloat16], 0.01, workers=1, write=True) == 1
+    assert capsys.readouterr().out.endswith("interrupted; not tuned: doubling (a, bfloat16), doubling (b, bfloat16)\n")
+
+
+def test_statistics_are_tuned_from_nothing() -> None:
+    """Their launches join to what is there, so that each trial must begin without a pixel."""
+    problem = OPERATIONS["mask_postprocess"].TUNING["any"](CPU, torch.float32)
+    trials = tune.try_all(replace(problem, candidates=problem.candidates[:2]), CPU, 0.0)
+    assert [trial.reason for trial in trials] == ["", ""]
+    assert problem.launch(problem.candidates[0]).constants["STATISTICS"]  # type: ignore[union-attr]
 
 
 def test_the_fastest_few_are_timed_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,9 +329,9 @@ def test_the_fastest_few_are_timed_side_by_side(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tune, "time_forms", times)
     problem = replace(multiplication(), candidates=candidates((4,), tuple(range(20)), FACTOR=(2,)))
     trials = tune.try_all(problem, CPU, 0.01)
-    assert timed == [20, tune._FINALISTS]
+    assert timed == [20, tuning_plan.FINALISTS]
     assert len(trials) == 20
-    assert {trial.tile.num_stages for trial in trials[: tune._FINALISTS]} == set(range(12, 20))
+    assert {trial.tile.num_stages for trial in trials[: tuning_plan.FINALISTS]} == set(range(12, 20))
 
 
 def test_a_shape_without_a_right_tile_does_not_stop_the_others(
@@ -273,11 +344,11 @@ def test_a_shape_without_a_right_tile_does_not_stop_the_others(
         raise RuntimeError("out of memory")
 
     shapes = {"none": none, "wrong": all_wrong, "right": lambda device, dtype: multiplication()}
-    monkeypatch.setattr(tune, "OPERATIONS", {"doubling": SimpleNamespace(TUNING=shapes)})
-    monkeypatch.setattr(tune, "lookup", lambda *wanted: TileConfig({"FACTOR": 3}, 4, 1))
+    monkeypatch.setattr(tuning_plan, "OPERATIONS", {"doubling": SimpleNamespace(TUNING=shapes)})
+    monkeypatch.setattr(tuning_plan, "lookup", lambda *wanted: TileConfig({"FACTOR": 3}, 4, 1))
     written: list[Any] = []
     monkeypatch.setattr(tune, "write_choice", lambda *choice: written.append(choice[:2]))
-    assert tune.run(None, CPU, [torch.float32], 0.01, workers=1, write=True) == 1
+    assert tune.run(["doubling"], CPU, [torch.float32], 0.01, workers=1, write=True) == 1
     assert written == [("doubling", "right")]
     assert capsys.readouterr().out.endswith(
         "no candidate is right, nothing written: doubling, none, sm_80, float32: RuntimeError: out of memory\n"

@@ -89,7 +89,7 @@ LAUNCHES = {"8 tokens": partial(_launches, CLICK_TOKENS), "16 tokens": partial(_
 def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProblem:
     from fastsam_kernels.two_way_attention.image_to_token_kernel import padded_tokens, plan
 
-    prompts, image_tokens = (128, 4096) if device.type == "cuda" else (1, 64)
+    prompts, image_tokens = (128, 4096) if device.type != "cpu" else (1, 64)
     made, rows = inputs(prompts, image_tokens, tokens, device, dtype), few_rows(prompts)
     out = torch.empty(prompts, image_tokens, CHANNELS, device=device, dtype=dtype)
     exact = dtype == torch.float32

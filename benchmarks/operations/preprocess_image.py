@@ -82,7 +82,7 @@ def _tuning(device: torch.device, dtype: torch.dtype) -> TuneProblem:
     from fastsam_kernels.preprocess_image.kernel import plan
 
     # The interpreter only shows that it works.
-    (height, width), side = ((3000, 4000), SIDE) if device.type == "cuda" else ((48, 64), 32)
+    (height, width), side = ((3000, 4000), SIDE) if device.type != "cpu" else ((48, 64), 32)
     size = (side * 3 // 4, side)
     image = _photograph(height, width, device)
     mean, std = (torch.tensor(values, device=device) for values in (MEAN, STD))

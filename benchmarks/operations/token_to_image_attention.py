@@ -87,7 +87,7 @@ LAUNCHES = {"8 tokens": partial(_launches, CLICK_TOKENS), "16 tokens": partial(_
 def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProblem:
     from fastsam_kernels.two_way_attention.token_to_image_kernel import plan
 
-    prompts, image_tokens = (128, 4096) if device.type == "cuda" else (1, 64)
+    prompts, image_tokens = (128, 4096) if device.type != "cpu" else (1, 64)
     inputs, rows = _inputs(prompts, image_tokens, tokens, device, dtype), few_rows(prompts)
     out = torch.empty(prompts, tokens, HEADS * HEAD_CHANNELS, device=device, dtype=dtype)
     exact = dtype == torch.float32

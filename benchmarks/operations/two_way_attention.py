@@ -104,7 +104,7 @@ LAUNCHES = {"8 tokens": partial(_launches, CLICK_TOKENS), "16 tokens": partial(_
 def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProblem:
     from fastsam_kernels.two_way_attention.two_way_kernel import padded_tokens, plan
 
-    prompts, image_tokens = (128, 4096) if device.type == "cuda" else (1, 64)
+    prompts, image_tokens = (128, 4096) if device.type != "cpu" else (1, 64)
     inputs, rows = _inputs(prompts, image_tokens, tokens, device, dtype), few_rows(prompts)
     out_keys = torch.empty(prompts, image_tokens, CHANNELS, device=device, dtype=dtype)
     out = torch.empty(prompts, tokens, HEADS * HEAD_CHANNELS, device=device, dtype=dtype)

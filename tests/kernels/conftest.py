@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from kernels.foundation import needed_memory, skip_without_memory
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +23,8 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # for the processes that share the GPU
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if torch.cuda.is_available():
+        skip_without_memory(needed_memory(item), torch.cuda.mem_get_info()[0])

@@ -19,7 +19,20 @@ from torch import Tensor
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
 # Many GB on a GPU: of the processes that run tests side by side, one runs all of these.
 large = pytest.mark.xdist_group("large")
+_LARGE_GB = 24.0
 _mutants = tempfile.TemporaryDirectory()
+
+
+def needed_memory(item: pytest.Item) -> float:
+    """The gigabytes of free GPU memory that a test needs, by its marks ``large`` and ``gpu_memory``."""
+    marked = [mark.args[0] for mark in item.iter_markers("gpu_memory")]
+    return max([*marked, _LARGE_GB if large.mark in item.iter_markers() else 0.0])
+
+
+def skip_without_memory(needed: float, free: int) -> None:
+    """Skip a test that needs more gigabytes than the ``free`` bytes of a GPU."""
+    if free < needed * 2**30:
+        pytest.skip(f"needs {needed:g} GB of free GPU memory, there are {free / 2**30:.1f}")
 
 
 def guarded(values: Tensor, order: Sequence[int] | None = None, gap: int = 7) -> Tensor:

@@ -118,6 +118,7 @@ def test_triton_form(device: torch.device, dtype: torch.dtype, shape: Any) -> No
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu_memory(12)  # the scores of an image in fp64, several times
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("batch", [1, 8, pytest.param(33, marks=large)])
 @pytest.mark.parametrize("window_size", [14, 0])
