@@ -64,3 +64,13 @@ def assert_within_budget(actual: Tensor, formula: Callable[..., Tensor], inputs:
             f"{what}: {measure} {found:.2e} is over the budget of {budget:.2e} "
             f"(plain PyTorch in the same dtype {size(baseline):.2e}, rounding {floor:.2e})"
         )
+
+
+State = dict[str, Tensor]
+
+
+def assert_same_weights(actual: State, expected: State) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name], tensor), name

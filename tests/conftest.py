@@ -48,6 +48,11 @@ def nano() -> Sam:
     return sam.load_model(device="cpu").requires_grad_(False)
 
 
+@pytest.fixture(scope="session")
+def nano_state(nano: Sam) -> dict[str, torch.Tensor]:
+    return nano.state_dict()
+
+
 @pytest.fixture
 def tiny() -> Sam:
     return random_model(TINY)

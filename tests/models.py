@@ -23,6 +23,10 @@ TINY = SamConfig(
 )
 
 
+class Unheard:
+    """A class that no reader of weights has heard of."""
+
+
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
     """Draw every parameter anew, those that start at zero or one too: a fresh model hides missing terms."""
     generator = torch.Generator().manual_seed(seed)

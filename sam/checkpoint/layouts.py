@@ -1,14 +1,14 @@
-"""The layouts of SAM weights in the wild: how to tell them apart, and their names for each official one.
+"""The layouts of SAM weights in the wild: their names for each official one, and the model that they are of.
 
 Official names are the ones of Meta's release, which our modules use. The only other layout we read and write is
-that of transformers' ``SamModel``; fine-tunes wrap or prefix one of the two.
+that of transformers' ``SamModel``; fine-tunes wrap or prefix one of the two, see :mod:`sam.checkpoint.names`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -19,18 +19,6 @@ from .errors import CheckpointError, listing
 
 Layout = Literal["official", "transformers"]
 LAYOUTS: tuple[Layout, ...] = ("official", "transformers")
-
-WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict", "sam")
-_PREFIX = re.compile(r"(?:(?:module|model|sam|sam_model)\.)*")
-_ROOTS: dict[str, Layout] = {"image_encoder.": "official", "vision_encoder.": "transformers"}
-
-# A key that gives a relative of SAM away, and what to call it.
-_RELATIVES = (
-    (re.compile(r"image_encoder\.trunk\.|sam_mask_decoder\.|memory_encoder\."), "a SAM 2 model"),
-    (re.compile(r"mask_decoder\.hf_token|mask_decoder\.compress_vit_feat"), "a SAM-HQ model"),
-    (re.compile(r"image_encoder\.patch_embed\.seq\."), "a MobileSAM model (TinyViT encoder)"),
-    (re.compile(r"(^|\.)w_[ab]_\d+"), "a SAMed LoRA adapter, not a whole model"),
-)
 
 _POSITIONAL = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 TRANSFORMERS_POSITIONAL = (
@@ -118,25 +106,6 @@ def transformers_config(config: SamConfig) -> dict[str, Any]:
             "layer_norm_eps": 1e-5,
         },
     }
-
-
-def detect_layout(names: Iterable[str]) -> tuple[Layout, str]:
-    """The layout of a state dict and the prefix before its names.
-
-    Raises:
-        CheckpointError: not SAM's; a known relative is called by its name.
-    """
-    names = list(names)
-    for pattern, relative in _RELATIVES:
-        example = next((name for name in names if pattern.search(name)), None)
-        if example is not None:
-            raise CheckpointError(f"this is {relative} (key {example}); only SAM (v1) models are supported")
-    for name in names:
-        prefix = _PREFIX.match(name)[0]  # type: ignore[index]
-        for root, layout in _ROOTS.items():
-            if name.startswith(root, len(prefix)):
-                return layout, prefix
-    raise CheckpointError(f"no SAM weights: no image_encoder or vision_encoder among the keys {listing(names)}")
 
 
 def infer_config(state: Mapping[str, Tensor], layout: Layout) -> SamConfig:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Callable, Mapping
+import pickletools
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +18,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config import SamConfig, variant_config
-from ..modeling.build import build_empty
 from .errors import CheckpointError, listing
-from .layouts import (
-    WRAPPERS,
-    Layout,
-    config_from_transformers,
-    detect_layout,
-    infer_config,
-    transformers_names,
-)
+from .layouts import Layout, config_from_transformers, infer_config, transformers_names
+from .names import expected_shapes, find_weights, rename
 
 CONFIG_KEY = "sam_config"
 _CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_MOST_WRAPPERS = 8
 
 
 @dataclass(frozen=True)
@@ -68,14 +62,13 @@ def read_checkpoint(
         raise FileNotFoundError(f"no such checkpoint: {path}")
     try:
         stored, metadata, config_json = _read_folder(path) if path.is_dir() else (*_read_file(path), None)
-        state, layout = _unwrap(stored)
+        state, layout = find_weights(stored)
         config = _config_of(state, layout, metadata, config_json)
         if variant is not None and config.variant != variant:
             raise CheckpointError(
                 f"these are weights of {_describe(config)}, not of {_describe(variant_config(variant))}"
             )
-        state = _official_names(state, layout, config)
-        _check_keys(state, config)
+        state = official_state(state, layout, config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error.__cause__
     if image_size is not None and image_size != config.image_size:
@@ -116,7 +109,7 @@ def _read_file(path: Path) -> tuple[Any, dict[str, str]]:
         head = file.read(9)
     if head[8:9] == b"{":  # a safetensors header: its length in 8 bytes, then JSON
         return _read_safetensors(path)
-    if head[:2] in (b"PK", b"\x80\x02"):  # torch.save since 1.6, and before
+    if head[:2] == b"PK" or head[:1] == b"\x80":  # torch.save since 1.6, and before
         return _read_torch(path), {}
     raise CheckpointError("neither a safetensors file nor one written by torch.save")
 
@@ -135,16 +128,41 @@ def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            "it holds more than tensors, and other objects are never loaded (nothing in it was run); "
-            f"save its state_dict instead. torch says: {_first_line(error)}"
-        ) from error
+        raise CheckpointError(_refusal(str(error))) from error
     except Exception as error:  # whatever a damaged archive makes of the reader
-        raise CheckpointError(f"damaged torch file: {_first_line(error)}") from error
+        if "TorchScript" in str(error):
+            raise CheckpointError(
+                "it is a TorchScript archive, which holds a program (nothing in it was run); save its weights: "
+                "torch.save(torch.jit.load(path).state_dict(), ...)"
+            ) from error
+        raise CheckpointError(f"damaged torch file: {_plain_line(str(error)) or type(error).__name__}") from error
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _refusal(says: str) -> str:
+    """Name what kept torch's reader of weights from reading a pickle."""
+    found = re.search(r"GLOBAL (\S+)", says)
+    if found is not None:
+        return (
+            f"it holds more than tensors: {found[1]}, and other objects are never loaded (nothing in it was run); "
+            "if you trust the file, load it with torch.load(path, weights_only=False), which runs what it says, and "
+            'save only its state dict, like ["model"]'
+        )
+    code = re.search(r"Unsupported operand (\d+)", says)
+    known = {ord(instruction.code): instruction for instruction in pickletools.opcodes}
+    instruction = known.get(int(code[1])) if code is not None else None
+    if instruction is not None:
+        return (
+            f"it uses {instruction.name} of pickle protocol {instruction.proto}, which torch's reader of tensors alone "
+            "does not know (nothing in it was run); if you trust the file, load it with torch.load(path, "
+            "weights_only=False), which runs what it says, and save its weights with torch.save's own protocol, 2"
+        )
+    reason = _plain_line(says.partition("WeightsUnpickler error:")[2]) or _plain_line(says)
+    return f"it cannot be read as tensors alone, and other objects are never loaded (nothing in it was run): {reason}"
+
+
+def _plain_line(says: str) -> str:
+    """The first line of one of torch's messages, without the escape codes of terminals."""
+    return next(iter(re.sub(r"\x1b\[[0-9;]*m", "", says).strip().splitlines()), "")
 
 
 def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str], bytes | None]:
@@ -176,63 +194,7 @@ def _shards_of(index: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-# Names ----------------------------------------------------------------------------------------------------
-
-
-def _unwrap(stored: Any) -> tuple[dict[str, Tensor], Layout]:
-    """The state dict inside training checkpoints, without the prefixes of wrapping modules."""
-    wrappers = 0
-    while isinstance(stored, Mapping) and not any(isinstance(value, Tensor) for value in stored.values()):
-        inner = [stored[name] for name in WRAPPERS if isinstance(stored.get(name), Mapping)]
-        if not inner:
-            raise CheckpointError(f"no state dict: the keys are {listing(map(str, stored))}")
-        if wrappers == _MOST_WRAPPERS:
-            raise CheckpointError(f"no state dict within {_MOST_WRAPPERS} wrappers ({', '.join(WRAPPERS)})")
-        stored = inner[0]
-        wrappers += 1
-    if not isinstance(stored, Mapping):
-        raise CheckpointError(f"no state dict but a {type(stored).__name__}")
-    layout, prefix = detect_layout(map(str, stored))
-    others = [str(name) for name, value in stored.items() if not isinstance(value, Tensor)]
-    if others:
-        raise CheckpointError(f"keys that hold no tensor: {listing(others)}")
-    flawed = [f"{name} ({flaw})" for name, tensor in stored.items() if (flaw := _flaw(tensor))]
-    if flawed:
-        raise CheckpointError(f"keys that hold no dense floating-point values: {listing(flawed)}")
-    return _rename(stored, lambda name: str(name).removeprefix(prefix)), layout
-
-
-def _flaw(tensor: Tensor) -> str | None:
-    """What keeps a tensor from being weights, or None."""
-    if tensor.is_meta:
-        return "no values, on the meta device"
-    if tensor.is_nested:
-        return "nested"
-    if tensor.layout != torch.strided:
-        return str(tensor.layout)
-    if not tensor.is_floating_point() or tensor.dtype == torch.float4_e2m1fn_x2:  # two numbers an element
-        return str(tensor.dtype)
-    return None
-
-
-def _rename(state: Mapping[Any, Tensor], new_name: Callable[[Any], str]) -> dict[str, Tensor]:
-    """``state`` under new names, a tensor that is stored more than once under one.
-
-    Raises:
-        CheckpointError: two keys get one name, but hold different values.
-    """
-    renamed: dict[str, Tensor] = {}
-    origins: dict[str, Any] = {}
-    differing = []
-    for key, tensor in state.items():
-        name = new_name(key)
-        if name not in renamed:
-            renamed[name], origins[name] = tensor, key
-        elif not torch.equal(renamed[name], tensor):
-            differing.append(f"{origins[name]} and {key}")
-    if differing:
-        raise CheckpointError(f"pairs of keys are one tensor, but they differ: {listing(differing)}")
-    return renamed
+# Models ---------------------------------------------------------------------------------------------------
 
 
 def _config_of(
@@ -251,16 +213,18 @@ def _config_of(
     return infer_config(state, layout)
 
 
-def _official_names(state: dict[str, Tensor], layout: Layout, config: SamConfig) -> dict[str, Tensor]:
-    if layout == "official":
-        return state
-    official = {theirs: ours for ours in expected_shapes(config) for theirs in transformers_names(ours, config)}
-    return _rename(state, lambda name: official.get(name, name))
+def official_state(state: Mapping[str, Tensor], layout: Layout, config: SamConfig) -> dict[str, Tensor]:
+    """The weights of a layout under official names.
 
-
-def expected_shapes(config: SamConfig) -> dict[str, torch.Size]:
-    """Official name -> shape of every tensor in a state dict of ``config``."""
-    return {name: tensor.shape for name, tensor in build_empty(config).state_dict().items()}
+    Raises:
+        CheckpointError: keys missing, unexpected or of a wrong shape, which are listed.
+    """
+    official: dict[str, str] = {}
+    if layout == "transformers":
+        official = {theirs: ours for ours in expected_shapes(config) for theirs in transformers_names(ours, config)}
+    named = rename(state, official)
+    _check_keys(named, config)
+    return named
 
 
 def _check_keys(state: Mapping[str, Tensor], config: SamConfig) -> None:

@@ -1,0 +1,240 @@
+"""Finding a model's weights in what a training program saved: containers, wrappers and prefixes around the names.
+
+Nothing here is a list of frameworks. A key ends in the name of a parameter, with the segments of wrapping modules and
+containers around and between the model's own; every tensor of a state dict has to be one of the model's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import VARIANTS, SamConfig
+from ..modeling.build import build_empty
+from ..modeling.common import is_plain
+from .errors import CheckpointError, listing
+from .layouts import LAYOUTS, Layout, transformers_names
+
+_DEEPEST = 16  # mappings inside each other
+
+# A key that gives a relative of SAM away, and its name.
+_RELATIVES = (
+    (re.compile(r"image_encoder\.trunk\.|sam_mask_decoder\.|memory_encoder\."), "a SAM 2 model"),
+    (re.compile(r"mask_decoder\.hf_token|mask_decoder\.compress_vit_feat"), "a SAM-HQ model"),
+    (re.compile(r"image_encoder\.patch_embed\.seq\."), "a MobileSAM model (TinyViT encoder)"),
+    (re.compile(r"(^|\.)w_[ab]_\d+"), "a SAMed LoRA adapter, not a whole model"),
+)
+# A segment that makes a key part of a sum or product with the weight, and what its owner has to do first.
+_ADDED = (
+    (
+        re.compile(
+            r"lora_\w+|base_layer|modules_to_save|original_module|linear_[ab]_[qkv]|\w*adapter\w*"
+            r"|(?:hada|lokr|boft|oft|ia3|vera)_\w+",
+            re.IGNORECASE,
+        ),
+        "an adapter, which must be merged into the weights before they are saved (peft: merge_and_unload())",
+    ),
+    (
+        re.compile(r"parametrizations|weight_(?:g|v|orig|mask|u)"),
+        "a parametrisation, which must be removed before the weights are saved "
+        "(torch.nn.utils.parametrize.remove_parametrizations)",
+    ),
+)
+
+
+class _Place(NamedTuple):
+    """A key's prefix, with its dot, and the name in the layout."""
+
+    prefix: str
+    name: str
+
+
+class _Names(NamedTuple):
+    """The names of a layout, with # for each number, and their parts."""
+
+    templates: frozenset[str]
+    segments: frozenset[str]
+    roots: frozenset[str]
+    encoder: str
+
+    def split(self, key: str) -> tuple[str, list[str]] | None:
+        """The prefix of a key and its segments from one of the model's three parts on; None if it names none."""
+        segments = key.split(".")
+        start = next((at for at in reversed(range(len(segments))) if segments[at] in self.roots), None)
+        if start is None:
+            return None
+        return "".join(f"{segment}." for segment in segments[:start]), segments[start:]
+
+    def locate(self, key: str) -> _Place | None:
+        """The parameter that a key names, wherever wrapping modules have put segments of their own."""
+        parts = self.split(key)
+        if parts is None:
+            return None
+        prefix, (*modules, last) = parts
+        known = [segment for segment in modules if segment in self.segments or segment.isdecimal()]
+        name = ".".join([*known, last])
+        return _Place(prefix, name) if _template(name) in self.templates else None
+
+
+def _template(name: str) -> str:
+    return ".".join("#" if segment.isdecimal() else segment for segment in name.split("."))
+
+
+@cache
+def _names_of(layout: Layout) -> _Names:
+    config = VARIANTS["nano"]  # all variants have the same names, numbers aside
+    official = expected_shapes(config)
+    names = official if layout == "official" else [n for name in official for n in transformers_names(name, config)]
+    templates = frozenset(map(_template, names))
+    return _Names(
+        templates,
+        frozenset(segment for template in templates for segment in template.split(".")),
+        frozenset(template.split(".")[0] for template in templates),
+        {"official": "image_encoder", "transformers": "vision_encoder"}[layout],
+    )
+
+
+def expected_shapes(config: SamConfig) -> dict[str, torch.Size]:
+    """Official name -> shape of every tensor in a state dict of ``config``."""
+    return {name: tensor.shape for name, tensor in build_empty(config).state_dict().items()}
+
+
+def find_weights(stored: Any) -> tuple[dict[str, Tensor], Layout]:
+    """Find the one model in what a file holds; its tensors under the names of their layout.
+
+    Tensors that stand beside the model's keep their keys, so that they are missed nowhere.
+
+    Raises:
+        CheckpointError: no SAM, a relative, two models that differ, an adapter, or keys that hold no weights.
+    """
+    if not isinstance(stored, Mapping):
+        raise CheckpointError(f"no state dict but a {type(stored).__name__}")
+    leaves = dict(_leaves(stored))
+    tensors = {path: ".".join(path) for path, value in leaves.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"no state dict: the keys are {listing(map(str, stored))}")
+    layout = _layout_of(tensors.values())
+    names = _names_of(layout)
+    _refuse_added(tensors.values(), names)
+
+    places = {path: place for path, key in tensors.items() if (place := names.locate(key))}
+    containers = {path[:-1] for path in places}
+    prefixes = {place.prefix for place in places.values()}
+
+    def belongs(path: tuple[str, ...]) -> bool:
+        parts = names.split(".".join(path))
+        return path[:-1] in containers or (parts is not None and parts[0] in prefixes)
+
+    others = {path: value for path, value in leaves.items() if path not in places and belongs(path)}
+    no_tensors = [".".join(path) for path, value in others.items() if not isinstance(value, Tensor)]
+    if no_tensors:
+        raise CheckpointError(f"keys that hold no tensor: {listing(no_tensors)}")
+    flawed = [f"{tensors[path]} ({flaw})" for path in [*places, *others] if (flaw := _flaw(leaves[path]))]
+    if flawed:
+        raise CheckpointError(f"keys that hold no dense floating-point values: {listing(flawed)}")
+    entries = [(tensors[path], place, leaves[path]) for path, place in places.items()]
+    beside = [(tensors[path], _beside(tensors[path], names), value) for path, value in others.items()]
+    return _one_model([*entries, *beside]), layout
+
+
+def _leaves(stored: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """What mappings inside each other hold, each mapping once, with the keys on the way."""
+    seen: set[int] = set()
+
+    def walk(mapping: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+        seen.add(id(mapping))
+        for key, value in mapping.items():
+            here = (*path, str(key))
+            if not isinstance(value, Mapping):
+                yield here, value
+            elif id(value) not in seen and len(here) < _DEEPEST:
+                yield from walk(value, here)
+
+    return walk(stored, ())
+
+
+def _layout_of(keys: Iterable[str]) -> Layout:
+    keys = list(keys)
+    for pattern, relative in _RELATIVES:
+        example = next((key for key in keys if pattern.search(key)), None)
+        if example is not None:
+            raise CheckpointError(f"this is {relative} (key {example}); only SAM (v1) models are supported")
+    encoders = {_names_of(layout).encoder: layout for layout in LAYOUTS}
+    for key in keys:
+        encoder = next((segment for segment in reversed(key.split(".")) if segment in encoders), None)
+        if encoder is not None and _names_of(encoders[encoder]).locate(key):
+            return encoders[encoder]
+    raise CheckpointError(
+        f"no SAM weights: no parameter of an image_encoder or a vision_encoder among the keys {listing(keys)}"
+    )
+
+
+def _refuse_added(keys: Iterable[str], names: _Names) -> None:
+    keys = list(keys)
+    for pattern, kind in _ADDED:
+        found = []
+        for key in keys:
+            parts = names.split(key)
+            # Before the model's parts a name means nothing: sam_adapter.image_encoder.* is a whole model.
+            segments = key.split(".") if parts is None else parts[1]
+            if any(pattern.fullmatch(segment) for segment in segments):
+                found.append(key)
+        if found:
+            raise CheckpointError(f"keys of {kind}: {listing(found)}")
+
+
+def _flaw(tensor: Tensor) -> str | None:
+    """Say what keeps a tensor from being weights, or None."""
+    if tensor.is_meta:
+        return "no values, on the meta device"
+    if tensor.is_nested:
+        return "nested"
+    if not is_plain(tensor):
+        return f"a {type(tensor).__name__}"
+    if tensor.layout != torch.strided:
+        return str(tensor.layout)
+    return None if is_weight_dtype(tensor.dtype) else str(tensor.dtype)
+
+
+def is_weight_dtype(dtype: torch.dtype) -> bool:
+    """Tell whether weights can be of ``dtype``: one floating-point number an element."""
+    return dtype.is_floating_point and dtype != torch.float4_e2m1fn_x2
+
+
+def _beside(key: str, names: _Names) -> _Place:
+    prefix, segments = names.split(key) or ("", [key])
+    return _Place(prefix, ".".join(segments))
+
+
+def _one_model(entries: Iterable[tuple[str, _Place, Tensor]]) -> dict[str, Tensor]:
+    """The tensors by their names; one that is stored more than once counts once.
+
+    Raises:
+        CheckpointError: two keys have one name, but hold different values.
+    """
+    state: dict[str, Tensor] = {}
+    origins: dict[str, tuple[str, str]] = {}
+    pairs, prefixes = [], []
+    for key, (prefix, name), tensor in entries:
+        if name not in state:
+            state[name], origins[name] = tensor, (key, prefix)
+        elif not torch.equal(state[name], tensor):
+            first_key, first_prefix = origins[name]
+            pairs.append(f"{first_key} and {key}")
+            if prefix != first_prefix:
+                prefixes += [first_prefix, prefix]
+    if pairs:
+        models = " and ".join(repr(prefix) for prefix in dict.fromkeys(prefixes))
+        several = f"; models lie under the prefixes {models}: save the one that is meant by itself" if models else ""
+        raise CheckpointError(f"pairs of keys are one tensor, but they differ: {listing(pairs)}{several}")
+    return state
+
+
+def rename(state: Mapping[str, Tensor], new_names: Mapping[str, str]) -> dict[str, Tensor]:
+    """``state`` under new names where there are some, by the same rule as :func:`find_weights`."""
+    return _one_model((key, _Place("", new_names.get(key, key)), tensor) for key, tensor in state.items())
