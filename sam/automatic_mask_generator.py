@@ -245,10 +245,10 @@ class SamAutomaticMaskGenerator:
         if len(plan) > 1:
             x0, y0, x1, y1 = data["crop_boxes"].unbind(1)
             smaller_first = 1 / ((x1 - x0) * (y1 - y0))
-            data.filter(nms(data["boxes"], smaller_first, self.crop_nms_thresh))
+            data.filter(nms(data["boxes"], smaller_first, self.crop_nms_thresh, kernels=_on_the_host(model.kernels)))
         if self.min_mask_region_area > 0:
             threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
-            data = _clean(data, self.min_mask_region_area, threshold, model.device)
+            data = _clean(data, self.min_mask_region_area, threshold, model.device, model.kernels)
         return self._records(data)
 
     def _records(self, data: MaskData) -> list[dict[str, Any]]:
@@ -289,22 +289,27 @@ def _grid(points: Any) -> np.ndarray:
     return grid
 
 
-def _clean(data: MaskData, min_area: int, nms_thresh: float, device: torch.device) -> MaskData:
-    """``postprocess_small_regions`` with the components found on ``device``."""
+def _on_the_host(kernels: str) -> str:
+    """Return what ``kernels`` of a model means for boxes that are on the host already."""
+    return "reference" if kernels == "reference" else "torch"
+
+
+def _clean(data: MaskData, min_area: int, nms_thresh: float, device: torch.device, kernels: str = "auto") -> MaskData:
+    """Do ``postprocess_small_regions`` with the components found on ``device``."""
     if not data["rles"]:
         return data
     rles, boxes = list(data["rles"]), data["boxes"].clone()
     untouched = torch.ones(len(rles))
     for index, rle in enumerate(rles):
         mask = torch.from_numpy(rle_to_mask(rle))[None].to(device)
-        mask, filled = remove_small_regions(mask, min_area, "holes")
-        mask, dropped = remove_small_regions(mask, min_area, "islands")
+        mask, filled = remove_small_regions(mask, min_area, "holes", kernels)
+        mask, dropped = remove_small_regions(mask, min_area, "islands", kernels)
         if filled or dropped:
             untouched[index] = 0
             (rles[index],) = mask_to_rle_pytorch(mask)
             boxes[index] = batched_mask_to_box(mask)[0]
     data["rles"], data["boxes"] = rles, boxes
-    data.filter(nms(boxes, untouched, nms_thresh))
+    data.filter(nms(boxes, untouched, nms_thresh, kernels=_on_the_host(kernels)))
     return data
 
 

@@ -38,7 +38,7 @@ def load_model(
         image_size: side of the padded square input in pixels; None takes the checkpoint's.
         compile: run the encoder through ``torch.compile``, and the decoder too or, on a CUDA device, as CUDA graphs;
             a shape at its first use or all of them by ``model.runtime.warmup()``; see :mod:`sam.runtime`.
-        cuda_graphs: the decoder as CUDA graphs without compiling anything.
+        cuda_graphs: the decoder, and the encoder of one image, as CUDA graphs without compiling anything.
 
     Raises:
         TypeError: a ``dtype`` that is none of torch's.

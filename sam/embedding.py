@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.torch
@@ -26,8 +26,32 @@ _FORMAT = "sam-image-embedding-1"
 
 
 @dataclass(frozen=True)
+class _Finish:
+    """The stream that computes tensors on a GPU, and the event at the end of that computation."""
+
+    stream: torch.cuda.Stream
+    done: torch.cuda.Event
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Finish | None:
+        """Mark the end of what the current stream was given to do for ``tensor``; None on a CPU."""
+        if tensor.device.type != "cuda":
+            return None
+        stream = torch.cuda.current_stream(tensor.device)
+        return cls(stream, stream.record_event())
+
+    def wait(self, *tensors: Tensor) -> None:
+        """Make the current stream wait for ``tensors``: whoever reads may be a thread with a stream of its own."""
+        here = torch.cuda.current_stream(self.stream.device)
+        if here != self.stream:
+            here.wait_event(self.done)
+            for tensor in tensors:
+                tensor.record_stream(here)
+
+
+@dataclass(frozen=True)
 class _Kept:
-    """An image side, for which values it holds, and on a GPU the stream that computes it and the end of that.
+    """An image side, for which values it holds, and when it is computed.
 
     ``memory`` is that of the weights: while it is held, no others get their addresses.
     """
@@ -35,24 +59,12 @@ class _Kept:
     key: Hashable
     side: SharedImageSide
     memory: list[Tensor]
-    stream: torch.cuda.Stream | None
-    done: torch.cuda.Event | None
-
-    @classmethod
-    def of(cls, key: Hashable, side: SharedImageSide, memory: list[Tensor]) -> _Kept:
-        if side.keys.device.type != "cuda":
-            return cls(key, side, memory, None, None)
-        stream = torch.cuda.current_stream(side.keys.device)
-        return cls(key, side, memory, stream, stream.record_event())
+    finish: _Finish | None
 
     def for_this_stream(self) -> SharedImageSide:
-        """The side, once it is computed: whoever asks may be a thread with a stream of its own."""
-        if self.stream is not None and self.done is not None:
-            here = torch.cuda.current_stream(self.stream.device)
-            if here != self.stream:
-                here.wait_event(self.done)
-                for tensor in self.side.tensors:
-                    tensor.record_stream(here)
+        """The side, once it is computed."""
+        if self.finish is not None:
+            self.finish.wait(*self.side.tensors)
         return self.side
 
 
@@ -77,10 +89,25 @@ class ImageEmbedding:
     model_name: str = "unknown"
     image_hash: str | None = None
     _shared: _Kept | None = field(default=None, init=False, repr=False)
+    _finish: _Finish | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.features.ndim != 4 or self.features.shape[0] != 1:
             raise ValueError(f"features must be [1, C, h, w], got {list(self.features.shape)}")
+        object.__setattr__(self, "_finish", _Finish.of(self.features))
+
+    def ready_features(self) -> Tensor:
+        """Return ``features`` after making the current stream of a GPU wait for the one that computes them."""
+        if self._finish is not None:
+            self._finish.wait(self.features)
+        return self.features
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shared": None, "_finish": None}  # made again where it is read
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     @property
     def device(self) -> torch.device:
@@ -96,7 +123,7 @@ class ImageEmbedding:
 
     def to(self, device: torch.device | str) -> ImageEmbedding:
         """The same embedding on another device."""
-        return replace(self, features=self.features.to(device))
+        return replace(self, features=self.ready_features().to(device))
 
     def shared_image_side(
         self, key: Hashable, make: Callable[[], tuple[SharedImageSide, list[Tensor]]]
@@ -108,7 +135,8 @@ class ImageEmbedding:
         """
         kept = self._shared
         if kept is None or kept.key != key:
-            kept = _Kept.of(key, *make())
+            side, memory = make()
+            kept = _Kept(key, side, memory, _Finish.of(side.keys))
             object.__setattr__(self, "_shared", kept)
         return kept.for_this_stream()
 
@@ -121,7 +149,7 @@ class ImageEmbedding:
             "model_name": self.model_name,
             "image_hash": self.image_hash or "",
         }
-        features = {"features": self.features.detach().cpu().contiguous()}
+        features = {"features": self.ready_features().detach().cpu().contiguous()}
         with write_atomically(path) as partial:
             safetensors.torch.save_file(features, partial, metadata)
 

@@ -31,9 +31,15 @@ def parse_bytes(size: int | str) -> int:
     return size
 
 
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of a CUDA device that a new tensor could have: what is free, and what torch keeps for reuse."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 def usual_memory(device: torch.device) -> int:
-    """Bytes that automatic masks plan with where nothing is said."""
-    return (8 if device.type == "cuda" else 2) * 10**9
+    """Return the bytes that automatic masks plan with where nothing is said: on a GPU half of what is free now."""
+    return max(_FIXED_BYTES, free_memory(device) // 2) if device.type == "cuda" else 2 * 10**9
 
 
 @dataclass(frozen=True)
@@ -63,15 +69,19 @@ class MaskMemory:
         low_height, low_width = model.low_res_size
         grid_height, grid_width = model.prompt_encoder.image_embedding_size
         tokens, logits = grid_height * grid_width, 4 * low_height * low_width
-        # The logits of a click's three masks exist three times: in the decoder's chunk, joined, and filtered.
-        chunk_click = _DECODER_BYTES * tokens // 4096 + 9 * logits
-        # Beyond a chunk, more clicks only add their logits, on a GPU their image side too.
         on_cpu = model.device.type == "cpu"
-        more_click = 9 * logits + (0 if on_cpu else 4 * tokens * model.prompt_encoder.embed_dim)
+        element = 4 if on_cpu else model.dtype.itemsize
+        # The logits of a click's three masks exist three times: in the decoder's chunk, joined, and filtered.
+        chunk_click = _DECODER_BYTES * element // 4 * tokens // 4096 + 9 * logits
+        # Beyond a chunk, more clicks only add their logits, on a GPU their image side too.
+        more_click = 9 * logits + (0 if on_cpu else element * tokens * model.prompt_encoder.embed_dim)
         # The words of a mask are compared with their neighbours; its logits are stacked.
         mask = 6 * 4 * size[1] * (size[0] // 32 + 2) + logits
-        budget = usual_memory(model.device) if max_memory is None else max_memory
-        share = (budget - _FIXED_BYTES) // 4
+        if max_memory is None:
+            budget = usual_memory(model.device)
+        else:
+            budget = max_memory if on_cpu else min(max_memory, free_memory(model.device))
+        share = max(0, budget - _FIXED_BYTES) // 4
         needed = _FIXED_BYTES + 4 * max(chunk_click, mask)
         if max_memory is not None and max_memory < needed:
             raise ValueError(
@@ -79,9 +89,11 @@ class MaskMemory:
                 f"(height x width): at least {needed / 1e6:.0f} MB are needed to take them one by one"
             )
         points = points_per_batch if on_cpu else max(points_per_batch, _CLICKS_ON_A_GPU)
-        if max_memory is not None:
-            chunk = min(share // chunk_click, model.prompts_per_chunk)
-            room = share - chunk * chunk_click
+        if max_memory is not None or not on_cpu:
+            # Where nothing is said, half goes to decoding: waiting logits are counted as they come.
+            room = share if max_memory is not None else 2 * share
+            chunk = max(1, min(room // chunk_click, model.prompts_per_chunk))
+            room = max(0, room - chunk * chunk_click)
             points = min(points, chunk + (room // more_click if chunk == model.prompts_per_chunk else 0))
         return cls(
             points_at_once=points,

@@ -26,13 +26,24 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
+_WORKERS_OF_A_GPU = 8  # reading and resizing a photograph takes 50 ms of a core; a GPU encodes hundreds a second
+
+
 @dataclass(frozen=True)
-class _Resized:
-    """An image as it goes to the device, [h, w, 3] uint8."""
+class _Prepared:
+    """An image as it goes to the device, [h, w, 3] uint8: resized, or as it is to be resized there."""
 
     image: np.ndarray
     geometry: ImageGeometry
-    image_hash: str
+    image_hash: str | None
+
+
+def default_workers(device: torch.device) -> int:
+    """Return how many threads prepare images: 2 beside a model on a CPU, which uses the cores itself; else up to 8."""
+    if device.type == "cpu":
+        return 2
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(_WORKERS_OF_A_GPU, cores)
 
 
 def encode_stream(
@@ -40,8 +51,9 @@ def encode_stream(
     images: Iterable[ImageSource],
     *,
     batch_size: int | None = None,
-    workers: int = 2,
+    workers: int | None = None,
     batches_ahead: int = 2,
+    resize_on_device: bool = False,
 ) -> Iterator[ImageEmbedding]:
     """Embed images of any sizes as they come, in their order.
 
@@ -52,8 +64,9 @@ def encode_stream(
         model: on any device; for several GPUs, a process each.
         images: arrays [H, W, 3] uint8 RGB, or files.
         batch_size: images a pass of the encoder; by default 1 on a CPU and 8 elsewhere.
-        workers: threads.
+        workers: threads; by default 2 on a CPU and 8 elsewhere, or as many as there are cores.
         batches_ahead: how many batches are read ahead of the model.
+        resize_on_device: see :meth:`sam.Sam.encode`; threads then only read.
 
     Yields:
         a handle an image, as :meth:`Sam.encode` makes it.
@@ -64,26 +77,30 @@ def encode_stream(
     """
     if batch_size is None:
         batch_size = 1 if model.device.type == "cpu" else 8
+    workers = default_workers(model.device) if workers is None else workers
     for name, value in (("batch_size", batch_size), ("workers", workers), ("batches_ahead", batches_ahead)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     copier = _Copier(model.device)
-    prepared = _ahead(lambda item: _prepare(model, *item), enumerate(images), workers, batch_size * batches_ahead)
+    prepared = _ahead(
+        lambda item: _prepare(model, *item, resize_on_device), enumerate(images), workers, batch_size * batches_ahead
+    )
     failure: Exception | None = None
     while True:
-        batch: list[_Resized] = []
+        batch: list[_Prepared] = []
         try:
-            while len(batch) < batch_size and (resized := next(prepared, None)) is not None:
-                batch.append(resized)
+            while len(batch) < batch_size and (image := next(prepared, None)) is not None:
+                batch.append(image)
         except Exception as error:  # what came before it is encoded first
             failure = error
         if batch:
-            pixels = torch.stack(
-                [model.preprocess(there) for there in copier.to_device([resized.image for resized in batch])]
-            )
-            yield from model.embed(
-                pixels, [resized.geometry for resized in batch], [resized.image_hash for resized in batch]
-            )
+            geometries = [image.geometry for image in batch]
+            there = copier.to_device([image.image for image in batch])
+            pixels = [
+                model.pixels_of(image, geometry) if resize_on_device else model.preprocess(image.permute(2, 0, 1))
+                for image, geometry in zip(there, geometries, strict=True)
+            ]
+            yield from model.embed(torch.stack(pixels), geometries, [image.image_hash for image in batch])
         if failure is not None:
             raise failure
         if len(batch) < batch_size:
@@ -96,8 +113,9 @@ def predict_stream(
     *,
     multimask_output: bool = True,
     batch_size: int | None = None,
-    workers: int = 2,
+    workers: int | None = None,
     batches_ahead: int = 2,
+    resize_on_device: bool = False,
 ) -> Iterator[MaskPrediction]:
     """Masks for prompts on images as they come, in their order; see :func:`encode_stream`.
 
@@ -106,7 +124,7 @@ def predict_stream(
         multimask_output: three masks a prompt instead of one.
 
     Yields:
-        a prediction an image, on the CPU; it is copied there while the next one is computed.
+        a prediction an image, on the CPU, in ordinary memory; it is copied there while the next one is computed.
 
     Raises:
         as :func:`encode_stream` and :meth:`Sam.predict`.
@@ -118,7 +136,14 @@ def predict_stream(
             asked.append(prompts)
             yield image
 
-    embeddings = encode_stream(model, images(), batch_size=batch_size, workers=workers, batches_ahead=batches_ahead)
+    embeddings = encode_stream(
+        model,
+        images(),
+        batch_size=batch_size,
+        workers=workers,
+        batches_ahead=batches_ahead,
+        resize_on_device=resize_on_device,
+    )
     copier, waiting = _Copier(model.device), deque[_Copied]()
     try:
         for embedding in embeddings:
@@ -131,14 +156,16 @@ def predict_stream(
     yield from (copied.result() for copied in waiting)
 
 
-def _prepare(model: Sam, index: int, source: ImageSource) -> _Resized:
+def _prepare(model: Sam, index: int, source: ImageSource, resize_on_device: bool) -> _Prepared:
     try:
         image = preprocess.validate_image(source if isinstance(source, np.ndarray) else read_image(source))
         geometry = ImageGeometry.of(image.shape[0], image.shape[1], model.image_encoder.img_size)
     except (TypeError, ValueError, FileNotFoundError) as error:
         raise type(error)(f"image {index}: {error}") from None
+    if resize_on_device:
+        return _Prepared(np.ascontiguousarray(image), geometry, None)
     resized = preprocess.resize_image(image, geometry.input_size)
-    return _Resized(resized, geometry, hash_image(resized, geometry))
+    return _Prepared(resized, geometry, hash_image(resized, geometry))
 
 
 def _ahead(function: Callable[[S], T], items: Iterable[S], workers: int, ahead: int) -> Iterator[T]:
@@ -175,9 +202,15 @@ class _Copied:
     arrived: torch.cuda.Event | None
 
     def result(self) -> MaskPrediction:
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.prediction
+        """Return the prediction in ordinary memory: a list of pinned ones would take all that the host can pin."""
+        if self.arrived is None:
+            return self.prediction
+        self.arrived.synchronize()
+        return MaskPrediction(*(tensor.clone() for tensor in _tensors(self.prediction)))
+
+
+def _tensors(prediction: MaskPrediction) -> tuple[Tensor, Tensor, Tensor]:
+    return prediction.masks, prediction.iou_predictions, prediction.low_res_logits
 
 
 class _Copier:
@@ -191,7 +224,7 @@ class _Copier:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def to_device(self, images: Sequence[np.ndarray]) -> list[Tensor]:
-        """[h, w, 3] uint8 each -> [3, h, w]."""
+        """Copy images [h, w, 3] uint8 to the device."""
         tensors = [torch.from_numpy(image) for image in images]
         if self._stream is not None:
             with torch.cuda.stream(self._stream):
@@ -200,16 +233,17 @@ class _Copier:
             computing.wait_stream(self._stream)
             for tensor in tensors:
                 tensor.record_stream(computing)
-        return [tensor.permute(2, 0, 1) for tensor in tensors]
+        return tensors
 
     def to_host(self, prediction: MaskPrediction) -> _Copied:
+        """Begin to copy a prediction to the host."""
         if self._stream is None:
             return _Copied(prediction, None)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         arrived = torch.cuda.Event()
         with torch.cuda.stream(self._stream):
             there = []
-            for tensor in (prediction.masks, prediction.iou_predictions, prediction.low_res_logits):
+            for tensor in _tensors(prediction):
                 host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 there.append(host.copy_(tensor, non_blocking=True))
                 tensor.record_stream(self._stream)

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from asking import CLICKS, agree, ask_at_random, assert_same, by_prediction, random_prompt, run_into_poisoned_outputs
+from asking import (
+    CLICKS,
+    Rerun,
+    agree,
+    ask_at_random,
+    assert_same,
+    by_prediction,
+    random_prompt,
+    run_into_poisoned_outputs,
+)
 from models import TINY, random_image, random_model
 from torch import Tensor
 
 from sam import Prompt, Sam, load_model
 from sam.interactive import InteractiveSession
 from sam.runtime import Bucket, Graphs, Rows, Runtime
-
-
-class Rerun:
-    """Does what a graph does: the same work on the same memory."""
-
-    recorded = 0
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        Rerun.recorded += 1
-        self._function = function
-
-    def replay(self) -> None:
-        self._function()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 import sam
 from sam import Prompt, Sam
+from sam.stream import default_workers
 
 SIZES = ((40, 60), (60, 40), (48, 48), (33, 90), (20, 21))
 
@@ -115,3 +117,20 @@ def test_it_reads_ahead_and_no_further(model: Sam, images: list[np.ndarray]) -> 
     assert taken == 6 + 6
     stream.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("sam-stream")]
+
+
+def test_images_resized_on_the_device(model: Sam, images: list[np.ndarray]) -> None:
+    found = list(sam.encode_stream(model, images, batch_size=2, resize_on_device=True))
+    for one, other in zip(found, model.encode(images, batch_size=2, resize_on_device=True), strict=True):
+        assert torch.equal(one.features, other.features)
+        assert one.image_hash is None
+
+
+def test_as_many_threads_as_the_model_leaves_cores_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores in (1, 3, 64):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: set(range(cores)), raising=False)
+        assert default_workers(torch.device("cpu")) == 2
+        assert default_workers(torch.device("cuda")) == min(8, cores)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert default_workers(torch.device("cuda")) == 1

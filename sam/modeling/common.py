@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -79,6 +79,37 @@ def is_as_written(module: nn.Module) -> bool:
             return False
         left += [inner for inner in state["_modules"].values() if inner is not None]
     return True
+
+
+def _states(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield ``__dict__`` of ``module`` and of all modules in it; ``modules()`` takes several times as long."""
+    left: list[nn.Module | None] = [module]
+    while left:
+        state = left.pop().__dict__
+        yield state
+        left += [inner for inner in state["_modules"].values() if inner is not None]
+
+
+def weights_of(module: nn.Module) -> list[Tensor]:
+    """Return all parameters and buffers of ``module``; every image asks."""
+    return [
+        tensor
+        for state in _states(module)
+        for tensors in (state["_parameters"], state["_buffers"])
+        for tensor in tensors.values()
+        if tensor is not None
+    ]
+
+
+def fingerprint(module: nn.Module) -> Hashable | None:
+    """Identify the weights of ``module`` and all that it derived from them; None where somebody hooked or patched it.
+
+    Two equal answers mean the same tensors, at the same addresses, unchanged as far as torch counts writes.
+    """
+    if not is_as_written(module):
+        return None
+    dropped = tuple(state["times_dropped"] for state in _states(module) if "times_dropped" in state)
+    return weights_key(*weights_of(module)), dropped
 
 
 _steps: dict[int, int] = {}  # of optimisers, by the address of the parameter: fused ones leave ``_version`` as it is

@@ -22,7 +22,7 @@ from ..embedding import ImageEmbedding, hash_image
 from ..preprocess import ImageGeometry
 from ..prompts import Prompt, PromptBatch, ragged_chunks
 from ..results import MaskPrediction
-from .common import DerivedWeights, Fp32Buffers, is_ours, memory_of, uncompiled, weights_key
+from .common import DerivedWeights, Fp32Buffers, is_ours, memory_of, uncompiled, weights_key, weights_of
 from .image_encoder import ImageEncoderViT
 from .mask_decoder import AnsweredPrompts, DecodedPrompts, MaskDecoder
 from .prompt_encoder import LABEL_ABSENT, PromptEncoder, check_mask_inputs
@@ -100,7 +100,7 @@ class Sam(DerivedWeights, Fp32Buffers):
         A checksum against mistakes, not against forgery: 600 MB of weights take about 0.1 s on four cores.
         """
         with torch.no_grad():
-            return self.derived("model_hash", self._hash_weights, *self.parameters(), *self.buffers())
+            return self.derived("model_hash", self._hash_weights, *weights_of(self))
 
     def _hash_weights(self) -> str:
         def checksum(entry: tuple[str, Tensor]) -> str:
@@ -187,26 +187,31 @@ class Sam(DerivedWeights, Fp32Buffers):
         """One pass of the encoder on :meth:`preprocess`'s pixels [B, 3, size, size]; a handle an image."""
         features = self.image_features(pixels)
         rows = [row.clone() for row in features.split(1)] if len(features) > 1 else [features]
+        model_hash = self.model_hash  # once a batch, while a GPU works on it
         return [
-            ImageEmbedding(own, geometry, self.model_hash, self.name, image_hash)
+            ImageEmbedding(own, geometry, model_hash, self.name, image_hash)
             for own, geometry, image_hash in zip(rows, geometries, hashes, strict=True)
         ]
 
     def _pixels(self, image: np.ndarray, geometry: ImageGeometry, on_device: bool) -> tuple[Tensor, str | None]:
         """The encoder's input [3, size, size], and the image's hash."""
         if on_device:
-            return preprocess_image(
-                torch.from_numpy(np.ascontiguousarray(image)).to(self.device),
-                geometry.input_size,
-                geometry.image_size,
-                self.pixel_mean,
-                self.pixel_std,
-                dtype=self.dtype,
-                kernels=self._kernels,
-            ), None
+            return self.pixels_of(torch.from_numpy(np.ascontiguousarray(image)).to(self.device), geometry), None
         resized = preprocess.resize_image(image, geometry.input_size)
         pixels = self.preprocess(preprocess.image_to_tensor(resized, self.device))
         return pixels, hash_image(resized, geometry)
+
+    def pixels_of(self, image: Tensor, geometry: ImageGeometry) -> Tensor:
+        """Resize, normalise and pad an image [H, W, 3] uint8 on this device, in one pass: the encoder's input."""
+        return preprocess_image(
+            image,
+            geometry.input_size,
+            geometry.image_size,
+            self.pixel_mean,
+            self.pixel_std,
+            dtype=self.dtype,
+            kernels=self._kernels,
+        )
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """What the encoder makes of :meth:`preprocess`'s pixels [B, 3, size, size], by the kernels of this model."""
@@ -336,7 +341,7 @@ class Sam(DerivedWeights, Fp32Buffers):
             points, boxes = part.points_and_boxes()
             sparse, dense = self.prompt_encoder(points=points, boxes=boxes, masks=part.mask_inputs)
             masks, iou = self.mask_decoder(
-                image_embeddings=embeddings[image].features,
+                image_embeddings=embeddings[image].ready_features(),
                 image_pe=self.prompt_encoder.get_dense_pe(),
                 sparse_prompt_embeddings=sparse,
                 dense_prompt_embeddings=dense,
@@ -365,7 +370,7 @@ class Sam(DerivedWeights, Fp32Buffers):
             dense = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
         share = batch.mask_inputs is None and self._kernels != "reference"
         return self.mask_decoder.decode_tokens(
-            _rows([embedding.features for embedding in embeddings]),
+            _rows([embedding.ready_features() for embedding in embeddings]),
             self.prompt_encoder.get_dense_pe(),
             self.prompt_encoder.embed_tokens(batch.coords, batch.labels),
             dense,
@@ -398,7 +403,7 @@ class Sam(DerivedWeights, Fp32Buffers):
         def side(embedding: ImageEmbedding) -> SharedImageSide:
             def make() -> SharedImageSide:
                 return self.mask_decoder.share_image_side(
-                    embedding.features, prompt_encoder.get_dense_pe(), prompt_encoder.no_mask_embed.weight
+                    embedding.ready_features(), prompt_encoder.get_dense_pe(), prompt_encoder.no_mask_embed.weight
                 )
 
             if not block.is_official or recording(embedding.features, *weights):

@@ -16,7 +16,8 @@ T = TypeVar("T")
 Outputs = tuple[Tensor, ...]
 
 _WARM_UPS = 2  # runs before a capture: kernels are compiled and weights derived in the first
-_RECORDING = threading.Lock()  # torch captures one graph at a time, and waits for the device as it begins
+_RECORDING = threading.Lock()  # torch captures one graph at a time
+_HEADROOM = 2 << 30  # bytes free on the device below which cached blocks are given back before a capture
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,12 @@ Recorder = Callable[[Callable[[], None]], Recording]
 
 
 class CudaRecorder:
-    """Records on one device; what its graphs allocate comes from a pool of their own, which they share."""
+    """Records on one device; what its graphs allocate comes from a pool of their own, which they share.
+
+    ``torch.cuda.graph`` waits for the whole device and empties the allocator's cache before each capture, which stalls
+    every thread for each new shape. Here a capture waits for nobody, and the cache is given back only where little
+    memory is left: a capture cannot free any by itself.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -58,10 +64,16 @@ class CudaRecorder:
             with torch.cuda.stream(self._stream):
                 for _ in range(_WARM_UPS):
                     function()
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may go on allocating meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                function()
+                if torch.cuda.mem_get_info(self._device)[0] < _HEADROOM:
+                    self._stream.synchronize()
+                    torch.cuda.empty_cache()
+                graph = torch.cuda.CUDAGraph()
+                # Other threads may go on allocating meanwhile.
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                try:
+                    function()
+                finally:
+                    graph.capture_end()
             before.wait_stream(self._stream)
         return graph
 
@@ -74,10 +86,12 @@ class _Buffer:
         self._held: list[tuple[weakref.ref[Tensor], int]] = []
 
     def fill(self, tensors: Sequence[Tensor]) -> None:
+        missing = [not self._holds(index, tensor) for index, tensor in enumerate(tensors)]
+        self._held = []  # until every copy was made: one that fails leaves something of both
         row = 0
-        for index, tensor in enumerate(tensors):
+        for tensor, is_missing in zip(tensors, missing, strict=True):
             stop = row + len(tensor)
-            if not self._holds(index, tensor):
+            if is_missing:
                 self.tensor[row:stop].copy_(tensor, non_blocking=True)
             row = stop
         self._held = [(weakref.ref(tensor), _version(tensor)) for tensor in tensors]
@@ -133,21 +147,23 @@ class Graphs:
             stream = torch.cuda.current_stream(self._device) if self._done is not None else None
             if stream is not None and self._done is not None:
                 stream.wait_event(self._done)
-            arguments = [self._filled(index, rows) for index, rows in enumerate(inputs)]
-            key = (key, *((rows.shape, rows.tensors[0].dtype) if rows else None for rows in inputs))
-            seconds = None
-            if key not in self._recordings:
-                start = time.perf_counter()
-                self._recordings[key] = self._recorded(function, arguments)
-                seconds = time.perf_counter() - start
-            recording, outputs = self._recordings[key]
-            recording.replay()
-            for output in outputs:
-                torch.autograd.graph.increment_version(output)  # a replay writes unseen
-            used = use(outputs)
-            if stream is not None and self._done is not None:
-                self._done.record(stream)
-        return used, seconds
+            try:
+                arguments = [self._filled(index, rows) for index, rows in enumerate(inputs)]
+                key = (key, *((rows.shape, rows.tensors[0].dtype) if rows else None for rows in inputs))
+                seconds = None
+                if key not in self._recordings:
+                    start = time.perf_counter()
+                    self._recordings[key] = self._recorded(function, arguments)
+                    seconds = time.perf_counter() - start
+                recording, outputs = self._recordings[key]
+                recording.replay()
+                for output in outputs:
+                    torch.autograd.graph.increment_version(output)  # a replay writes unseen
+                return use(outputs), seconds
+            finally:
+                # Also after an error: what was begun is still running, and the next request may be on another stream.
+                if stream is not None and self._done is not None:
+                    self._done.record(stream)
 
     def clear(self) -> None:
         """Forget every recording, as after a change of the weights."""

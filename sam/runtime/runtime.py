@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..modeling.common import DerivedWeights, is_ours, steps_at
+from ..modeling.common import DerivedWeights, fingerprint, is_ours, steps_at
 from ..modeling.image_encoder import Block, ImageEncoderViT
 from ..modeling.mask_decoder import MaskDecoder
 from ..modeling.prompt_encoder import LABEL_ABSENT, PromptEncoder
@@ -47,11 +47,38 @@ class Warmed:
     seconds: float
 
 
+class _GraphsOfWeights:
+    """Graphs of one part of the model, which have its weights in them: made anew whenever the weights change."""
+
+    def __init__(self, recorder: Recorder | None) -> None:
+        self._recorder = recorder
+        self._lock = threading.Lock()
+        self._graphs: Graphs | None = None
+        self._recorded_with: Hashable = None
+
+    def now(self, device: torch.device, weights: Hashable, forget: Callable[[], None] | None = None) -> Graphs:
+        """The graphs for ``weights``; ``forget`` is called when there are none of them yet."""
+        with self._lock:
+            if self._graphs is None or weights != self._recorded_with:
+                if self._graphs is not None:
+                    self._graphs.clear()
+                if forget is not None:
+                    forget()
+                self._graphs, self._recorded_with = Graphs(device, self._recorder), weights
+            return self._graphs
+
+    def reset(self) -> None:
+        """Record everything anew at its next use."""
+        with self._lock:
+            self._recorded_with = None
+
+
 class Runtime:
     """Runs the passes of one model, compiled or as CUDA graphs. May be called from many threads.
 
-    A graph has the weights of the decoder in it. They are compared before every replay, and new graphs are recorded
-    after they changed; but a module put in place of another *inside* the decoder needs :meth:`reset`.
+    A graph has the weights of the decoder, or of the encoder, in it. They are compared before every replay, and new
+    graphs are recorded after they changed; but a module put in place of another *inside* the decoder needs
+    :meth:`reset`.
     """
 
     def __init__(self, model: Sam, *, compile_encoder: bool = True, recorder: Recorder | None = None) -> None:
@@ -68,9 +95,9 @@ class Runtime:
         self._first_use: dict[Bucket, float] = {}
         self._told: set[str] = set()
         self._recorder = recorder
-        self._graphs: Graphs | None = None
-        self._recorded_with: Hashable = None
-        if compile_encoder and is_ours(model.image_encoder, ImageEncoderViT):
+        self._decoder_graphs, self._encoder_graphs = _GraphsOfWeights(recorder), _GraphsOfWeights(recorder)
+        self._compiles_encoder = compile_encoder and is_ours(model.image_encoder, ImageEncoderViT)
+        if self._compiles_encoder:
             self.compile_blocks(model.image_encoder)
 
     @staticmethod
@@ -97,8 +124,8 @@ class Runtime:
 
     def reset(self) -> None:
         """Forget every graph."""
-        with self._lock:
-            self._recorded_with = None
+        self._decoder_graphs.reset()
+        self._encoder_graphs.reset()
 
     def warmup(
         self,
@@ -110,6 +137,9 @@ class Runtime:
         image_batches: tuple[int, ...] = (1,),
     ) -> list[Warmed]:
         """Compile or record what requests will need, so that none of them waits.
+
+        A shape that was not made ready is at its first use: a CUDA graph then costs that request two runs and a
+        capture, and other threads nothing.
 
         Args:
             prompts, tokens, images: sizes of the decoder's batches, each padded to its bucket; None for all.
@@ -134,7 +164,7 @@ class Runtime:
         geometry, low = ImageGeometry.of(size, size, size), model.low_res_size
         for several in images:
             embeddings = [ImageEmbedding(features.clone(), geometry) for _ in range(several)]
-            for count in prompts or self.limits.prompt_counts:
+            for count in self.limits.prompt_counts if prompts is None else prompts:
                 for length in tokens:
                     for with_masks in mask_input:
                         batch = PromptBatch(
@@ -154,12 +184,28 @@ class Runtime:
         return done
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """The encoder on [B, 3, size, size]; batches are padded to powers of two, so that few shapes are compiled."""
-        count = len(pixels)
-        padded = min(1 << (count - 1).bit_length(), max(count, _LARGEST_IMAGE_BATCH)) if count else 0
+        """Run the encoder on [B, 3, size, size].
+
+        Compiled, batches are padded to powers of two, so that few shapes are compiled. As CUDA graphs, one image is
+        replayed: its kernels are shorter than the host takes to launch them. Larger batches run eagerly.
+        """
+        model, count = self._model, len(pixels)
+        kernels = model.resolved_kernels
+        weights = self._replayable_encoder(pixels)
+        if weights is not None:
+            features, _ = self._encoder_graphs.now(model.device, weights).run(
+                ("encoder", kernels),
+                lambda rows: (model.image_encoder(rows, kernels),),
+                [Rows.of(pixels)],
+                lambda outputs: outputs[0].clone(),
+            )
+            return features
+        padded = count
+        if self._compiles_encoder and count:
+            padded = min(1 << (count - 1).bit_length(), max(count, _LARGEST_IMAGE_BATCH))
         if padded > count:
             pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, padded - count))
-        return self._model.image_encoder(pixels, self._model.resolved_kernels)[:count]
+        return model.image_encoder(pixels, kernels)[:count]
 
     def decode(
         self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask: bool
@@ -218,18 +264,28 @@ class Runtime:
         """Whether the decoder runs as graphs and not compiled."""
         return self._recorder is not None or self._model.device.type == "cuda"
 
+    def _settings(self) -> Hashable:
+        """What a graph has in it besides weights."""
+        backends = torch.backends
+        precisions = (backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
+        return self._model.device, self._model.resolved_kernels, precisions
+
     def _graphs_now(self) -> Graphs:
-        """The graphs for the weights as they are."""
-        model = self._model
-        settings = (model.device, model.resolved_kernels, torch.backends.cuda.matmul.fp32_precision)
-        now = (settings, self._weights())
-        with self._lock:
-            if self._graphs is None or now != self._recorded_with:
-                if self._graphs is not None:
-                    self._graphs.clear()
-                self._first_use.clear()
-                self._graphs, self._recorded_with = Graphs(model.device, self._recorder), now
-            return self._graphs
+        """The decoder's graphs for the weights as they are."""
+        weights = (self._settings(), self._weights())
+        return self._decoder_graphs.now(self._model.device, weights, forget=self._first_use.clear)
+
+    def _replayable_encoder(self, pixels: Tensor) -> Hashable | None:
+        """The encoder's weights if its pass over ``pixels`` can be replayed, else None."""
+        model, encoder = self._model, self._model.image_encoder
+        if self._compiles_encoder or not self._replays or not is_ours(encoder, ImageEncoderViT):
+            return None
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(model.device.type):
+            return None
+        if pixels.shape != (1, 3, encoder.img_size, encoder.img_size) or pixels.device != model.device:
+            return None
+        weights = fingerprint(encoder)  # a hook would see nothing of a replay
+        return None if weights is None else (self._settings(), weights)
 
     def _weights(self) -> Hashable:
         """Changes when a weight of the decoder does, or what is derived of them may have moved.
@@ -258,7 +314,7 @@ class Runtime:
 
         model = self._model
         if bucket.with_masks or model.resolved_kernels == "reference":
-            return [rows([embedding.features for embedding in embeddings]), None, None, None, None]
+            return [rows([embedding.ready_features() for embedding in embeddings]), None, None, None, None]
         sides = [model.shared_image_side([embedding]) for embedding in embeddings]
         fields = ([getattr(side, name) for side in sides] for name in ("keys", "k", "v", "q"))
         return [None, *map(rows, fields)]
@@ -319,8 +375,9 @@ class Runtime:
         return torch.compile(self._decode_padded, fullgraph=True, dynamic=False)
 
     def _wait(self) -> None:
+        """Wait for this thread's stream: waiting for the whole device could break another thread's capture."""
         if self._model.device.type == "cuda":
-            torch.cuda.synchronize(self._model.device)
+            torch.cuda.current_stream(self._model.device).synchronize()
 
 
 def _padded(batch: PromptBatch, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
