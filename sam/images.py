@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import io
 import os
-import warnings
+import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from .channel_depth import bits_per_channel
+from .image_structure import DamagedImageError, ImageStructure, UnsupportedImageError, walk
 
 MAX_MEGAPIXELS = 50.0
+_WALKED: dict[str, Callable[[BinaryIO], ImageFile]] = {
+    "JPEG": JpegImageFile,
+    "PNG": PngImageFile,
+    "WEBP": WebPImageFile,
+}
+# Formats of single photographs; those of icons, documents, films and measurements are none. TGA has no signature.
+_OPENED = ("TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "DDS", "PCX", "PSD", "QOI", "SGI", "TGA")
 # Modes with 8 bits a channel, which convert to RGB without losing range.
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _ORIENTATION = 0x0112
-# What turns an image upright, by its orientation in EXIF; 1 is upright.
+# How to turn an image upright, by its orientation in EXIF; 1 is upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -23,70 +40,174 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_FROM_THE_END, _SIDEWAYS = (3, 4, 6, 7), (5, 6, 7, 8)
+_PIXELS_PER_STRIP = 2**18
+
+
+class ImageTooLargeError(ValueError):
+    """The image has more pixels than the limit."""
 
 
 def read_image(path: str | os.PathLike[str], max_megapixels: float | None = MAX_MEGAPIXELS) -> np.ndarray:
-    """A file PIL can read -> [H, W, 3] uint8 RGB, upright as its EXIF orientation says; alpha is dropped.
+    """Read an image file -> [H, W, 3] uint8 RGB, upright as its EXIF orientation says; alpha is dropped.
+
+    Formats are JPEG, PNG, WebP, TIFF, BMP, GIF, PPM, AVIF, JPEG 2000, DDS, PCX, PSD, QOI, SGI and TGA, the last ones
+    as far as PIL reads them. Of several frames or pages the first is read. An orientation in XMP is not followed:
+    browsers and OpenCV do not either.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no image, a damaged one, more than 8 bits a channel, or more pixels than ``max_megapixels``
-            (None lifts that). The limit is checked before anything is decoded.
+        OSError: it cannot be read.
+        ValueError: not an image in one of these formats, a damaged one, more than 8 bits per channel, or more pixels
+            than ``max_megapixels`` (None lifts that). The limit is checked before anything is decoded.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such image: {path}")
-    try:
-        with warnings.catch_warnings():
-            # PIL's own limit on pixels; ours is told apart below, and a size over both is an error either way.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with _open(path, unlimited=max_megapixels is None) as image:
-                refusal = _refusal(image, max_megapixels)
-                if refusal is None:
-                    return upright_rgb(image)
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is not an image in a known format") from None
-    except Image.DecompressionBombError:
-        raise ValueError(
-            f"{path} has more pixels than the limit of {max_megapixels:g} megapixels; raise max_megapixels"
-        ) from None
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders of damaged files raise whatever they please
-        raise ValueError(f"{path} is a damaged image: {error}") from None
-    raise ValueError(f"{path} {refusal}")
+    max_pixels = None if max_megapixels is None else max_megapixels * 1e6
+    with open(path, "rb") as file:
+        try:
+            structure = walk(file)
+            if structure is None:
+                return _decode_other(file, max_pixels)
+            return decode(file, structure, max_pixels)
+        except (ImageTooLargeError, UnsupportedImageError, DamagedImageError) as error:
+            advice = "; raise max_megapixels" if isinstance(error, ImageTooLargeError) else ""
+            damage = "is a damaged image: it " if isinstance(error, DamagedImageError) else ""
+            raise type(error)(f"{path} {damage}{error}{advice}") from None
 
 
-def upright_rgb(image: Image.Image) -> np.ndarray:
-    """An image of PIL's -> [H, W, 3] uint8 RGB, turned as the orientation in its EXIF says.
+def is_image_name(path: Path) -> bool:
+    """Tell whether the name of a file ends as that of an image :func:`read_image` reads, and is not hidden."""
+    known = Image.registered_extensions().get(path.suffix.lower())
+    return not path.name.startswith(".") and known in (*_WALKED, *_OPENED, "MPO")
 
-    No other tag is read: PIL's ``exif_transpose`` writes all of them anew, and raises when one is odd.
+
+def decode(
+    file: BinaryIO,
+    structure: ImageStructure,
+    max_pixels: float | None,
+    check_cancelled: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """Decode a JPEG, PNG or WebP file that was walked -> [H, W, 3] uint8 RGB, upright; alpha is dropped.
+
+    Args:
+        check_cancelled: called whenever the decoder asks for more of the file; what it raises ends the decoding.
 
     Raises:
-        Exception: whatever PIL's decoder makes of a damaged image.
+        ImageTooLargeError: more pixels than ``max_pixels``.
+        DamagedImageError: the decoder does not get through.
     """
-    image.load()  # some formats have their EXIF behind the pixels, others turn themselves
-    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    return np.array((image if turn is None else image.transpose(turn)).convert("RGB"))
+    _check_size(structure.width, structure.height, max_pixels)
+    needed = io.BufferedReader(_Pieces(file, structure.pieces, check_cancelled))
+    # Not by Image.open: its own limit on pixels hangs on a variable of the process.
+    return _pixels(lambda: _WALKED[structure.format](needed), lambda image: structure.orientation)
 
 
-def _refusal(image: Image.Image, max_megapixels: float | None) -> str | None:
-    megapixels = image.width * image.height / 1e6
-    if max_megapixels is not None and megapixels > max_megapixels:
-        return (
-            f"has {megapixels:.1f} megapixels ({image.width}x{image.height}), more than the limit of "
-            f"{max_megapixels:g}; raise max_megapixels"
-        )
-    if image.mode not in MODES:
-        return f"has pixels of mode {image.mode}; 8 bits a channel are needed"
-    return None
+def _decode_other(file: BinaryIO, max_pixels: float | None) -> np.ndarray:
+    def open_checked() -> ImageFile:
+        image = _open(file)
+        _check_size(image.width, image.height, max_pixels)
+        bits = bits_per_channel(image, file)
+        if bits > 8:
+            raise UnsupportedImageError(f"has {bits} bits per channel; 8 are needed")
+        if image.mode not in _MODES:
+            raise UnsupportedImageError(f"has pixels of mode {image.mode}; 8 bits per channel are needed")
+        for xmp in ("xmp", "XML:com.adobe.xmp"):
+            image.info.pop(xmp, None)  # where PIL looks for an orientation when EXIF has none
+        return image
+
+    return _pixels(open_checked, lambda image: image.getexif().get(_ORIENTATION, 1))
 
 
-def _open(path: Path, unlimited: bool) -> Image.Image:
-    limit = Image.MAX_IMAGE_PIXELS
+def _pixels(open_image: Callable[[], ImageFile], orientation_of: Callable[[ImageFile], int]) -> np.ndarray:
     try:
-        if unlimited:
-            Image.MAX_IMAGE_PIXELS = None
-        return Image.open(path)
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+        with open_image() as image:
+            image.load()
+            return _upright_rgb(image, orientation_of(image))
+    except (ImageTooLargeError, UnsupportedImageError, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        raise UnsupportedImageError("has more pixels than PIL's MAX_IMAGE_PIXELS allows in its format") from None
+    except Exception as error:  # decoders of damaged files raise whatever they please
+        raise DamagedImageError(f"cannot be decoded: {error}") from None
+
+
+def _open(file: BinaryIO) -> ImageFile:
+    Image.init()
+    file.seek(0)
+    head = file.read(16)
+    for name in _OPENED:
+        factory, accepts = Image.OPEN.get(name, (None, None))
+        if factory is None or (accepts is not None and accepts(head) is not True):
+            continue
+        file.seek(0)
+        try:
+            return factory(file, "")
+        except (SyntaxError, IndexError, TypeError, struct.error):  # PIL's "not of this format"
+            continue
+    raise UnsupportedImageError("is not an image in a known format")
+
+
+def _check_size(width: int, height: int, max_pixels: float | None) -> None:
+    if max_pixels is not None and width * height > max_pixels:
+        raise ImageTooLargeError(
+            f"has {width * height / 1e6:.1f} megapixels ({width}x{height}), more than the limit of {max_pixels / 1e6:g}"
+        )
+
+
+def _upright_rgb(image: Image.Image, orientation: int) -> np.ndarray:
+    """Convert a loaded image, strip by strip, so that there is no second copy of it, nor a third."""
+    width, height = image.size
+    sideways = orientation in _SIDEWAYS
+    rgb = np.empty((width, height, 3) if sideways else (height, width, 3), np.uint8)
+    rows = max(1, _PIXELS_PER_STRIP // width)
+    for top in range(0, height, rows):
+        bottom = min(height, top + rows)
+        strip = image.crop((0, top, width, bottom)).convert("RGB")
+        if orientation in _TURNS:
+            strip = strip.transpose(_TURNS[orientation])
+        place = slice(height - bottom, height - top) if orientation in _FROM_THE_END else slice(top, bottom)
+        rgb[(slice(None), place) if sideways else place] = np.asarray(strip)
+    return rgb
+
+
+class _Pieces(io.RawIOBase):
+    """A file made of pieces of another one and of bytes, as :class:`ImageStructure` names them."""
+
+    def __init__(self, file: BinaryIO, pieces: tuple[bytes | range, ...], check_cancelled: Callable[[], None]) -> None:
+        self._file, self._pieces, self._check_cancelled = file, pieces, check_cancelled
+        self._size = sum(map(len, pieces))
+        self._position = self._index = self._start = 0  # the piece at hand, and the position of its first byte
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        if self._position < self._start:
+            self._index = self._start = 0
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        self._check_cancelled()
+        while self._index < len(self._pieces):
+            piece = self._pieces[self._index]
+            skipped = self._position - self._start
+            if skipped < len(piece):
+                part = piece[skipped : skipped + len(buffer)]
+                if isinstance(part, range):
+                    self._file.seek(part.start)
+                    part = self._file.read(len(part))
+                buffer[: len(part)] = part
+                self._position += len(part)
+                return len(part)
+            self._index, self._start = self._index + 1, self._start + len(piece)
+        return 0

@@ -9,14 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import random_image
-from PIL import Image, ImageOps
+from PIL import Image
 from pycocotools import mask as coco
-from serving import file_of, jpeg_with_an_odd_tag
 
 import sam
 from sam.cli import main
-from sam.images import read_image
 
 
 @pytest.fixture
@@ -107,7 +104,7 @@ def test_unreadable_images(tmp_path: Path, image_file: Path, capsys: pytest.Capt
     (tmp_path / "cut.png").write_bytes(image_file.read_bytes()[:20000])
     assert "cut.png is a damaged image: " in run_bad(capsys, "segment", tmp_path / "cut.png", *click)
     Image.fromarray(np.zeros((9, 9), np.uint16)).save(tmp_path / "deep.png")
-    assert "deep.png has pixels of mode I;16; 8 bits" in run_bad(capsys, "segment", tmp_path / "deep.png", *click)
+    assert "deep.png has 16 bits per channel; 8 are needed" in run_bad(capsys, "segment", tmp_path / "deep.png", *click)
 
 
 def test_too_many_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,50 +115,12 @@ def test_too_many_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     message = run_bad(capsys, "segment", path, *click)
     assert "large.png has 54.0 megapixels (9000x6000), more than the limit of 50; raise max_megapixels" in message
     Image.new("1", (20000, 10000)).save(path)  # beyond PIL's own limit
-    assert "large.png has more pixels than the limit of 50 megapixels" in run_bad(capsys, "segment", path, *click)
+    message = run_bad(capsys, "segment", path, *click)
+    assert "large.png has 200.0 megapixels (20000x10000), more than the limit of 50; raise max_megapixels" in message
     Image.new("1", (1500, 1000)).save(path)
     message = run_bad(capsys, "segment", path, *click, "--max-megapixels", "1")
     assert "large.png has 1.5 megapixels (1500x1000), more than the limit of 1; raise max_megapixels" in message
     assert main(["segment", str(path), *map(str, click), "--max-megapixels", "0"]) == 0
-
-
-def test_damage_that_pillow_has_other_errors_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "damaged.dds"
-    whole = file_of(random_image(8, 9), "DDS")
-    for place, value in ((80, 0), (12, 255)):  # NotImplementedError, ValueError
-        path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
-        with pytest.raises(ValueError, match=r"damaged.dds is a damaged image: (Unknown pixel|not enough)"):
-            read_image(path)
-
-    def out_of_memory(image: Image.Image) -> None:
-        raise MemoryError
-
-    path.write_bytes(whole)
-    monkeypatch.setattr(Image.Image, "load", out_of_memory)
-    with pytest.raises(MemoryError):
-        read_image(path)
-
-
-@pytest.mark.parametrize("kind", ["jpg", "png", "tif"])
-def test_upright(tmp_path: Path, kind: str) -> None:
-    path, exif = tmp_path / f"turned.{kind}", Image.Exif()
-    for orientation in (*range(1, 9), 0, 99):
-        exif[0x0112] = orientation
-        Image.fromarray(random_image(20, 40)).save(path, exif=exif)
-        with Image.open(path) as image:
-            np.testing.assert_array_equal(read_image(path), ImageOps.exif_transpose(image))
-
-
-def test_other_tags_may_be_odd(tmp_path: Path) -> None:
-    (tmp_path / "odd.jpg").write_bytes(jpeg_with_an_odd_tag(random_image(20, 40)))
-    assert read_image(tmp_path / "odd.jpg").shape == (40, 20, 3)
-
-
-def test_rgb(tmp_path: Path) -> None:
-    Image.fromarray(random_image(8, 9)[..., 0]).save(tmp_path / "grey.png")
-    assert read_image(tmp_path / "grey.png").shape == (8, 9, 3)
-    Image.fromarray(np.zeros((8, 9, 4), np.uint8)).save(tmp_path / "rgba.png")
-    assert read_image(tmp_path / "rgba.png").shape == (8, 9, 3)
 
 
 def test_info(capsys: pytest.CaptureFixture[str], nano: sam.Sam, tmp_path: Path) -> None:

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 from fastapi import Request
-from PIL import Image
-from PIL.JpegImagePlugin import JpegImageFile
 from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from ..images import MODES, upright_rgb
+from ..image_structure import DamagedImageError, UnsupportedImageError, walk
+from ..images import ImageTooLargeError, decode
 from .errors import ApiError
 from .settings import Settings
 
 _MAX_NAMES = 16
-_FORMATS = ("JPEG", "PNG", "WEBP")
-# A progressive JPEG repeats itself in scans, ten as a rule. Each costs a pass over all pixels and takes 100 bytes.
-_START_OF_SCAN, _MAX_SCANS = b"\xff\xda", 64
 
 
 @dataclass(frozen=True)
@@ -140,38 +136,23 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def decode_image(file: BinaryIO, max_pixels: int) -> np.ndarray:
-    """A JPEG, PNG or WebP file -> [H, W, 3] uint8 RGB, upright; alpha is dropped.
+def decode_image(file: BinaryIO, max_pixels: int, check_cancelled: Callable[[], None] = lambda: None) -> np.ndarray:
+    """Decode a JPEG, PNG or WebP file -> [H, W, 3] uint8 RGB, upright; alpha is dropped.
+
+    Args:
+        check_cancelled: called now and then while it decodes; what it raises ends the decoding.
 
     Raises:
         ApiError: another format, more pixels than the limit (by the header, before decoding), or damaged.
     """
     try:
-        try:
-            image = Image.open(file, formats=_FORMATS)
-        except Image.DecompressionBombError:
-            raise ApiError("image_too_large") from None
-        except MemoryError:
-            raise
-        except Exception:
-            raise ApiError("unsupported_image") from None
-        with image:
-            if image.width * image.height > max_pixels:
-                raise ApiError("image_too_large")
-            if image.mode not in MODES:
-                raise ApiError("unsupported_image")
-            if isinstance(image, JpegImageFile) and _count(file, _START_OF_SCAN) > _MAX_SCANS:
-                raise ApiError("bad_image")
-            return upright_rgb(image)
-    except (ApiError, MemoryError):
-        raise
-    except Exception:  # decoders of hostile bytes raise whatever they please, struct.error and KeyError among it
+        structure = walk(file)
+        if structure is None:
+            raise ApiError("unsupported_image")
+        return decode(file, structure, max_pixels, check_cancelled)
+    except UnsupportedImageError:
+        raise ApiError("unsupported_image") from None
+    except ImageTooLargeError:
+        raise ApiError("image_too_large") from None
+    except DamagedImageError:
         raise ApiError("bad_image") from None
-
-
-def _count(file: BinaryIO, marker: bytes) -> int:
-    place = file.tell()
-    file.seek(0)
-    count = file.read().count(marker)
-    file.seek(place)
-    return count
