@@ -1,0 +1,136 @@
+"""Imports go one way: a module imports from its own room or from a lower floor, never up and never sideways."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# (floor, room) of each module, by the longest prefix of its name that stands here.
+FLOORS = {
+    "fastsam_kernels": (0, "kernels"),
+    "sam.allocator": (1, "system"),
+    "sam.channel_depth": (1, "images"),
+    "sam.checkpoints": (1, "assets"),
+    "sam.config": (1, "config"),
+    "sam.files": (1, "system"),
+    "sam.hardware": (1, "system"),
+    "sam.image_structure": (1, "images"),
+    "sam.images": (1, "images"),
+    "sam.preprocess": (1, "images"),
+    "sam.prompts": (2, "prompts"),
+    "sam.embedding": (3, "embedding"),
+    "sam.overlay": (3, "masks"),
+    "sam.polygons": (3, "masks"),
+    "sam.postprocess": (3, "masks"),
+    "sam.results": (3, "masks"),
+    "sam.rle": (3, "masks"),
+    "sam.modeling.common": (4, "parts"),
+    "sam.modeling.image_encoder": (4, "parts"),
+    "sam.modeling.mask_decoder": (4, "parts"),
+    "sam.modeling.prompt_encoder": (4, "parts"),
+    "sam.modeling.transformer": (4, "parts"),
+    "sam.utils": (4, "utils"),
+    "sam.runtime": (5, "inference"),
+    "sam.modeling": (6, "model"),
+    "sam.checkpoint": (7, "checkpoint"),
+    "sam.crop_masks": (7, "amg"),
+    "sam.interactive": (7, "sessions"),
+    "sam.memory": (7, "amg"),
+    "sam.predictor": (7, "predictor"),
+    "sam.stream": (7, "sessions"),
+    "sam.utils.onnx": (7, "onnx"),
+    "sam.verify": (7, "verify"),
+    "sam": (8, "front"),
+    "sam.automatic_mask_generator": (8, "front"),
+    "sam.build_sam": (8, "front"),
+    "sam.engine": (9, "engine"),
+    "sam.training": (9, "training"),
+    "sam.client": (10, "client"),
+    "sam.server": (10, "server"),
+    "sam.__main__": (12, "cli"),
+    "sam.cli": (12, "cli"),
+    "benchmarks": (12, "benchmarks"),
+}
+# What still goes the wrong way. Entries leave this list and none join it.
+VIOLATIONS = {
+    ("sam.embedding", "sam.modeling.transformer"),
+    ("sam.prompts", "sam.modeling.prompt_encoder"),
+    ("sam.runtime.runtime", "sam.modeling"),
+}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in ("fastsam_kernels", "sam", "benchmarks"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def place(name: str) -> tuple[int, str]:
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        found = FLOORS.get(".".join(parts[:length]))
+        if found is not None and (length > 1 or len(parts) == 1 or parts[0] != "sam"):
+            return found
+    raise AssertionError(f"{name} stands on no floor: give it one in tests/test_floors.py")
+
+
+def imports(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
+    """The modules of this project that a module imports, inside functions and for type checking too."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                if whole in known or base in known:
+                    yield whole if whole in known else base
+
+
+def wrong_ways(known: dict[str, Path]) -> set[tuple[str, str]]:
+    found = set()
+    for name, path in known.items():
+        floor, room = place(name)
+        for other in imports(name, path, known):
+            other_floor, other_room = place(other)
+            if other_floor > floor or (other_floor == floor and other_room != room):
+                found.add((name, other))
+    return found
+
+
+def test_imports_go_down() -> None:
+    found = wrong_ways(modules())
+    assert found - VIOLATIONS == set(), "these imports go up or sideways"
+    assert VIOLATIONS - found == set(), "these are gone: take them off the list"
+
+
+def test_the_fence_sees_every_kind_of_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rle.py"
+    path.write_text(
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from .engine import Engine\n"
+        "def late():\n    import sam.server\n    from . import predictor\n    from .modeling import common\n"
+        "from .postprocess import upscale_masks\nimport numpy\n"
+    )
+    known = {**modules(), "sam.rle": path}
+    assert {other for name, other in wrong_ways(known) if name == "sam.rle"} == {
+        "sam.engine",
+        "sam.server",
+        "sam.predictor",
+        "sam.modeling.common",
+    }
+
+
+def test_a_new_module_must_be_given_a_floor() -> None:
+    with pytest.raises(AssertionError, match=r"sam\.surprise stands on no floor"):
+        place("sam.surprise")
