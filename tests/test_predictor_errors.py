@@ -188,5 +188,9 @@ def test_one_thing_in_place_of_a_list(nano: Sam, photo: np.ndarray) -> None:
 
 
 def test_encoder_input_of_another_size(nano: Sam) -> None:
-    with pytest.raises(ValueError, match=r"takes \[B, 3, 512, 512\], got \[1, 3, 256, 512\]"):
+    """Where there are absolute positions they say which; without them any size is encoded."""
+    message = r"positions for 32x32 patches, an image of 512 px, got \[1, 3, 256, 512\], which is 16x32 patches"
+    with pytest.raises(ValueError, match=message):
         nano.image_encoder(torch.zeros(1, 3, 256, 512))
+    with pytest.raises(ValueError, match=r"the image encoder takes \[B, 3, H, W\], got \[3, 512, 512\]"):
+        nano.image_encoder(torch.zeros(3, 512, 512))

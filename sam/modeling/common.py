@@ -27,6 +27,12 @@ class MLPBlock(nn.Module):
         self.lin2 = nn.Linear(mlp_dim, embedding_dim)
         self.act = act()
 
+    @property
+    def is_plain(self) -> bool:
+        """True when every token goes through by itself: no stand-in for a linear, an activation of each value."""
+        linears = type(self.lin1) is type(self.lin2) is nn.Linear
+        return linears and type(self.act) in (nn.GELU, nn.ReLU)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.lin2(self.act(self.lin1(x)))
 

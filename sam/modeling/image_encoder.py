@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from fastsam_kernels import rel_pos_attention
 from fastsam_kernels.dispatch import recording
 
-from .common import DerivedWeights, LayerNorm2d, MLPBlock, is_ours
+from .common import LayerNorm2d, MLPBlock, is_as_written, is_ours
 
 # Tokens that pass through the MLP together, so that its hidden channels stay near a CPU's cache.
 _TOKENS_AT_ONCE = {"cpu": 2048}
 
 
 class ImageEncoderViT(nn.Module):
-    """[B, 3, img_size, img_size] normalised pixels -> [B, out_chans, grid, grid], grid = img_size / patch_size."""
+    """Encode normalised pixels [B, 3, img_size, img_size] as [B, out_chans, grid, grid], grid = img_size / patch_size.
+
+    Without absolute positions it takes [B, 3, H, W] of any size: relative positions are resized to the grid.
+    """
 
     def __init__(
         self,
@@ -76,11 +79,21 @@ class ImageEncoderViT(nn.Module):
         )
 
     def forward(self, x: Tensor, kernels: str = "reference") -> Tensor:
-        """``kernels`` chooses the implementation of the blocks; the default is the official modules one by one."""
-        if x.ndim != 4 or x.shape[-2:] != (self.img_size, self.img_size):
-            raise ValueError(f"the image encoder takes [B, 3, {self.img_size}, {self.img_size}], got {list(x.shape)}")
-        x = self.patch_embed(x)
+        """Encode a batch; ``kernels`` chooses the implementation of the blocks, by default the official modules.
+
+        Raises:
+            ValueError: no batch of images, or images of a grid of patches that the absolute positions do not have.
+        """
+        if x.ndim != 4:
+            raise ValueError(f"the image encoder takes [B, 3, H, W], got {list(x.shape)}")
+        pixels, x = x, self.patch_embed(x)
         if self.pos_embed is not None:
+            if x.shape[1:3] != self.pos_embed.shape[1:3]:
+                (rows, columns), (height, width) = self.pos_embed.shape[1:3], x.shape[1:3]
+                raise ValueError(
+                    f"the image encoder has positions for {rows}x{columns} patches, an image of {self.img_size} px, "
+                    f"got {list(pixels.shape)}, which is {height}x{width} patches"
+                )
             x = x + self.pos_embed
         for block in self.blocks:
             x = block(x, kernels) if is_ours(block, Block) else block(x)
@@ -123,21 +136,24 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, kernels: str = "reference") -> Tensor:
         """The attention of [B, H, W, dim], normalised, in this block's windows, with its projection."""
-        if kernels != "reference" and is_ours(self.attn, Attention):
+        options = (0, kernels) if kernels != "reference" and is_ours(self.attn, Attention) else ()
+        if options and self.attn.has_plain_projections:
             return self.attn(x, self.window_size, kernels)
         if self.window_size == 0:
-            return self.attn(x)
+            return self.attn(x, *options)
         # The zero padding passes through qkv, so a padded key is the qkv bias and takes part in the softmax.
         windows, padded_size = window_partition(x, self.window_size)
-        return window_unpartition(self.attn(windows), self.window_size, padded_size, (x.shape[1], x.shape[2]))
+        attended = self.attn(windows, *options)
+        return window_unpartition(attended, self.window_size, padded_size, (x.shape[1], x.shape[2]))
 
     def _add_mlp(self, x: Tensor) -> Tensor:
         """x + mlp(norm2(x)), written to ``x`` unless somebody would notice."""
         layers = (self.norm2, self.mlp)
         weights = [weight for layer in layers for weight in layer.parameters()]
-        recorded = recording(x, *weights)
-        hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in (*layers, *self.mlp.children()))
-        if recorded or hooked or type(self.mlp) is not MLPBlock or torch.is_autocast_enabled(x.device.type):
+        plain = type(self.norm2) is nn.LayerNorm and type(self.mlp) is MLPBlock and self.mlp.is_plain
+        if not plain or not is_as_written(self.norm2) or not is_as_written(self.mlp):
+            return x + self.mlp(self.norm2(x))  # a stand-in or a hook gets the grid, as officially
+        if recording(x, *weights) or torch.is_autocast_enabled(x.device.type):
             return x + self.mlp(self.norm2(x))
         tokens = x.reshape(-1, x.shape[-1])
         for some in tokens.split(_TOKENS_AT_ONCE.get(x.device.type, len(tokens))):
@@ -145,7 +161,7 @@ class Block(nn.Module):
         return tokens.view(x.shape)
 
 
-class Attention(DerivedWeights):
+class Attention(nn.Module):
     """Multi-head self-attention over all of [B, H, W, dim], with decomposed relative position."""
 
     def __init__(
@@ -173,8 +189,16 @@ class Attention(DerivedWeights):
                 nn.init.trunc_normal_(self.rel_pos_h, std=0.02)
                 nn.init.trunc_normal_(self.rel_pos_w, std=0.02)
 
+    @property
+    def has_plain_projections(self) -> bool:
+        """True unless a user hooked, patched or replaced a projection, which then gets the official windows."""
+        return all(type(layer) is nn.Linear and is_as_written(layer) for layer in (self.qkv, self.proj))
+
     def forward(self, x: Tensor, window_size: int = 0, kernels: str = "reference") -> Tensor:
-        """Over all of ``x``, which may be a window; in its windows with ``kernels`` other than "reference"."""
+        """Attend over all of ``x`` [B, H, W, dim], which may be windows.
+
+        ``window_size`` cuts a grid, but only for ``kernels`` other than "reference" and plain projections.
+        """
         if kernels != "reference":
             return self.proj(self.attend(self.qkv(x), window_size, kernels))
         batch, height, width, _ = x.shape
@@ -198,9 +222,7 @@ class Attention(DerivedWeights):
         """The output of :attr:`qkv` for a whole grid, [B, H, W, 3 * dim] -> what goes into :attr:`proj`."""
         size = (window_size, window_size) if window_size else (qkv.shape[1], qkv.shape[2])
         tables = self._tables(qkv, size)
-        # Of a stand-in for the projection: what is padded is zero before it.
-        plain = isinstance(self.qkv, nn.Linear)
-        bias = self.qkv.bias if plain else self.qkv(qkv.new_zeros(1, qkv.shape[3] // 3))[0]
+        bias = self.qkv.bias if window_size else None  # what the projection makes of padding
         return rel_pos_attention(
             qkv,
             *(table.to(qkv.dtype) for table in tables),  # autocast may have narrowed the projection
@@ -216,15 +238,7 @@ class Attention(DerivedWeights):
         if not self.use_rel_pos:
             head_dim = qkv.shape[3] // (3 * self.num_heads)
             return qkv.new_zeros(lengths[0], head_dim), qkv.new_zeros(lengths[1], head_dim)
-        tables = (self.rel_pos_h, self.rel_pos_w)
-        if (len(tables[0]), len(tables[1])) == lengths:
-            return tables
-
-        def resize() -> tuple[Tensor, Tensor]:
-            resized = [resize_rel_pos(table, length) for table, length in zip(tables, lengths, strict=True)]
-            return resized[0], resized[1]
-
-        return self.derived(f"rel_pos {size}", resize, *tables)
+        return resize_rel_pos(self.rel_pos_h, lengths[0]), resize_rel_pos(self.rel_pos_w, lengths[1])
 
 
 def window_partition(x: Tensor, window_size: int) -> tuple[Tensor, tuple[int, int]]:
@@ -234,7 +248,8 @@ def window_partition(x: Tensor, window_size: int) -> tuple[Tensor, tuple[int, in
         windows [B * windows, window_size, window_size, C] in row-major order, and the padded (H, W).
     """
     batch, height, width, channels = x.shape
-    rows, columns = -(-height // window_size), -(-width // window_size)
+    # Rounded up without a negative number, which the TorchScript ONNX exporter divides towards zero.
+    rows, columns = ((side + (window_size - 1)) // window_size for side in (height, width))
     padded_h, padded_w = rows * window_size, columns * window_size
     x = F.pad(x, (0, 0, 0, padded_w - width, 0, padded_h - height))
     x = x.view(batch, rows, window_size, columns, window_size, channels)

@@ -86,17 +86,22 @@ class MaskDecoder(DerivedWeights):
         dense_prompt_embeddings: Tensor,
         multimask_output: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Masks for P prompts on one image, or on P images with one prompt each.
+        """Predict masks for P prompts on one image, one prompt on P images, or P images with a prompt each.
+
+        Every input has P rows, or one row that serves all.
 
         Args:
-            image_embeddings: [1 or P, C, h, w] from the image encoder.
-            image_pe: [1, C, h, w] positional encoding of its grid.
-            sparse_prompt_embeddings: [P, S, C] tokens of points and boxes.
+            image_embeddings: [P or 1, C, h, w] from the image encoder.
+            image_pe: [P or 1, C, h, w] positional encoding of its grid.
+            sparse_prompt_embeddings: [P or 1, S, C] tokens of points and boxes.
             dense_prompt_embeddings: [P or 1, C, h, w] embedding of the masks.
             multimask_output: three masks for an ambiguous prompt, or the one mask for an unambiguous prompt.
 
         Returns:
             logits [P, 3 or 1, 4h, 4w] and predicted IoU [P, 3 or 1].
+
+        Raises:
+            ValueError: numbers of rows that do not fit together.
         """
         masks, iou = self.predict_masks(
             image_embeddings=image_embeddings,
@@ -118,10 +123,19 @@ class MaskDecoder(DerivedWeights):
 
         Every module is called as officially, so hooks, adapters and other modules in their places count.
         """
+        _check_rows(
+            image_embeddings=image_embeddings,
+            image_pe=image_pe,
+            sparse_prompt_embeddings=sparse_prompt_embeddings,
+            dense_prompt_embeddings=dense_prompt_embeddings,
+        )
         tokens, grid = self._tokens(sparse_prompt_embeddings), image_embeddings.shape[-2:]
         source = image_embeddings + dense_prompt_embeddings.to(image_embeddings.dtype)
-        each = (len(tokens), -1, -1, -1)
-        tokens, keys = self.transformer(source.expand(each), image_pe[:1].to(tokens.dtype).expand(each), tokens)
+        # A sum and no comparison, so that a traced graph serves any number of prompts.
+        prompts = (source[:, 0, 0, 0] + image_pe[:, 0, 0, 0] + tokens[:, 0, 0]).shape[0]
+        each = (prompts, -1, -1, -1)
+        pe, tokens = image_pe.to(tokens.dtype).expand(each), tokens.expand(prompts, -1, -1)
+        tokens, keys = self.transformer(source.expand(each), pe, tokens)
         mask_tokens = tokens[:, 1 : 1 + self.num_mask_tokens]
         masks = self._masks_by_modules(keys, mask_tokens, slice(None), (grid[0], grid[1]))
         return masks, self.iou_prediction_head(tokens[:, 0])
@@ -223,7 +237,7 @@ class MaskDecoder(DerivedWeights):
     def _tokens(self, sparse: Tensor) -> Tensor:
         """Those that will answer, the predicted IoU's first, and a prompt's: [P, S, C] -> [P, 1 + M + S, C]."""
         answers = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        return torch.cat([answers.expand(len(sparse), -1, -1), sparse.to(answers.dtype)], dim=1)
+        return torch.cat([answers.expand(sparse.shape[0], -1, -1), sparse.to(answers.dtype)], dim=1)
 
     def decode_masks(
         self, decoded: DecodedPrompts, mask_slice: slice, rows: Tensor | None = None, kernels: str = "reference"
@@ -297,6 +311,15 @@ class MaskDecoder(DerivedWeights):
                 "hypernetwork_masks has a Triton form for the official upscaling with GELU only"
             )
         return False
+
+
+def _check_rows(**inputs: Tensor) -> None:
+    """Raise ``ValueError`` unless all ``inputs`` have as many rows, or one."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return
+    rows = {name: x.shape[0] for name, x in inputs.items()}
+    if len(set(rows.values()) - {1}) > 1:
+        raise ValueError(f"the mask decoder takes one row of an input or as many as of the others, got {rows}")
 
 
 def _tokens_of(x: Tensor) -> Tensor:
