@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import sam
 
-from .official_masks import _package_version
+from .official_masks import package_version
 from .peers import import_segment_anything, official_copy
 
 TARGET = Path(__file__).parents[1] / "tests" / "official_calls.json"
@@ -235,7 +235,7 @@ def main() -> None:
         f"{json.dumps(call)}: {json.dumps({name: summary(answer) for name, answer in answers.items()})}"
         for call, answers in found.items()
     ]
-    head = {"package": _package_version(), "model_hash": ours.model_hash}
+    head = {"package": package_version(), "model_hash": ours.model_hash}
     TARGET.write_text(json.dumps(head)[:-1] + ', "calls": {\n' + ",\n".join(lines) + "\n}}\n")
 
 
