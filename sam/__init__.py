@@ -12,6 +12,7 @@ from .build_sam import (
 )
 from .checkpoint import CheckpointError, save_checkpoint
 from .config import VARIANTS, SamConfig
+from .drop_in import as_segment_anything
 from .embedding import ImageEmbedding
 from .interactive import InteractiveSession
 from .modeling import Sam
@@ -34,6 +35,7 @@ __all__ = [
     "SamAutomaticMaskGenerator",
     "SamConfig",
     "SamPredictor",
+    "as_segment_anything",
     "build_from_config",
     "build_sam",
     "build_sam_nano",

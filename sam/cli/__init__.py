@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import auto, convert, demo, info, segment, serve, verify
+from . import auto, convert, demo, info, run, segment, serve, verify
 
 
 class _Parser(argparse.ArgumentParser):
@@ -18,7 +18,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastsam", description="Segment Anything on the command line.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (segment, auto, serve, info, verify, convert, demo):
+    for command in (segment, auto, serve, info, verify, convert, demo, run):
         command.add_parser(commands)
     return parser
 
@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     A command that could do a part of its work only returns 1.
     """
-    args = build_parser().parse_args(arguments)
+    own, program = run.split(sys.argv[1:] if arguments is None else arguments)
+    args = build_parser().parse_args(own, argparse.Namespace(program=program))
     if arguments is None and hasattr(args, "prepare"):
         args.prepare()
     try:

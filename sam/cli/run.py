@@ -1,0 +1,75 @@
+"""``run SCRIPT``: a program written for ``segment_anything``, unmodified, with this package in its place."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .options import add_traceback_option
+
+HOOK = Path(__file__).parent / "run_hook"
+
+DESCRIPTION = """Run a program in a Python of its own, in which, as in every Python process that it starts,
+segment_anything is this package. In a folder that has a package called sam itself, `python -m sam` is that package;
+`fastsam run` serves both."""
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "run",
+        help="run a program written for segment_anything, unmodified, with this package in its place",
+        description=DESCRIPTION,
+        usage="fastsam run [-h] [--replace-local] (SCRIPT | -m MODULE) [ARGUMENTS ...]",
+    )
+    parser.add_argument(
+        "--replace-local", action="store_true", help="also in place of a copy of segment_anything of the program's own"
+    )
+    add_traceback_option(parser)
+    parser.set_defaults(run=run)
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into what is for our parser, and the program with its arguments, which argparse would read.
+
+    The program begins at the first argument after ``run`` that is no option, at ``-m``, or after ``--``.
+    """
+    if arguments[:1] != ["run"]:
+        return list(arguments), []
+    start = 1
+    while start < len(arguments) and arguments[start].startswith("-") and not _begins_program(arguments[start]):
+        start += 1
+    separator = arguments[start : start + 1] == ["--"]
+    return list(arguments[:start]), list(arguments[start + separator :])
+
+
+def _begins_program(argument: str) -> bool:
+    """Whether a dash begins no option of ours: a module, the end of the options, or the script on stdin."""
+    return argument in ("-", "--") or argument.startswith("-m")
+
+
+def run(args: argparse.Namespace) -> None:
+    if not args.program or args.program == ["-m"]:
+        raise ValueError("run needs a SCRIPT, or -m MODULE")
+    for flag, name in (("-I", "isolated"), ("-E", "ignore_environment"), ("-S", "no_site")):
+        if getattr(sys.flags, name):
+            raise ValueError(f"python {flag} reads no PYTHONPATH or sitecustomize, by which run reaches the program")
+    sys.stdout.flush()
+    # Replaces this process, whose modules and variables the program must not find, by ``python SCRIPT`` itself.
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    os.execve(sys.executable, [sys.executable, *flags, *args.program], environment(args.replace_local))
+
+
+def environment(replace_local: bool) -> dict[str, str]:
+    """The variables with which a Python, and each that it starts, serves official packages from this one."""
+    variables = {**os.environ, "FASTSAM_RUN": sys.prefix}
+    paths = os.environ.get("PYTHONPATH")  # an empty one is none, but an empty part of one is the working directory
+    others = [path for path in paths.split(os.pathsep) if path != str(HOOK)] if paths else []
+    variables["PYTHONPATH"] = os.pathsep.join([str(HOOK), *others])
+    if replace_local:
+        variables["FASTSAM_REPLACE_LOCAL"] = "1"
+    return variables

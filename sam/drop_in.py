@@ -1,0 +1,207 @@
+"""Serves the import paths of official packages from this one: ``sam.as_segment_anything`` and ``sam run``.
+
+Nothing of this package is imported here and little else: every process of a program that ``sam run`` started reads this
+file as it starts, whatever it goes on to do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import ModuleType
+
+_ROOT = os.path.dirname(os.path.realpath(__file__))
+_NAME = os.path.basename(_ROOT)  # sam
+_BESIDE = "_fastsam"  # what this package is called in a process where the name ``sam`` is the program's own
+
+# Every import path of an official package below its name. Ours has more, which are not the official package's.
+_PATHS: dict[str, tuple[str, ...]] = {
+    "segment_anything": (
+        "automatic_mask_generator",
+        "build_sam",
+        "modeling",
+        "modeling.common",
+        "modeling.image_encoder",
+        "modeling.mask_decoder",
+        "modeling.prompt_encoder",
+        "modeling.sam",
+        "modeling.transformer",
+        "predictor",
+        "utils",
+        "utils.amg",
+        "utils.onnx",
+        "utils.transforms",
+    ),
+}
+
+
+def as_segment_anything(*, replace_local: bool = False) -> Served:
+    """Serve ``segment_anything`` and its modules from this package, from now on or for a ``with`` block.
+
+    ``segment_anything.x.y`` is then the module ``sam.x.y`` itself, so classes are the same by either name and pickles
+    of official paths load. The end of a ``with`` block leaves ``sys.modules`` as it was before. Processes that are
+    spawned know nothing of it; ``python -m sam run`` does the same for a program and all of its processes.
+
+    Args:
+        replace_local: also in place of a ``segment_anything`` outside ``site-packages``, which may well be modified: a
+            folder of the program's. By default that is left alone, with a ``RuntimeWarning`` that names it.
+
+    Raises:
+        ImportError: another ``segment_anything`` is imported already.
+        ModuleNotFoundError: at an import of a path below ``segment_anything`` that the official package has not.
+    """
+    package = __name__.rpartition(".")[0]
+    return Served("segment_anything", lambda: package, replace_local)
+
+
+class Served:
+    """Finds an official package: its first import puts our modules at all of its paths."""
+
+    def __init__(self, official: str, ours: Callable[[], str], replace_local: bool) -> None:
+        """Begin to serve ``official``, until ``__exit__``; ``ours`` says what our package is called when asked for."""
+        present = sys.modules.get(official)
+        if present is not None and not _is_ours(present):
+            raise ImportError(
+                f"{official} is imported already, from {_folder_of(present)}: serve it before anything imports it",
+                name=official,
+            )
+        self._official = official
+        self._ours = ours
+        self._replace_local = replace_local
+        self._before = self._modules()
+        sys.meta_path.insert(0, self)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        sys.meta_path.remove(self)
+        for name in self._modules():
+            del sys.modules[name]
+        sys.modules.update(self._before)
+
+    def _modules(self) -> dict[str, ModuleType]:
+        within = self._official + "."
+        return {name: module for name, module in sys.modules.items() if (name + ".").startswith(within)}
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Find the official package; of its modules, which are all there once it is, only what is missing is asked."""
+        if name == self._official:
+            if not self._replace_local and self._is_left_alone():
+                return None
+            spec = ModuleSpec(name, self, origin=os.path.join(_ROOT, "__init__.py"), is_package=True)  # type: ignore[arg-type]
+            spec.submodule_search_locations = [_ROOT]
+            return spec
+        if not name.startswith(self._official + ".") or not _is_ours(sys.modules.get(self._official)):
+            return None
+        if name in sys.modules:
+            return sys.modules[name].__spec__
+        raise ModuleNotFoundError(
+            f"no module {name}: {self._official} is served by fastsam-kernels here, which has the official paths only",
+            name=name,
+        )
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Put ours into ``sys.modules``, from where importlib takes it; of ``module`` nothing is kept.
+
+        All at once: a module imported later would be set as an attribute of its package, ``build_sam`` in place of
+        the function of that name.
+        """
+        ours = self._ours()
+        served = {self._official: importlib.import_module(ours)}
+        for path in _PATHS[self._official]:
+            served[f"{self._official}.{path}"] = importlib.import_module(f"{ours}.{path}")
+        sys.modules.update(served)
+
+    def _is_left_alone(self) -> bool:
+        """Whether sys.path has a package of the official name that nobody installed."""
+        spec = PathFinder.find_spec(self._official)
+        if spec is None or spec.origin is None:
+            return False
+        folder = os.path.dirname(spec.origin)
+        if folder == _ROOT or {"site-packages", "dist-packages"} & set(folder.split(os.sep)):
+            return False
+        warnings.warn(
+            f"{self._official} in {folder} is a copy of the program's own and stays in use; "
+            "replace_local=True, or sam run --replace-local, serves fastsam-kernels in its place",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return True
+
+
+def serve_program(replace_local: bool) -> None:
+    """Serve all official packages in this process, which may have a ``sam`` of its own."""
+    sys.meta_path.insert(0, _Beside())
+    for official in _PATHS:
+        Served(official, _our_name, replace_local)
+
+
+class _Beside:
+    """Finds ``sam``: the program's own where sys.path has one, else ours, which has another name then."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name == _NAME:
+            return _sam_of_the_program() or PathFinder.find_spec(name, [os.path.dirname(_ROOT)])
+        if name == "fastsam_kernels":
+            return PathFinder.find_spec(name, [os.path.dirname(_ROOT)])
+        if name == _BESIDE:
+            file = os.path.join(_ROOT, "__init__.py")
+            spec = ModuleSpec(name, SourceFileLoader(name, file), origin=file, is_package=True)
+            spec.has_location = True
+            spec.submodule_search_locations = [_ROOT]
+            return spec
+        if name.startswith(_NAME + ".") and _is_ours(sys.modules.get(_NAME)):
+            self._explain(name, path)
+        return None
+
+    def _explain(self, name: str, path: Sequence[str] | None) -> None:
+        """Raise where a module is missing in ours because the program means its own."""
+        theirs = None if PathFinder.find_spec(name, path) else _sam_of_the_program()
+        if theirs is not None:
+            places = [theirs.origin] if theirs.origin else list(theirs.submodule_search_locations or ())
+            raise ModuleNotFoundError(
+                f"no module {name}: {_NAME} is fastsam-kernels' here, as {places[0]} came onto sys.path only after it "
+                "was imported; put the folder that holds it on PYTHONPATH",
+                name=name,
+            )
+
+
+def _sam_of_the_program() -> ModuleSpec | None:
+    """The module or package ``sam`` that sys.path has beside ours; a folder without Python code is none."""
+    entries = [entry for entry in sys.path if os.path.realpath(os.path.join(entry, _NAME)) != _ROOT]
+    spec = PathFinder.find_spec(_NAME, entries)
+    if spec is None or spec.origin is not None:
+        return spec
+    for folder in spec.submodule_search_locations or ():
+        for entry in os.listdir(folder):
+            if entry.endswith(".py") or os.path.isfile(os.path.join(folder, entry, "__init__.py")):
+                return spec
+    return None
+
+
+def _our_name() -> str:
+    """The name by which this package is imported in a program."""
+    if _NAME in sys.modules:
+        return _NAME if _is_ours(sys.modules[_NAME]) else _BESIDE
+    return _NAME if _sam_of_the_program() is None else _BESIDE
+
+
+def _is_ours(module: ModuleType | None) -> bool:
+    return module is not None and _folder_of(module) == _ROOT
+
+
+def _folder_of(module: ModuleType) -> str:
+    file = getattr(module, "__file__", None)
+    return os.path.dirname(os.path.realpath(file)) if file else "an unknown place"
