@@ -68,7 +68,8 @@ def load_model(
     state = {name: tensor.to(torch.float32) for name, tensor in stored.state_dict.items()}
     model.load_state_dict(state, strict=True, assign=True)
     for name in ("pixel_mean", "pixel_std"):
-        setattr(model, name, torch.tensor(getattr(stored.config, name)).view(-1, 1, 1))
+        values = torch.tensor(getattr(stored.config, name), dtype=torch.float32, device="cpu")
+        setattr(model, name, values.view(-1, 1, 1))
     model.kernels = kernels
     model = model.to(device=device, dtype=dtype).eval()
     if compile or cuda_graphs:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .files import write_atomically
 from .preprocess import ImageGeometry
+from .results import compact
 
 if TYPE_CHECKING:
     from .modeling.transformer import SharedImageSide
@@ -103,7 +104,8 @@ class ImageEmbedding:
         return self.features
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shared": None, "_finish": None}  # made again where it is read
+        features = compact(self.ready_features())
+        return {**self.__dict__, "features": features, "_shared": None, "_finish": None}  # made again where it is read
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """Return ``tensor``, or a copy where it is a view: pickled, a view takes all along that it is a view of."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 @dataclass(frozen=True)
@@ -20,3 +26,6 @@ class MaskPrediction:
     masks: Tensor
     iou_predictions: Tensor
     low_res_logits: Tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: compact(tensor) for name, tensor in self.__dict__.items()}

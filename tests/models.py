@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 
 import sam
 from sam import Sam, SamConfig
@@ -21,6 +24,45 @@ TINY = SamConfig(
     decoder_mlp_dim=96,
     iou_head_hidden_dim=48,
 )
+
+
+class Int8Weight(torch.Tensor):
+    """Weights whose numbers lie behind a class, as libraries of quantisation have them: int8, a scale a row."""
+
+    levels: torch.Tensor
+    scale: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, weight: torch.Tensor) -> Int8Weight:
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, weight.shape, dtype=weight.dtype, device=weight.device
+        )
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.scale = weight.abs().amax(1, keepdim=True) / 127
+        self.levels = (weight / self.scale).round().to(torch.int8)
+
+    def plain(self) -> torch.Tensor:
+        return self.levels * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        args, kwargs = tree_map_only(cls, cls.plain, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def quantise_weights(model: torch.nn.Module) -> None:
+    """Give every linear layer of ``model`` an :class:`Int8Weight`."""
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.weight = torch.nn.Parameter(Int8Weight(layer.weight.detach()), requires_grad=False)
+
+
+def quantized(model: torch.nn.Module) -> torch.nn.Module:
+    """``model`` with torch's dynamically quantised linear layers."""
+    return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
 
 
 class Unheard:

@@ -9,19 +9,22 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import SamConfig
 from ..files import write_atomically
 from ..modeling import Sam
-from .layouts import LAYOUTS, Layout, transformers_config, transformers_names
-from .read import CONFIG_KEY
+from .errors import CheckpointError
+from .layouts import LAYOUTS, Layout, infer_config, transformers_config, transformers_names
+from .names import find_weights, is_weight_dtype
+from .read import CONFIG_KEY, official_state
 
 _TORCH_SUFFIXES = (".pth", ".pt")
+_OWN_ENTRIES = ("format", CONFIG_KEY)
 
 
 def save_checkpoint(
-    model: Sam,
+    model: nn.Module,
     path: str | os.PathLike[str],
     layout: Layout = "official",
     dtype: torch.dtype | None = None,
@@ -29,12 +32,18 @@ def save_checkpoint(
 ) -> None:
     """Write a model's weights; see :func:`write_checkpoint`.
 
+    The model, or parts of it, may be compiled or wrapped: the names of the weights are those of the plain model.
+
     Raises:
+        TypeError: no :class:`sam.Sam`, nor a module around one.
         ValueError: as there; or a model built by hand, without a config.
     """
-    if model.config is None:
+    inner = next((module for module in model.modules() if isinstance(module, Sam)), None)
+    if inner is None:
+        raise TypeError(f"the model must be a sam.Sam, or a module around one, got {type(model).__name__}")
+    if inner.config is None:
         raise ValueError("the model has no config; build it with sam.build_from_config or load it from a file")
-    write_checkpoint(model.state_dict(), model.config, path, layout, dtype, metadata)
+    write_checkpoint(inner.state_dict(), inner.config, path, layout, dtype, metadata)
 
 
 def write_checkpoint(
@@ -45,10 +54,10 @@ def write_checkpoint(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write weights under official names; what stood at ``path`` is replaced whole or not at all.
+    """Write weights that :func:`read_checkpoint` reads; what stood at ``path`` is replaced whole or not at all.
 
     Args:
-        state_dict, config: the weights and what they are of.
+        state_dict, config: the weights, in any layout and wrapping that a file may have, and what they are of.
         path: a ``.safetensors`` file; a ``.pth`` or ``.pt`` file that ``torch.load`` reads; or, for the
             transformers layout, a folder that ``SamModel.from_pretrained`` reads.
         layout: "official" or "transformers".
@@ -56,28 +65,66 @@ def write_checkpoint(
         metadata: further entries for safetensors.
 
     Raises:
-        ValueError: an unknown layout or suffix, or a folder for the official layout.
+        TypeError: a ``dtype`` or ``metadata`` of another type.
+        ValueError: an unknown layout or suffix, or a folder for the official layout; keys that are not those of a
+            plain model or hold no plain floating-point tensors, which are listed; a model that the kind of file has
+            no place to describe.
     """
     path = Path(path)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-    state = _renamed(state_dict, config, layout, dtype)
+    folder = layout == "transformers" and (path.is_dir() or not path.suffix)
+    if not folder and path.suffix not in (*_TORCH_SUFFIXES, ".safetensors"):
+        hint = ", or none for a folder" if layout == "transformers" else ""
+        raise ValueError(f"cannot write to {path}: the suffix must be .safetensors, .pth or .pt{hint}")
+    _check_options(dtype, metadata)
+    try:
+        official = official_state(*find_weights(state_dict), config)
+    except CheckpointError as error:
+        raise ValueError(f"cannot write {path}: {error}") from None
+    state = _renamed(official, config, layout, dtype)
+    if path.suffix in _TORCH_SUFFIXES and not folder and not _is_inferred(state, layout, config):
+        raise ValueError(
+            f"cannot write {path}: a {path.suffix} file has no place for the configuration of this {config.variant} "
+            "model, which differs from the known variants; use .safetensors"
+        )
     entries = {"format": "pt", CONFIG_KEY: config.to_json(), **(metadata or {})}
-    if path.suffix in _TORCH_SUFFIXES:
-        with write_atomically(path) as partial:
+    if folder:
+        _write_folder(path, state, entries, config)
+        return
+    with write_atomically(path) as partial:
+        if path.suffix in _TORCH_SUFFIXES:
             torch.save(state, partial)
-    elif path.suffix == ".safetensors":
-        with write_atomically(path) as partial:
+        else:
             safetensors.torch.save_file(state, partial, entries)
-    elif layout == "transformers" and (path.is_dir() or not path.suffix):
-        path.mkdir(parents=True, exist_ok=True)
-        with write_atomically(path / "model.safetensors") as partial:
-            safetensors.torch.save_file(state, partial, entries)
-        with write_atomically(path / "config.json") as partial:
-            partial.write_text(json.dumps(transformers_config(config), indent=2) + "\n")
-    else:
-        folder = ", or none for a folder" if layout == "transformers" else ""
-        raise ValueError(f"cannot write to {path}: the suffix must be .safetensors, .pth or .pt{folder}")
+
+
+def _write_folder(path: Path, state: dict[str, Tensor], entries: dict[str, str], config: SamConfig) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    # Both files are whole before one of them takes the place of what stood there.
+    with write_atomically(path / "config.json") as text, write_atomically(path / "model.safetensors") as partial:
+        safetensors.torch.save_file(state, partial, entries)
+        text.write_text(json.dumps(transformers_config(config), indent=2) + "\n")
+
+
+def _check_options(dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype like torch.float16, got {dtype!r}")
+    if dtype is not None and not is_weight_dtype(dtype):
+        raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+    for name, value in (metadata or {}).items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise TypeError(f"metadata must map strings to strings, got {name!r}: {value!r}")
+        if name in _OWN_ENTRIES:
+            raise ValueError(f"metadata must not name {name!r}, which says what the weights are of")
+
+
+def _is_inferred(state: Mapping[str, Tensor], layout: Layout, config: SamConfig) -> bool:
+    """Tell whether a reader of ``state`` alone learns ``config``."""
+    try:
+        return infer_config(state, layout) == config
+    except CheckpointError:
+        return False
 
 
 def _renamed(

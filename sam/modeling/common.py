@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -59,9 +60,29 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
+# The segments that torch's own wrappers put into the names of what they wrap.
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def unwrapped_name(name: str) -> str:
+    """The name of a weight in the model as it was before torch compiled or wrapped it or parts of it."""
+    return _WRAPPERS.sub("", name)
+
+
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it has memory of its own: no fake, no part of a distributed one."""
+    """Whether it has memory of its own: no fake, no part of a distributed one, no quantised numbers behind a class."""
     return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def has_bytes(value: Any) -> bool:
+    """Tell whether ``value`` is a tensor whose bytes are its values."""
+    return (
+        isinstance(value, Tensor)
+        and is_plain(value)
+        and value.layout == torch.strided
+        and not value.is_quantized
+        and not value.is_meta
+    )
 
 
 def is_ours(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -74,7 +95,7 @@ def is_ours(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def is_as_written(module: nn.Module) -> bool:
-    """Whether nobody has hooked ``module`` or anything in it, or given it another ``forward``.
+    """Whether nobody has hooked ``module`` or anything in it, given it another ``forward`` or other than plain weights.
 
     Every click asks, and ``modules()`` takes four times as long.
     """
@@ -83,6 +104,9 @@ def is_as_written(module: nn.Module) -> bool:
         state = left.pop().__dict__
         if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
             return False
+        for weight in state["_parameters"].values():
+            if weight is not None and not is_plain(weight):
+                return False
         left += [inner for inner in state["_modules"].values() if inner is not None]
     return True
 
@@ -182,8 +206,9 @@ class DerivedWeights(nn.Module):
     Kept values are dropped by ``.to()`` and its kin, by ``train()`` and ``eval()``, by ``load_state_dict``, and when
     one of the named sources was written in place, by an optimiser too. What torch does not count, writes through
     ``.data`` or from outside, has to be told: :meth:`weights_changed`. Nothing is kept while autograd records a
-    source, nor in a compiled graph, which makes it of the weights that it is given. Threads may ask at once, each on
-    a stream of its own: one of them makes the value, and the others get it finished.
+    source, of sources that are no plain tensors, nor in a compiled graph, which makes it of the weights that it is
+    given. Threads may ask at once, each on a stream of its own: one of them makes the value, and the others get it
+    finished.
 
     Attributes:
         times_dropped: how often everything was dropped; who reads kept values by their addresses asks.
@@ -197,6 +222,9 @@ class DerivedWeights(nn.Module):
     def derived(self, name: str, make: Callable[[], T], *sources: Tensor) -> T:
         """The value of ``make()``, a function of ``sources`` alone, computed once for their present values."""
         if torch.compiler.is_compiling() or recording(*sources):
+            return make()
+        if not all(map(is_plain, sources)):
+            self._derived.pop(name, None)
             return make()
         key = weights_key(*sources)
         kept = self._derived.get(name)

@@ -22,7 +22,17 @@ from ..embedding import ImageEmbedding, hash_image
 from ..preprocess import ImageGeometry
 from ..prompts import Prompt, PromptBatch, ragged_chunks
 from ..results import MaskPrediction
-from .common import DerivedWeights, Fp32Buffers, is_ours, memory_of, uncompiled, weights_key, weights_of
+from .common import (
+    DerivedWeights,
+    Fp32Buffers,
+    has_bytes,
+    is_ours,
+    memory_of,
+    uncompiled,
+    unwrapped_name,
+    weights_key,
+    weights_of,
+)
 from .image_encoder import ImageEncoderViT
 from .mask_decoder import AnsweredPrompts, DecodedPrompts, MaskDecoder
 from .prompt_encoder import LABEL_ABSENT, PromptEncoder, check_mask_inputs
@@ -72,8 +82,8 @@ class Sam(DerivedWeights, Fp32Buffers):
     @property
     def dtype(self) -> torch.dtype:
         """Of the image encoder and the mask decoder; prompts are always encoded in fp32 at least."""
-        token = getattr(self.mask_decoder, "iou_token", None)
-        return next(self.parameters()).dtype if token is None else token.weight.dtype
+        weight = getattr(getattr(self.mask_decoder, "iou_token", None), "weight", None)
+        return weight.dtype if isinstance(weight, Tensor) else next(self.parameters()).dtype
 
     @property
     def name(self) -> str:
@@ -94,27 +104,36 @@ class Sam(DerivedWeights, Fp32Buffers):
         return resolve_kernels(self._kernels, self.device)
 
     @property
-    def model_hash(self) -> str:
+    def model_hash(self) -> str | None:
         """32 hex digits that tell these weights, this dtype and this architecture from any other.
 
-        A checksum against mistakes, not against forgery: 600 MB of weights take about 0.1 s on four cores.
+        None where weights are no plain tensors, like quantised ones. The values count, and not what wraps them: a
+        compiled model has the hash of the plain one. A checksum against mistakes, not against forgery: 600 MB of
+        weights take about 0.1 s on four cores.
         """
         with torch.no_grad():
             return self.derived("model_hash", self._hash_weights, *weights_of(self))
 
-    def _hash_weights(self) -> str:
+    def _hash_weights(self) -> str | None:
         def checksum(entry: tuple[str, Tensor]) -> str:
             name, tensor = entry
             values = tensor.detach().contiguous().cpu()
             crc = zlib.crc32(values.reshape(-1).view(torch.uint8).numpy().data)
-            return f"{name} {list(tensor.shape)} {tensor.dtype} {crc}"
+            return f"{unwrapped_name(name)} {list(tensor.shape)} {tensor.dtype} {crc}"
 
         # Inside a state dict no weight is missing and the names are the official ones; zlib releases the GIL.
         entries = [*self.state_dict().items(), *self.named_buffers()]
+        if not all(has_bytes(value) for _, value in entries):
+            return None
         with ThreadPoolExecutor() as pool:
             lines = list(pool.map(checksum, entries))
-        architecture = self.config.to_json() if self.config is not None else str(self)
+        architecture = self.config.to_json() if self.config is not None else self._architecture()
         return hashlib.sha256("\n".join([architecture, *lines]).encode()).hexdigest()[:32]
+
+    def _architecture(self) -> str:
+        """The modules, one a line; one that wraps another has its name, and the later of two of a name counts."""
+        modules = {unwrapped_name(f"{name}."): module for name, module in self.named_modules()}
+        return "\n".join(f"{name} {type(module).__name__}({module.extra_repr()})" for name, module in modules.items())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "runtime": None}  # a copy runs eagerly
@@ -426,9 +445,10 @@ class Sam(DerivedWeights, Fp32Buffers):
     def check_embedding(self, embedding: ImageEmbedding) -> None:
         """Raise ``ValueError`` unless this model can decode ``embedding``."""
         if embedding.model_hash is not None and embedding.model_hash != self._known_hash():
+            own = self._known_hash() or "of weights that are no plain tensors"
             raise ValueError(
                 f"this embedding was made by model {embedding.model_name} {embedding.model_hash}, not by this "
-                f"model, {self.name} {self._known_hash()}; encode the image again"
+                f"model, {self.name} {own}; encode the image again"
             )
         encoder = uncompiled(self.prompt_encoder)
         if isinstance(encoder, PromptEncoder):  # a user's own need not say what it takes
@@ -446,7 +466,7 @@ class Sam(DerivedWeights, Fp32Buffers):
                 f"use embedding.to({str(self.device)!r})"
             )
 
-    def _known_hash(self) -> str:
+    def _known_hash(self) -> str | None:
         # Asking every parameter whether it changed would cost more than a click: ``encode`` does that.
         kept = self._derived.get("model_hash")
         return kept[1] if kept is not None else self.model_hash

@@ -291,7 +291,7 @@ def _describe(engine: Engine) -> dict[str, Any]:
     model = engine.model
     return {
         "name": model.name,
-        "versions": [model.model_hash],
+        "versions": [] if model.model_hash is None else [model.model_hash],
         "platform": "pytorch",
         "inputs": [{"name": "image", "datatype": "UINT8", "shape": [-1, -1, 3]}],
         "outputs": [{"name": "masks", "datatype": "BOOL", "shape": [-1, -1, -1, -1]}],

@@ -1,0 +1,193 @@
+"""Weights are known by their values, not by what wraps them; those that are no plain tensors are used as they are."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from comparison import assert_close_l2
+from models import TINY, Int8Weight, quantise_weights, quantized, random_image, random_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+import sam
+from sam import Prompt, Sam
+from sam.engine import Engine
+
+PROMPTS = [Prompt([(40, 40)], [1]), Prompt([(9, 9), (30, 50)], [0, 1], box=(2, 3, 60, 70)), Prompt(box=(4, 4, 99, 50))]
+
+
+def compiled(module: torch.nn.Module) -> torch.nn.Module:
+    return torch.compile(module, backend="eager")  # type: ignore[return-value]
+
+
+def replace(parent: torch.nn.Module, name: str, wrap: Callable[[Any], Any]) -> None:
+    setattr(parent, name, wrap(getattr(parent, name)))
+
+
+WRAPPINGS: dict[str, Callable[[Sam], Any]] = {
+    "compiled encoder": lambda m: replace(m, "image_encoder", compiled),
+    "compiled decoder": lambda m: replace(m, "mask_decoder", compiled),
+    "compiled neck on several devices": lambda m: replace(
+        m.image_encoder, "neck", lambda neck: torch.nn.DataParallel(compiled(neck))
+    ),
+    "compiled layer": lambda m: setattr(
+        m.image_encoder.blocks[0].mlp, "lin1", compiled(m.image_encoder.blocks[0].mlp.lin1)
+    ),
+    "checkpointed block": lambda m: m.image_encoder.blocks.__setitem__(
+        1, checkpoint_wrapper(m.image_encoder.blocks[1])
+    ),
+    "a neck on several devices": lambda m: setattr(
+        m.image_encoder, "neck", torch.nn.DataParallel(m.image_encoder.neck)
+    ),
+    "the whole model compiled": compiled,
+}
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_wrappers_change_no_hash(tiny: Sam, wrapping: str, by_hand: bool) -> None:
+    if by_hand:
+        tiny = Sam(tiny.image_encoder, tiny.prompt_encoder, tiny.mask_decoder).eval()
+    plain = tiny.model_hash
+    embedding = tiny.encode(random_image(90, 128))
+    found = WRAPPINGS[wrapping](tiny)
+    model = found if isinstance(found, torch.nn.Module) else tiny
+    tiny.weights_changed()  # nothing is kept of before
+    assert model.model_hash == plain is not None
+    assert tiny.predict(embedding, PROMPTS[:1]).masks.shape == (1, 3, 90, 128)
+    with torch.no_grad():
+        next(tiny.image_encoder.parameters()).add_(1)
+    assert tiny.model_hash != plain
+
+
+def test_a_module_of_a_users_own_changes_the_hash(tiny: Sam) -> None:
+    """What it computes is not known."""
+    plain = tiny.model_hash
+    tiny.image_encoder.neck = torch.nn.Sequential(tiny.image_encoder.neck)
+    tiny.weights_changed()
+    assert tiny.model_hash not in (plain, None)
+
+
+# Weights that are no plain tensors ------------------------------------------------------------------------
+
+
+def int8_weights(model: Sam) -> Sam:
+    quantise_weights(model)
+    return model
+
+
+UNUSUAL: dict[str, Callable[[Sam], Any]] = {
+    "all linear layers": int8_weights,
+    "encoder alone": lambda model: quantise_weights(model.image_encoder),
+    "decoder alone": lambda model: quantise_weights(model.mask_decoder),
+    "one embedding": lambda model: replace(
+        model.mask_decoder.mask_tokens, "weight", lambda weight: torch.nn.Parameter(Int8Weight(weight), False)
+    ),
+    "torch's dynamic quantisation": quantized,
+    "torch's dynamic quantisation of the decoder": lambda model: setattr(
+        model, "mask_decoder", quantized(model.mask_decoder)
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+@pytest.mark.parametrize("change", UNUSUAL)
+def test_every_call_takes_weights_that_are_no_plain_tensors(change: str, kernels: str) -> None:
+    model, image = random_model(TINY), random_image(90, 128)
+    foreign = model.encode(image)
+    expected = model.predict(foreign, PROMPTS).low_res_logits
+    found = UNUSUAL[change](model)
+    model = found if isinstance(found, Sam) else model
+    model.kernels = kernels
+
+    embedding = model.encode(image)
+    assert model.model_hash is None
+    assert embedding.model_hash is None
+    logits = model.predict(embedding, PROMPTS).low_res_logits
+    assert_close_l2(logits, expected, 0.2, "int8 against fp32")  # int8 moves random weights' logits by some per cent
+    with pytest.raises(ValueError, match=r"not by this model, custom of weights that are no plain tensors; encode"):
+        model.predict(foreign, PROMPTS)
+
+    predictor = sam.SamPredictor(model)
+    predictor.set_image(image)
+    _, _, low_res = predictor.predict([[40, 40]], [1])
+    assert_close_l2(torch.from_numpy(low_res), logits[0], 1e-5, "SamPredictor")
+    coords = predictor.transform.apply_coords_torch(torch.tensor([[[40.0, 40.0]]]), (90, 128))
+    assert_close_l2(predictor.predict_torch(coords, torch.ones(1, 1))[2], logits[:1], 1e-5, "predict_torch")
+    session = sam.InteractiveSession(model, embedding)
+    session.click(40, 40)
+    assert session.click(50, 50).mask().shape == (90, 128)
+    (streamed,) = sam.encode_stream(model, [image])
+    assert torch.equal(streamed.features, embedding.features)
+    generator = sam.SamAutomaticMaskGenerator(
+        model, points_per_side=2, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=1.0
+    )
+    assert len(generator.generate(image)) > 0
+    record = {"image": torch.zeros(3, 90, 128), "original_size": (90, 128), "boxes": torch.tensor([[4.0, 4, 99, 50]])}
+    assert model([record], multimask_output=True)[0]["masks"].shape == (1, 3, 90, 128)
+    with Engine(model) as engine:
+        assert torch.equal(engine.embed(image).result().features, embedding.features)
+
+
+def test_weights_quantised_after_a_click_leave_nothing_of_before(tiny: Sam) -> None:
+    """Neither their hash nor what was derived of them."""
+    image = random_image(90, 128)
+    tiny.predict(tiny.encode(image), PROMPTS)
+    quantise_weights(tiny)
+    other = random_model(TINY)
+    quantise_weights(other)
+    found, expected = (model.predict(model.encode(image), PROMPTS).low_res_logits for model in (tiny, other))
+    assert torch.equal(found, expected)
+
+
+# Copies and files of Python objects -----------------------------------------------------------------------
+
+
+def saved_size(value: Any) -> int:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return len(buffer.getvalue())
+
+
+SIZES: dict[str, Callable[[Any], int]] = {
+    "pickle": lambda value: len(pickle.dumps(value)),
+    "torch.save": saved_size,
+    "deepcopy": lambda value: len(pickle.dumps(copy.deepcopy(value))),
+}
+
+
+@pytest.mark.parametrize("way", SIZES)
+def test_nothing_that_is_kept_for_speed_travels(tiny: Sam, way: str) -> None:
+    size, image = SIZES[way], random_image(90, 128)
+    embedding, predictor = tiny.encode(image), sam.SamPredictor(tiny)
+    predictor.set_image(image)
+    subjects = {"model": tiny, "embedding": embedding, "predictor": predictor}
+    before = {name: size(value) for name, value in subjects.items()}
+    for multimask in (True, False):
+        tiny.predict(embedding, PROMPTS, multimask)
+        predictor.predict([[40, 40]], [1], multimask_output=multimask)
+    sam.SamAutomaticMaskGenerator(tiny, points_per_side=2).generate(image)
+    # A few flags and names may come; a tensor that is kept is thousands of bytes.
+    assert {name: size(value) - before[name] < 1000 for name, value in subjects.items()} == dict.fromkeys(
+        subjects, True
+    )
+    assert embedding.nbytes > before["embedding"]  # there was something kept
+
+
+@pytest.mark.parametrize("way", SIZES)
+def test_rows_travel_without_the_others(tiny: Sam, way: str) -> None:
+    """Images are embedded and asked in batches; the handle and the masks of one take no other's along."""
+    size = SIZES[way]
+    images = [random_image(90, 128, seed) for seed in range(8)]
+    alone = tiny.encode(images[0])
+    many = tiny.encode(images, batch_size=8)
+    assert abs(size(many[0]) - size(alone)) < 1000
+    one = tiny.predict(alone, PROMPTS)
+    several = tiny.predict(many, [PROMPTS] * 8)
+    assert abs(size(several[0]) - size(one)) < 1000
