@@ -71,6 +71,31 @@ def test_segment_by_box_with_one_mask(tmp_path: Path, image_file: Path) -> None:
     assert document["model"]["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("form", [["--box", "-5,-.5,208,148"], ["--box=-5,-.5,208,148"]])
+def test_values_may_begin_with_a_minus(tmp_path: Path, image_file: Path, form: list[str]) -> None:
+    arguments = [*form, "--point", "-1e-1,10", "--image-size", "64", "--out", str(tmp_path)]
+    assert main(["segment", str(image_file), *arguments]) == 0
+    prompt = json.loads((tmp_path / "cat.json").read_text())["prompt"]
+    assert prompt == {"points": [[-0.1, 10]], "labels": [1], "box": [-5, -0.5, 208, 148]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["segment", "x.png", "--point", "-inf,1"], "points must be finite, got -inf"),
+        (["segment", "x.png", "--point", "-NaN,1"], "points must be finite, got nan"),
+        (["segment", "x.png", "--point", "-1"], "'-1' is not X,Y or X,Y,LABEL"),
+        (["segment", "x.png", "--point", "1,1", "--max-megapixels", "-1e-3"], "no such image: x.png"),
+        (["auto", "x.png", "--crop-overlap-ratio", "-1e-3"], "no such image or folder: x.png"),
+        (["segment", "-1,2.png", "--point", "1,1"], "no such image: -1,2.png"),
+        (["segment", "x.png", "--points", "-1,1"], "unrecognized arguments: --points"),
+        (["segment", "x.png", "-p", "1"], "unrecognized arguments: -p"),
+    ],
+)
+def test_a_minus_where_a_value_is_wrong(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert message in run_bad(capsys, *arguments)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

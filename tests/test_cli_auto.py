@@ -9,6 +9,7 @@ from pathlib import Path
 import coins
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as coco
 
@@ -38,7 +39,8 @@ def run(*arguments: object) -> int:
 def test_png(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert run(folder, "--out", out, "--overlay") == 0
-    assert {path.name for path in out.iterdir()} == {"a.png", "a.jpg", "a.png_overlay.png", "a.jpg_overlay.png"}
+    results = {"a.png", "a.jpg", "a.png_overlay.png", "a.jpg_overlay.png"}
+    assert {path.name for path in out.iterdir()} == {*results, "results.jsonl"}
     assert "2 images, " in capsys.readouterr().out
     with open(out / "a.png" / "metadata.csv", newline="") as file:
         header, *rows = list(csv.reader(file))
@@ -67,7 +69,7 @@ def test_coco(folder: Path, tmp_path: Path) -> None:
     for options in (("--format", "coco", "--out"), ("--convert-to-rle", "--output")):
         out = tmp_path / options[0]
         assert run(folder / "a.png", *options, out) == 0
-        assert [path.name for path in out.iterdir()] == ["a.json"]
+        assert {path.name for path in out.iterdir()} == {"a.json", "results.jsonl"}
         records = json.loads((out / "a.json").read_text())
         assert records
         for record in records:
@@ -98,6 +100,118 @@ def test_what_is_finished_is_skipped(folder: Path, tmp_path: Path, capsys: pytes
     assert finished.stat().st_mtime_ns > before
 
 
+def photograph(path: Path, side: int = 40, grey: int = 90) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((side, side, 3), grey, np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def small() -> sam.Sam:
+    return sam.load_model(image_size=64)
+
+
+@pytest.fixture
+def loaded_once(small: sam.Sam, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "model_from", lambda args: small)
+
+
+def run_one_click(*arguments: object) -> int:
+    return main(["auto", "--format", "coco", "--image-size", "64", "--points-per-side", "1", *map(str, arguments)])
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_results_of_another_file_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of another folder, or the same name with other pixels; not of a copy of the same file."""
+    out = tmp_path / "out"
+    first, second = photograph(tmp_path / "A" / "img.png"), photograph(tmp_path / "B" / "img.png", side=50)
+    assert run_one_click(first.parent, "--out", out) == 0
+    made = (out / "img.json").read_text()
+    capsys.readouterr()
+    for source in (second, second.parent, photograph(tmp_path / "C" / "img.jpg"), photograph(first, grey=91)):
+        assert run_one_click(source, "--out", out) == 1
+        captured = capsys.readouterr()
+        message = f"{out / 'img.json'} was made from another file, img.png; --force replaces it, another --out keeps it"
+        assert message in captured.err
+        assert "1 failed" in captured.out
+        assert (out / "img.json").read_text() == made
+    photograph(tmp_path / "A" / "img.png").rename(tmp_path / "img.png")
+    assert run_one_click(tmp_path / "img.png", "--out", out) == 0
+    assert "skipped 1" in capsys.readouterr().out
+    assert run_one_click(second, "--out", out, "--force") == 0
+    assert run_one_click(second, "--out", out) == 0
+    assert "skipped 1" in capsys.readouterr().out
+
+
+def test_results_of_other_settings_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], nano: sam.Sam
+) -> None:
+    """Other thresholds, another size of input, another dtype, other weights."""
+    out, image = tmp_path / "out", photograph(tmp_path / "img.png")
+    weights = tmp_path / "other.safetensors"
+    changed = sam.load_model()
+    with torch.no_grad():
+        changed.mask_decoder.iou_token.weight += 1
+    sam.save_checkpoint(changed, weights)
+    assert run_one_click(image, "--out", out) == 0
+    capsys.readouterr()
+    for options, message in (
+        (["--pred-iou-thresh", "-1e-1"], "other settings: pred_iou_thresh 0.5, now pred_iou_thresh -0.1; --force"),
+        (["--image-size", "128"], "other settings: model_hash "),
+        (["--dtype", "bf16"], "other settings: model_hash "),
+        (["--checkpoint", weights], "made with other settings: "),
+    ):
+        assert run_one_click(image, "--out", out, *options) == 1
+        assert message in capsys.readouterr().err
+    assert run_one_click(image, "--out", out, "--max-memory", "1GB", "--kernels", "torch") == 0
+    assert "skipped 1" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_results_that_nobody_knows_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, image = tmp_path / "out", photograph(tmp_path / "img.png")
+    out.mkdir()
+    (out / "img.json").write_text("[]")
+    (out / "results.jsonl").write_text('{"result": "img.json", "file": "im\n[]\n')
+    assert run_one_click(image, "--out", out) == 1
+    assert (
+        "img.json is not in results.jsonl, which says what results were made from; --force" in capsys.readouterr().err
+    )
+    assert run_one_click(image, "--out", out, "--force") == 0
+    (out / "img.json").unlink()
+    (out / "img.json").mkdir()
+    (out / "results.jsonl").unlink()
+    assert run_one_click(image, "--out", out, "--force") == 1
+    assert "img.json is a folder of something else" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_an_overlay_is_never_of_other_masks(tmp_path: Path) -> None:
+    out, image = tmp_path / "out", photograph(tmp_path / "img.png")
+    assert run_one_click(image, "--out", out, "--overlay") == 0
+    assert (out / "img_overlay.png").is_file()
+    assert run_one_click(image, "--out", out, "--force", "--pred-iou-thresh", "0.1") == 0
+    assert not (out / "img_overlay.png").exists()
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_names_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hidden files and what is no photograph are left alone; stems that differ by case only are told apart."""
+    for name in ("a.png", "A.jpg", "b.png"):
+        photograph(tmp_path / "images" / name)
+    for name in ("._a.png", ".hidden.jpg", "notes.pdf", "labels.h5", "clip.mpg", "scene.fits", "list.txt"):
+        (tmp_path / "images" / name).write_bytes(b"\0\5\x16\7")
+    named = auto.find_images(tmp_path / "images")
+    assert {path.name: name for path, name in named.items()} == {"a.png": "a.png", "A.jpg": "A.jpg", "b.png": "b"}
+    photograph(tmp_path / "images" / "a.jpg.png")
+    photograph(tmp_path / "images" / "a.jpg").unlink()
+    photograph(tmp_path / "images" / "A.png")
+    assert run_one_click(tmp_path / "images", "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "would both be called " in error
+    assert "rename one" in error
+
+
 def test_nothing_half_written_is_left(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,7 +226,7 @@ def test_nothing_half_written_is_left(
     monkeypatch.setattr(Image.Image, "save", full)
     out = tmp_path / "out"
     assert run(folder / "a.png", "--out", out) == 1
-    assert list(out.iterdir()) == []
+    assert [path.name for path in out.iterdir()] == ["results.jsonl"]
     assert "No space left on device" in capsys.readouterr().err
 
 
@@ -127,7 +241,7 @@ def test_a_broken_image_is_reported_and_the_rest_go_on(
     assert "damaged" in captured.err
     assert "2 images, " in captured.out
     assert "1 failed" in captured.out
-    assert {path.name for path in out.iterdir()} == {"a.png.json", "a.jpg.json"}
+    assert {path.name for path in out.iterdir()} == {"a.png.json", "a.jpg.json", "results.jsonl"}
 
 
 def test_bad_arguments(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

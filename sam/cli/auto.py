@@ -20,9 +20,10 @@ from tqdm import tqdm
 from .. import rle
 from ..automatic_mask_generator import NANO_THRESHOLDS, SamAutomaticMaskGenerator
 from ..files import write_atomically
-from ..images import MAX_MEGAPIXELS, read_image
+from ..images import MAX_MEGAPIXELS, is_image_name, read_image
 from ..overlay import draw_overlay
 from .options import add_model_options, add_traceback_option, model_from
+from .provenance import Origin, Record
 
 _SETTINGS: tuple[tuple[str, type, Any, str], ...] = (
     ("points_per_side", int, 32, "clicks along a side of the grid"),
@@ -61,7 +62,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--convert-to-rle", action="store_const", dest="format", const="coco", help="as --format coco")
     parser.add_argument("--overlay", action="store_true", help="also draw the masks on the image")
-    parser.add_argument("--force", action="store_true", help="do images anew whose results are there")
+    parser.add_argument("--force", action="store_true", help="replace results that are there, whatever made them")
     parser.add_argument("--max-memory", metavar="SIZE", help="for clicks and masks, such as 500MB (default: about 2GB)")
     parser.add_argument(
         "--max-megapixels",
@@ -85,22 +86,23 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.resolve() == Path(args.source).resolve():
         raise ValueError(f"--out must be another folder than that of the images, got {out}")
+    targets = {path: _Target(out, name, args) for path, name in images.items()}
+    _check_distinct(targets)
     out.mkdir(parents=True, exist_ok=True)
-    waiting = {path: out / name for path, name in images.items() if args.force or not _finished(out / name, args)}
-    if skipped := len(images) - len(waiting):
-        print(f"skipped {skipped}, whose results are in {out}; --force does them anew")
-    if not waiting:
-        return 0
-    generator = _generator(args)
-    masks, failed = 0, 0
-    for path, target in tqdm(waiting.items(), desc="auto", unit="image", disable=None, leave=False):
+    generator, settings = _generator(args)
+    record = Record(out)
+    masks = done = skipped = failed = 0
+    for path, target in tqdm(targets.items(), desc="auto", unit="image", disable=None, leave=False):
         try:
+            origin = Origin.of(path, settings)
+            if not args.force and target.is_finished(origin, record):
+                skipped += 1
+                continue
             image = read_image(path, args.max_megapixels or None)
             records = generator.generate(image)
-            if args.overlay:
-                with write_atomically(_overlay_of(target)) as partial:
-                    _draw(image, records).save(partial)
-            (_write_coco if args.format == "coco" else _write_pngs)(records, target)
+            target.remove(record)
+            record.add(target.results, origin)
+            target.write(image, records)
         except (ValueError, OSError) as error:
             if args.traceback:
                 raise
@@ -109,13 +111,17 @@ def run(args: argparse.Namespace) -> int:
             where = "" if str(path) in message else f"{path}: "
             tqdm.write(f"fastsam auto: {where}{message}", file=sys.stderr)
         else:
+            done += 1
             masks += len(records)
-    print(f"{len(waiting) - failed} images, {masks} masks in {out}" + (f"; {failed} failed" if failed else ""))
+    if skipped:
+        print(f"skipped {skipped}, whose results are in {out}; --force does them anew")
+    if done or failed:
+        print(f"{done} images, {masks} masks in {out}" + (f"; {failed} failed" if failed else ""))
     return 1 if failed else 0
 
 
 def find_images(source: Path) -> dict[Path, str]:
-    """The images of a folder, or the one image, each with a name of its own for its results.
+    """Find the images of a folder, or the one image, each with a name of its own for its results.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -125,41 +131,86 @@ def find_images(source: Path) -> dict[Path, str]:
         if not source.is_file():
             raise FileNotFoundError(f"no such image or folder: {source}")
         return {source: source.stem}
-    known = Image.registered_extensions()
-    paths = sorted(path for path in source.iterdir() if path.is_file() and path.suffix.lower() in known)
+    paths = sorted(path for path in source.iterdir() if path.is_file() and is_image_name(path))
     if not paths:
         raise ValueError(f"no images in {source}")
-    stems = Counter(path.stem for path in paths)
-    return {path: path.stem if stems[path.stem] == 1 else path.name for path in paths}
+    stems = Counter(path.stem.casefold() for path in paths)  # some file systems do not tell a from A
+    return {path: path.stem if stems[path.stem.casefold()] == 1 else path.name for path in paths}
 
 
-def _generator(args: argparse.Namespace) -> SamAutomaticMaskGenerator:
+def _check_distinct(targets: dict[Path, _Target]) -> None:
+    owners: dict[str, Path] = {}
+    for path, target in targets.items():
+        for result in target.results:
+            other = owners.setdefault(result.casefold(), path)
+            if other != path:
+                raise ValueError(f"the results of {other} and {path} would both be called {result}: rename one")
+
+
+def _generator(args: argparse.Namespace) -> tuple[SamAutomaticMaskGenerator, dict[str, Any]]:
+    """Make the generator, and list all that its masks depend on besides the image."""
     model = model_from(args)
     suited = NANO_THRESHOLDS if model.name == "nano" else {}
     settings = {
         name: suited.get(name, default) if (given := getattr(args, name)) is None else given
         for name, _, default, _ in _SETTINGS
     }
-    return SamAutomaticMaskGenerator(model, **settings, output_mode="coco_rle", max_memory=args.max_memory)
+    generator = SamAutomaticMaskGenerator(model, **settings, output_mode="coco_rle", max_memory=args.max_memory)
+    return generator, {"model_hash": model.model_hash, **settings}
 
 
-def _finished(target: Path, args: argparse.Namespace) -> bool:
-    """Results appear under their names only when they are whole, the masks last."""
-    if args.overlay and not _overlay_of(target).is_file():
-        return False
-    return _json_of(target).is_file() if args.format == "coco" else (target / "metadata.csv").is_file()
+class _Target:
+    """Where the results of one image go. They appear under their names only when they are whole."""
 
+    def __init__(self, out: Path, name: str, args: argparse.Namespace) -> None:
+        self.out = out
+        self._coco = args.format == "coco"
+        self._masks = out / (f"{name}.json" if self._coco else name)
+        self._overlay = out / f"{name}_overlay.png"
+        self._wanted = [self._masks, self._overlay] if args.overlay else [self._masks]
 
-def _json_of(target: Path) -> Path:
-    return target.with_name(f"{target.name}.json")
+    @property
+    def results(self) -> list[str]:
+        return [path.name for path in self._wanted]
 
+    def is_finished(self, origin: Origin, record: Record) -> bool:
+        """Tell whether all results are there.
 
-def _overlay_of(target: Path) -> Path:
-    return target.with_name(f"{target.name}_overlay.png")
+        Raises:
+            ValueError: one is there that was made from something else, or nobody knows what from.
+        """
+        for path in self._wanted:
+            difference = origin.difference(record.get(path.name)) if path.exists() else None
+            if difference is not None:
+                raise ValueError(f"{path} {difference}; --force replaces it, another --out keeps it")
+        return all(map(self._is_whole, self._wanted))
+
+    def _is_whole(self, path: Path) -> bool:
+        return (path / "metadata.csv" if path == self._masks and not self._coco else path).is_file()
+
+    def remove(self, record: Record) -> None:
+        """Remove what is to be replaced, and an overlay that would be one of other masks.
+
+        Raises:
+            ValueError: a folder of that name holds something else.
+        """
+        for path in (self._masks, self._overlay):
+            if path.is_dir():
+                if record.get(path.name) is None and not (path / "metadata.csv").is_file():
+                    raise ValueError(f"{path} is a folder of something else")
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def write(self, image: np.ndarray, records: list[dict[str, Any]]) -> None:
+        if self._overlay in self._wanted:
+            with write_atomically(self._overlay) as partial:
+                _draw(image, records).save(partial)
+        (_write_coco if self._coco else _write_pngs)(records, self._masks)
 
 
 def _write_coco(records: list[dict[str, Any]], target: Path) -> None:
-    with write_atomically(_json_of(target)) as partial:
+    with write_atomically(target) as partial:
         partial.write_text(json.dumps(records) + "\n")
 
 
@@ -176,14 +227,12 @@ def _write_pngs(records: list[dict[str, Any]], target: Path) -> None:
 
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` to fill, which takes its name when the block ends well."""
+    """Give a folder beside ``target`` to fill, which takes its name when the block ends well."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
-        if target.is_dir():
-            shutil.rmtree(target)
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,77 @@
+"""A record of what results were made from, kept beside them, so that a later run knows which of them are its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+RECORD = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a result is made from.
+
+    Attributes:
+        file: the image's name, for people; images of the same bytes are the same.
+        sha256: of the image file.
+        settings: model and options that change results.
+    """
+
+    file: str
+    sha256: str
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, path: Path, settings: dict[str, Any]) -> Origin:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+        return cls(path.name, digest.hexdigest(), settings)
+
+    def difference(self, other: Origin | None) -> str | None:
+        """Say how a result of origin ``other`` is none of this one; None if it is."""
+        if other is None:
+            return f"is not in {RECORD}, which says what results were made from"
+        if other.sha256 != self.sha256:
+            return f"was made from another file, {other.file}"
+        names = sorted({*self.settings, *other.settings})
+        changed = [name for name in names if self.settings.get(name) != other.settings.get(name)]
+        if changed:
+            was, now = ({name: origin.settings.get(name) for name in changed} for origin in (other, self))
+            return f"was made with other settings: {_listed(was)}, now {_listed(now)}"
+        return None
+
+
+class Record:
+    """The origins of the results in a folder, a line of JSON each; the last line of a name counts."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / RECORD
+        self._origins: dict[str, Origin] = {}
+        if self._path.is_file():
+            for line in self._path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                    self._origins[entry["result"]] = Origin(entry["file"], entry["sha256"], entry["settings"])
+                except (ValueError, TypeError, KeyError):
+                    continue  # a line cut off by a run that was killed: its result is not known, and refused
+
+    def get(self, result: str) -> Origin | None:
+        return self._origins.get(result)
+
+    def add(self, results: Iterable[str], origin: Origin) -> None:
+        """Note results before they appear under their names, so that none is ever of an origin it does not have."""
+        lines = [json.dumps({"result": result, **asdict(origin)}) + "\n" for result in results]
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write("".join(lines))
+        self._origins.update(dict.fromkeys(results, origin))
+
+
+def _listed(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
