@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copyreg
 import importlib
 import importlib.util
+import io
 import json
 import pickle
 import sys
@@ -11,10 +13,13 @@ import types
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from models import random_image
 
 import sam
-from sam import drop_in
+from sam import Sam, SamPredictor, drop_in
 
 NAMES: dict[str, list[str]] = json.loads((Path(__file__).parent / "programs" / "official_names.json").read_text())
 
@@ -84,6 +89,37 @@ def test_pickles_of_official_paths() -> None:
     with sam.as_segment_anything():
         assert pickle.loads(pickled) is sam.Sam
         assert b"sam.modeling.sam" in pickle.dumps(sam.Sam)
+
+
+class OfficialPickler(pickle._Pickler):
+    """Pickles modules as the official package does: by its paths, with nothing that only ours have."""
+
+    ours = ("_derived", "times_dropped", "config", "runtime", "_kernels")
+
+    def reducer_override(self, module: object) -> object:
+        if not isinstance(module, torch.nn.Module):
+            return NotImplemented
+        state = {name: value for name, value in module.__dict__.items() if name not in self.ours}
+        return copyreg.__newobj__, (type(module),), state  # type: ignore[attr-defined]
+
+
+def test_a_whole_model_that_the_official_package_pickled(tiny: Sam) -> None:
+    file, image = io.BytesIO(), random_image(70, 111)
+    OfficialPickler(file, protocol=2).dump(tiny)
+    pickled = file.getvalue().replace(b"csam.modeling.", b"csegment_anything.modeling.")
+    assert pickled.count(b"csegment_anything.modeling.") > 5
+    assert b"csam." not in pickled
+    assert b"_derived" not in pickled
+    with sam.as_segment_anything():
+        model = pickle.loads(pickled)
+    answers = []
+    for each in (model, tiny, pickle.loads(pickle.dumps(model))):
+        predictor = SamPredictor(each)
+        predictor.set_image(image)
+        answers.append(predictor.predict(np.array([[40, 30]]), np.array([1]), return_logits=True)[0])
+    np.testing.assert_array_equal(answers[0], answers[1])
+    np.testing.assert_array_equal(answers[2], answers[1])
+    assert (model.kernels, model.config, model.runtime) == ("auto", None, None)
 
 
 def test_a_call_serves_from_then_on_and_nests() -> None:

@@ -263,3 +263,7 @@ class DerivedWeights(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_derived": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of an official module too, which keeps nothing."""
+        super().__setstate__({"_derived": {}, "times_dropped": 0, **state})

@@ -53,6 +53,10 @@ class Sam(DerivedWeights, Fp32Buffers):
     image_format: str = "RGB"
     pixel_mean: Tensor
     pixel_std: Tensor
+    # Of the class, as models that the official package pickled have none of their own.
+    config: SamConfig | None = None
+    runtime: Runtime | None = None  # set by load_model(compile=True)
+    _kernels = "auto"
 
     def __init__(
         self,
@@ -70,8 +74,6 @@ class Sam(DerivedWeights, Fp32Buffers):
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder
         self.config = config
-        self._kernels = "auto"
-        self.runtime: Runtime | None = None  # set by load_model(compile=True)
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
