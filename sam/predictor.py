@@ -10,7 +10,7 @@ from .embedding import ImageEmbedding
 from .modeling import Sam
 from .modeling.prompt_encoder import check_finite, check_labels, check_mask_inputs
 from .preprocess import ImageGeometry, validate_image
-from .prompts import Prompt, PromptBatch
+from .prompts import OfficialPrompt, PromptBatch
 from .utils.transforms import ResizeLongestSide
 
 
@@ -93,11 +93,12 @@ class SamPredictor:
 
         Raises:
             RuntimeError: no image is set.
-            ValueError: see :class:`sam.Prompt`; or a mask input of another size than the model's.
+            ValueError: see :class:`sam.Prompt`, though a box may have its corners in any order; or a mask input of
+                another size than the model's.
         """
         embedding = self.embedding
         labels = None if point_coords is None else point_labels  # labels alone are ignored, as officially
-        prompt = Prompt(point_coords, labels, box, mask_input)
+        prompt = OfficialPrompt(point_coords, labels, box, mask_input)
         result = self.model.predict(embedding, [prompt], multimask_output, return_logits)
         return (
             result.masks[0].cpu().numpy(),

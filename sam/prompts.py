@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from .modeling.prompt_encoder import (
 )
 from .preprocess import ImageGeometry
 
+Corners = TypeVar("Corners", bound="np.ndarray | Sequence[float]")
+
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
@@ -34,12 +36,13 @@ class Prompt:
     Attributes:
         points: [N, 2] clicks as (x, y) in pixels of the original image.
         labels: [N], 1 for a click on the object, 0 for one on the background, -1 for padding.
-        box: [4] as x0, y0, x1, y1 in pixels of the original image.
+        box: [4] as x0, y0, x1, y1 in pixels of the original image; it may reach over the image's edges.
         mask_input: [1, h, w] low-resolution logits, as an earlier prediction returned them.
 
     Raises:
         ValueError: points without labels or the reverse, lengths that differ, a label outside {-1, 0, 1}, a wrong
-            shape, NaN or infinity, a coordinate further than ``MAX_COORDINATE`` (1e30) from 0.
+            shape, a box with x1 < x0 or y1 < y0, NaN or infinity, a coordinate further than ``MAX_COORDINATE`` (1e30)
+            from 0.
     """
 
     points: Any = None
@@ -65,6 +68,7 @@ class Prompt:
             if box.size != 4:
                 raise ValueError(f"box must be x0, y0, x1, y1 of shape [4], got {list(box.shape)}")
             check_coordinates("box", box)
+            self._check_corners(box.reshape(4))
             self._set(box=box.reshape(4))
         if self.mask_input is not None:
             mask_input = _array(self.mask_input, np.float32)
@@ -72,6 +76,9 @@ class Prompt:
                 raise ValueError(f"mask_input must be [1, h, w], got {list(mask_input.shape)}")
             check_finite("mask_input", mask_input)
             self._set(mask_input=mask_input)
+
+    def _check_corners(self, box: np.ndarray) -> None:
+        check_corners(box)
 
     def _set(self, **values: np.ndarray) -> None:
         for name, value in values.items():
@@ -88,6 +95,25 @@ class Prompt:
             coords = np.vstack([coords, self.box.reshape(2, 2)])
             labels = np.append(labels, [LABEL_BOX_TOP_LEFT, LABEL_BOX_BOTTOM_RIGHT])
         return coords * geometry.scale, labels
+
+
+class OfficialPrompt(Prompt):
+    """A prompt of the official predictor, which takes the corners of a box in any order."""
+
+    def _check_corners(self, box: np.ndarray) -> None:
+        pass
+
+
+def check_corners(box: Corners) -> Corners:
+    """Return a box whose corners are in order.
+
+    Raises:
+        ValueError: they are not.
+    """
+    x0, y0, x1, y1 = box
+    if x1 < x0 or y1 < y0:
+        raise ValueError(f"box must be x0, y0, x1, y1 with x0 <= x1 and y0 <= y1, got {[float(side) for side in box]}")
+    return box
 
 
 def _array(values: Any, dtype: Any = None) -> np.ndarray:

@@ -90,10 +90,9 @@ def decode(rle: dict[str, Any]) -> np.ndarray:
         ValueError: its counts do not fill the mask.
     """
     height, width = rle["size"]
-    counts = rle["counts"]
     wrong = f"the counts of an RLE of {height}x{width} must add up to {height * width}"
     try:
-        counts = decompress(counts) if isinstance(counts, str | bytes) else np.asarray(counts, dtype=np.int64)
+        counts = _counts(rle)
     except OverflowError:
         raise ValueError(wrong) from None
     ends = np.cumsum(counts)  # a sum beyond 64 bits turns negative before it comes round to the total
@@ -106,6 +105,33 @@ def decode(rle: dict[str, Any]) -> np.ndarray:
 def area(rle: dict[str, Any]) -> int:
     """Number of mask pixels of an uncompressed RLE."""
     return sum(rle["counts"][1::2])
+
+
+def bounding_box(rle: dict[str, Any]) -> list[int]:
+    """Return x, y, width and height of an RLE's mask in whole pixels, as pycocotools' ``toBbox``; zeros if it is empty.
+
+    A mask of one pixel has a box of 1x1: the official generator's ``bbox`` leaves out the last column and row.
+    """
+    height = rle["size"][0]
+    edges = _counts(rle).cumsum()
+    starts, lasts = edges[: len(edges) // 2 * 2 : 2], edges[1::2] - 1
+    filled = lasts >= starts
+    starts, lasts = starts[filled], lasts[filled]
+    if len(lasts) == 0:
+        return [0, 0, 0, 0]
+    first_columns, last_columns = starts // height, lasts // height
+    left, right = int(first_columns[0]), int(last_columns[-1])
+    if (first_columns != last_columns).any():  # a run goes on in the next column
+        top, bottom = 0, height - 1
+    else:
+        above = first_columns * height
+        top, bottom = int((starts - above).min()), int((lasts - above).max())
+    return [left, top, right - left + 1, bottom - top + 1]
+
+
+def _counts(rle: dict[str, Any]) -> np.ndarray:
+    counts = rle["counts"]
+    return decompress(counts) if isinstance(counts, str | bytes) else np.asarray(counts, dtype=np.int64)
 
 
 def compress(counts: Sequence[int]) -> str:

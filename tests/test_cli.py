@@ -54,8 +54,7 @@ def test_segment(tmp_path: Path, image_file: Path, capsys: pytest.CaptureFixture
         np.testing.assert_array_equal(coco.decode(record["segmentation"]).astype(bool), mask)
         assert record["area"] == mask.sum()
         assert record["predicted_iou"] == pytest.approx(float(expected.iou_predictions[0, index]), abs=1e-6)
-        ys, xs = np.nonzero(mask)
-        assert record["bbox"] == [xs.min(), ys.min(), xs.max() - xs.min(), ys.max() - ys.min()]
+        assert record["bbox"] == coco.toBbox(record["segmentation"]).tolist()
     overlay = Image.open(out / "cat_overlay.png")
     assert overlay.size == (451, 300)
     assert sorted(path.name for path in out.iterdir()) == [
@@ -105,6 +104,7 @@ def test_a_minus_where_a_value_is_wrong(capsys: pytest.CaptureFixture[str], argu
         (["--point", "1,2,3"], "the label in '1,2,3' must be 1 (object) or 0 (background)"),
         (["--point", "1,nan"], "points must be finite, got nan"),
         (["--box", "1,2,3"], "'1,2,3' is not X0,Y0,X1,Y1"),
+        (["--box", "9,2,3,4"], "box must be x0, y0, x1, y1 with x0 <= x1 and y0 <= y1, got [9.0, 2.0, 3.0, 4.0]"),
         (["--point", "1,2", "--device", "cuda:99"], "device 'cuda:99' asked for"),
         (["--point", "1,2", "--device", "abacus"], "no such device: 'abacus'"),
         (["--point", "1,2", "--checkpoint", "nowhere.pth"], "no such checkpoint: nowhere.pth"),

@@ -57,7 +57,16 @@ def test_png(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         mask = np.array(Image.open(out / "a.png" / f"{row[0]}.png"))
         np.testing.assert_array_equal(mask, record["segmentation"] * np.uint8(255))
         assert int(row[1]) == record["area"]
-        numbers = [*record["bbox"], *record["point_coords"][0], record["predicted_iou"], record["stability_score"]]
+        x, y, width, height = record["bbox"]  # the official one leaves out the last column and row
+        numbers = [
+            x,
+            y,
+            width + 1,
+            height + 1,
+            *record["point_coords"][0],
+            record["predicted_iou"],
+            record["stability_score"],
+        ]
         assert [float(cell) for cell in row[2:10]] == pytest.approx(numbers)
         assert row[10:] == ["0", "0", "150", "120"]
     with Image.open(out / "a.png_overlay.png") as overlay:
@@ -76,6 +85,7 @@ def test_coco(folder: Path, tmp_path: Path) -> None:
             mask = coco.decode(record["segmentation"])
             assert mask.shape == (120, 150)
             assert mask.sum() == record["area"]
+            assert record["bbox"] == coco.toBbox(record["segmentation"]).tolist()
 
 
 def test_what_is_finished_is_skipped(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 from models import random_image
 from PIL import Image
 
-from sam import Prompt, Sam, SamPredictor
+from sam import InteractiveSession, Prompt, Sam, SamPredictor
 
 
 @pytest.fixture
@@ -165,6 +165,21 @@ def test_the_furthest_points_have_masks(ready: SamPredictor) -> None:
     assert masks.shape == (3, 300, 451)
     assert np.isfinite(scores).all()
     assert np.isfinite(logits).all()
+
+
+def test_corners_of_a_box(ready: SamPredictor, nano: Sam, photo: np.ndarray) -> None:
+    """In order, but for the official predictor, which takes what it always took; over the edges for all."""
+    message = r"box must be x0, y0, x1, y1 with x0 <= x1 and y0 <= y1, got \[9.0, 2.0, 8.5, 4.0\]"
+    with pytest.raises(ValueError, match=message):
+        Prompt(box=(9, 2, 8.5, 4))
+    with pytest.raises(ValueError, match=message):
+        InteractiveSession(nano, ready.embedding).box(9, 2, 8.5, 4)
+    with pytest.raises(ValueError, match=r"got \[1.0, 4.0, 9.0, 2.0\]"):
+        Prompt(box=np.array([[1, 4, 9, 2]]))
+    assert Prompt(box=(-0.5, -3, 10_000, -3)).box.tolist() == [-0.5, -3, 10_000, -3]
+    by_corners = ready.predict(box=np.array([90, 80, 10, 20]))[2]
+    boxes = ready.transform.apply_boxes_torch(torch.tensor([[90, 80, 10, 20]]), photo.shape[:2])
+    np.testing.assert_allclose(by_corners, ready.predict_torch(None, None, boxes)[2][0], atol=1e-4)
 
 
 def test_labels_without_points() -> None:

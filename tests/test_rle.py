@@ -27,6 +27,8 @@ def test_encoding_equals_pycocotools(masks: np.ndarray) -> None:
         assert rle.compress(encoded["counts"]) == theirs["counts"].decode()
         assert sum(encoded["counts"]) == mask.size
         assert rle.area(encoded) == mask.sum() == coco.area(theirs)
+        for one in (encoded, theirs):
+            assert rle.bounding_box(one) == coco.toBbox(theirs).tolist()
         np.testing.assert_array_equal(rle.decode(encoded), mask)
         np.testing.assert_array_equal(rle.decode({"size": encoded["size"], "counts": theirs["counts"]}), mask)
         np.testing.assert_array_equal(amg.rle_to_mask(encoded), mask)
@@ -37,6 +39,23 @@ def test_encoding_equals_pycocotools(masks: np.ndarray) -> None:
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=30))
 def test_strings_of_any_counts_round_trip(counts: list[int]) -> None:
     np.testing.assert_array_equal(rle.decompress(rle.compress(counts)), counts)
+
+
+@pytest.mark.parametrize(
+    ("counts", "box"),
+    [
+        ([12], [0, 0, 0, 0]),
+        ([0, 12], [0, 0, 4, 3]),
+        ([0, 1, 11], [0, 0, 1, 1]),
+        ([11, 1], [3, 2, 1, 1]),
+        ([2, 2, 8], [0, 0, 2, 3]),
+        ([1, 1, 2, 2, 6], [0, 1, 2, 2]),
+        ([1, 0, 3, 1, 7], [1, 1, 1, 1]),
+    ],
+)
+def test_bounding_box(counts: list[int], box: list[int]) -> None:
+    """In a mask of 3x4; an empty run counts for nothing."""
+    assert rle.bounding_box({"size": [3, 4], "counts": counts}) == box
 
 
 def test_words_that_come_in_one_copy() -> None:

@@ -17,6 +17,7 @@ from gate import SECONDS
 from models import TINY, random_image, random_model
 from PIL import Image
 from polygons import fill
+from pycocotools import mask as coco
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 from local_service import Local
@@ -63,9 +64,17 @@ def test_segment_an_upload(local: Local, model: Sam) -> None:
             np.testing.assert_array_equal(rle.decode(record["segmentation"]), mask)
             assert record["area"] == mask.sum()
             assert record["predicted_iou"] == pytest.approx(float(score), abs=1e-4)
-            ys, xs = np.nonzero(mask)
-            box = [xs.min(), ys.min(), xs.max() - xs.min(), ys.max() - ys.min()] if mask.any() else [0] * 4
-            assert record["bbox"] == box
+            assert record["bbox"] == coco.toBbox(record["segmentation"]).tolist()
+
+
+def test_a_box_may_reach_over_the_edges(local: Local) -> None:
+    """As in Python, and with the same answer; a point of a box is one too."""
+    for box in ([-0.5, -3, 10, 61], [80, 5, 1e6, 5], [200, 200, 300, 300]):
+        status, answer, _ = local.post("/v1/segment", PNG, prompts=[{"box": box}])
+        assert status == 200
+        (expected,) = local.engine.segment(IMAGE, [Prompt(box=box)]).result(SECONDS)
+        found = [record["segmentation"]["counts"] for record in answer["prompts"][0]["masks"]]
+        assert found == [rle.compress(one["counts"]) for one in expected.rles]
 
 
 def test_outputs_agree(local: Local) -> None:
@@ -97,6 +106,7 @@ def test_automatic(local: Local) -> None:
     assert records
     for record in records:
         assert rle.decode(record["segmentation"]).sum() == record["area"]
+        assert record["bbox"] == coco.toBbox(record["segmentation"]).tolist()
     embedding = answer["embedding"]
     for output, kind in (("png", "image/png"), ("npz", "application/octet-stream"), ("polygons", "application/json")):
         status, _, headers = local.post("/v1/automatic", embedding=embedding, **options, output=output)
@@ -204,7 +214,9 @@ def test_the_page_needs_nothing_from_elsewhere(local: Local) -> None:
         ({"prompts": '[{"points": [[1, 1e999]]}]'}, 422, "invalid_request"),
         ({"prompts": "[" * 100_000}, 422, "invalid_request"),
         ({"prompts": [{"points": [[91, 1]]}]}, 422, "out_of_image"),
-        ({"prompts": [{"box": [0, 0, 10, 61]}]}, 422, "out_of_image"),
+        ({"prompts": [{"box": [10, 0, 9, 61]}]}, 422, "invalid_request"),
+        ({"prompts": [{"box": [0, 61, 10, 60]}]}, 422, "invalid_request"),
+        ({"prompts": [{"box": [0, 0, 10, 1e31]}]}, 422, "invalid_request"),
         ({"prompts": CLICK, "output": "pickle"}, 422, "invalid_request"),
         ({"prompts": CLICK, "multimask": 1}, 422, "invalid_request"),
         ({"prompts": CLICK, "path": "/etc/passwd"}, 422, "invalid_request"),
@@ -218,6 +230,8 @@ def test_bad_prompts(local: Local, fields: dict[str, Any], status: int, code: st
 def test_errors_say_where_and_echo_nothing(local: Local) -> None:
     _, answer, _ = local.post("/v1/segment", PNG, prompts=[*CLICK, {"box": [1, 2, "<secret>", 4]}])
     assert answer["error"]["where"] == ["prompts", 1, "box", 2]
+    _, answer, _ = local.post("/v1/segment", PNG, prompts=[*CLICK, {"box": [9, 2, 8, 4]}])
+    assert answer["error"]["where"] == ["prompts", 1, "box"]
     _, answer, _ = local.post("/v1/segment", PNG, prompts=CLICK, secret=1)
     assert answer["error"]["where"] == ["?"]
     assert "secret" not in json.dumps(answer)
@@ -360,7 +374,7 @@ def test_a_mistake_of_ours_is_500_without_its_text(local: Local, monkeypatch: py
     assert "division" not in json.dumps(answer)
 
 
-@pytest.mark.parametrize("place", ["sam.server.app.decode_image", "PIL.Image.open", "PIL.Image.Image.load"])
+@pytest.mark.parametrize("place", ["sam.server.app.decode_image", "PIL.Image.Image.crop", "PIL.Image.Image.load"])
 def test_no_memory_for_an_upload(local: Local, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     def out_of_memory(*arguments: object, **options: object) -> None:
         raise MemoryError

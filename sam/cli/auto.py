@@ -100,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
                 continue
             image = read_image(path, args.max_megapixels or None)
             records = generator.generate(image)
+            for one in records:
+                one["bbox"] = rle.bounding_box(one["segmentation"])
             target.remove(record)
             record.add(target.results, origin)
             target.write(image, records)

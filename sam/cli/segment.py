@@ -18,7 +18,6 @@ from ..modeling import Sam
 from ..overlay import draw_overlay
 from ..prompts import Prompt
 from ..results import MaskPrediction
-from ..utils.amg import batched_mask_to_box, box_xyxy_to_xywh
 from .options import Steps, add_model_options, add_traceback_option, model_from
 
 
@@ -94,9 +93,7 @@ def run(args: argparse.Namespace) -> None:
 def _write_masks(prediction: MaskPrediction, out: Path, stem: str) -> list[dict[str, Any]]:
     masks = prediction.masks[0].cpu()
     records = []
-    for index, (mask, encoded, box) in enumerate(
-        zip(masks, rle.encode(masks), batched_mask_to_box(masks), strict=True)
-    ):
+    for index, (mask, encoded) in enumerate(zip(masks, rle.encode(masks), strict=True)):
         name = f"{stem}_mask_{index}.png"
         with write_atomically(out / name) as partial:
             Image.fromarray(mask.numpy().astype(np.uint8) * 255).save(partial)
@@ -105,7 +102,7 @@ def _write_masks(prediction: MaskPrediction, out: Path, stem: str) -> list[dict[
                 "file": name,
                 "predicted_iou": float(prediction.iou_predictions[0, index]),
                 "area": rle.area(encoded),
-                "bbox": box_xyxy_to_xywh(box).tolist(),
+                "bbox": rle.bounding_box(encoded),
                 "segmentation": {"size": encoded["size"], "counts": rle.compress(encoded["counts"])},
             }
         )

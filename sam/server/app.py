@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
+import anyio.from_thread
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
@@ -192,7 +193,7 @@ async def _subject(service: Service, key: str | None, upload: Upload) -> _Subjec
     assert file is not None
 
     def prepare() -> PreparedImage:
-        image = decode_image(file, service.settings.max_pixels)
+        image = decode_image(file, service.settings.max_pixels, anyio.from_thread.check_cancelled)
         try:
             return service.engine.prepare(image)
         except ValueError:
@@ -207,8 +208,6 @@ def _check_inside(prompt: PromptRequest, size: tuple[int, int], index: int) -> N
     for place, (x, y) in enumerate(prompt.points or ()):
         if x > width or y > height:
             raise ApiError("out_of_image", ["prompts", index, "points", place])
-    if prompt.box is not None and (max(prompt.box[::2]) > width or max(prompt.box[1::2]) > height):
-        raise ApiError("out_of_image", ["prompts", index, "box"])
 
 
 async def _embed(service: Service, asked: EmbedRequest, subject: _Subject, request_id: str) -> Response:

@@ -37,7 +37,7 @@ def prompt_records(
         {
             "segmentation": segmentation,
             "area": int(one["counts"][1::2].sum()),
-            "bbox": bounding_box(one["counts"], size[0]),
+            "bbox": rle.bounding_box(one),
             "predicted_iou": score,
         }
         for one, segmentation, score in zip(encoded, segmentations(encoded, output), scores, strict=True)
@@ -52,38 +52,20 @@ def prompt_records(
 def automatic_records(
     records: Sequence[dict[str, Any]], output: str, size: tuple[int, int], max_pixels: int
 ) -> list[dict[str, Any]]:
-    """The generator's records; the stability of an empty mask, 0 / 0, is null."""
+    """Return the generator's records with COCO's boxes; the stability of an empty mask, 0 / 0, is null."""
     if output == "polygons":
         _check_pixels(len(records), size, max_pixels)
     return [
         {
             **record,
             "segmentation": segmentation,
+            "bbox": rle.bounding_box(record["segmentation"]),
             "stability_score": None if math.isnan(record["stability_score"]) else record["stability_score"],
         }
         for record, segmentation in zip(
             records, segmentations([record["segmentation"] for record in records], output), strict=True
         )
     ]
-
-
-def bounding_box(counts: np.ndarray, height: int) -> list[int]:
-    """x, y, width and height from the first to the last pixel's place, as the generator's; zeros for an empty mask.
-
-    ``counts`` are those of an uncompressed RLE in which no run of the mask is empty.
-    """
-    edges = counts.cumsum()
-    starts, lasts = edges[: len(edges) // 2 * 2 : 2], edges[1::2] - 1
-    if len(lasts) == 0:
-        return [0, 0, 0, 0]
-    first_columns, last_columns = starts // height, lasts // height
-    left, right = int(first_columns[0]), int(last_columns[-1])
-    if (first_columns != last_columns).any():  # a run goes on in the next column
-        top, bottom = 0, height - 1
-    else:
-        above = first_columns * height
-        top, bottom = int((starts - above).min()), int((lasts - above).max())
-    return [left, top, right - left, bottom - top]
 
 
 def label_png(encoded: Sequence[dict[str, Any]], size: tuple[int, int], max_pixels: int) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -15,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+from ..modeling.prompt_encoder import MAX_COORDINATE
+from ..prompts import check_corners
 from .errors import ApiError
 
 MAX_PROMPTS = 1024
@@ -22,6 +25,9 @@ MAX_POINTS = 64
 Output = Literal["rle", "png", "polygons", "npz"]
 Identifier = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Coordinate = Annotated[FiniteFloat, Field(strict=True, ge=0, le=2**24)]
+# A box may reach over the image's edges, as in Python.
+Side = Annotated[FiniteFloat, Field(strict=True, ge=-MAX_COORDINATE, le=MAX_COORDINATE)]
+Box = Annotated[tuple[Side, Side, Side, Side], AfterValidator(check_corners)]
 Share = Annotated[FiniteFloat, Field(strict=True, ge=0, le=1)]
 # One error says enough, and to note each of 65,536 takes long.
 Points = Annotated[list[tuple[Coordinate, Coordinate]], Field(min_length=1, max_length=MAX_POINTS, fail_fast=True)]
@@ -48,8 +54,8 @@ class PromptRequest(_Strict):
     labels: Labels | None = Field(
         None, description="1 for a click on the object, 0 for one on the background; default: all 1"
     )
-    box: tuple[Coordinate, Coordinate, Coordinate, Coordinate] | None = Field(
-        None, description="x0, y0, x1, y1 in pixels of the image"
+    box: Box | None = Field(
+        None, description="x0, y0, x1, y1 in pixels of the image, x0 <= x1, y0 <= y1; it may reach over the edges"
     )
     mask_input: MaskReference | None = None
 
