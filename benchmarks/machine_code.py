@@ -21,6 +21,7 @@ from fastsam_kernels.dispatch import interpreting
 from fastsam_kernels.launch import Launch
 from fastsam_kernels.tile_config import SHARED_MEMORY
 
+from . import wgmma
 from .compile_cases import AMD, CompileCase
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.bool: "i1"}
@@ -44,6 +45,8 @@ class Compiled:
         wide_loads: loads of 128 bits from global memory, straight to registers or to shared memory.
         instructions: in all.
         programs_an_sm: how many fit a multiprocessor at once; None where that is not worked out.
+        serialised: remarks of ptxas on sm_90 that matrix products wait for each other.
+        hazards: writes to shared memory on sm_90 that another warpgroup may not be ready for.
     """
 
     operation: str
@@ -62,6 +65,8 @@ class Compiled:
     wide_loads: int
     instructions: int
     programs_an_sm: int | None
+    serialised: list[str]
+    hazards: list[str]
 
     @property
     def asserted(self) -> bool:
@@ -74,6 +79,7 @@ class Compiled:
         problems = []
         if self.shared > self.shared_limit:
             problems.append(f"{self.shared} bytes of shared memory, over {self.shared_limit}")
+        problems += [f"another warpgroup may still read what is written in {place}" for place in self.hazards]
         if self.dtype == "fp32":
             return problems
         if self.stack > 0:
@@ -84,7 +90,7 @@ class Compiled:
         expected = {"sm_90": "HGMMA", "sm_100": "UTC"}.get(self.arch)
         if expected and self.dot_rows >= 64 and not any(name.startswith(expected) for name in self.tensor_core):
             problems.append(f"no {expected} on {self.arch}")
-        return problems
+        return problems + self.serialised
 
 
 class _Device:
@@ -145,6 +151,7 @@ def inspect(case: CompileCase) -> Compiled:
     """Compile one case and read what came out."""
     compiled = compile_launch(case.launch, case.arch)
     tile = case.launch.tile
+    hopper, ptx = case.arch == 90, compiled.asm.get("ptx", "")
     blocks = ", ".join(f"{name} {size}" for name, size in tile.blocks.items())
     read = _read_amd(compiled) if case.arch == AMD else _read_nvidia(compiled, int(case.arch), tile.num_warps)
     return Compiled(
@@ -156,6 +163,8 @@ def inspect(case: CompileCase) -> Compiled:
         provisional=tile.provisional,
         shared=compiled.metadata.shared,
         dot_rows=max(map(int, re.findall(r"tt\.dot .*-> tensor<(\d+)x", compiled.asm["ttir"])), default=0),
+        serialised=wgmma.serialised(ptx, case.arch, case.launch.fuse_multiply_add) if hopper else [],
+        hazards=wgmma.hazards(ptx) if hopper else [],
         **read,
     )
 
