@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import peers, plot, tables, tune, tuning_plan
+from benchmarks.__main__ import main
 from benchmarks.case import Case, Problem, TuneProblem, candidates
 from benchmarks.cases import GROUPS, jobs, select
 from benchmarks.measure import Timing, Work, peak_memory, time_forms
@@ -128,12 +128,18 @@ def test_what_matters_most_is_measured_first() -> None:
     )
 
 
-def test_a_real_case_from_the_command_line() -> None:
-    command = [sys.executable, "-m", "benchmarks", "kernels", "--case", "hypernetwork_masks, 1 prompts", "--no-compile"]
-    done = subprocess.run([*command, "--device", "cpu", "--seconds", "0.1"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "hypernetwork_masks, 1 prompts x 3 masks" in done.stdout
-    assert "red numerics" not in done.stdout
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """``python -m benchmarks`` in this process, and its exit status."""
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+    return main()
+
+
+def test_a_real_case_from_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    case = ("kernels", "--case", "hypernetwork_masks, 1 prompts", "--no-compile", "--device", "cpu")
+    assert command(monkeypatch, *case, "--seconds", "0.1") == 0
+    said = capsys.readouterr().out
+    assert "hypernetwork_masks, 1 prompts x 3 masks" in said
+    assert "red numerics" not in said
 
 
 def test_nothing_is_compiled_that_is_not_named_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,14 +159,12 @@ def test_a_peer_that_compiles_is_refused_without_compiling() -> None:
         peers.choose_peers("transformers,segment-anything-fast", compiled=False)
 
 
-def test_unknown_peers_are_named() -> None:
-    command = [sys.executable, "-m", "benchmarks", "model", "--peers"]
-    done = subprocess.run([*command, "fastsam"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "unknown peer 'fastsam'; known: segment-anything, segment-anything-fast, transformers" in done.stderr
-    done = subprocess.run([*command, "segment-anything=/none"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "the peer segment-anything is to come from /none, which is no folder" in done.stderr
+def test_unknown_peers_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, "model", "--peers", "fastsam") == 2
+    known = "known: segment-anything, segment-anything-fast, transformers"
+    assert f"unknown peer 'fastsam'; {known}" in capsys.readouterr().err
+    assert command(monkeypatch, "model", "--peers", "segment-anything=/none") == 2
+    assert "the peer segment-anything is to come from /none, which is no folder" in capsys.readouterr().err
 
 
 def test_every_case_is_reachable_once() -> None:

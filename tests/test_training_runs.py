@@ -75,7 +75,9 @@ def three_steps(team: Team, out: Path) -> None:
     torch.save((means, trainer.model.state_dict()), out / f"{team.rank}.pt")
 
 
-def fail_in_the_second(team: Team) -> None:
+def fail_in_the_second_after_three_steps(team: Team, out: Path) -> None:
+    three_steps(team, out)
+    team.add_up(torch.zeros(1))  # nobody fails before all have written
     if team.rank == 1:
         raise ValueError("no memory for seven prompts")
     time.sleep(300)
@@ -91,8 +93,10 @@ class Alone(Team):
 sent: list[torch.Tensor] = []
 
 
-def test_a_team_trains_one_model_on_the_mean_of_its_gradients(tmp_path: Path) -> None:
-    run_together(2, three_steps, tmp_path)
+def test_a_team_trains_one_model_on_the_mean_of_its_gradients_and_fails_as_one(tmp_path: Path) -> None:
+    """In the same two processes, whose start takes longer than what they do."""
+    with pytest.raises(ProcessRaisedException, match="no memory for seven prompts"):
+        run_together(2, fail_in_the_second_after_three_steps, tmp_path)
     (means, weights), (other_means, other_weights) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(means.nan_to_num(-1), other_means.nan_to_num(-1))
     assert all(torch.equal(value, other_weights[name]) for name, value in weights.items())
@@ -123,13 +127,6 @@ def test_a_member_without_objects_does_not_count() -> None:
     assert means[1].isnan()
     one._gradients.zero_()
     assert not one._average_with_the_others(means, taught=False)
-
-
-def test_the_failure_of_one_ends_all() -> None:
-    start = time.monotonic()
-    with pytest.raises(ProcessRaisedException, match="no memory for seven prompts"):
-        run_together(2, fail_in_the_second)
-    assert time.monotonic() - start < 200
 
 
 def test_a_run_goes_on_with_as_many_processes() -> None:

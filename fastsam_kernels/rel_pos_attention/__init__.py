@@ -214,7 +214,10 @@ def _outer_sum(rel_h: Tensor, rel_w: Tensor, buffer: Tensor | None) -> Tensor:
     """Their sum, in the first cells of ``buffer`` if there is one."""
     if buffer is None:
         return rel_h + rel_w
-    shape = torch.broadcast_shapes(rel_h.shape, rel_w.shape)
+    shape = (
+        *rel_h.shape[:-1],
+        rel_w.shape[-1],
+    )
     return torch.add(rel_h, rel_w, out=buffer.flatten()[: math.prod(shape)].view(shape))
 
 
