@@ -1,11 +1,16 @@
-"""A client of the service, on the standard library: an image is sent once, prompts name its embedding."""
+"""A client of the service: an image is sent once, prompts name its embedding. It believes no answer it cannot check."""
 
 from __future__ import annotations
 
 import http.client
+import io
 import json
+import math
 import os
+import re
 import secrets
+import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +18,14 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
+from PIL import Image
 
 from . import rle
 
 T = TypeVar("T")
+_HANDLE = re.compile("[0-9a-f]{32}")
+_MASKS_OF_A_PROMPT = 3
+_MAX_ERROR_TEXT = 1000
 
 
 class ServiceError(RuntimeError):
@@ -63,15 +72,29 @@ class Client:
     """Asks a service; not for sharing between threads.
 
     Every method raises :class:`ServiceError` when the service refuses, or something else answers for it, and
-    ``OSError`` when it is not there or breaks off.
+    ``OSError`` when it is not there, breaks off, or takes longer than ``timeout`` seconds for one answer as a whole.
+    An answer of more than ``max_answer_bytes``, or whose masks are not of the image's size, is not the service's.
     """
 
-    def __init__(self, url: str = "http://127.0.0.1:8000", token: str | None = None, timeout: float = 60.0) -> None:
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8000",
+        token: str | None = None,
+        timeout: float = 60.0,
+        max_answer_bytes: int = 2**28,
+    ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or parts.hostname is None:
             raise ValueError(f"url must be http://HOST[:PORT] or https://HOST[:PORT], got {url!r}")
+        if token is not None and not (token.isascii() and token.isprintable()):
+            raise ValueError("the token must be printable ASCII characters")
+        if not timeout > 0:  # NaN is not
+            raise ValueError(f"timeout must be positive, got {timeout}")
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connection = kind(parts.hostname, parts.port, timeout=timeout)
+        self._connection = kind(parts.hostname, parts.port)
+        self._connection.response_class = self._response  # type: ignore[assignment]
+        self._timeout, self._max_answer_bytes = timeout, max_answer_bytes
+        self._deadline = math.inf
         self._base = parts.path.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
 
@@ -81,24 +104,29 @@ class Client:
         boundary = secrets.token_hex(16)
         head = f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="image"\r\n\r\n'
         body = head.encode() + data + f"\r\n--{boundary}--\r\n".encode()
-        return self._post("/v1/embed", body, f"multipart/form-data; boundary={boundary}", _read_image)
+        sizes = _possible_sizes(data)
+        return self._post(
+            "/v1/embed", body, f"multipart/form-data; boundary={boundary}", lambda answer: _read_image(answer, sizes)
+        )
 
     def segment(
         self, image: RemoteImage, prompts: Sequence[dict[str, Any]], multimask_output: bool = True
     ) -> list[RemoteMasks]:
         """Masks for each prompt: ``{"points": [[x, y]], "labels": [1], "box": [...], "mask_input": reference}``."""
         question = {"embedding": image.embedding, "prompts": list(prompts), "multimask": multimask_output}
-        return self._ask("/v1/segment", question, _read_prompts)
+        return self._ask("/v1/segment", question, lambda answer: _read_prompts(answer, image, len(prompts)))
 
     def automatic(self, image: RemoteImage, **options: Any) -> list[dict[str, Any]]:
         """Records of everything, as :class:`sam.SamAutomaticMaskGenerator` gives them, masks as [H, W] bool."""
-        return self._ask("/v1/automatic", {"embedding": image.embedding, **options}, _read_records)
+        most = _MASKS_OF_A_PROMPT * int(options.get("points_per_side", 32)) ** 2
+        question = {"embedding": image.embedding, **options}
+        return self._ask("/v1/automatic", question, lambda answer: _read_records(answer, image, most))
 
     def ready(self) -> bool:
         """Whether the service takes requests; False also when it cannot be reached."""
         try:
             return self._send("GET", "/v2/health/ready", None, {})[0] == 200
-        except OSError:
+        except (OSError, ServiceError):
             return False
 
     def close(self) -> None:
@@ -119,19 +147,24 @@ class Client:
             answer = json.loads(text)
             if status == 200:
                 return read(answer)
-            error = answer["error"]
-            refusal = ServiceError(status, error["code"], error["message"], answer["request_id"])
-        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as problem:
+            error = _dict(_dict(answer)["error"])
+            refusal = ServiceError(status, _text(error["code"]), _text(error["message"]), _text(answer["request_id"]))
+        except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError, MemoryError) as problem:
             message = f"not an answer of the service: {text[:100]!r}"
             raise ServiceError(status, "unknown", message, "unknown") from problem
         raise refusal
 
     def _send(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> tuple[int, bytes]:
+        self._deadline = time.monotonic() + self._timeout
         for last in (False, True):
             try:
+                self._connection.timeout = self._seconds_left()
+                if self._connection.sock is None:
+                    self._connection.connect()
+                self._connection.sock.settimeout(self._seconds_left())
                 self._connection.request(method, self._base + path, body, {**self._headers, **headers})
                 answer = self._connection.getresponse()
-                return answer.status, answer.read()
+                return answer.status, self._read(answer)
             except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
                 self._connection.close()  # the service ended an idle connection; asking again changes nothing there
                 if last:
@@ -145,21 +178,128 @@ class Client:
                 raise
         raise AssertionError
 
+    def _read(self, answer: http.client.HTTPResponse) -> bytes:
+        text = answer.read(self._max_answer_bytes + 1)
+        if len(text) > self._max_answer_bytes:
+            message = f"an answer of more than {self._max_answer_bytes} bytes: {text[:100]!r}"
+            raise ServiceError(answer.status, "unknown", message, "unknown")
+        if answer.length:  # a read of so many bytes takes an early end for the end
+            raise http.client.IncompleteRead(b"", answer.length)
+        return text
 
-def _read_image(answer: Any) -> RemoteImage:
-    return RemoteImage(answer["embedding"], answer["image"]["height"], answer["image"]["width"])
+    def _seconds_left(self) -> float:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"no whole answer within {self._timeout} s")
+        return left
+
+    def _response(self, connection: socket.socket, *arguments: Any, **options: Any) -> http.client.HTTPResponse:
+        answer = http.client.HTTPResponse(connection, *arguments, **options)
+        answer.fp = io.BufferedReader(_InTime(connection, answer.fp.detach(), self._seconds_left))
+        return answer
 
 
-def _read_prompts(answer: Any) -> list[RemoteMasks]:
+class _InTime(io.RawIOBase):
+    """What a socket receives, each piece within what is left of one deadline for them all."""
+
+    def __init__(self, connection: socket.socket, pieces: io.RawIOBase, seconds_left: Callable[[], float]) -> None:
+        self._connection, self._pieces, self._seconds_left = connection, pieces, seconds_left
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._connection.settimeout(self._seconds_left())
+        return self._pieces.readinto(buffer)
+
+    def close(self) -> None:
+        self._pieces.close()
+        super().close()
+
+
+def _possible_sizes(data: bytes) -> set[tuple[int, int]] | None:
+    """(height, width) as stored and turned by a quarter; None for what is no image here."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return {image.size, image.size[::-1]}
+    except Exception:
+        return None
+
+
+def _read_image(answer: Any, sizes: set[tuple[int, int]] | None) -> RemoteImage:
+    handle, size = _dict(answer)["embedding"], _dict(answer["image"])
+    height, width = (_count(size[name], 1) for name in ("height", "width"))
+    if not _HANDLE.fullmatch(handle) or (sizes is not None and (height, width) not in sizes):
+        raise ValueError("not the image that was sent")
+    return RemoteImage(handle, height, width)
+
+
+def _read_prompts(answer: Any, image: RemoteImage, count: int) -> list[RemoteMasks]:
+    prompts, result = _list(_dict(answer)["prompts"]), answer["result"]
+    if len(prompts) != count or not (result is None or _HANDLE.fullmatch(result)):
+        raise ValueError("not the prompts that were asked")
     results = []
-    for index, prompt in enumerate(answer["prompts"]):
-        masks = np.stack([rle.decode(mask["segmentation"]) for mask in prompt["masks"]])
-        scores = np.array([mask["predicted_iou"] for mask in prompt["masks"]], np.float32)
-        best = prompt["best"]
-        reference = {"result": answer["result"], "prompt": index, "mask": best} if answer["result"] else None
+    for index, prompt in enumerate(prompts):
+        records = _list(_dict(prompt)["masks"], _MASKS_OF_A_PROMPT)
+        masks = np.stack([_mask(record, image) for record in records])
+        scores = np.array([_number(record["predicted_iou"]) for record in records], np.float32)
+        best = _count(prompt["best"], 0, len(records) - 1)
+        reference = {"result": result, "prompt": index, "mask": best} if result else None
         results.append(RemoteMasks(masks, scores, best, reference))
     return results
 
 
-def _read_records(answer: Any) -> list[dict[str, Any]]:
-    return [{**record, "segmentation": rle.decode(record["segmentation"])} for record in answer["masks"]]
+def _read_records(answer: Any, image: RemoteImage, most: int) -> list[dict[str, Any]]:
+    return [_read_record(_dict(record), image) for record in _list(_dict(answer)["masks"], most)]
+
+
+def _read_record(record: dict[str, Any], image: RemoteImage) -> dict[str, Any]:
+    _count(record["area"], 0, image.height * image.width)
+    numbers = [*_list(record["bbox"], 4), *_list(record["crop_box"], 4), record["predicted_iou"]]
+    numbers += [number for point in _list(record["point_coords"], 1) for number in _list(point, 2)]
+    if record["stability_score"] is not None:
+        numbers.append(record["stability_score"])
+    for number in numbers:
+        _number(number)
+    return {**record, "segmentation": _mask(record, image)}
+
+
+def _mask(record: Any, image: RemoteImage) -> np.ndarray:
+    """Check the size, and that there are not more counts than pixels, before anything of them is allocated."""
+    encoded = _dict(_dict(record)["segmentation"])
+    pixels = image.height * image.width
+    if encoded["size"] != [image.height, image.width] or len(encoded["counts"]) > 3 * (pixels + 1):
+        raise ValueError(f"no mask of an image of {image.height}x{image.width}")
+    if not isinstance(encoded["counts"], str):
+        encoded["counts"] = [_count(count, 0) for count in encoded["counts"]]
+    return rle.decode(encoded)
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError("an object is missing")
+    return value
+
+
+def _list(value: Any, most: int | None = None) -> list[Any]:
+    if not isinstance(value, list) or (most is not None and len(value) > most):
+        raise TypeError(f"a list of at most {most} is missing")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > _MAX_ERROR_TEXT:
+        raise TypeError("a short text is missing")
+    return value
+
+
+def _count(value: Any, least: int, most: float = math.inf) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"a number within {least}..{most} is missing")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError("a finite number is missing")
+    return float(value)

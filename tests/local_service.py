@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import threading
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
@@ -14,6 +15,7 @@ from serving import multipart
 from sam.engine import Engine
 from sam.server import Settings, create_app
 from sam.server.errors import KINDS
+from sam.server.run import configure
 from sam.server.service import Service
 
 
@@ -24,17 +26,16 @@ class Local:
         app = create_app(engine, settings)
         self.service: Service = app.state.service
         self.engine, self.app = engine, app
-        config = uvicorn.Config(app, "127.0.0.1", 0, log_config=None, http="h11", ws="none", loop="asyncio")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run)
-        self._thread.start()
+        self._server = uvicorn.Server(configure(app, replace(settings, port=0)))
+        self.thread = threading.Thread(target=self._server.run)
+        self.thread.start()
         wait_until(lambda: self._server.started)
         self.port = self._server.servers[0].sockets[0].getsockname()[1]
         wait_until(lambda: self.service.warm)
 
     def close(self) -> None:
         self._server.should_exit = True
-        self._thread.join(SECONDS)
+        self.thread.join(SECONDS)
         self.engine.close(SECONDS)
 
     def request(

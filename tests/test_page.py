@@ -20,6 +20,7 @@ from coins import photograph
 from PIL import Image
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
+pytest.importorskip("httptools", reason="needs the extra serve")
 client = pytest.importorskip("websockets.sync.client")
 from serving import Server  # noqa: E402
 

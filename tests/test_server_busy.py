@@ -16,6 +16,7 @@ from gate import SECONDS, Gate, wait_until
 from models import TINY, random_image, random_model
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
+pytest.importorskip("httptools", reason="needs the extra serve")
 from local_service import Local
 from serving import file_of, multipart
 

@@ -13,6 +13,7 @@ import pytest
 from models import random_image
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
+pytest.importorskip("httptools", reason="needs the extra serve")
 from serving import SECONDS, Server, file_of, multipart
 
 pytestmark = [pytest.mark.slow, pytest.mark.soak]

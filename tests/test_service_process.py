@@ -21,6 +21,7 @@ from models import random_image
 from PIL import Image
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
+pytest.importorskip("httptools", reason="needs the extra serve")
 from serving import ROOT, SECONDS, TOKEN, Server, file_of, multipart
 
 import sam

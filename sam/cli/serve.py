@@ -11,7 +11,11 @@ from .options import add_model_options, add_traceback_option, model_from
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("serve", help="answer over HTTP, with a page to click on")
+    parser = commands.add_parser(
+        "serve",
+        help="answer over HTTP, with a page to click on",
+        epilog="Replicas that serve each other's handles share the variable SAM_HANDLE_SECRET, 16 to 64 bytes.",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     parser.add_argument("--token", help="what clients must show (default: the variable SAM_TOKEN, if it is set)")
@@ -47,5 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     token = args.token or os.environ.get("SAM_TOKEN") or None
     settings = Settings(args.host, args.port, token, args.insecure)
-    engine = Engine(model_from(args), args.max_batch, args.max_queue, args.deadline, args.cache_mb * 10**6)
+    secret = os.environ.get("SAM_HANDLE_SECRET")
+    limits = (args.max_batch, args.max_queue, args.deadline, args.cache_mb * 10**6)
+    engine = Engine(model_from(args), *limits, handle_secret=secret.encode() if secret else None)
     return serve(engine, settings)

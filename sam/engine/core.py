@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 import threading
 import time
 import weakref
@@ -23,6 +24,7 @@ from .cache import EmbeddingCache
 from .errors import (
     DeadlineExceededError,
     EngineClosedError,
+    EngineError,
     EngineFailedError,
     OutOfMemoryError,
     QueueFullError,
@@ -31,10 +33,11 @@ from .jobs import AutomaticJob, AutomaticOptions, Job, PreparedImage, PromptMask
 from .passes import Passes
 
 _STAGES = ("encode", "decode", "automatic")
-_COUNTERS = (
-    "accepted", "completed", "rejected", "cancelled", "expired", "failed", "out_of_memory",
+_COUNTERS = {
+    "accepted", "completed", "cancelled", "out_of_memory",
     "images", "image_batches", "prompts", "prompt_batches", "automatics", "automatic_batches",
-)  # fmt: skip
+    *(error.counter for error in EngineError.__subclasses__()),
+}  # fmt: skip
 
 
 class Engine:
@@ -59,6 +62,7 @@ class Engine:
         embedding_cache_bytes: int = 2**30,
         *,
         max_images: int | None = None,
+        handle_secret: bytes | None = None,
         on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
         """
@@ -69,6 +73,8 @@ class Engine:
             deadline: seconds that a request may wait by default.
             embedding_cache_bytes: of image embeddings kept for later prompts.
             max_images: images encoded together; by default 1 on a CPU and 8 elsewhere.
+            handle_secret: 16 to 64 bytes without which nobody can tell an image's key; random by default. Engines that
+                serve each other's keys have it in common.
             on_failure: called once, in the engine's thread, when the model failed.
         """
         on_cpu = model.device.type == "cpu"
@@ -77,6 +83,8 @@ class Engine:
         for name, value in limits.items():
             if not value > 0:  # NaN is not
                 raise ValueError(f"{name} must be positive, got {value}")
+        if handle_secret is not None and not 16 <= len(handle_secret) <= 64:
+            raise ValueError(f"handle_secret must be of 16 to 64 bytes, got {len(handle_secret)}")
         self.model = model
         self.max_batch = max_batch
         self._passes = Passes(model, max_batch, self._count_shortage)
@@ -87,6 +95,7 @@ class Engine:
         self.failure: BaseException | None = None
         self.on_failure = on_failure
         self._model_hash = model.model_hash
+        self._handle_secret = handle_secret or secrets.token_bytes(32)
         self._cache = EmbeddingCache(embedding_cache_bytes)
         self._counters: Counter[str] = Counter()
         # From the start, so that whoever watches them sees zeros and not nothing.
@@ -111,7 +120,8 @@ class Engine:
         geometry = ImageGeometry.of(height, width, self.model.image_encoder.img_size)
         resized = preprocess.resize_image(image, geometry.input_size)
         image_hash = hash_image(resized, geometry)
-        key = hashlib.blake2b(f"{image_hash} {self._model_hash}".encode(), digest_size=16).hexdigest()
+        content = f"{image_hash} {self._model_hash}".encode()
+        key = hashlib.blake2b(content, digest_size=16, key=self._handle_secret).hexdigest()
         return PreparedImage(resized, geometry, image_hash, key)
 
     def embedding(self, key: str) -> ImageEmbedding | None:

@@ -25,7 +25,7 @@ class PreparedImage:
         resized: [h, w, 3] uint8.
         geometry: with the original size.
         image_hash: of the two.
-        key: of the embedding that this model makes of it: a hash of the image's and the model's.
+        key: of the embedding that this model makes of it: a hash of both, keyed with the engine's secret.
     """
 
     resized: np.ndarray

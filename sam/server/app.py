@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import mimetypes
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
 import anyio.from_thread
+import anyio.to_thread
 import numpy as np
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -24,12 +26,13 @@ from ..embedding import ImageEmbedding
 from ..engine import AutomaticOptions, Engine, PreparedImage, PromptMasks
 from ..prompts import Prompt
 from . import openapi, outputs
+from .bodies import Upload
 from .errors import ApiError
 from .middleware import Gatekeeper
-from .schemas import AutomaticRequest, EmbedRequest, PromptRequest, SegmentRequest, validate
+from .schemas import AutomaticRequest, EmbedRequest, PromptRequest, SegmentRequest, read_document, read_fields
 from .service import Service, unless_gone
 from .settings import Settings
-from .uploads import Upload, decode_image, read_upload
+from .uploads import decode_image
 
 T = TypeVar("T")
 STATIC = Path(__file__).parent / "static"
@@ -50,11 +53,12 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
+        await anyio.to_thread.run_sync(lambda: None)  # anyio loads at its first use, which shall not be a request
         yield
 
     app = FastAPI(
         title="Segment Anything", version=__version__, description=openapi.DESCRIPTION, lifespan=lifespan,
-        docs_url=None, redoc_url=None,
+        docs_url=None, redoc_url=None, redirect_slashes=False,
     )  # fmt: skip
     app.state.service = service
     app.add_middleware(Gatekeeper, service=service)
@@ -62,6 +66,9 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(HTTPException, _error_response)
     _add_model_routes(app, service)
     _add_other_routes(app, service)
+    for route in app.routes:
+        service.metrics.declare(getattr(route, "path", "other"), getattr(route, "responses", None) or (200,))
+    service.metrics.declare("other", (404,))
     return app
 
 
@@ -112,8 +119,12 @@ def _add_other_routes(app: FastAPI, service: Service) -> None:
 
 
 def _static(path: Path) -> Callable[[], Awaitable[Response]]:
+    """The file from memory: no request chooses a range or a date of it."""
+    content, kind = path.read_bytes(), mimetypes.guess_type(path.name)[0]
+    headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"}
+
     async def page() -> Response:
-        return FileResponse(path, headers={"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"})
+        return Response(content, media_type=kind, headers=headers)
 
     return page
 
@@ -124,29 +135,43 @@ async def _answer(
     schema: type[Any],
     work: Callable[[Service, Any, _Subject, str], Awaitable[Response]],
 ) -> Response:
-    """Read, check, compute; within the deadline and only as long as the client stays."""
-    deadline = service.engine.deadline
-    started = asyncio.get_running_loop().time()
+    """Read, take a place, check, compute; within the deadline and only as long as the client stays."""
+    deadline = asyncio.get_running_loop().time() + service.engine.deadline
+    service.check_open()
     try:
-        with anyio.fail_after(deadline):
-            asked, subject = await _read(request, service, schema)
-    except TimeoutError:
-        raise ApiError("request_timeout") from None
+        with closing(await service.bodies.read(request, deadline)) as upload:
+            service.admit()
+            try:
+                return await _compute(request, service, schema, upload, work, deadline)
+            finally:
+                service.release()
     except MemoryError:
         raise ApiError("out_of_memory") from None
     except ClientDisconnect:
         return Response(status_code=499)
-    left = max(0.001, deadline - (asyncio.get_running_loop().time() - started))
+
+
+async def _compute(
+    request: Request,
+    service: Service,
+    schema: type[Any],
+    upload: Upload,
+    work: Callable[[Service, Any, _Subject, str], Awaitable[Response]],
+    deadline: float,
+) -> Response:
+    async def checked_work() -> Response:
+        asked, subject = await _understand(service, schema, upload)
+        upload.close()
+        return await work(service, asked, subject, request.state.request_id)
+
     try:
-        with anyio.fail_after(left):
-            response = await unless_gone(
-                request.receive, lambda: work(service, asked, subject, request.state.request_id)
-            )
+        with anyio.fail_after(max(0.001, deadline - asyncio.get_running_loop().time())):
+            response = await unless_gone(request.receive, checked_work)
     except (TimeoutError, engines.DeadlineExceededError):
         raise ApiError("deadline_exceeded") from None
     except engines.QueueFullError:
         raise ApiError("queue_full") from None
-    except (engines.OutOfMemoryError, MemoryError):
+    except engines.OutOfMemoryError:
         raise ApiError("out_of_memory") from None
     except engines.EngineClosedError:
         raise ApiError("draining") from None
@@ -170,17 +195,21 @@ class _Subject:
         return {"embedding": self.key, "image": {"height": self.size[0], "width": self.size[1]}}
 
 
-async def _read(request: Request, service: Service, schema: type[BaseModel]) -> tuple[Any, _Subject]:
-    async with read_upload(request, service.settings) as upload:
-        asked = await service.aside(lambda: validate(schema, upload.values()), upload.text_size, _SMALL_TEXT)
-        key = getattr(asked, "embedding", None)
-        if (key is None) == (upload.image is None):
-            raise ApiError("invalid_request", ["image"])
-        subject = await _subject(service, key, upload)
+async def _understand(service: Service, schema: type[BaseModel], upload: Upload) -> tuple[Any, _Subject]:
+    asked = await service.aside(lambda: _read_text(schema, upload), upload.text_size, _SMALL_TEXT)
+    key = getattr(asked, "embedding", None)
+    if (key is None) == (upload.image is None):
+        raise ApiError("invalid_request", ["image"])
+    subject = await _subject(service, key, upload)
     if isinstance(asked, SegmentRequest):
         for index, prompt in enumerate(asked.prompts):
             _check_inside(prompt, subject.size, index)
     return asked, subject
+
+
+def _read_text(schema: type[BaseModel], upload: Upload) -> BaseModel:
+    text = upload.text
+    return read_document(schema, text) if isinstance(text, bytes) else read_fields(schema, text)
 
 
 async def _subject(service: Service, key: str | None, upload: Upload) -> _Subject:

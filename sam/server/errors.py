@@ -38,6 +38,7 @@ KINDS: dict[str, _Kind] = {
     "out_of_memory": _Kind(503, "The device ran out of memory; try again later or with less."),
     "model_failed": _Kind(503, "The model failed; the server is stopping."),
     "deadline_exceeded": _Kind(504, "The answer was not ready within the deadline."),
+    "storage_full": _Kind(507, "The server has no room for the request; try again later."),
 }
 
 
@@ -60,4 +61,4 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         if self.code == "unauthorized":
             return {"WWW-Authenticate": 'Basic realm="token as password", charset="UTF-8"'}
-        return {"Retry-After": "1"} if self.status == 503 else {}
+        return {"Retry-After": "1"} if self.status in (503, 507) else {}

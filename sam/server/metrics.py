@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ..engine import Engine
+from .errors import KINDS
 
 _GAUGES = {"pending", "cache_bytes", "cache_entries"}
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -24,6 +25,15 @@ class Metrics:
         self.in_flight = Gauge("sam_in_flight", "Requests being answered.", registry=self.registry)
         self.ready = Gauge("sam_ready", "1 when requests are taken.", registry=self.registry)
         self.registry.register(_EngineCollector(engine))
+
+        for code in KINDS:  # zeros from the start: a rate over a counter that appears with its first error is none
+            self.errors.labels(code)
+
+    def declare(self, route: str, statuses: Iterable[int]) -> None:
+        """Begin a route's counters at zero."""
+        self.seconds.labels(route)
+        for status in statuses:
+            self.requests.labels(route, str(status))
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

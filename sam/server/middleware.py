@@ -1,4 +1,4 @@
-"""What happens to every request before and after its route: an id, the token, room, a log line, metrics."""
+"""What happens to every request before and after its route: an id, the token, a log line, metrics."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ log = logging.getLogger("sam.server")
 OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+# All that the routes read. The rest is left here: frameworks parse cookies, ranges and queries for whoever asks.
+_READ_BY_ROUTES = (b"content-type", b"content-encoding", b"content-length")
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+?)\.?(?::[0-9]*)?")
 _CLIENT_LEFT = 499
 
 
@@ -58,12 +61,10 @@ class Gatekeeper:
             response = JSONResponse(error.body(request_id), error.status, error.headers)
             await response(scope, receive, send_with_id)
 
-        admitted = False
         try:
             self._check(scope, headers)
-            if scope["path"].startswith("/v1/") and scope["method"] == "POST":
-                self.service.admit()
-                admitted = True
+            scope["headers"] = [(name, value) for name, value in headers.raw if name in _READ_BY_ROUTES]
+            scope["query_string"] = b""
             await self.app(scope, receive, send_with_id)
         except ApiError as error:
             await refuse(error)
@@ -72,8 +73,6 @@ class Gatekeeper:
             if status == _CLIENT_LEFT:
                 await refuse(ApiError("internal"))
         finally:
-            if admitted:
-                self.service.release()
             self._record(scope, request_id, status, time.perf_counter() - started, sent)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
@@ -83,13 +82,11 @@ class Gatekeeper:
         if settings.token is not None:
             if not _shows_token(headers.get("authorization", ""), settings.token):
                 raise ApiError("unauthorized")
-        elif settings.loopback:
-            # Without a token a page of another site must not reach the service through the visitor's browser,
-            # under a name of its own that leads to this machine neither.
-            name = headers.get("host", "").rsplit(":", 1)[0] if ":" in headers.get("host", "") else headers.get("host")
-            if name not in _LOCAL_NAMES and name != settings.host and headers.get("host") != "[::1]":
-                raise ApiError("forbidden")
-        if scope["method"] == "POST" and headers.get("sec-fetch-site", "none") in ("cross-site", "same-site"):
+        # Without a token a page of another site must not reach the service through the visitor's browser,
+        # under a name of its own that leads to this machine neither.
+        elif settings.loopback and _name_of(headers.getlist("host")) not in (*_LOCAL_NAMES, settings.host.lower()):
+            raise ApiError("forbidden")
+        if scope["method"] == "POST" and _is_foreign(headers):
             raise ApiError("forbidden")
 
     def _record(self, scope: Scope, request_id: str, status: int, seconds: float, sent: int) -> None:
@@ -107,6 +104,23 @@ class Gatekeeper:
             "bytes": sent,
         }
         log.info("request", extra={"fields": fields})
+
+
+def _name_of(hosts: list[str]) -> str | None:
+    """The name or address in the one Host header, in lower case; None if there is no such name."""
+    found = _HOST.fullmatch(hosts[0].lower()) if len(hosts) == 1 else None
+    return found[1] if found else None
+
+
+def _is_foreign(headers: Headers) -> bool:
+    """Whether a page of another site asks. Browsers say so by Sec-Fetch-Site, but only to https and this machine;
+    else by Origin, which they send with every POST."""
+    sites = headers.getlist("sec-fetch-site")
+    if sites:
+        return any(site not in ("same-origin", "none") for site in sites)
+    hosts = headers.getlist("host")
+    own = [f"{scheme}://{hosts[0].lower()}" for scheme in ("http", "https")] if len(hosts) == 1 else []
+    return any(origin.lower() not in own for origin in headers.getlist("origin"))
 
 
 def _shows_token(authorization: str, token: str) -> bool:

@@ -59,7 +59,7 @@ _TITLES = {
     "model": "The model's metadata",
     "metrics": "Counters for Prometheus",
 }
-_REFUSALS = (400, 401, 403, 408, 413, 415, 422, 503, 504)
+_REFUSALS = (400, 401, 403, 408, 413, 415, 422, 503, 504, 507)
 
 
 def route(name: str) -> dict[str, Any]:

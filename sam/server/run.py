@@ -5,24 +5,39 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import signal
 import socket
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from ..engine import Engine
 from .app import create_app
+from .connections import Connections, as_protocol_class
 from .service import Service
 from .settings import Settings
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 log = logging.getLogger("sam.server")
 _FIELDS = "fields"
+# Of the end: to write the last answers, to stop the model, and to spare.
+_UVICORN_SECONDS, _ENGINE_SECONDS, _SPARE_SECONDS = 3, 2.0, 1.0
+# Connections are accepted so many at a time, and they count only then.
+_BACKLOG, _OTHER_FILES = 128, 64
 
 
 class JsonFormatter(logging.Formatter):
@@ -41,7 +56,11 @@ class JsonFormatter(logging.Formatter):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but SIGTERM and SIGINT first let those inside finish, and are no reason to die of a signal."""
+    """uvicorn, but SIGTERM and SIGINT first let those inside finish, and are no reason to die of a signal.
+
+    A second signal, and the time that is stated for all of it, end the process at once: the system does that, so it
+    takes no thread that hangs, or holds the interpreter, for it.
+    """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -55,6 +74,9 @@ class _Server(uvicorn.Server):
         numbers = (signal.SIGTERM, signal.SIGINT)
 
         def on_signal(number: int, frame: FrameType | None) -> None:
+            for each in numbers:
+                signal.signal(each, signal.SIG_DFL)
+            _end_after(self.service.settings.drain_seconds + _UVICORN_SECONDS + _ENGINE_SECONDS + _SPARE_SECONDS)
             loop.call_soon_threadsafe(self._drain)
 
         before = {number: signal.signal(number, on_signal) for number in numbers}
@@ -62,13 +84,11 @@ class _Server(uvicorn.Server):
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if signal.getsignal(number) is on_signal:
+                    signal.signal(number, handler)
 
     def _drain(self) -> None:
-        if self._draining is None:
-            self._draining = asyncio.get_running_loop().create_task(self._drain_and_stop())
-        else:  # asked twice
-            self.should_exit = self.force_exit = True
+        self._draining = asyncio.get_running_loop().create_task(self._drain_and_stop())
 
     async def _drain_and_stop(self) -> None:
         await self.service.drain()
@@ -86,32 +106,76 @@ class _Server(uvicorn.Server):
                 log.info("listening", extra={_FIELDS: {"url": url}})
 
 
+def configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How uvicorn serves the application: HTTP is parsed in C, within the limits of :mod:`.connections`."""
+    return uvicorn.Config(
+        app, settings.host, settings.port, log_config=None, access_log=False, server_header=False, proxy_headers=False,
+        http=as_protocol_class(Connections(settings)), ws="none", loop="asyncio", backlog=_BACKLOG,
+        timeout_keep_alive=math.ceil(settings.head_seconds), timeout_graceful_shutdown=_UVICORN_SECONDS,
+    )  # fmt: skip
+
+
 def serve(engine: Engine, settings: Settings) -> int:
     """Answer requests until a signal comes or the model fails.
 
     Returns:
         the exit status: 0 after a signal, 1 after a failure or when the port cannot be had.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
-    logging.captureWarnings(True)  # PIL's of odd metadata
-    for name in ("sam.server", "uvicorn.error", "py.warnings"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(logging.INFO if name == "sam.server" else logging.WARNING)
+    _log_as_json()
+    settings = _within_descriptors(settings)
     app = create_app(engine, settings)
-    config = uvicorn.Config(
-        app, settings.host, settings.port, log_config=None, access_log=False, server_header=False, proxy_headers=False,
-        http="h11", ws="none", loop="asyncio", timeout_keep_alive=15, timeout_graceful_shutdown=3,
-    )  # fmt: skip
-    server = _Server(config, app.state.service)
+    server = _Server(configure(app, settings), app.state.service)
     try:
         server.run()
     except SystemExit:  # uvicorn's way to say that it could not listen
         return 1
-    stopped = engine.close(timeout=2.0)
+    stopped = engine.close(timeout=_ENGINE_SECONDS)
     status = 0 if engine.failure is None and server.started else 1
     log.info("stopped", extra={_FIELDS: {"status": status}})
-    if not stopped:  # the model hangs, and so would an orderly end
-        os._exit(status or 1)
+    if not stopped or _threads_are_left():  # an orderly end would wait for them
+        os._exit(1)
+    _end_after(0)
     return status
+
+
+def _log_as_json() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    for name in ("sam.server", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO if name == "sam.server" else logging.WARNING)
+    # These write what is odd in a request, as often as the client likes, and warnings are remembered by their text.
+    for name in ("PIL", "python_multipart"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module="PIL")
+
+
+def _within_descriptors(settings: Settings) -> Settings:
+    """Fewer connections where the process may not open so many files: each can have an upload on disk beside it."""
+    if resource is None:
+        return settings
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * settings.max_connections + _BACKLOG + _OTHER_FILES
+    if allowed < needed:
+        allowed = needed if most == resource.RLIM_INFINITY else min(needed, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, most))
+    connections = min(settings.max_connections, (allowed - _BACKLOG - _OTHER_FILES) // 2)
+    if connections < settings.max_connections:
+        log.warning("few descriptors", extra={_FIELDS: {"descriptors": allowed, "max_connections": connections}})
+    return replace(settings, max_connections=max(1, connections))
+
+
+def _end_after(seconds: float) -> None:
+    """Let the system end this process after so many seconds, never for 0; where there is no such timer, nothing."""
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _threads_are_left() -> bool:
+    """Whether threads that an interpreter waits for still run a moment after they were told to end."""
+    others = [each for each in threading.enumerate() if each is not threading.current_thread() and not each.daemon]
+    for each in others:
+        each.join(_SPARE_SECONDS / len(others))
+    return any(each.is_alive() for each in others)

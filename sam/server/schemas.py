@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -12,6 +14,7 @@ from pydantic import (
     FiniteFloat,
     StrictBool,
     StrictInt,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -72,9 +75,12 @@ class EmbedRequest(_Strict):
     """Nothing but the image."""
 
 
+Prompts = Annotated[list[PromptRequest], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+
+
 class SegmentRequest(_Strict):
     embedding: Identifier | None = Field(None, description="of an earlier answer, in place of the image")
-    prompts: Annotated[list[PromptRequest], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    prompts: Prompts
     multimask: StrictBool = Field(True, description="three masks a prompt instead of one")
     output: Output = "rle"
 
@@ -91,14 +97,76 @@ class AutomaticRequest(_Strict):
 _NAMES = {
     name for model in (MaskReference, PromptRequest, SegmentRequest, AutomaticRequest) for name in model.model_fields
 }
+_PROMPTS = TypeAdapter(Prompts)
+# What is text also where it looks like a number.
+_TEXTS = ("embedding", "output")
+_MAX_SMALL_TEXT = 1024
+# How often these stand in the largest document that is valid, with room to spare: a parser's time goes by them.
+_MOST = {"[": 2**17, "{": 2**13, ",": 2**18, '"': 2**15}
 
 
-def validate(schema: type[Request], values: Any) -> Request:
-    """``values`` as a ``schema``; the error names the place, never what stood there."""
+def read_document(schema: type[Request], document: bytes) -> Request:
+    """A JSON document as a ``schema``; the error names the place, never what stood there.
+
+    Raises:
+        ApiError: no JSON in UTF-8, or not of the schema.
+    """
+    try:
+        text = document.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ApiError("bad_request") from None
+    _check_effort(text)
+    try:
+        return schema.model_validate_json(text)
+    except ValidationError as error:
+        raise _refusal(error, (), "bad_request") from None
+
+
+def read_fields(schema: type[Request], fields: dict[str, str]) -> Request:
+    """The fields of a form as a ``schema``. Each is JSON where it is JSON, else text: ``output=png`` needs no quotes.
+
+    Raises:
+        ApiError: not of the schema.
+    """
+    values: dict[str, Any] = {}
+    for name, text in fields.items():
+        if name == "prompts" and name in schema.model_fields:
+            _check_effort(text)
+            try:
+                values[name] = _PROMPTS.validate_json(text)
+            except ValidationError as error:
+                raise _refusal(error, (name,), "invalid_request") from None
+        elif len(text) > _MAX_SMALL_TEXT:
+            raise ApiError("invalid_request", _known((name,)))
+        else:
+            values[name] = _json_or_text(name, text)
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        path = error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"]
-        raise ApiError(
-            "invalid_request", [part if isinstance(part, int) or part in _NAMES else "?" for part in path]
-        ) from None
+        raise _refusal(error, (), "invalid_request") from None
+
+
+def _check_effort(text: str) -> None:
+    """Refuse what would take a parser long: it stops every other thread meanwhile."""
+    if any(text.count(sign) > most for sign, most in _MOST.items()):
+        raise ApiError("invalid_request", [])
+
+
+def _json_or_text(name: str, text: str) -> Any:
+    if name in _TEXTS and not text.startswith('"'):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _refusal(error: ValidationError, place: tuple[str | int, ...], not_json: str) -> ApiError:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    if first["type"] == "json_invalid":
+        return ApiError(not_json, _known(place) or None)
+    return ApiError("invalid_request", _known((*place, *first["loc"])))
+
+
+def _known(path: Sequence[str | int]) -> list[str | int]:
+    return [part if isinstance(part, int) or part in _NAMES else "?" for part in path]

@@ -11,11 +11,13 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import numpy as np
 
 from ..engine import AutomaticOptions, Engine
 from ..prompts import Prompt
+from .bodies import BodyReader
 from .errors import ApiError
 from .metrics import Metrics
 from .settings import Settings
@@ -75,6 +77,7 @@ class Service:
         self.settings = settings
         self.metrics = Metrics(engine)
         self.results = ResultStore(settings.result_cache_bytes)
+        self.bodies = BodyReader(settings)
         self.stop: Callable[[], None] = lambda: None
         self.warm = False
         self.draining = False
@@ -110,11 +113,11 @@ class Service:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.stop)
 
-    def admit(self) -> None:
-        """Let one request to the model in.
+    def check_open(self) -> None:
+        """Refuse a request before its body is read, if it would be refused now.
 
         Raises:
-            ApiError: no, and why.
+            ApiError: why nobody is let in.
         """
         if self.engine.failure is not None:
             raise ApiError("model_failed")
@@ -124,6 +127,14 @@ class Service:
             raise ApiError("not_ready")
         if self.in_flight >= self.engine.max_queue:
             raise ApiError("queue_full")
+
+    def admit(self) -> None:
+        """Let one request to the model in, whose body is there.
+
+        Raises:
+            ApiError: as :meth:`check_open`.
+        """
+        self.check_open()
         self.in_flight += 1
         self.metrics.in_flight.set(self.in_flight)
 
@@ -140,7 +151,9 @@ class Service:
             await asyncio.sleep(0.02)
 
     async def decode(self, work: Callable[[], T]) -> T:
-        return await anyio.to_thread.run_sync(work, limiter=self._decoding)
+        result = await anyio.to_thread.run_sync(work, limiter=self._decoding)
+        await anyio.lowlevel.checkpoint_if_cancelled()  # the client may have left while nothing could be cancelled
+        return result
 
     async def aside(self, work: Callable[[], T], size: int = 1, small: int = 0) -> T:
         """``work()`` in another thread, unless it is so small that the way there would take longer."""

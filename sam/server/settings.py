@@ -21,6 +21,13 @@ class Settings:
         max_output_pixels: of all masks of an answer of pictures or arrays.
         result_cache_bytes: of low-resolution logits kept as mask inputs for later prompts.
         drain_seconds: to answer what was accepted before the process ends.
+        max_connections: open at a time; the one that has kept the service waiting the longest makes room for the next.
+        max_uploads: bodies of more than 64 KiB that are read at a time.
+        max_held_bytes: of all bodies, in memory or on disk, from their first byte until the image is decoded.
+        max_unread_bytes: of answers that clients do not read; the oldest is given up for the next.
+        head_seconds: for a request's head to come, and for the next one on a connection to begin.
+        body_seconds: by which a body may lag behind 32 KiB a second.
+        unread_seconds: in which a client must read some of its answer.
     """
 
     host: str = "127.0.0.1"
@@ -33,6 +40,13 @@ class Settings:
     max_output_pixels: int = 500_000_000
     result_cache_bytes: int = 64 * MEBIBYTE
     drain_seconds: float = 25.0
+    max_connections: int = 400
+    max_uploads: int = 32
+    max_held_bytes: int = 1024 * MEBIBYTE
+    max_unread_bytes: int = 256 * MEBIBYTE
+    head_seconds: float = 15.0
+    body_seconds: float = 5.0
+    unread_seconds: float = 10.0
 
     def __post_init__(self) -> None:
         if self.token is not None and (len(self.token) < 8 or not self.token.isascii() or not self.token.isprintable()):

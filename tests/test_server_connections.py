@@ -1,0 +1,295 @@
+"""Connections: heads that do not end, tiny pieces, too many at once, answers that nobody reads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from gate import SECONDS, Gate, wait_until
+from models import TINY, random_image, random_model
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+pytest.importorskip("httptools", reason="needs the extra serve")
+import uvicorn
+from local_service import Local
+from serving import file_of
+from uvicorn.server import ServerState
+
+from sam.engine import Engine
+from sam.server import Settings
+from sam.server.connections import MAX_HEADERS, MAX_PIPELINED, MAX_TINY_PIECES, TINY_PIECE, Connection, Connections
+
+PNG = file_of(random_image(60, 90))
+LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n"
+UPLOAD = (
+    b"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
+
+
+@pytest.fixture(scope="module")
+def local() -> Iterator[Local]:
+    running = Local(Engine(random_model(TINY)), Settings())
+    yield running
+    running.close()
+
+
+def answers_to(port: int, *pieces: bytes) -> bytes:
+    """All that comes back until the other side closes."""
+    answer = b""
+    with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as connection:
+        try:
+            for piece in pieces:
+                connection.sendall(piece)
+            while piece := connection.recv(2**16):
+                answer += piece
+        except ConnectionError:
+            pass  # it was not read to its end
+    return answer
+
+
+def statuses(answers: bytes) -> list[int]:
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", answers)]
+
+
+# The parser's work --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [b"POST /v1/embed", b"GET /v2/health/live", b"POST /nothing"])
+def test_a_body_of_tiny_chunks_ends_early(local: Local, monkeypatch: pytest.MonkeyPatch, method: bytes) -> None:
+    """Also where nobody reads it: each chunk costs a call, and the parser takes all that came in one go."""
+    pieces: list[int] = []
+    on_body = Connection.on_body
+
+    def counted(self: Connection, body: bytes) -> None:
+        pieces.append(len(body))
+        on_body(self, body)
+
+    monkeypatch.setattr(Connection, "on_body", counted)
+    answers = answers_to(local.port, UPLOAD.replace(b"POST /v1/embed", method), b"1\r\na\r\n" * 20_000)
+    assert len(pieces) <= MAX_TINY_PIECES + 1
+    assert set(statuses(answers)) <= {200, 400, 404, 405}
+
+
+def test_chunks_of_a_usual_size_are_welcome(local: Local) -> None:
+    form = b'--b\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n' + PNG + b"\r\n--b--\r\n"
+    parts = [form[start : start + TINY_PIECE] for start in range(0, len(form), TINY_PIECE)]
+    few_tiny = [b"%x\r\n%b\r\n" % (len(part), part) for part in parts] + [b"0\r\n\r\n"]
+    assert statuses(answers_to(local.port, UPLOAD[:-2] + b"Connection: close\r\n\r\n", b"".join(few_tiny))) == [200]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        LIVE + b"".join(b"X-%d: 1\r\n" % index for index in range(MAX_HEADERS)) + b"\r\n",
+        LIVE + b"X: " + b"a" * 2**15 + b"\r\n\r\n",
+        LIVE + b"X: " + b"a" * 2**17,
+        b"GET /" + b"a" * 2**15 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /" + b"a" * 2**17,
+        b"\r\n" * 2**16,
+        UPLOAD + b"0\r\n" + b"X: 1\r\n" * 200 + b"\r\n",
+    ],
+)
+def test_heads_are_bounded(local: Local, head: bytes) -> None:
+    assert statuses(answers_to(local.port, head))[-1] == 400
+    assert statuses(answers_to(local.port, *(head[start : start + 9000] for start in range(0, len(head), 9000)))) in (
+        [400],
+        [400, 400],
+        [],  # reset while it was being sent
+    )
+
+
+def test_requests_before_the_first_answer_are_bounded(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[bytes] = []
+    on_headers_complete = Connection.on_headers_complete
+
+    def counted(self: Connection) -> None:
+        on_headers_complete(self)
+        begun.append(self.url)
+
+    monkeypatch.setattr(Connection, "on_headers_complete", counted)
+    assert statuses(answers_to(local.port, (LIVE + b"\r\n") * 5000))[-1] == 400
+    assert len(begun) == MAX_PIPELINED + 1
+    few = (LIVE + b"\r\n") * MAX_PIPELINED + LIVE + b"Connection: close\r\n\r\n"
+    assert statuses(answers_to(local.port, few)) == [200] * (MAX_PIPELINED + 1)
+
+
+# Silence ------------------------------------------------------------------------------------------------------
+
+
+def test_who_is_silent_is_left() -> None:
+    """A head that does not begin, begins, ends but for a byte; lines without a request; the rest of an unread body."""
+    running = Local(Engine(random_model(TINY)), Settings(head_seconds=0.3))
+    for silent in (b"", b"G", LIVE, b"\r\n\r\n"):
+        assert answers_to(running.port, silent) == b""
+    unread = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nx"
+    assert statuses(answers_to(running.port, unread)) == [404]
+    assert statuses(answers_to(running.port, LIVE + b"\r\n")) == [200]
+    running.close()
+
+
+def test_the_longest_silent_make_room() -> None:
+    """Whoever waits for a head or a body; not those whose answers are being computed."""
+    model = random_model(TINY)
+    gate = Gate(model)
+    gate.open.set()
+    running = Local(Engine(model), Settings(max_connections=4, body_seconds=SECONDS))
+    gate.open.clear()
+    body_to_come = UPLOAD + b"5\r\n--b\r\n\r\n"
+    silent = [socket.create_connection(("127.0.0.1", running.port), timeout=SECONDS) for _ in range(4)]
+    for connection, begun in zip(silent, (b"", LIVE, body_to_come, LIVE), strict=True):
+        connection.sendall(begun)
+    wait_until(lambda: running.service.bodies.held == 5)
+    with ThreadPoolExecutor(4) as pool:
+        asked = []
+        for count in range(4):
+            asked.append(pool.submit(running.post, "/v1/embed", PNG))
+            wait_until(lambda count=count: running.service.in_flight == count + 1)
+            assert silent[count].recv(1) == b""
+        assert statuses(answers_to(running.port, LIVE + b"\r\n")) in ([503], [])
+        gate.open.set()
+        assert [future.result(SECONDS)[0] for future in asked] == [200] * 4
+    assert running.request("GET", "/v2/health/live")[0] == 200
+    running.close()
+
+
+# Answers that nobody reads, by an injected clock --------------------------------------------------------------
+
+
+class FakeLoop:
+    """Timers that run when they are told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.timers: list[tuple[float, Callable[..., None], tuple[Any, ...]]] = []
+
+    def call_later(self, seconds: float, call: Callable[..., None], *arguments: Any) -> Any:
+        timer = (self.now + seconds, call, arguments)
+        self.timers.append(timer)
+
+        class Handle:
+            def cancel(handle) -> None:  # noqa: N805
+                if timer in self.timers:
+                    self.timers.remove(timer)
+
+        return Handle()
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+        for timer in [timer for timer in self.timers if timer[0] <= self.now]:
+            self.timers.remove(timer)
+            timer[1](*timer[2])
+
+
+class FakeTransport(asyncio.Transport):
+    def __init__(self) -> None:
+        super().__init__()
+        self.unread, self.ended = 0, ""
+
+    def get_write_buffer_size(self) -> int:
+        return self.unread
+
+    def is_closing(self) -> bool:
+        return bool(self.ended)
+
+    def close(self) -> None:
+        self.ended = self.ended or "closed"
+
+    def abort(self) -> None:
+        self.ended = "aborted"
+
+
+def connected(connections: Connections, loop: FakeLoop) -> tuple[Connection, FakeTransport]:
+    async def app(scope: Any, receive: Any, send: Any) -> None: ...
+
+    connection = connections.protocol(
+        config=uvicorn.Config(app, log_config=None, ws="none"), server_state=ServerState(), app_state={}, _loop=loop
+    )
+    transport = FakeTransport()
+    connection.connection_made(transport)
+    return connection, transport
+
+
+def test_answers_must_be_read_at_a_rate() -> None:
+    loop, connections = FakeLoop(), Connections(Settings(unread_seconds=10, head_seconds=1000))
+    for left, ended in ((10**6, "aborted"), (10**6 - 40_000, "aborted"), (10**6 - 41_000, ""), (0, "")):
+        connection, transport = connected(connections, loop)
+        transport.unread = 10**6
+        connection.pause_writing()
+        loop.advance(9)
+        assert not transport.ended
+        transport.unread = left
+        loop.advance(1)
+        assert transport.ended == ended
+        assert (connection in connections.unread) == (0 < left < 10**6 - 40_000)
+        loop.advance(10)  # and nothing more of it was read
+        assert transport.ended == ("aborted" if left else "")
+    assert not loop.timers or len(loop.timers) == len(connections.open)
+
+
+def test_unread_answers_are_bounded_the_oldest_go() -> None:
+    loop, connections = FakeLoop(), Connections(Settings(max_unread_bytes=250, unread_seconds=10, head_seconds=1000))
+    transports = []
+    for _ in range(4):
+        connection, transport = connected(connections, loop)
+        transport.unread = 100
+        connection.pause_writing()
+        transports.append(transport)
+    assert [transport.ended for transport in transports] == ["aborted", "aborted", "", ""]
+    connection, transport = connected(connections, loop)
+    transport.unread = 1000  # one alone may be larger
+    connection.pause_writing()
+    assert not transport.ended
+    assert len(connections.open) == 1
+
+
+def test_an_idle_connection_is_closed_but_not_while_its_answer_is_read() -> None:
+    loop, connections = FakeLoop(), Connections(Settings(unread_seconds=1000, head_seconds=10))
+    _, transport = connected(connections, loop)
+    transport.unread = 1
+    loop.advance(10)
+    assert not transport.ended
+    transport.unread = 0
+    loop.advance(10)
+    assert transport.ended == "closed"
+
+
+def test_a_connection_leaves_nothing_behind() -> None:
+    loop, connections = FakeLoop(), Connections(Settings())
+    connection, transport = connected(connections, loop)
+    transport.unread = 1
+    connection.pause_writing()
+    assert loop.timers
+    connection.connection_lost(None)
+    assert [*loop.timers, *connections.open, *connections.waiting, *connections.unread] == []
+
+
+def test_nobody_reads_an_answer_of_megabytes(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a real socket; the test runs the timer itself."""
+    unread: list[Connection] = []
+    wait = Connection._await_reader
+
+    def noted(self: Connection) -> None:
+        wait(self)
+        unread.append(self)
+
+    monkeypatch.setattr(Connection, "_await_reader", noted)
+    monkeypatch.setattr(local.service.metrics, "render", lambda: b"x" * 2**25)
+    with socket.create_connection(("127.0.0.1", local.port), timeout=SECONDS) as reader:
+        reader.sendall(LIVE.replace(b"/v2/health/live", b"/metrics") + b"Connection: close\r\n\r\n")
+        wait_until(lambda: bool(unread))
+        connection = unread[0]
+        wait_until(lambda: connection in connection.connections and connection.unread_bytes > 2**20)
+        connection.loop.call_soon_threadsafe(connection._on_reader_late, connection.unread_bytes)
+        wait_until(lambda: connection not in connection.connections)
+        received = 0
+        with contextlib.suppress(ConnectionResetError):
+            while piece := reader.recv(2**20):
+                received += len(piece)
+        assert received < 2**25

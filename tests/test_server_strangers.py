@@ -1,0 +1,333 @@
+"""The service among strangers: a client chooses no algorithm, holds no place for nothing, asks in nobody's name."""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import http.cookies
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from tempfile import SpooledTemporaryFile
+from typing import Any
+
+import pytest
+from gate import SECONDS, wait_until
+from models import TINY, random_image, random_model
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+pytest.importorskip("httptools", reason="needs the extra serve")
+from local_service import Local
+from python_multipart.multipart import MultipartParser
+from serving import file_of, multipart
+
+from sam.engine import Engine
+from sam.server import Settings, bodies, schemas
+from sam.server.errors import ApiError
+from sam.server.schemas import AutomaticRequest, SegmentRequest, read_document, read_fields
+
+PNG = file_of(random_image(60, 90))
+NOISE = file_of(random_image(300, 300))  # 270 KB
+CLICK = [{"points": [[5, 5]]}]
+FORM = "multipart/form-data; boundary=b"
+HEAD = b'--b\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n'
+
+
+def started(settings: Settings, **limits: Any) -> Local:
+    return Local(Engine(random_model(TINY), **limits), settings)
+
+
+@pytest.fixture(scope="module")
+def local() -> Iterator[Local]:
+    running = started(Settings())
+    yield running
+    running.close()
+
+
+def begun(running: Local, length: int, body: bytes = b"") -> socket.socket:
+    """A connection on which an upload of ``length`` bytes is announced and ``body`` is sent."""
+    connection = socket.create_connection(("127.0.0.1", running.port))
+    head = f"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: {FORM}\r\nContent-Length: {length}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    connection.settimeout(SECONDS)
+    return connection
+
+
+def answer_to(running: Local, body: bytes, kind: str, **headers: str) -> tuple[int, str]:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    status, _, text = running.request("POST", "/v1/segment", body, {"Content-Type": kind, **named})
+    return status, json.loads(text)["error"]["code"] if status != 200 else ""
+
+
+# Nothing on the event loop that a client chooses --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("charset", ["punycode", "idna", "latin-1", "no-such-codec", "utf-8-sig"])
+@pytest.mark.parametrize("place", ["form", "document", "part", "twice"])
+def test_no_codec_is_chosen_by_a_client(local: Local, charset: str, place: str) -> None:
+    body, kind = multipart(PNG, {"prompts": CLICK})
+    if place == "document":
+        body, kind = b"{}", f"application/json; charset={charset}"
+    elif place == "part":
+        body = body.replace(
+            b'name="prompts"', f'name="prompts"\r\nContent-Type: text/plain; charset={charset}'.encode()
+        )
+    else:
+        kind += f'; charset="{charset}"' if place == "form" else f"; charset=utf-8; CHARSET={charset}"
+    looked_up: list[str] = []
+
+    def search(name: str) -> None:
+        looked_up.append(name)
+
+    codecs.register(search)
+    try:
+        assert answer_to(local, body, kind) == (415, "unsupported_media_type")
+    finally:
+        codecs.unregister(search)
+    assert not [name for name in looked_up if name.startswith("no")]
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "UTF-8", '"utf8"'])
+def test_utf_8_may_be_said(local: Local, charset: str) -> None:
+    body, kind = multipart(PNG, {"prompts": CLICK})
+    assert answer_to(local, body, f"{kind}; charset={charset}") == (200, "")
+
+
+def test_cookies_queries_and_ranges_are_never_parsed(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unquoting a cookie of 60 KB of backslashes takes 16 s in Python 3.11.7; the framework parses for whoever asks."""
+    monkeypatch.setattr("starlette.requests.cookie_parser", lambda text: pytest.fail("parsed"))
+    monkeypatch.setattr(
+        "starlette.datastructures.parse_qsl", lambda text, **options: pytest.fail("parsed") if text else []
+    )
+    monkeypatch.setattr(http.cookies, "_unquote", lambda text: pytest.fail("parsed"))
+    headers = {"Cookie": 'a="' + "\\" * 1000 + '"', "Range": "bytes=" + "0-1," * 100 + "5-6"}
+    for path in ("/v2/health/live", "/v2/models/custom", "/metrics", "/openapi.json", "/page.js"):
+        status, _, whole = local.request("GET", path)
+        assert local.request("GET", path + "?" + "&".join(["a=1"] * 100), headers=headers)[::2] == (status, whole) or (
+            path == "/metrics"
+        )
+    assert local.post("/v1/embed", PNG, headers=headers)[0] == 200
+
+
+def test_a_long_content_type_is_not_taken_apart(local: Local) -> None:
+    assert answer_to(local, b"x", FORM + "; a=b" * 200) == (415, "unsupported_media_type")
+
+
+def test_forms_are_parsed_beside_the_event_loop(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A boundary over and over costs the parser microseconds each time."""
+    threads: dict[int | None, int] = {}
+    write = MultipartParser.write
+
+    def noted(self: MultipartParser, data: bytes) -> int:
+        thread = threading.current_thread().ident
+        threads[thread] = max(threads.get(thread, 0), len(data))
+        return write(self, data)
+
+    monkeypatch.setattr(MultipartParser, "write", noted)
+    assert local.error("/v1/embed", b"\r\n--bx" * 50_000) == (415, "unsupported_image")
+    assert threads.pop(local.thread.ident, 0) <= bodies._SMALL_PIECE
+    assert max(threads.values()) > bodies._SMALL_PIECE
+
+
+# Places only for who has something to compute -----------------------------------------------------------------
+
+
+def test_bodies_that_do_not_come_hold_no_place() -> None:
+    """Nothing sent, a byte, all but the end; the queue has four places."""
+    running = started(Settings(body_seconds=SECONDS), max_queue=4)
+    sent = [b"", b"-", HEAD, HEAD + PNG[:-10]]
+    slow = [begun(running, 60_000, body) for body in sent * 3]
+    wait_until(lambda: running.service.bodies.held == 3 * sum(map(len, sent)))
+    assert running.service.in_flight == 0
+    assert running.post("/v1/embed", PNG)[0] == 200
+    for connection in slow:
+        connection.close()
+    wait_until(lambda: running.service.bodies.held == 0)
+    running.close()
+
+
+def test_large_bodies_take_turns_and_small_ones_do_not_wait() -> None:
+    running = started(Settings(max_uploads=1))
+    places = running.service.bodies.large
+    first = begun(running, 10**6, HEAD + NOISE[:100_000])
+    wait_until(lambda: places.borrowed_tokens == 1)
+    assert running.post("/v1/embed", PNG)[0] == 200
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(running.post, "/v1/embed", NOISE)
+        wait_until(lambda: places.statistics().tasks_waiting == 1)
+        assert not second.done()
+        first.close()
+        assert second.result(SECONDS)[0] == 200
+    assert places.borrowed_tokens == 0
+    running.close()
+
+
+def test_who_waits_too_long_for_a_turn_is_told_to_come_again() -> None:
+    running = started(Settings(max_uploads=1, body_seconds=SECONDS))
+    with begun(running, 10**6, HEAD + NOISE[:100_000]):
+        wait_until(lambda: running.service.bodies.large.borrowed_tokens == 1)
+        running.engine.deadline = 0.2
+        assert running.error("/v1/embed", NOISE) == (503, "queue_full")
+    running.close()
+
+
+def test_a_body_that_lags_behind_is_given_up_long_before_the_deadline() -> None:
+    running = started(Settings(body_seconds=0.2), deadline=SECONDS)
+    for body in (b"", HEAD, HEAD + NOISE[:3000]):
+        with begun(running, 10_000, body) as slow:
+            assert b" 408 " in slow.recv(100)
+    wait_until(lambda: running.service.bodies.held == 0)
+    running.close()
+
+
+def test_bytes_of_all_bodies_are_bounded() -> None:
+    running = started(Settings(max_held_bytes=200_000))
+    status, answer, headers = running.post("/v1/embed", NOISE)
+    assert (status, answer["error"]["code"], headers["retry-after"]) == (507, "storage_full", "1")
+    with begun(running, 10**6, HEAD + NOISE[:150_000]):
+        wait_until(lambda: running.service.bodies.held > 150_000)
+        assert running.error("/v1/embed", NOISE[:60_000]) == (507, "storage_full")
+    wait_until(lambda: running.service.bodies.held == 0)
+    assert running.post("/v1/embed", PNG)[0] == 200
+    running.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "code"),
+    [
+        (errno.ENOSPC, 507, "storage_full"),
+        (errno.EDQUOT, 507, "storage_full"),
+        (errno.EFBIG, 507, "storage_full"),
+        (errno.EIO, 500, "internal"),
+    ],
+)
+def test_a_full_disk(local: Local, monkeypatch: pytest.MonkeyPatch, number: int, status: int, code: str) -> None:
+    closed: list[bool] = []
+
+    class Full(SpooledTemporaryFile):  # type: ignore[type-arg]
+        def write(self, data: Any) -> int:
+            raise OSError(number, "no more")
+
+        def close(self) -> None:
+            closed.append(True)
+            super().close()
+
+    monkeypatch.setattr(bodies, "SpooledTemporaryFile", Full)
+    assert local.error("/v1/embed", PNG) == (status, code)
+    assert closed
+    assert local.service.bodies.held == 0
+
+
+# Whose request it is ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://localhost:1"}, 403),
+        ({"Origin": "http://localhost.evil.example"}, 403),
+        ({"Origin": "file://"}, 403),
+        ({"Origin": ""}, 403),
+        ({"Origin": "http://localhost"}, 200),
+        ({"Origin": "http://LOCALHOST"}, 200),
+        ({"Host": "localhost:8000", "Origin": "http://localhost:8000"}, 200),
+        ({"Host": "localhost:8000", "Origin": "http://localhost"}, 403),
+        ({"Origin": "https://localhost"}, 200),  # behind a proxy that ends TLS
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Sec-Fetch-Site": "something-new"}, 403),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "http://behind.example"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+        ({"Host": "LOCALHOST"}, 200),
+        ({"Host": "LocalHost.:80"}, 200),
+        ({"Host": "[::1]"}, 200),
+        ({"Host": "[::1]:8000"}, 200),
+        ({"Host": "localhost:x"}, 403),
+        ({"Host": "localhost@evil.example"}, 403),
+        ({"Host": ""}, 403),
+    ],
+)
+def test_whose_request_it_is(local: Local, headers: dict[str, str], status: int) -> None:
+    assert local.post("/v1/embed", PNG, headers={"Host": "localhost", **headers})[0] == status
+
+
+def test_two_hosts_are_none(local: Local) -> None:
+    with socket.create_connection(("127.0.0.1", local.port)) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\nConnection: close\r\n\r\n")
+        assert b" 403 " in connection.recv(100)
+
+
+# Truncation, other encodings ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [1, 3, 8, 40, 150, 400])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_form_that_ends_too_early(local: Local, cut: int, chunked: bool) -> None:
+    body, kind = multipart(PNG, {"prompts": CLICK, "output": "png"})
+    whole = body[:-2]  # a line's end may follow the last boundary
+    assert local.request("POST", "/v1/segment", whole + b"\r\nmore", {"Content-Type": kind})[0] == 200
+    rest: Any = iter([whole[:-cut]]) if chunked else whole[:-cut]
+    assert answer_to(local, rest, kind) == (400, "bad_request")
+
+
+@pytest.mark.parametrize("body", [b"", b"--b", b"\r\n\r\n", b"preamble only\r\n", HEAD[:-2], HEAD])
+def test_a_form_without_parts(local: Local, body: bytes) -> None:
+    assert answer_to(local, body, FORM) == (400, "bad_request")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "status"),
+    [("Identity", 200), (" identity ", 200), ("identity, gzip", 415), ("gzip", 415), ("x", 415)],
+)
+def test_content_encodings(local: Local, encoding: str, status: int) -> None:
+    assert local.post("/v1/embed", PNG, headers={"Content-Encoding": encoding})[0] == status
+
+
+# JSON that takes long -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        "[" + "[]," * 140_000 + "[]]",
+        "[" + "{}," * 9_000 + "{}]",
+        "[" + "1," * 270_000 + "1]",
+        '{"' + '":1,"'.join(map(str, range(17_000))) + '":1}',
+        "[" * 140_000,
+    ],
+)
+def test_json_that_takes_long_meets_no_parser(monkeypatch: pytest.MonkeyPatch, prompts: str) -> None:
+    """A parser holds the interpreter, and with it the event loop, until it is done."""
+    monkeypatch.setattr(schemas, "_PROMPTS", None)
+    monkeypatch.setattr(SegmentRequest, "model_validate_json", lambda text: pytest.fail("parsed"))
+    for read in (
+        lambda: read_document(SegmentRequest, b'{"prompts":' + prompts.encode() + b"}"),
+        lambda: read_fields(SegmentRequest, {"prompts": prompts}),
+    ):
+        with pytest.raises(ApiError, match="invalid_request"):
+            read()
+
+
+def test_the_largest_document_is_read() -> None:
+    point = [12345.123456789012] * 2
+    reference = {"result": "0" * 32, "prompt": 1023, "mask": 15}
+    prompt = {"points": [point] * 64, "labels": [1] * 64, "box": [1.5] * 4, "mask_input": reference}
+    largest = {"embedding": "0" * 32, "prompts": [prompt] * 1024, "multimask": True, "output": "rle"}
+    read = read_document(SegmentRequest, json.dumps(largest).encode())
+    assert (len(read.prompts), read.prompts[-1].points[-1]) == (1024, tuple(point))
+    fields = {"prompts": json.dumps(largest["prompts"]), "output": '"png"', "embedding": "1" * 32, "multimask": "false"}
+    asked = read_fields(SegmentRequest, fields)
+    assert (len(asked.prompts), asked.output, asked.embedding, asked.multimask) == (1024, "png", "1" * 32, False)
+
+
+def test_other_fields_are_short() -> None:
+    with pytest.raises(ApiError) as refused:
+        read_fields(AutomaticRequest, {"points_per_side": "1" * 1025})
+    assert (refused.value.code, refused.value.where) == ("invalid_request", ["points_per_side"])
+    for nonsense in ("NaN", "9" * 1000, "[" * 1000, "1e999"):
+        with pytest.raises(ApiError, match="invalid_request"):
+            read_fields(AutomaticRequest, {"pred_iou_thresh": nonsense})
