@@ -216,12 +216,73 @@ def decoder_calls(model: Any) -> dict[str, dict[str, Tensor]]:
     return calls
 
 
+# The predictor ----------------------------------------------------------------------------------------------
+
+
+def pixels(*shape: int, seed: int = 300) -> np.ndarray:
+    """Draw pixels of uint8 that are the same everywhere."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def read_only(image: np.ndarray) -> np.ndarray:
+    """Return an array that cannot be written."""
+    image.flags.writeable = False
+    return image
+
+
+# Images that ``ResizeLongestSide.apply_image`` takes officially; plt.imread of a PNG gives the floating-point ones.
+IMAGES: dict[str, np.ndarray] = {
+    "uint8": pixels(30, 40, 3),
+    "float64": pixels(30, 40, 3) / 255,
+    "float32": (pixels(30, 40, 3) / 255).astype(np.float32),
+    "float16": (pixels(30, 40, 3) / 255).astype(np.float16),
+    "float32 with alpha": (pixels(30, 40, 4) / 255).astype(np.float32),
+    "a little over 1": np.full((30, 40, 3), 1.001),
+    "a little under 0": np.full((30, 40, 3), -1e-4),
+    "grey": pixels(30, 40),
+    "grey, float": pixels(30, 40) / 255,
+    "grey, float, one channel": pixels(30, 40, 1) / 255,
+    "grey with alpha": pixels(30, 40, 2),
+    "with alpha": pixels(30, 40, 4),
+    "grey, int32": pixels(30, 40).astype(np.int32) * 300,
+    "grey, int16": pixels(30, 40).astype(np.int16) * 100,
+    "not contiguous": pixels(60, 40, 6)[::2, :, ::-2],
+    "Fortran order": np.asfortranarray(pixels(30, 40, 3)),
+    "read-only": read_only(pixels(30, 40, 3)),
+}
+
+
+def predictor_calls(package: Any, model: Any) -> dict[str, dict[str, Any]]:
+    """Answers of the predictor and its transform to images as programs have them."""
+    transforms = importlib.import_module(f"{package.__name__}.utils.transforms")
+    transform = transforms.ResizeLongestSide(64)
+    calls: dict[str, dict[str, Any]] = {
+        f"apply_image, {name}": {"pixels": transform.apply_image(image)} for name, image in IMAGES.items()
+    }
+    predictor = package.SamPredictor(model)
+    predictor.set_image(IMAGES["float32"])
+    calls["set_image of floating point"] = {"features": predictor.features}
+    square = nn.functional.pad(torch.from_numpy(pixels(1, 3, 341, 512)).float(), (0, 0, 0, 171))
+    predictor.set_torch_image(square, (400, 600))
+    for name, prompt in {
+        "point": {"point_coords": np.array([[250.0, 300.0]]), "point_labels": np.array([1])},
+        "box": {"box": np.array([40.0, 210.0, 350.0, 390.0])},
+    }.items():
+        masks, iou, low_res = predictor.predict(**prompt, return_logits=True)
+        calls[f"padded square, {name}"] = {"masks": masks, "iou": iou, "low_res": low_res}
+    logits = numbers(1, 2, 128, 128, seed=301)
+    for size in ((512, 512), (600, 900), (300, 900)):
+        calls[f"postprocess_masks, {size}"] = {"masks": model.postprocess_masks(logits, size, (50, 70))}
+    return calls
+
+
 def all_calls(package: Any, model: Any, *options: Any) -> dict[str, dict[str, Any]]:
     """Make every call of a package, ``sam`` or ``segment_anything``, with a model of it that has nano's weights."""
     modeling = importlib.import_module(f"{package.__name__}.modeling")
     calls = encoder_calls(modeling, *options)
     with torch.no_grad():
         calls |= decoder_calls(model)
+        calls |= predictor_calls(package, model)
     return calls
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from copy import copy
+from typing import Any, Dict, List, Optional, Tuple  # noqa: F401, UP035 - star imports give them
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from fastsam_kernels import nms
 
 from . import rle as run_lengths
+from .checks import require
 from .crop_masks import Criteria, Crop, masks_of_crop
 from .embedding import ImageEmbedding
 from .memory import MaskMemory, parse_bytes
@@ -20,16 +22,24 @@ from .modeling.prompt_encoder import check_finite
 from .postprocess import remove_small_regions
 from .predictor import SamPredictor
 from .preprocess import ImageGeometry, resized_size, validate_image
-from .utils.amg import (
+from .utils.amg import (  # noqa: F401 - programs take the official helpers from here
     MaskData,
     area_from_rle,
+    batch_iterator,
     batched_mask_to_box,
     box_xyxy_to_xywh,
     build_all_layer_point_grids,
+    calculate_stability_score,
+    coco_encode_rle,
     generate_crop_boxes,
+    is_box_near_crop_edge,
     mask_to_rle_pytorch,
     rle_to_mask,
+    uncrop_boxes_xyxy,
+    uncrop_masks,
+    uncrop_points,
 )
+from .utils.boxes import batched_nms, box_area  # noqa: F401
 
 _OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 _CROPS_AT_ONCE = 8  # a pass of the encoder on a GPU
@@ -40,8 +50,13 @@ NANO_THRESHOLDS = {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.8}
 class SamAutomaticMaskGenerator:
     """Clicks on a grid, of the image and if asked of crops of it; keeps what is confident, stable and new.
 
-    The official generator: same arguments, records and order.
+    The official generator: same arguments, records and order. One generator may be used from several threads.
     """
+
+    # Of the class, for subclasses that do not call ``__init__``: what the official class has no argument for.
+    max_memory: int | None = None
+    progress: bool | Callable[[int, int], None] = False
+    resize_on_device: bool = False
 
     def __init__(
         self,
@@ -133,7 +148,7 @@ class SamAutomaticMaskGenerator:
         """Masks of everything in an image.
 
         Args:
-            image: [H, W, 3] uint8 RGB.
+            image: [H, W, 3] uint8 RGB, or floating-point in 0..1.
 
         Returns:
             a record a mask: segmentation ([H, W] bool, or an RLE), area (pixels), bbox (XYWH), predicted_iou,
@@ -154,12 +169,15 @@ class SamAutomaticMaskGenerator:
         Raises:
             TypeError, ValueError: an image as ``generate`` refuses it, named by its place; nothing was encoded.
         """
-        plans = []
+        require("images", images, (Sequence, np.ndarray), "a list of arrays [H, W, 3]")
+        checked, plans = [], []
         for index, image in enumerate(images):
             try:
-                plans.append(self._crop_boxes(self._size(image)))
+                checked.append(self._checked(image))
+                plans.append(self._crop_boxes(checked[-1].shape[:2]))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"image {index}: {error}" if len(images) > 1 else str(error)) from None
+        images = checked
         parts = [image[y0:y1, x0:x1] for image, plan in zip(images, plans, strict=True) for (x0, y0, x1, y1), _ in plan]
         embeddings = self._embeddings(parts)
         report = _Progress(self.progress, sum(len(self.point_grids[layer]) for plan in plans for _, layer in plan))
@@ -180,7 +198,8 @@ class SamAutomaticMaskGenerator:
                 encoded.
         """
         if not isinstance(image, ImageEmbedding):
-            size = self._size(image)
+            image = self._checked(image)
+            size = image.shape[:2]
             plan = self._crop_boxes(size)
             return self._steps(self._embeddings([image[y0:y1, x0:x1] for (x0, y0, x1, y1), _ in plan]), plan, size)
         if self.crop_n_layers > 0:
@@ -189,10 +208,11 @@ class SamAutomaticMaskGenerator:
         height, width = image.geometry.original_size
         return self._steps(iter([image]), [((0, 0, width, height), 0)], (height, width))
 
-    def _size(self, image: np.ndarray) -> tuple[int, int]:
-        """(height, width) of an image that can be embedded; ``TypeError`` or ``ValueError`` of another."""
-        height, width = validate_image(image).shape[:2]
-        return ImageGeometry.of(height, width, self.predictor.model.image_encoder.img_size).original_size
+    def _checked(self, image: np.ndarray) -> np.ndarray:
+        """Return an image that can be embedded as uint8; ``TypeError`` or ``ValueError`` of another."""
+        image = validate_image(image)
+        ImageGeometry.of(image.shape[0], image.shape[1], self.predictor.model.image_encoder.img_size)
+        return image
 
     def _crop_boxes(self, size: tuple[int, ...]) -> list[tuple[tuple[int, int, int, int], int]]:
         """Boxes in an image of ``size`` that clicks are made in, and the layer of each.
@@ -211,7 +231,9 @@ class SamAutomaticMaskGenerator:
     @torch.no_grad()
     def _embeddings(self, parts: Sequence[np.ndarray]) -> Iterator[ImageEmbedding]:
         """Encode when they are asked for, several together where that pays."""
-        predictor, model = self.predictor, self.predictor.model
+        model = self.predictor.model
+        # Several threads may be here at once, so each call has a predictor of its own, unless a user patched the one.
+        predictor = self.predictor if "set_image" in vars(self.predictor) else copy(self.predictor)
         at_once = 1 if model.device.type == "cpu" else _CROPS_AT_ONCE
         for start in range(0, len(parts), at_once):
             some = parts[start : start + at_once]
@@ -283,6 +305,8 @@ class SamAutomaticMaskGenerator:
 def _grid(points: Any) -> np.ndarray:
     """Clicks [N, 2] in the unit square as an array."""
     grid = np.asarray(points, dtype=np.float64)
+    if grid.shape == (0,):
+        return grid.reshape(0, 2)
     if grid.ndim != 2 or grid.shape[1] != 2:
         raise ValueError(f"each of point_grids must be [N, 2], got {list(grid.shape)}")
     check_finite("point_grids", grid)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial  # noqa: F401
 from pathlib import Path
 
 import torch
 
 from .checkpoint import read_checkpoint
-from .config import variant_config
-from .modeling import Sam
+from .config import SamConfig, variant_config
+from .modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer  # noqa: F401 - star names
 from .modeling.build import build_empty, build_from_config
 
 NANO_CHECKPOINT = Path(__file__).parent / "checkpoints" / "nano.safetensors"
@@ -83,6 +84,28 @@ def _build(variant: str, checkpoint: str | os.PathLike[str] | None = None) -> Sa
     if checkpoint is None:
         return build_from_config(variant_config(variant))
     return load_model(checkpoint, variant, device="cpu")
+
+
+def _build_sam(
+    encoder_embed_dim: int,
+    encoder_depth: int,
+    encoder_num_heads: int,
+    encoder_global_attn_indexes: Sequence[int],
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Sam:
+    """Build a model of 1024 px with an image encoder of these sizes, as fine-tunes of the official package do.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: unreadable, foreign, or weights of other sizes, the keys listed.
+        ValueError: sizes that do not fit together.
+    """
+    indexes = tuple(encoder_global_attn_indexes)
+    config = SamConfig("custom", encoder_embed_dim, encoder_depth, encoder_num_heads, indexes)
+    model = build_from_config(config)
+    if checkpoint is not None:
+        model.load_state_dict(read_checkpoint(checkpoint, config=config).state_dict)
+    return model
 
 
 def build_sam_vit_h(checkpoint: str | os.PathLike[str] | None = None) -> Sam:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastsam_kernels import Resizing, packed_masks
 
+from .checks import require, require_model
 from .embedding import ImageEmbedding
 from .modeling import Sam
 from .modeling.prompt_encoder import LABEL_ABSENT
@@ -48,8 +49,11 @@ class InteractiveSession:
     def __init__(self, model: Sam, embedding: ImageEmbedding) -> None:
         """
         Raises:
+            TypeError: no model, or no embedding.
             ValueError: an embedding of another model or on another device.
         """
+        require_model(model)
+        require("embedding", embedding, ImageEmbedding, "an ImageEmbedding, as model.encode makes it")
         model.check_embedding(embedding)
         self._model, self._embedding = model, embedding
         side = model.low_res_size

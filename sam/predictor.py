@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Optional, Tuple  # noqa: F401, UP035 - star imports give them
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import require, require_model
 from .embedding import ImageEmbedding
 from .modeling import Sam
 from .modeling.prompt_encoder import check_finite, check_labels, check_mask_inputs
@@ -13,20 +19,37 @@ from .preprocess import ImageGeometry, validate_image
 from .prompts import OfficialPrompt, PromptBatch
 from .utils.transforms import ResizeLongestSide
 
+_SHARED = (
+    "another thread is setting an image on this SamPredictor: use one for each thread, "
+    "or model.encode and model.predict"
+)
+
 
 class SamPredictor:
     """Embeds an image once and predicts masks for as many prompts as are asked.
 
     A thin shell over :class:`sam.modeling.Sam`. ``features``, ``input_size``, ``original_size`` and
     ``is_image_set`` are plain attributes: set all four to restore an embedding saved earlier. A call that
-    raises leaves the image that was set as it was. Not for sharing between threads; ``model.predict`` is.
+    raises leaves the image that was set as it was.
+
+    Threads may ask about one image. They may not set images of their own: whoever sets one, or asks, while another
+    thread sets an image gets a ``RuntimeError``. ``model.encode`` and ``model.predict`` are for sharing.
     """
 
-    features: Tensor | None
+    # Of the class, for subclasses that do not call ``__init__``.
+    is_image_set: bool = False
+    features: Tensor | None = None
     original_size: tuple[int, int]
     input_size: tuple[int, int]
+    _handle: ImageEmbedding | None = None
+    _setter: int  # the thread that is setting an image, there for as long as it does
 
     def __init__(self, sam_model: Sam) -> None:
+        """
+        Raises:
+            TypeError: no SAM model.
+        """
+        require_model(sam_model)
         self.model = sam_model
         self.transform = ResizeLongestSide(sam_model.image_encoder.img_size)
         self.reset_image()
@@ -34,12 +57,15 @@ class SamPredictor:
     def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
         """Embed an image, [H, W, 3] uint8 in the channel order ``image_format``, "RGB" or "BGR".
 
+        Floating-point pixels must lie in 0..1, and are multiplied by 255 as officially.
+
         Raises:
             TypeError, ValueError: another kind of image, or one too long and thin to be resized.
         """
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"image_format must be 'RGB' or 'BGR', got {image_format!r}")
-        height, width = validate_image(image).shape[:2]
+        image = validate_image(image)
+        height, width = image.shape[:2]
         ImageGeometry.of(height, width, self.model.image_encoder.img_size)
         if image_format != self.model.image_format:
             image = image[..., ::-1]
@@ -56,17 +82,33 @@ class SamPredictor:
             original_image_size: (height, width) before the transformation.
 
         Raises:
+            TypeError: no tensor, or a size that is no two numbers.
             ValueError: another shape.
+            RuntimeError: another thread is setting an image on this predictor.
         """
+        require("transformed_image", transformed_image, Tensor, "a torch.Tensor [1, 3, h, w] in 0..255")
         long_side, shape = self.model.image_encoder.img_size, list(transformed_image.shape)
         if len(shape) != 4 or shape[1] != 3 or max(shape[2:]) != long_side:
             raise ValueError(f"set_torch_image takes [1, 3, h, w] with a longer side of {long_side}, got {shape}")
-        features = self.model.image_features(self.model.preprocess(transformed_image))
-        self.reset_image()
-        self.original_size = original_image_size
-        self.input_size = (transformed_image.shape[-2], transformed_image.shape[-1])
-        self.features = features
-        self.is_image_set = True
+        input_size = (transformed_image.shape[-2], transformed_image.shape[-1])
+        ImageGeometry(original_image_size, input_size, long_side)
+        with self._setting_an_image():
+            features = self.model.image_features(self.model.preprocess(transformed_image))
+            self.reset_image()
+            self.original_size = original_image_size
+            self.input_size = input_size
+            self.features = features
+            self.is_image_set = True
+
+    @contextmanager
+    def _setting_an_image(self) -> Iterator[None]:
+        me = threading.get_ident()
+        if vars(self).setdefault("_setter", me) != me:  # one step, so that one of two threads is the first
+            raise RuntimeError(_SHARED)
+        try:
+            yield
+        finally:
+            del self._setter
 
     def predict(
         self,
@@ -161,7 +203,12 @@ class SamPredictor:
         self.input_w = None
         self._handle: ImageEmbedding | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_handle", "_setter")}
+
     def _require_image(self) -> Tensor:
+        if vars(self).get("_setter", threading.get_ident()) != threading.get_ident():
+            raise RuntimeError(_SHARED)
         if not self.is_image_set or self.features is None:
             raise RuntimeError("no image is set: call set_image(...) before asking for masks or features")
         return self.features
@@ -183,6 +230,9 @@ class SamPredictor:
     def _check_tensors(
         self, coords: Tensor | None, labels: Tensor | None, boxes: Tensor | None, masks: Tensor | None
     ) -> None:
+        given = {"point_coords": coords, "point_labels": labels, "boxes": boxes, "mask_input": masks}
+        for name, tensor in given.items():
+            require(name, tensor, (Tensor, type(None)), "a torch.Tensor (predict takes arrays)")
         counts = {}
         if coords is not None:
             if labels is None:

@@ -40,6 +40,7 @@ class Prompt:
         mask_input: [1, h, w] low-resolution logits, as an earlier prediction returned them.
 
     Raises:
+        TypeError: what is no array of numbers.
         ValueError: points without labels or the reverse, lengths that differ, a label outside {-1, 0, 1}, a wrong
             shape, a box with x1 < x0 or y1 < y0, NaN or infinity, a coordinate further than ``MAX_COORDINATE`` (1e30)
             from 0.
@@ -55,7 +56,10 @@ class Prompt:
             missing, given = ("labels", "points") if self.labels is None else ("points", "labels")
             raise ValueError(f"{missing} must be given with {given}")
         if self.points is not None:
-            points, labels = _array(self.points, np.float64), _array(self.labels)
+            points = _numbers("points", self.points, "[N, 2]", np.float64)
+            labels = _numbers("labels", self.labels, "[N]")
+            if points.shape == (0,):  # an empty list
+                points = points.reshape(0, 2)
             if points.ndim != 2 or points.shape[1] != 2:
                 raise ValueError(f"points must be [N, 2], got {list(points.shape)}")
             if labels.shape != points.shape[:1]:
@@ -64,14 +68,14 @@ class Prompt:
             check_coordinates("points", points)
             self._set(points=points, labels=labels.astype(np.int64))
         if self.box is not None:
-            box = _array(self.box, np.float64)
+            box = _numbers("box", self.box, "[4]", np.float64)
             if box.size != 4:
                 raise ValueError(f"box must be x0, y0, x1, y1 of shape [4], got {list(box.shape)}")
             check_coordinates("box", box)
             self._check_corners(box.reshape(4))
             self._set(box=box.reshape(4))
         if self.mask_input is not None:
-            mask_input = _array(self.mask_input, np.float32)
+            mask_input = _numbers("mask_input", self.mask_input, "[1, h, w]", np.float32)
             if mask_input.ndim != 3 or mask_input.shape[0] != 1:
                 raise ValueError(f"mask_input must be [1, h, w], got {list(mask_input.shape)}")
             check_finite("mask_input", mask_input)
@@ -116,8 +120,15 @@ def check_corners(box: Corners) -> Corners:
     return box
 
 
-def _array(values: Any, dtype: Any = None) -> np.ndarray:
-    return np.array(as_array(values), dtype=dtype)
+def _numbers(name: str, values: Any, shape: str, dtype: Any = None) -> np.ndarray:
+    """Copy ``values`` to an array of numbers."""
+    try:
+        array = np.array(as_array(values), dtype=dtype)
+    except (TypeError, ValueError):
+        array = None
+    if array is None or array.dtype.kind not in "biuf":
+        raise TypeError(f"{name} must be an array of numbers {shape}, got {type(values).__name__} {values!r:.80}")
+    return array
 
 
 def _as_float(values: Tensor) -> Tensor:

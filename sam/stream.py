@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import preprocess
+from .checks import require
 from .embedding import ImageEmbedding, hash_image
 from .images import read_image
 from .modeling import Sam
@@ -158,12 +159,13 @@ def predict_stream(
 
 def _prepare(model: Sam, index: int, source: ImageSource, resize_on_device: bool) -> _Prepared:
     try:
+        require("the image", source, (np.ndarray, str, os.PathLike), "a numpy array [H, W, 3] of uint8, or a file")
         image = preprocess.validate_image(source if isinstance(source, np.ndarray) else read_image(source))
         geometry = ImageGeometry.of(image.shape[0], image.shape[1], model.image_encoder.img_size)
     except (TypeError, ValueError, FileNotFoundError) as error:
         raise type(error)(f"image {index}: {error}") from None
     if resize_on_device:
-        return _Prepared(np.ascontiguousarray(image), geometry, None)
+        return _Prepared(np.require(image, requirements=("C", "W")), geometry, None)
     resized = preprocess.resize_image(image, geometry.input_size)
     return _Prepared(resized, geometry, hash_image(resized, geometry))
 

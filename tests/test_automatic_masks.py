@@ -179,8 +179,8 @@ def test_many_images_of_mixed_sizes(generator: Generator, photograph: np.ndarray
     assert calls[2] == (108, 108)
     assert calls[-1] == (36, 36)
     assert several.generate_batch([]) == []
-    with pytest.raises(ValueError, match="image 1: the image must be uint8"):
-        several.generate_batch([photograph, photograph / 255])
+    with pytest.raises(ValueError, match=r"image 1: a floating-point image must lie in 0\.\.1"):
+        several.generate_batch([photograph, photograph / 1.0])
 
 
 def test_a_bar_on_request(generator: Generator, photograph: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,8 +233,8 @@ def test_point_grids_and_errors(small: Sam, generator: Generator, photograph: np
         generator(None)
     with pytest.raises(ValueError, match=r"output_mode must be one of binary_mask, .*, got 'png'"):
         generator(output_mode="png")
-    with pytest.raises(ValueError, match="must be uint8"):
-        generator(4).generate(photograph / 255)
+    with pytest.raises(ValueError, match=r"must lie in 0\.\.1"):
+        generator(4).generate(photograph / 1.0)
 
 
 @pytest.mark.parametrize(

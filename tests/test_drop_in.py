@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from models import random_image
 
 import sam
 from sam import Sam, SamPredictor
+from sam.build_sam import _build_sam
 
 # The public signatures of segment_anything 1.0.1, annotations left out.
 OFFICIAL = {
@@ -157,6 +160,92 @@ def test_top_level_names_and_registry() -> None:
         assert hasattr(sam, name)
     assert set(sam.sam_model_registry) >= {"default", "vit_h", "vit_l", "vit_b"}
     assert sam.build_sam is sam.build_sam_vit_h is sam.sam_model_registry["default"]
+
+
+# Of ``from segment_anything.MODULE import *``: what comes from elsewhere, and programs rely on all the same.
+STAR_NAMES = {
+    "automatic_mask_generator": "np torch batched_nms box_area Any Dict List Optional Tuple Sam SamPredictor MaskData "
+    "area_from_rle batch_iterator batched_mask_to_box box_xyxy_to_xywh build_all_layer_point_grids "
+    "calculate_stability_score coco_encode_rle generate_crop_boxes is_box_near_crop_edge mask_to_rle_pytorch "
+    "remove_small_regions rle_to_mask uncrop_boxes_xyxy uncrop_masks uncrop_points",
+    "build_sam": "torch partial ImageEncoderViT MaskDecoder PromptEncoder Sam TwoWayTransformer",
+    "predictor": "np torch Sam Optional Tuple ResizeLongestSide",
+    "utils.amg": "np torch math deepcopy product Any Dict ItemsView List Tuple Generator",
+    "utils.transforms": "np torch F resize to_pil_image deepcopy Tuple",
+}
+
+
+@pytest.mark.parametrize("module", STAR_NAMES)
+def test_star_names(module: str) -> None:
+    scope: dict[str, object] = {}
+    exec(f"from sam.{module} import *", scope)
+    assert [name for name in STAR_NAMES[module].split() if name not in scope] == []
+
+
+def test_functions_of_torchvision() -> None:
+    """Those that come by star: an image, areas, and a suppression within each category."""
+    scope: dict[str, Any] = {}
+    exec("from sam.utils.transforms import *\nfrom sam.automatic_mask_generator import *", scope)
+    picture = scope["to_pil_image"](random_image(8, 12))
+    assert (picture.mode, picture.size) == ("RGB", (12, 8))
+    assert scope["resize"](picture, (4, 6)).size == (6, 4)
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 8], [20, 20, 30, 40]])
+    assert scope["box_area"](boxes).tolist() == [100, 90, 80, 200]
+    scores = torch.tensor([0.5, 0.9, 0.7, 0.6])
+    of_one_kind = scope["batched_nms"](boxes, scores, torch.zeros(4), iou_threshold=0.7)
+    assert of_one_kind.tolist() == [1, 3]
+    assert scope["batched_nms"](boxes, scores, torch.tensor([0, 1, 0, 1]), 0.7).tolist() == [1, 2, 3]
+    assert scope["batched_nms"](boxes[:0], scores[:0], torch.zeros(0), 0.7).tolist() == []
+
+
+def test_the_official_builder(tmp_path: Path) -> None:
+    """Fine-tunes call ``_build_sam`` with sizes of their own."""
+    sizes: dict[str, Any] = {"encoder_embed_dim": 64, "encoder_depth": 2, "encoder_num_heads": 2}
+    model = _build_sam(**sizes, encoder_global_attn_indexes=[1])
+    assert not model.training
+    assert model.image_encoder.img_size == 1024
+    assert [block.window_size for block in model.image_encoder.blocks] == [14, 0]
+    assert model.image_encoder.blocks[0].attn.num_heads == 2
+    path = tmp_path / "fine_tune.pth"
+    torch.save(model.state_dict(), path)
+    loaded = _build_sam(**sizes, encoder_global_attn_indexes=(1,), checkpoint=path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    with pytest.raises(sam.CheckpointError, match=r"fine_tune.pth: .*image_encoder\.blocks\.0\.attn\.rel_pos_h"):
+        _build_sam(**sizes, encoder_global_attn_indexes=(0, 1), checkpoint=path)
+    with pytest.raises(FileNotFoundError, match=r"no such checkpoint: .*none\.pth"):
+        _build_sam(**sizes, encoder_global_attn_indexes=(1,), checkpoint=tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="encoder_num_heads=5 must divide encoder_embed_dim=64"):
+        _build_sam(64, 2, 5, (1,))
+
+
+def test_subclasses_that_do_not_call_init(tiny: Sam) -> None:
+    """They set what the official ``__init__`` sets, and nothing of ours."""
+
+    class Predictor(SamPredictor):
+        def __init__(self, model: Sam) -> None:
+            self.model, self.transform = model, sam.predictor.ResizeLongestSide(model.image_encoder.img_size)
+
+    class Generator(sam.SamAutomaticMaskGenerator):
+        def __init__(self, model: Sam) -> None:
+            self.predictor = Predictor(model)
+            self.point_grids = sam.utils.amg.build_all_layer_point_grids(2, 0, 1)
+            self.points_per_batch, self.pred_iou_thresh, self.stability_score_thresh = 64, -1.0, 0.0
+            self.stability_score_offset, self.box_nms_thresh, self.crop_n_layers = 1.0, 1.0, 0
+            self.crop_nms_thresh, self.crop_overlap_ratio, self.crop_n_points_downscale_factor = 0.7, 0.3, 1
+            self.min_mask_region_area, self.output_mode = 0, "uncompressed_rle"
+
+    image = random_image(60, 80)
+    ours, expected = Predictor(tiny), SamPredictor(tiny)
+    with pytest.raises(RuntimeError, match="no image is set"):
+        ours.predict()
+    for predictor in (ours, expected):
+        predictor.set_image(image)
+    np.testing.assert_array_equal(ours.predict()[2], expected.predict()[2])
+    like = {"pred_iou_thresh": -1.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
+    official = sam.SamAutomaticMaskGenerator(tiny, points_per_side=2, output_mode="uncompressed_rle", **like)
+    records = Generator(tiny).generate(image)
+    assert len(records) > 0
+    assert records == official.generate(image)
 
 
 def test_a_script_of_the_official_readme(photo: np.ndarray) -> None:

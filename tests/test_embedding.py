@@ -154,7 +154,7 @@ def test_damaged_and_foreign_files(tmp_path: Path, nano: Sam, photo: np.ndarray)
         ("[[300, 451], [341, 512], 512.5]", r"must be integers, got \[300, 451, 341, 512, 512.5\]"),
         ("[[300, Infinity], [341, 512], 512]", r"must be integers, got \[300, inf, 341, 512, 512\]"),
         ("[[300, 451], [341, 512], 128]", r"input_size \(341, 512\) does not fit the model's square of 128 px"),
-        ("[[300], [341, 512], 512]", "not enough values"),
+        ("[[300], [341, 512], 512]", r"original_size must be \(height, width\) in pixels, got \(300,\)"),
         ("[[300, 451], 512]", "not enough values"),
         ("[300, 451, 512]", "must be an iterable, not int"),
         ("[[300, 451], [341, 512]", "delimiter"),

@@ -35,7 +35,7 @@ BAD_IMAGES = [
     (random_image(30, 40)[..., 0], ValueError, r"must be \[H, W, 3\], got \[30, 40\] \(grey\? np.dstack"),
     (np.zeros((30, 40, 4), np.uint8), ValueError, r"must be \[H, W, 3\], got \[30, 40, 4\] \(RGBA\?"),
     (np.zeros((2, 30, 40, 3), np.uint8), ValueError, r"must be \[H, W, 3\], got \[2, 30, 40, 3\]"),
-    (random_image(30, 40) / 255.0, ValueError, r"must be uint8 in 0..255, got float64"),
+    (random_image(30, 40) / 1.0, ValueError, r"must lie in 0..1, got values from 0 to 255; .*image.astype"),
     (np.zeros((0, 40, 3), np.uint8), ValueError, r"the image is empty: 0x40"),
     (np.zeros((1, 20000, 3), np.uint8), ValueError, r"1x20000 .*resized to 512 px .*side of 0 px.* 1:1024"),
     ([[1, 2, 3]], TypeError, r"must be a numpy array \[H, W, 3\] of uint8, got list"),

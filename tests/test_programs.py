@@ -15,7 +15,7 @@ from torch import Tensor
 
 import sam
 from benchmarks import official_calls
-from benchmarks.official_calls import decoder_calls, encoder_calls, summary
+from benchmarks.official_calls import decoder_calls, encoder_calls, predictor_calls, summary
 from sam import Sam
 
 OFFICIAL: dict[str, Any] = json.loads((Path(__file__).parent / "official_calls.json").read_text())
@@ -49,6 +49,11 @@ def test_stand_ins_and_sizes_of_the_image_encoder(options: tuple[str, ...]) -> N
 def test_numbers_of_rows_of_the_mask_decoder(nano: Sam) -> None:
     """Several images with one or no prompt, one image with several, and what lies between, with a gradient."""
     assert_official(decoder_calls(nano))
+
+
+def test_images_squares_and_sizes_of_the_predictor(nano: Sam) -> None:
+    """Images of other dtypes and layouts, a square that is padded already, and an input larger than the model's."""
+    assert_official(predictor_calls(sam, nano))
 
 
 def test_a_stand_in_is_called_as_officially() -> None:

@@ -44,7 +44,10 @@ class Checkpoint:
 
 
 def read_checkpoint(
-    path: str | os.PathLike[str], variant: str | None = None, image_size: int | None = None
+    path: str | os.PathLike[str],
+    variant: str | None = None,
+    image_size: int | None = None,
+    config: SamConfig | None = None,
 ) -> Checkpoint:
     """Read a safetensors file, a torch file, or a folder that transformers wrote.
 
@@ -52,6 +55,7 @@ def read_checkpoint(
         path: the file or folder. Torch files are read with ``weights_only=True`` and nothing else.
         variant: what the caller takes it for; None infers it from the shapes.
         image_size: resize the position tables for this input, in pixels; None keeps the file's.
+        config: what the weights are, where they are of no known variant; None infers it.
 
     Raises:
         FileNotFoundError: no such file.
@@ -63,7 +67,7 @@ def read_checkpoint(
     try:
         stored, metadata, config_json = _read_folder(path) if path.is_dir() else (*_read_file(path), None)
         state, layout = find_weights(stored)
-        config = _config_of(state, layout, metadata, config_json)
+        config = config or _config_of(state, layout, metadata, config_json)
         if variant is not None and config.variant != variant:
             raise CheckpointError(
                 f"these are weights of {_describe(config)}, not of {_describe(variant_config(variant))}"

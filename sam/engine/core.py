@@ -116,8 +116,8 @@ class Engine:
         Raises:
             TypeError, ValueError: as :meth:`sam.modeling.Sam.encode`.
         """
-        height, width = preprocess.validate_image(image).shape[:2]
-        geometry = ImageGeometry.of(height, width, self.model.image_encoder.img_size)
+        image = preprocess.validate_image(image)
+        geometry = ImageGeometry.of(image.shape[0], image.shape[1], self.model.image_encoder.img_size)
         resized = preprocess.resize_image(image, geometry.input_size)
         image_hash = hash_image(resized, geometry)
         content = f"{image_hash} {self._model_hash}".encode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, overload
 
@@ -17,6 +17,7 @@ from fastsam_kernels.dispatch import recording
 
 from .. import postprocess, preprocess
 from ..allocator import keep_freed_memory
+from ..checks import require
 from ..config import SamConfig
 from ..embedding import ImageEmbedding, hash_image
 from ..preprocess import ImageGeometry
@@ -161,7 +162,7 @@ class Sam(DerivedWeights, Fp32Buffers):
         """Embed one image, or a list of images of any sizes.
 
         Args:
-            images: [H, W, 3] uint8 RGB.
+            images: [H, W, 3] uint8 RGB, or floating-point in 0..1.
             batch_size: images a pass of the encoder; by default 1 on a CPU and 8 elsewhere.
             resize_on_device: the image goes to the device as it is and is resized, normalised and padded there in
                 one pass. Faster, and up to a level of 8 bits off Pillow's resize, which SAM was trained with; the
@@ -180,21 +181,22 @@ class Sam(DerivedWeights, Fp32Buffers):
             raise TypeError(f"an array [H, W, 3] or a list of them is wanted, got {type(images).__name__}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        geometries = []
+        checked, geometries = [], []
         for index, image in enumerate(images):
             try:
-                geometries.append(self._geometry(preprocess.validate_image(image)))
+                checked.append(preprocess.validate_image(image))
+                geometries.append(self._geometry(checked[-1]))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"image {index}: {error}" if len(images) > 1 else str(error)) from None
         if batch_size is None:
             batch_size = 1 if self.device.type == "cpu" else 8
         embeddings = []
-        for start in range(0, len(images), batch_size):
+        for start in range(0, len(checked), batch_size):
             some = slice(start, start + batch_size)
             pixels, hashes = zip(
                 *(
                     self._pixels(image, geometry, resize_on_device)
-                    for image, geometry in zip(images[some], geometries[some], strict=True)
+                    for image, geometry in zip(checked[some], geometries[some], strict=True)
                 ),
                 strict=True,
             )
@@ -217,7 +219,8 @@ class Sam(DerivedWeights, Fp32Buffers):
     def _pixels(self, image: np.ndarray, geometry: ImageGeometry, on_device: bool) -> tuple[Tensor, str | None]:
         """The encoder's input [3, size, size], and the image's hash."""
         if on_device:
-            return self.pixels_of(torch.from_numpy(np.ascontiguousarray(image)).to(self.device), geometry), None
+            there = torch.from_numpy(np.require(image, requirements=("C", "W"))).to(self.device)
+            return self.pixels_of(there, geometry), None
         resized = preprocess.resize_image(image, geometry.input_size)
         pixels = self.preprocess(preprocess.image_to_tensor(resized, self.device))
         return pixels, hash_image(resized, geometry)
@@ -283,16 +286,24 @@ class Sam(DerivedWeights, Fp32Buffers):
             one prediction an image, its rows in the order of the image's prompts.
 
         Raises:
+            TypeError: no embeddings, or no lists of prompts.
             ValueError: an embedding of another model or on another device, a mask input of the wrong size.
         """
+        if isinstance(prompts, Prompt):
+            raise TypeError("prompts must be a list of Prompt, got a single one")
+        require("prompts", prompts, Sequence, "a list of Prompt, or for several embeddings a list of such lists")
         if isinstance(embeddings, ImageEmbedding):
-            if isinstance(prompts, Prompt):
-                raise TypeError("prompts must be a list of Prompt, got a single one")
             return self.predict([embeddings], [prompts], multimask_output, return_logits)[0]
+        require("embeddings", embeddings, Sequence, "an ImageEmbedding or a list of them")
         if len(embeddings) != len(prompts):
             raise ValueError(f"{len(embeddings)} embeddings need as many lists of prompts, got {len(prompts)}")
         for embedding in embeddings:
+            require("embeddings", embedding, ImageEmbedding, "an ImageEmbedding or a list of them")
             self.check_embedding(embedding)
+        for index, of_image in enumerate(prompts):
+            require(f"the prompts of embedding {index}", of_image, Sequence, "a list of Prompt")
+            for prompt in of_image:
+                require(f"a prompt of embedding {index}", prompt, Prompt, "a sam.Prompt")
         total = sum(len(of_image) for of_image in prompts)
         for prompt in (prompt for of_image in prompts for prompt in of_image):
             if prompt.mask_input is not None:
@@ -508,6 +519,14 @@ class Sam(DerivedWeights, Fp32Buffers):
             one dictionary an image: masks [P, C, H, W] bool, iou_predictions [P, C] and low_res_logits
             [P, C, low-res height, low-res width].
         """
+        require("batched_input", batched_input, Sequence, "a list of dictionaries")
+        for index, record in enumerate(batched_input):
+            require(f"batched_input[{index}]", record, Mapping, "a dictionary")
+            for name in ("image", "point_coords", "point_labels", "boxes", "mask_inputs"):
+                if record.get(name) is not None or name == "image":
+                    require(f"{name} of batched_input[{index}]", record.get(name), Tensor, "a torch.Tensor")
+        if not batched_input:
+            return []
         pixels = torch.stack([self.preprocess(record["image"]) for record in batched_input])
         outputs = []
         for record, features in zip(batched_input, self.image_features(pixels), strict=True):
@@ -528,12 +547,19 @@ class Sam(DerivedWeights, Fp32Buffers):
         return outputs
 
     def postprocess_masks(self, masks: Tensor, input_size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:
-        """Low-resolution logits [P, C, h, w] to logits [P, C, original height, original width]."""
-        geometry = ImageGeometry(original_size, input_size, self.image_encoder.img_size)
+        """Low-resolution logits [P, C, h, w] to logits [P, C, original height, original width].
+
+        Of an ``input_size`` beyond the encoder's square only the square counts, as officially.
+        """
+        require("masks", masks, Tensor, "a torch.Tensor [P, C, h, w]")
+        side = self.image_encoder.img_size
+        height, width = input_size
+        geometry = ImageGeometry(original_size, (min(height, side), min(width, side)), side)
         return postprocess.upscale_masks(masks, geometry)
 
     def preprocess(self, x: Tensor) -> Tensor:
         """Normalise resized pixels [..., 3, h, w] in 0..255 and pad them to the encoder's square."""
+        require("x", x, Tensor, "a torch.Tensor [..., 3, h, w] in 0..255")
         image_size = self.image_encoder.img_size
         return preprocess.normalize_and_pad(x, self.pixel_mean, self.pixel_std, image_size).to(self.dtype)
 

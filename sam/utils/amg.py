@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, ItemsView
+from copy import deepcopy  # noqa: F401
 from itertools import product
-from typing import Any
+from typing import Any, Dict, List, Tuple  # noqa: F401, UP035 - star imports give them
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .. import postprocess
 from .. import rle as run_lengths
+from ..checks import require
 
 
 class MaskData:
@@ -42,6 +44,7 @@ class MaskData:
 
     def filter(self, keep: Tensor) -> None:
         """Keep the rows that ``keep`` names, by a boolean mask or by index."""
+        require("keep", keep, Tensor, "a torch.Tensor of booleans or indices")
         for key, value in self._stats.items():
             if isinstance(value, Tensor):
                 self._stats[key] = value[keep.to(value.device)]
@@ -53,6 +56,7 @@ class MaskData:
 
     def cat(self, new_stats: MaskData) -> None:
         """Append the rows of ``new_stats``."""
+        require("new_stats", new_stats, MaskData, "a MaskData")
         for key, value in new_stats.items():
             ours = self._stats.get(key)
             if ours is None:
@@ -72,6 +76,7 @@ class MaskData:
 
 def is_box_near_crop_edge(boxes: Tensor, crop_box: list[int], orig_box: list[int], atol: float = 20.0) -> Tensor:
     """[N], whether a box in a crop's frame lies within ``atol`` px of the crop's edge but not of the image's."""
+    require("boxes", boxes, Tensor, "a torch.Tensor [N, 4]")
     near = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
     for side, (of_crop, of_image) in enumerate(zip(crop_box, orig_box, strict=True)):
         placed = (boxes[:, side] + crop_box[side % 2]).float()
@@ -99,26 +104,31 @@ def batch_iterator(batch_size: int, *args: Any) -> Generator[list[Any], None, No
 
 def mask_to_rle_pytorch(tensor: Tensor) -> list[dict[str, Any]]:
     """[N, H, W] bool -> uncompressed COCO RLEs."""
+    require("masks", tensor, Tensor, "a torch.Tensor [N, H, W] of bool")
     return run_lengths.encode(tensor)
 
 
 def rle_to_mask(rle: dict[str, Any]) -> np.ndarray:
     """Uncompressed COCO RLE -> [H, W] bool."""
+    require("rle", rle, dict, "a dictionary of size and counts")
     return run_lengths.decode(rle)
 
 
 def area_from_rle(rle: dict[str, Any]) -> int:
     """Number of mask pixels of an uncompressed RLE."""
+    require("rle", rle, dict, "a dictionary of size and counts")
     return run_lengths.area(rle)
 
 
 def coco_encode_rle(uncompressed_rle: dict[str, Any]) -> dict[str, Any]:
     """Uncompressed RLE -> the compressed form, its counts a string."""
+    require("uncompressed_rle", uncompressed_rle, dict, "a dictionary of size and counts")
     return {"size": uncompressed_rle["size"], "counts": run_lengths.compress(uncompressed_rle["counts"])}
 
 
 def calculate_stability_score(masks: Tensor, mask_threshold: float, threshold_offset: float) -> Tensor:
     """IoU of the masks [..., H, W] cut from the logits a little above and a little below the threshold."""
+    require("masks", masks, Tensor, "a torch.Tensor [..., H, W] of logits")
     # The higher cut lies inside the lower one, so these are intersection and union.
     inside = (masks > mask_threshold + threshold_offset).sum(dim=(-1, -2), dtype=torch.int32)
     outside = (masks > mask_threshold - threshold_offset).sum(dim=(-1, -2), dtype=torch.int32)
@@ -131,6 +141,7 @@ def build_point_grid(n_per_side: int) -> np.ndarray:
     Raises:
         ValueError: less than one a side.
     """
+    require("n_per_side", n_per_side, (int, np.integer), "an int")
     if n_per_side < 1:
         raise ValueError(f"a grid must have at least 1 point a side, got {n_per_side}")
     offset = 1 / (2 * n_per_side)
@@ -167,17 +178,20 @@ def generate_crop_boxes(
 
 def uncrop_boxes_xyxy(boxes: Tensor, crop_box: list[int]) -> Tensor:
     """Boxes [..., 4] from a crop's frame to the image's."""
+    require("boxes", boxes, Tensor, "a torch.Tensor [..., 4]")
     x0, y0 = crop_box[:2]
     return boxes + torch.tensor([x0, y0, x0, y0], device=boxes.device)
 
 
 def uncrop_points(points: Tensor, crop_box: list[int]) -> Tensor:
     """Points [..., 2] from a crop's frame to the image's."""
+    require("points", points, Tensor, "a torch.Tensor [..., 2]")
     return points + torch.tensor(crop_box[:2], device=points.device)
 
 
 def uncrop_masks(masks: Tensor, crop_box: list[int], orig_h: int, orig_w: int) -> Tensor:
     """Masks [..., crop height, crop width] placed in an empty image."""
+    require("masks", masks, Tensor, "a torch.Tensor [..., H, W]")
     x0, y0, x1, y1 = crop_box
     if (x0, y0, x1, y1) == (0, 0, orig_w, orig_h):
         return masks
@@ -199,6 +213,7 @@ def remove_small_regions(mask: np.ndarray, area_thresh: float, mode: str) -> tup
 
 def batched_mask_to_box(masks: Tensor) -> Tensor:
     """Boxes [..., 4] around masks [..., H, W], their last row and column included; zeros for an empty mask."""
+    require("masks", masks, Tensor, "a torch.Tensor [..., H, W] of bool")
     if masks.numel() == 0:
         return torch.zeros(*masks.shape[:-2], 4, device=masks.device)
     rows, columns = masks.any(dim=-1), masks.any(dim=-2)

@@ -1,0 +1,17 @@
+"""Checks of what users hand over: a wrong type is named together with the type that is wanted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def require(name: str, value: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """Raise ``TypeError`` saying what ``name`` must be, unless ``value`` is of one of ``kinds``."""
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+
+
+def require_model(model: Any) -> None:
+    """Raise ``TypeError`` unless ``model`` has an image encoder, as a SAM model or a user's own has."""
+    if not hasattr(model, "image_encoder"):
+        raise TypeError(f"model must be a sam.Sam, got {type(model).__name__}")

@@ -1,0 +1,365 @@
+"""Wrong types at the public edges are a ``TypeError`` that says the wanted one; an empty list is an empty array."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import TINY, random_image, random_model
+from PIL import Image
+
+import sam
+from sam import InteractiveSession, Prompt, Sam, SamAutomaticMaskGenerator, SamPredictor
+from sam.engine import Engine
+from sam.utils import amg
+from sam.utils.transforms import ResizeLongestSide
+
+IMAGE = random_image(30, 40)
+TRANSFORM = ResizeLongestSide(64)
+Edge = Callable[[Sam, Any], Any]
+
+
+@pytest.fixture(scope="module")
+def model() -> Sam:
+    return random_model(TINY)
+
+
+def generator(model: Sam) -> SamAutomaticMaskGenerator:
+    return SamAutomaticMaskGenerator(model, points_per_side=1)
+
+
+def predictor(model: Sam) -> SamPredictor:
+    made = SamPredictor(model)
+    made.set_image(IMAGE)
+    return made
+
+
+# What takes an image, and what it makes of one: floating point in 0..1 is what its pixels in 0..255 are.
+IMAGE_EDGES: dict[str, Edge] = {
+    "set_image": lambda model, image: SamPredictor(model).set_image(image),
+    "encode": lambda model, image: model.encode([image]),
+    "encode on device": lambda model, image: model.encode([image], resize_on_device=True),
+    "generate": lambda model, image: generator(model).generate(image),
+    "generate_batch": lambda model, image: generator(model).generate_batch([image]),
+    "steps": lambda model, image: generator(model).steps(image),
+    "apply_image": lambda model, image: TRANSFORM.apply_image(image),
+    "encode_stream": lambda model, image: list(sam.encode_stream(model, [image])),
+    "predict_stream": lambda model, image: list(sam.predict_stream(model, [(image, [])])),
+}
+NOT_IMAGES = [
+    (Image.fromarray(IMAGE), TypeError, "numpy array .*got Image"),
+    (torch.zeros(3, 30, 40), TypeError, "numpy array .*got Tensor"),
+    (IMAGE.tolist(), TypeError, "numpy array .*got list"),
+    (None, TypeError, "numpy array .*got NoneType"),
+    (IMAGE > 99, TypeError, r"must be uint8 in 0\.\.255, or floating-point in 0\.\.1, got bool"),
+    (IMAGE.astype(np.int64), TypeError, "must be uint8 .*got int64"),
+    (IMAGE.astype(np.uint16), TypeError, "must be uint8 .*got uint16"),
+    (IMAGE * 1j, TypeError, "must be uint8 .*got complex"),
+    (IMAGE.astype(object), TypeError, "must be uint8 .*got object"),
+    (
+        IMAGE.astype(float),
+        ValueError,
+        r"must lie in 0\.\.1, got values from \d+ to 25\d; pixels in 0\.\.255 are wanted",
+    ),
+    (IMAGE / 255 - 0.5, ValueError, r"must lie in 0\.\.1, got values from -0\.\d+ to 0\.\d+"),
+    (np.full((30, 40, 3), np.nan), ValueError, r"must lie in 0\.\.1, got values from nan to nan"),
+    (np.full((30, 40, 3), np.inf), ValueError, r"must lie in 0\.\.1, got values from inf to inf"),
+    (np.zeros((0, 40, 3)), ValueError, "the image is empty: 0x40"),
+    (np.zeros((30, 40, 5), np.uint8), ValueError, r"must be .*got \[30, 40, 5\]"),
+]
+
+
+@pytest.mark.parametrize(("image", "kind", "message"), NOT_IMAGES)
+@pytest.mark.parametrize("edge", IMAGE_EDGES)
+def test_not_an_image(model: Sam, edge: str, image: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        IMAGE_EDGES[edge](model, image)
+
+
+def test_a_path_is_an_image_of_a_stream_only(model: Sam) -> None:
+    with pytest.raises(TypeError, match=r"numpy array .*got str"):
+        SamPredictor(model).set_image("a.png")  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match=r"no such image: a\.png"):
+        list(sam.encode_stream(model, ["a.png"]))
+
+
+@pytest.mark.filterwarnings("error")  # torch warns of arrays that cannot be written
+def test_images_of_other_dtypes_and_layouts_are_the_same_image(model: Sam) -> None:
+    frozen = IMAGE.copy()
+    frozen.flags.writeable = False
+    wide = np.zeros((30, 80, 3), np.uint8)
+    wide[:, ::2] = IMAGE
+    like = (frozen, wide[:, ::2], np.asfortranarray(IMAGE), (IMAGE + 0.25) / 255, ((IMAGE + 0.25) / 255).astype("f4"))
+    expected, resized = model.encode(IMAGE), model.encode(IMAGE, resize_on_device=True)
+    records = generator(model).generate(IMAGE)
+    with Engine(model) as engine:
+        for image in like:
+            assert model.encode(image).image_hash == expected.image_hash
+            assert torch.equal(model.encode(image, resize_on_device=True).features, resized.features)
+            assert torch.equal(predictor_features(model, image), expected.features)
+            assert [record["area"] for record in generator(model).generate(image)] == [r["area"] for r in records]
+            assert next(iter(sam.encode_stream(model, [image]))).image_hash == expected.image_hash
+            assert engine.prepare(image).image_hash == expected.image_hash
+
+
+def predictor_features(model: Sam, image: np.ndarray) -> torch.Tensor:
+    made = SamPredictor(model)
+    made.set_image(image)
+    assert made.features is not None
+    return made.features
+
+
+ARRAY, TENSOR = np.zeros((1, 4)), torch.zeros(1, 4)
+EDGES: dict[str, tuple[Edge, Any, str]] = {
+    "SamPredictor": (lambda model, x: SamPredictor(x), "vit_b", "model must be a sam.Sam, got str"),
+    "generator": (lambda model, x: SamAutomaticMaskGenerator(x), None, "model must be a sam.Sam, got NoneType"),
+    "session": (lambda model, x: InteractiveSession(x, model.encode(IMAGE)), 3, "model must be a sam.Sam, got int"),
+    "session of an image": (InteractiveSession, IMAGE, "embedding must be an ImageEmbedding.*, got ndarray"),
+    "set_torch_image": (
+        lambda model, x: SamPredictor(model).set_torch_image(x, (30, 40)),
+        np.zeros((1, 3, 96, 128)),
+        r"transformed_image must be a torch.Tensor \[1, 3, h, w\] in 0..255, got ndarray",
+    ),
+    "its size": (
+        lambda model, x: SamPredictor(model).set_torch_image(torch.zeros(1, 3, 96, 128), x),
+        (30,),
+        r"original_size must be \(height, width\) in pixels, got \(30,\)",
+    ),
+    "its size, a number": (
+        lambda model, x: SamPredictor(model).set_torch_image(torch.zeros(1, 3, 96, 128), x),
+        30,
+        r"original_size must be \(height, width\) in pixels, got 30",
+    ),
+    "points of tensors": (
+        lambda model, x: predictor(model).predict_torch(x, torch.ones(1, 1)),
+        np.zeros((1, 1, 2)),
+        r"point_coords must be a torch.Tensor \(predict takes arrays\), got ndarray",
+    ),
+    "labels of tensors": (
+        lambda model, x: predictor(model).predict_torch(torch.ones(1, 1, 2), x),
+        [[1]],
+        "point_labels must be a torch.Tensor .*got list",
+    ),
+    "boxes of tensors": (
+        lambda model, x: predictor(model).predict_torch(None, None, x),
+        ARRAY,
+        "boxes must be a torch.Tensor .*got ndarray",
+    ),
+    "mask of tensors": (
+        lambda model, x: predictor(model).predict_torch(None, None, mask_input=x),
+        np.zeros((1, 1, 32, 32)),
+        "mask_input must be a torch.Tensor .*got ndarray",
+    ),
+    "points": (lambda model, x: Prompt(x, [1]), "here", r"points must be an array of numbers \[N, 2\], got str 'here'"),
+    "ragged points": (
+        lambda model, x: Prompt(x, [1, 1]),
+        [[1, 2], [3]],
+        "points must be an array of numbers .*got list",
+    ),
+    "points of the predictor": (
+        lambda model, x: predictor(model).predict(x, [1]),
+        {"x": 1},
+        r"points must be an array of numbers \[N, 2\], got dict",
+    ),
+    "labels": (lambda model, x: Prompt([(1, 1)], x), ["object"], r"labels must be an array of numbers \[N\], got list"),
+    "labels of objects": (
+        lambda model, x: Prompt([(1, 1)], x),
+        [None],
+        "labels must be an array of numbers .*got list",
+    ),
+    "box": (lambda model, x: Prompt(box=x), "0 0 9 9", r"box must be an array of numbers \[4\], got str '0 0 9 9'"),
+    "mask input": (
+        lambda model, x: Prompt(mask_input=x),
+        object(),
+        "mask_input must be an array of numbers .*got object",
+    ),
+    "a click": (
+        lambda model, x: InteractiveSession(model, model.encode(IMAGE)).click(x, 3),
+        "left",
+        r"points must be an array of numbers \[N, 2\]",
+    ),
+    "prompts": (
+        lambda model, x: model.predict(model.encode(IMAGE), x),
+        [(3, 4)],
+        "a prompt of embedding 0 must be a sam.Prompt, got tuple",
+    ),
+    "no list of prompts": (
+        lambda model, x: model.predict(model.encode(IMAGE), x),
+        3,
+        "prompts must be a list of Prompt, .*got int",
+    ),
+    "a list of prompts for many": (
+        lambda model, x: model.predict([model.encode(IMAGE)], x),
+        [Prompt([(1, 1)], [1])],
+        "the prompts of embedding 0 must be a list of Prompt, got Prompt",
+    ),
+    "embeddings": (
+        lambda model, x: model.predict([x], [[]]),
+        torch.zeros(1, 64, 8, 8),
+        "embeddings must be an ImageEmbedding or a list of them, got Tensor",
+    ),
+    "an image in place of its embedding": (
+        lambda model, x: model.predict(x, []),
+        IMAGE,
+        "embeddings must be an ImageEmbedding or a list of them, got ndarray",
+    ),
+    "forward": (
+        lambda model, x: model(x, True),
+        {"image": 1},
+        "batched_input must be a list of dictionaries, got dict",
+    ),
+    "a record": (lambda model, x: model([x], True), TENSOR, r"batched_input\[0\] must be a dictionary, got Tensor"),
+    "its image": (
+        lambda model, x: model([{"image": x, "original_size": (30, 40)}], True),
+        IMAGE,
+        r"image of batched_input\[0\] must be a torch.Tensor, got ndarray",
+    ),
+    "its boxes": (
+        lambda model, x: model([{"image": torch.zeros(3, 128, 96), "original_size": (30, 40), "boxes": x}], True),
+        ARRAY,
+        r"boxes of batched_input\[0\] must be a torch.Tensor, got ndarray",
+    ),
+    "preprocess": (
+        lambda model, x: model.preprocess(x),
+        IMAGE,
+        r"x must be a torch.Tensor \[..., 3, h, w\] .*got ndarray",
+    ),
+    "postprocess_masks": (
+        lambda model, x: model.postprocess_masks(x, (9, 9), (9, 9)),
+        ARRAY,
+        r"masks must be a torch.Tensor \[P, C, h, w\], got ndarray",
+    ),
+    "generate_batch": (
+        lambda model, x: generator(model).generate_batch(x),
+        3,
+        "images must be a list of arrays .*got int",
+    ),
+    "apply_coords": (
+        lambda model, x: TRANSFORM.apply_coords(x, (9, 9)),
+        "1, 2",
+        "an array of numbers is wanted, got str",
+    ),
+    "apply_boxes": (
+        lambda model, x: TRANSFORM.apply_boxes(x, (9, 9)),
+        [None, {}],
+        "an array of numbers is wanted, got list",
+    ),
+    "apply_image_torch": (
+        lambda model, x: TRANSFORM.apply_image_torch(x),
+        IMAGE,
+        r"image must be a torch.Tensor \[B, C, H, W\], got ndarray",
+    ),
+    "apply_coords_torch": (
+        lambda model, x: TRANSFORM.apply_coords_torch(x, (9, 9)),
+        ARRAY,
+        r"coords must be a torch.Tensor \[..., 2\], got ndarray",
+    ),
+    "apply_boxes_torch": (
+        lambda model, x: TRANSFORM.apply_boxes_torch(x, (9, 9)),
+        [[0, 0, 1, 1]],
+        r"boxes must be a torch.Tensor \[B, 4\], got list",
+    ),
+    "mask_to_rle_pytorch": (
+        lambda model, x: amg.mask_to_rle_pytorch(x),
+        IMAGE > 9,
+        "masks must be a torch.Tensor .*got nd",
+    ),
+    "stability": (
+        lambda model, x: amg.calculate_stability_score(x, 0, 1),
+        ARRAY,
+        "masks must be a torch.Tensor .*got nd",
+    ),
+    "batched_mask_to_box": (
+        lambda model, x: amg.batched_mask_to_box(x),
+        IMAGE > 9,
+        "masks must be a torch.Tensor .*got nd",
+    ),
+    "uncrop_masks": (
+        lambda model, x: amg.uncrop_masks(x, [0, 0, 1, 1], 2, 2),
+        ARRAY,
+        "masks must be a torch.Tensor .*got nd",
+    ),
+    "uncrop_points": (
+        lambda model, x: amg.uncrop_points(x, [1, 1, 2, 2]),
+        ARRAY,
+        "points must be a torch.Tensor .*got nd",
+    ),
+    "uncrop_boxes": (
+        lambda model, x: amg.uncrop_boxes_xyxy(x, [1, 1, 2, 2]),
+        ARRAY,
+        "boxes must be a torch.Tensor .*got nd",
+    ),
+    "near edge": (
+        lambda model, x: amg.is_box_near_crop_edge(x, [0, 0, 1, 1], [0, 0, 2, 2]),
+        ARRAY,
+        "boxes must be a torch.Tensor .*got ndarray",
+    ),
+    "rle_to_mask": (
+        lambda model, x: amg.rle_to_mask(x),
+        [3, 4],
+        "rle must be a dictionary of size and counts, got list",
+    ),
+    "area_from_rle": (
+        lambda model, x: amg.area_from_rle(x),
+        "34",
+        "rle must be a dictionary of size and counts, got str",
+    ),
+    "coco_encode_rle": (
+        lambda model, x: amg.coco_encode_rle(x),
+        None,
+        "must be a dictionary of size and counts, got None",
+    ),
+    "build_point_grid": (lambda model, x: amg.build_point_grid(x), "32", "n_per_side must be an int, got str"),
+    "MaskData.filter": (
+        lambda model, x: amg.MaskData(a=[1]).filter(x),
+        [True],
+        "keep must be a torch.Tensor .*got list",
+    ),
+    "MaskData.cat": (lambda model, x: amg.MaskData().cat(x), {"a": []}, "new_stats must be a MaskData, got dict"),
+    "a stream of numbers": (
+        lambda model, x: list(sam.encode_stream(model, [x])),
+        3,
+        r"image 0: the image must be a numpy array \[H, W, 3\] of uint8, or a file, got int",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_another_type(model: Sam, name: str) -> None:
+    edge, value, message = EDGES[name]
+    with pytest.raises(TypeError, match=message):
+        edge(model, value)
+
+
+def test_an_empty_list_is_an_empty_array(model: Sam) -> None:
+    embedding, empty = model.encode(IMAGE), np.zeros((0, 2))
+    expected = model.predict(embedding, [Prompt(empty, np.zeros(0))])
+    for prompt in (Prompt([], []), Prompt((), ()), Prompt(torch.zeros(0, 2), [])):
+        assert torch.equal(model.predict(embedding, [prompt]).low_res_logits, expected.low_res_logits)
+    ours = predictor(model)
+    np.testing.assert_array_equal(ours.predict([], [])[2], ours.predict(empty, np.zeros(0))[2])
+    box = [3, 3, 20, 20]
+    np.testing.assert_array_equal(ours.predict([], [], box)[2], ours.predict(empty, np.zeros(0), np.array(box))[2])
+    assert TRANSFORM.apply_coords([], (9, 9)).shape == (0, 2)
+    assert TRANSFORM.apply_boxes([], (9, 9)).shape == (0, 4)
+    assert model.encode([]) == model.predict([], []) == model([], multimask_output=True) == []
+    assert len(model.predict(embedding, []).masks) == 0
+    assert list(sam.encode_stream(model, [])) == []
+    grids = SamAutomaticMaskGenerator(model, points_per_side=None, point_grids=[[]])
+    assert grids.generate(IMAGE) == grids.generate_batch([]) == []
+
+
+def test_shapes_of_the_transform() -> None:
+    for call, message in (
+        (lambda: TRANSFORM.apply_coords([[1, 2, 3]], (9, 9)), r"points must be \[..., 2\], got \[1, 3\]"),
+        (lambda: TRANSFORM.apply_boxes([[1, 2, 3]], (9, 9)), r"boxes must be \[B, 4\], got \[1, 3\]"),
+        (lambda: TRANSFORM.apply_coords_torch(torch.ones(2, 3), (9, 9)), r"coords must be \[..., 2\], got \[2, 3\]"),
+        (lambda: TRANSFORM.apply_boxes_torch(torch.ones(2, 3), (9, 9)), r"boxes must be \[B, 4\], got \[2, 3\]"),
+        (lambda: TRANSFORM.apply_image_torch(torch.ones(3, 9, 9)), r"image must be \[B, C, H, W\], got \[3, 9, 9\]"),
+        (lambda: TRANSFORM.apply_coords([[1, 2]], (0, 9)), r"the image is empty: 0x9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -1,0 +1,157 @@
+"""One generator in many threads answers each for its image; one predictor does, or says that it is not for sharing."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import TINY, random_image, random_model
+
+from sam import Sam, SamAutomaticMaskGenerator, SamPredictor
+
+IMAGES = [random_image(60, 80, seed=1), random_image(50, 40, seed=2)]
+HANGS = 60  # seconds, after which a test that hangs is ended
+ALL = {"pred_iou_thresh": -1.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0, "crop_nms_thresh": 1.0}
+
+
+@pytest.fixture(scope="module")
+def model() -> Sam:
+    return random_model(TINY)
+
+
+def in_threads(function: Callable[[np.ndarray], Any]) -> list[Any]:
+    """What ``function`` returns or raises for each image, all at once."""
+    with ThreadPoolExecutor(len(IMAGES)) as pool:
+        futures = [pool.submit(function, image) for image in IMAGES]
+        return [future.exception(HANGS) or future.result() for future in futures]
+
+
+def same(ours: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
+    return len(ours) == len(expected) > 0 and all(
+        np.array_equal(a["segmentation"], b["segmentation"]) and a["bbox"] == b["bbox"]
+        for a, b in zip(ours, expected, strict=True)
+    )
+
+
+WAYS: dict[str, tuple[dict[str, Any], Callable[[SamAutomaticMaskGenerator, np.ndarray], Any]]] = {
+    "generate": ({}, lambda generator, image: generator.generate(image)),
+    "with crops": ({"crop_n_layers": 1}, lambda generator, image: generator.generate(image)),
+    "generate_batch": ({}, lambda generator, image: generator.generate_batch([image, image])[1]),
+    "several at once": ({"resize_on_device": True}, lambda generator, image: generator.generate(image)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_generator_in_two_threads(model: Sam, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both threads have set their image before either reads what was made of it."""
+    options, call = WAYS[way]
+    calls: list[tuple[int, int]] = []
+    shared = SamAutomaticMaskGenerator(
+        model, points_per_side=2, progress=lambda *done: calls.append(done), **ALL, **options
+    )
+    expected = [call(shared, image) for image in IMAGES]
+    told = sorted(calls)
+    calls.clear()
+    meet, official = threading.Barrier(2, timeout=HANGS), SamPredictor.set_image
+
+    def set_image(self: SamPredictor, image: np.ndarray, *rest: Any) -> None:
+        official(self, image, *rest)
+        meet.wait()
+
+    monkeypatch.setattr(SamPredictor, "set_image", set_image)
+    for ours, alone in zip(in_threads(lambda image: call(shared, image)), expected, strict=True):
+        assert same(ours, alone), ours
+    assert sorted(calls) == told
+
+
+def test_a_predictor_of_a_users_own_is_still_asked(model: Sam, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A subclass and a patched instance; the image that was set on it before stays."""
+    seen: list[tuple[int, ...]] = []
+
+    class Counting(SamPredictor):
+        def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
+            seen.append(image.shape)
+            super().set_image(image, image_format)
+
+    generator = SamAutomaticMaskGenerator(model, points_per_side=1, **ALL)
+    expected = generator.generate(IMAGES[0])
+    generator.predictor = Counting(model)
+    generator.predictor.set_image(IMAGES[1])
+    features = generator.predictor.features
+    assert same(generator.generate(IMAGES[0]), expected)
+    assert seen == [IMAGES[1].shape, IMAGES[0].shape]
+    assert generator.predictor.features is features
+    official = generator.predictor.set_image
+    monkeypatch.setattr(generator.predictor, "set_image", lambda image: [seen.append((0,)), official(image)])
+    assert same(generator.generate(IMAGES[0]), expected)
+    assert seen[2:] == [(0,), IMAGES[0].shape]
+
+
+def test_one_predictor_in_two_threads(model: Sam, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one thread sets an image the others get an error, not masks of another image."""
+    predictor = SamPredictor(model)
+    predictor.set_image(IMAGES[0])
+    before = predictor.predict()[2]
+    inside, go_on, encode = threading.Event(), threading.Event(), model.image_features
+
+    def image_features(pixels: torch.Tensor) -> torch.Tensor:
+        inside.set()
+        assert go_on.wait(HANGS)
+        return encode(pixels)
+
+    monkeypatch.setattr(model, "image_features", image_features)
+    with ThreadPoolExecutor(1) as pool:
+        setting = pool.submit(predictor.set_image, IMAGES[1])
+        assert inside.wait(HANGS)
+        try:
+            for call in (
+                lambda: predictor.set_image(IMAGES[0]),
+                predictor.predict,
+                lambda: predictor.predict_torch(None, None),
+                predictor.get_image_embedding,
+            ):
+                with pytest.raises(
+                    RuntimeError, match="another thread is setting an image on this SamPredictor: use one"
+                ):
+                    call()
+            alone = copy.copy(predictor)  # has the image that was set, and is its own
+            np.testing.assert_array_equal(alone.predict()[2], before)
+        finally:
+            go_on.set()
+        setting.result(HANGS)
+    assert predictor.original_size == IMAGES[1].shape[:2]
+    after = predictor.predict()[2]
+    assert not np.array_equal(after, before)
+    for logits in in_threads(lambda image: predictor.predict()[2]):  # about one image all may ask
+        np.testing.assert_array_equal(logits, after)
+
+
+def test_a_failure_while_an_image_is_set_leaves_the_predictor_usable(
+    model: Sam, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = SamPredictor(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "image_features", lambda pixels: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            predictor.set_image(IMAGES[0])
+    with pytest.raises(RuntimeError, match="no image is set"):
+        predictor.predict()
+    predictor.set_image(IMAGES[0])
+    assert predictor.is_image_set
+
+
+def test_copies_of_a_predictor(model: Sam) -> None:
+    predictor = SamPredictor(model)
+    predictor.set_image(IMAGES[0])
+    expected = predictor.predict()[2]
+    for other in (copy.copy(predictor), copy.deepcopy(predictor), pickle.loads(pickle.dumps(predictor))):
+        np.testing.assert_array_equal(other.predict()[2], expected)
+        other.set_image(IMAGES[1])
+    np.testing.assert_array_equal(predictor.predict()[2], expected)
