@@ -18,23 +18,26 @@ _ROOT = os.path.dirname(os.path.realpath(__file__))
 _NAME = os.path.basename(_ROOT)  # sam
 _BESIDE = "_fastsam"  # what this package is called in a process where the name ``sam`` is the program's own
 
-# Every import path of an official package below its name. Ours has more, which are not the official package's.
-_PATHS: dict[str, tuple[str, ...]] = {
+# Of each official package what of ours serves it, below our own name, and every import path that it has below its own.
+_SERVED: dict[str, tuple[str, tuple[str, ...]]] = {
     "segment_anything": (
-        "automatic_mask_generator",
-        "build_sam",
-        "modeling",
-        "modeling.common",
-        "modeling.image_encoder",
-        "modeling.mask_decoder",
-        "modeling.prompt_encoder",
-        "modeling.sam",
-        "modeling.transformer",
-        "predictor",
-        "utils",
-        "utils.amg",
-        "utils.onnx",
-        "utils.transforms",
+        "",  # the whole of it
+        (
+            "automatic_mask_generator",
+            "build_sam",
+            "modeling",
+            "modeling.common",
+            "modeling.image_encoder",
+            "modeling.mask_decoder",
+            "modeling.prompt_encoder",
+            "modeling.sam",
+            "modeling.transformer",
+            "predictor",
+            "utils",
+            "utils.amg",
+            "utils.onnx",
+            "utils.transforms",
+        ),
     ),
 }
 
@@ -63,8 +66,10 @@ class Served:
 
     def __init__(self, official: str, ours: Callable[[], str], replace_local: bool) -> None:
         """Begin to serve ``official``, until ``__exit__``; ``ours`` says what our package is called when asked for."""
+        self._below, self._paths = _SERVED[official]
+        self._folder = _ROOT + self._below.replace(".", os.sep)
         present = sys.modules.get(official)
-        if present is not None and not _is_ours(present):
+        if present is not None and _folder_of(present) != self._folder:
             raise ImportError(
                 f"{official} is imported already, from {_folder_of(present)}: serve it before anything imports it",
                 name=official,
@@ -95,10 +100,12 @@ class Served:
         if name == self._official:
             if not self._replace_local and self._is_left_alone():
                 return None
-            spec = ModuleSpec(name, self, origin=os.path.join(_ROOT, "__init__.py"), is_package=True)  # type: ignore[arg-type]
-            spec.submodule_search_locations = [_ROOT]
+            file = os.path.join(self._folder, "__init__.py")
+            spec = ModuleSpec(name, self, origin=file, is_package=True)  # type: ignore[arg-type]
+            spec.submodule_search_locations = [self._folder]
             return spec
-        if not name.startswith(self._official + ".") or not _is_ours(sys.modules.get(self._official)):
+        package = sys.modules.get(self._official)
+        if not name.startswith(self._official + ".") or package is None or _folder_of(package) != self._folder:
             return None
         if name in sys.modules:
             return sys.modules[name].__spec__
@@ -116,9 +123,9 @@ class Served:
         All at once: a module imported later would be set as an attribute of its package, ``build_sam`` in place of
         the function of that name.
         """
-        ours = self._ours()
+        ours = self._ours() + self._below
         served = {self._official: importlib.import_module(ours)}
-        for path in _PATHS[self._official]:
+        for path in self._paths:
             served[f"{self._official}.{path}"] = importlib.import_module(f"{ours}.{path}")
         sys.modules.update(served)
 
@@ -128,13 +135,13 @@ class Served:
         if spec is None or spec.origin is None:
             return False
         folder = os.path.dirname(spec.origin)
-        if folder == _ROOT or {"site-packages", "dist-packages"} & set(folder.split(os.sep)):
+        if folder == self._folder or {"site-packages", "dist-packages"} & set(folder.split(os.sep)):
             return False
         warnings.warn(
             f"{self._official} in {folder} is a copy of the program's own and stays in use; "
             "replace_local=True, or sam run --replace-local, serves fastsam-kernels in its place",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         return True
 
@@ -142,7 +149,7 @@ class Served:
 def serve_program(replace_local: bool) -> None:
     """Serve all official packages in this process, which may have a ``sam`` of its own."""
     sys.meta_path.insert(0, _Beside())
-    for official in _PATHS:
+    for official in _SERVED:
         Served(official, _our_name, replace_local)
 
 

@@ -186,6 +186,17 @@ def test_folders_that_hold_no_package_are_no_copies(tmp_path: Path, monkeypatch:
         assert importlib.import_module("segment_anything") is sam
 
 
+def test_another_official_package_is_an_entry_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(drop_in._SERVED, "official_tools", (".utils", ("amg", "transforms")))
+    with drop_in.Served("official_tools", lambda: "sam", replace_local=False):
+        assert importlib.util.find_spec("official_tools").origin == sam.utils.__file__  # type: ignore[union-attr]
+        assert importlib.import_module("official_tools.amg") is sam.utils.amg
+        assert importlib.import_module("official_tools") is sam.utils
+        with pytest.raises(ModuleNotFoundError, match=r"no module official_tools.onnx: official_tools is served by"):
+            importlib.import_module("official_tools.onnx")
+    assert not [name for name in sys.modules if name.startswith("official_tools")]
+
+
 def test_the_programs_sam_that_came_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``sam run`` serves ours under another name where a program has its own, if it is there at the first import."""
     finder = drop_in._Beside()

@@ -16,7 +16,7 @@ from PIL import Image
 
 import sam
 from sam import Sam
-from sam.cli import main
+from sam.cli import main, run
 from sam.cli.run import environment
 
 PROGRAM = Path(__file__).parent / "programs" / "official_calls.py"
@@ -54,13 +54,15 @@ def test_official_calls(nano: Sam, photo: np.ndarray, tmp_path: Path) -> None:
         "--min-mask-region-area": 10,
     }
     given = [str(part) for pair in options.items() for part in pair]
-    flags = [sys.executable, "-W", "ignore::UserWarning", "-m", "sam", "run"]
-    done = subprocess.run([*flags, str(PROGRAM), *given], capture_output=True, text=True, timeout=300)
+    flags = [sys.executable, "-u", "-W", "ignore::UserWarning", "-m", "sam", "run"]
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([*flags, str(PROGRAM), *given], env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 7, done.stderr
     found = json.loads(done.stdout)
     assert found["path"] == str(PROGRAM.parent)
     assert found["file"] == str(PROGRAM)
     assert found["warnings"] == ["ignore::UserWarning"]
+    assert found["unbuffered"]
     assert [found[process] for process in ("before", "spawn", "subprocess")] == [sam.__file__] * 3
     assert found["missing"] == []
     assert found["star"]
@@ -93,6 +95,58 @@ def test_a_program_with_a_sam_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(OWN)
     done = python(tmp_path / "program.py", cwd=tmp_path)
     assert done.stdout.split() == [sam.__file__, str(tmp_path / "sam" / "tool" / "__init__.py")], done.stderr
+
+
+def test_a_copy_of_the_programs_own(tmp_path: Path) -> None:
+    """Stays, and a warning at the line that imports it says so and names the option that replaces it."""
+    (tmp_path / "segment_anything").mkdir()
+    (tmp_path / "segment_anything" / "__init__.py").write_text("MODIFIED = True")
+    program = tmp_path / "program.py"
+    program.write_text("from segment_anything import MODIFIED")
+    done = python(program)
+    assert done.returncode == 0
+    assert f"{program}:1: RuntimeWarning: segment_anything in {tmp_path / 'segment_anything'} is a copy" in done.stderr
+    assert "sam run --replace-local, serves" in done.stderr
+    program.write_text("import importlib.util; print(importlib.util.find_spec('segment_anything').origin)")
+    told = python(program, variables={"FASTSAM_REPLACE_LOCAL": "1"})
+    assert (told.stdout.strip(), told.stderr) == (sam.__file__, "")
+
+
+SPAWNING = """
+import multiprocessing, sys
+import torch
+from segment_anything.modeling import common
+
+class Names(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+    def __getitem__(self, index):
+        import segment_anything
+        return segment_anything.__file__
+
+def same(given):
+    from segment_anything.modeling.common import MLPBlock
+    return given is MLPBlock
+
+if __name__ == "__main__":
+    print(multiprocessing.get_context("spawn").Pool(1).map(same, [common.MLPBlock])[0])
+    print(multiprocessing.get_context("forkserver").Pool(1).map(same, [common.MLPBlock])[0])
+    for context in ("spawn", "fork"):
+        loader = torch.utils.data.DataLoader(Names(), num_workers=1, multiprocessing_context=context)
+        print(next(iter(loader))[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [False, True], ids=["plain", "with a sam of its own"])
+def test_processes_that_import(own: bool, tmp_path: Path) -> None:
+    """Workers of every kind, and classes sent to them."""
+    if own:
+        (tmp_path / "sam").mkdir()
+        (tmp_path / "sam" / "__init__.py").touch()
+    (tmp_path / "program.py").write_text(SPAWNING)
+    done = python(tmp_path / "program.py", cwd=tmp_path)
+    assert done.stdout.split() == ["True", "True", sam.__file__, sam.__file__], done.stderr
 
 
 @pytest.mark.parametrize(
@@ -129,7 +183,7 @@ def executed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[list[str
     """What ``fastsam run`` with ``arguments`` becomes: its command, interpreter flags left out, and its variables."""
     calls: list[tuple[list[str], dict[str, str]]] = []
     monkeypatch.setattr(os, "execve", lambda file, command, variables: calls.append((command, variables)))
-    monkeypatch.setattr(subprocess, "_args_from_interpreter_flags", list)
+    monkeypatch.setattr(run, "interpreter_flags", list)
     assert main(["run", *arguments]) == 0
     ((command, variables),) = calls
     assert command[0] == sys.executable

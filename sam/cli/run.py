@@ -60,8 +60,15 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"python {flag} reads no PYTHONPATH or sitecustomize, by which run reaches the program")
     sys.stdout.flush()
     # Replaces this process, whose modules and variables the program must not find, by ``python SCRIPT`` itself.
-    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    os.execve(sys.executable, [sys.executable, *flags, *args.program], environment(args.replace_local))
+    command = [sys.executable, *interpreter_flags(), *args.program]
+    os.execve(sys.executable, command, environment(args.replace_local))
+
+
+def interpreter_flags() -> list[str]:
+    """The options that this Python was started with."""
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    unbuffered = getattr(sys.__stdout__, "write_through", False)  # which sys.flags does not tell
+    return [*flags, "-u"] if unbuffered else flags
 
 
 def environment(replace_local: bool) -> dict[str, str]:

@@ -128,7 +128,14 @@ def decoder(model, embedding, best):
 
 def main():
     args = parser.parse_args()
-    found = {"path": sys.path[0], "file": __file__, "warnings": sys.warnoptions, "before": where(), **processes()}
+    found = {
+        "path": sys.path[0],
+        "file": __file__,
+        "warnings": sys.warnoptions,
+        "unbuffered": sys.stdout.write_through,
+        "before": where(),
+        **processes(),
+    }
     found.update(names())
     import cv2
     from segment_anything import sam_model_registry
