@@ -66,6 +66,7 @@ def test_official_calls(nano: Sam, photo: np.ndarray, tmp_path: Path) -> None:
     assert [found[process] for process in ("before", "spawn", "subprocess")] == [sam.__file__] * 3
     assert found["missing"] == []
     assert found["star"]
+    assert found["from"] == ["sam.utils.onnx", "sam.utils.transforms"]
     assert found["pickle"]
     assert found["reload"]
     assert found["function"]

@@ -47,17 +47,16 @@ def names():
     table = json.loads((Path(__file__).parent / "official_names.json").read_text())
     missing = [f"{m}.{n}" for m in table for n in table[m] if not hasattr(importlib.import_module(m), n)]
     import segment_anything.modeling.image_encoder as image_encoder
-    from segment_anything.utils import amg, onnx, transforms  # noqa: F401
+    from segment_anything.utils import amg, onnx, transforms
 
     scope = {}
     exec("from segment_anything.utils.amg import *", scope)
     pickled = b"csegment_anything.modeling.image_encoder\nBlock\n."
-    reloaded = importlib.reload(amg)
     return {
         "missing": missing,
-        "star": "rle_to_mask" in scope,
+        "star": scope["rle_to_mask"] is amg.rle_to_mask,
+        "from": (onnx.__name__, transforms.__name__),
         "pickle": pickle.loads(pickled) is image_encoder.Block,
-        "reload": reloaded is amg,
         "function": callable(importlib.import_module("segment_anything").build_sam),
     }
 
@@ -146,6 +145,8 @@ def main():
     found["masks"] = automatic_masks(args, model, image)
     found["clicks"], embedding, best = clicks(model, image)
     found["decoder"] = decoder(model, embedding, best)
+    amg = sys.modules["segment_anything.utils.amg"]
+    found["reload"] = importlib.reload(amg) is amg  # last, as its classes are others then
     print(json.dumps(found))
     sys.exit(7)
 
