@@ -1,5 +1,6 @@
 """Segment Anything, a drop-in for ``segment_anything``: the model, the predictor, batches, a command line."""
 
+from . import automatic_mask_generator, modeling, predictor, utils
 from .automatic_mask_generator import SamAutomaticMaskGenerator
 from .build_sam import (
     build_sam,
@@ -36,6 +37,7 @@ __all__ = [
     "SamConfig",
     "SamPredictor",
     "as_segment_anything",
+    "automatic_mask_generator",
     "build_from_config",
     "build_sam",
     "build_sam_nano",
@@ -44,7 +46,10 @@ __all__ = [
     "build_sam_vit_l",
     "encode_stream",
     "load_model",
+    "modeling",
     "predict_stream",
+    "predictor",
     "sam_model_registry",
     "save_checkpoint",
+    "utils",
 ]

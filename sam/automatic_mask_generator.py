@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from copy import copy
-from typing import Any, Dict, List, Optional, Tuple  # noqa: F401, UP035 - star imports give them
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,24 +22,16 @@ from .modeling.prompt_encoder import check_finite
 from .postprocess import remove_small_regions
 from .predictor import SamPredictor
 from .preprocess import ImageGeometry, resized_size, validate_image
-from .utils.amg import (  # noqa: F401 - programs take the official helpers from here
+from .utils.amg import (
     MaskData,
     area_from_rle,
-    batch_iterator,
     batched_mask_to_box,
     box_xyxy_to_xywh,
     build_all_layer_point_grids,
-    calculate_stability_score,
-    coco_encode_rle,
     generate_crop_boxes,
-    is_box_near_crop_edge,
     mask_to_rle_pytorch,
     rle_to_mask,
-    uncrop_boxes_xyxy,
-    uncrop_masks,
-    uncrop_points,
 )
-from .utils.boxes import batched_nms, box_area  # noqa: F401
 
 _OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 _CROPS_AT_ONCE = 8  # a pass of the encoder on a GPU

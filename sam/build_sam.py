@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from functools import partial  # noqa: F401
+from functools import partial  # noqa: F401 - star imports give it
 from pathlib import Path
 
 import torch
 
 from .checkpoint import read_checkpoint
 from .config import SamConfig, variant_config
-from .modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer  # noqa: F401 - star names
+from .modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer  # noqa: F401
 from .modeling.build import build_empty, build_from_config
 
 NANO_CHECKPOINT = Path(__file__).parent / "checkpoints" / "nano.safetensors"

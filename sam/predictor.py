@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Optional, Tuple  # noqa: F401, UP035 - star imports give them
+from typing import Any
 
 import numpy as np
 import torch

@@ -15,6 +15,7 @@ from models import random_image
 import sam
 from sam import Sam, SamPredictor
 from sam.build_sam import _build_sam
+from sam.utils.transforms import resize, to_pil_image
 
 # The public signatures of segment_anything 1.0.1, annotations left out.
 OFFICIAL = {
@@ -162,40 +163,29 @@ def test_top_level_names_and_registry() -> None:
     assert sam.build_sam is sam.build_sam_vit_h is sam.sam_model_registry["default"]
 
 
-# Of ``from segment_anything.MODULE import *``: what comes from elsewhere, and programs rely on all the same.
+# What ``import *`` gives besides the module's own names, where public programs import by star.
 STAR_NAMES = {
-    "automatic_mask_generator": "np torch batched_nms box_area Any Dict List Optional Tuple Sam SamPredictor MaskData "
-    "area_from_rle batch_iterator batched_mask_to_box box_xyxy_to_xywh build_all_layer_point_grids "
-    "calculate_stability_score coco_encode_rle generate_crop_boxes is_box_near_crop_edge mask_to_rle_pytorch "
-    "remove_small_regions rle_to_mask uncrop_boxes_xyxy uncrop_masks uncrop_points",
-    "build_sam": "torch partial ImageEncoderViT MaskDecoder PromptEncoder Sam TwoWayTransformer",
-    "predictor": "np torch Sam Optional Tuple ResizeLongestSide",
-    "utils.amg": "np torch math deepcopy product Any Dict ItemsView List Tuple Generator",
-    "utils.transforms": "np torch F resize to_pil_image deepcopy Tuple",
+    "": "SamPredictor SamAutomaticMaskGenerator build_sam build_sam_vit_h build_sam_vit_l build_sam_vit_b "
+    "sam_model_registry automatic_mask_generator modeling predictor utils",
+    ".build_sam": "torch partial ImageEncoderViT MaskDecoder PromptEncoder Sam TwoWayTransformer",
+    ".modeling": "Sam ImageEncoderViT MaskDecoder PromptEncoder TwoWayTransformer",
+    ".modeling.sam": "torch nn F Any Dict List Tuple Sam ImageEncoderViT MaskDecoder PromptEncoder",
+    ".utils.transforms": "np torch F resize to_pil_image deepcopy Tuple ResizeLongestSide",
 }
 
 
 @pytest.mark.parametrize("module", STAR_NAMES)
 def test_star_names(module: str) -> None:
     scope: dict[str, object] = {}
-    exec(f"from sam.{module} import *", scope)
+    exec(f"from sam{module} import *", scope)
     assert [name for name in STAR_NAMES[module].split() if name not in scope] == []
 
 
 def test_functions_of_torchvision() -> None:
-    """Those that come by star: an image, areas, and a suppression within each category."""
-    scope: dict[str, Any] = {}
-    exec("from sam.utils.transforms import *\nfrom sam.automatic_mask_generator import *", scope)
-    picture = scope["to_pil_image"](random_image(8, 12))
+    """Those that come by star from ``utils.transforms``, with the sizes that they have there."""
+    picture = to_pil_image(random_image(8, 12))
     assert (picture.mode, picture.size) == ("RGB", (12, 8))
-    assert scope["resize"](picture, (4, 6)).size == (6, 4)
-    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 8], [20, 20, 30, 40]])
-    assert scope["box_area"](boxes).tolist() == [100, 90, 80, 200]
-    scores = torch.tensor([0.5, 0.9, 0.7, 0.6])
-    of_one_kind = scope["batched_nms"](boxes, scores, torch.zeros(4), iou_threshold=0.7)
-    assert of_one_kind.tolist() == [1, 3]
-    assert scope["batched_nms"](boxes, scores, torch.tensor([0, 1, 0, 1]), 0.7).tolist() == [1, 2, 3]
-    assert scope["batched_nms"](boxes[:0], scores[:0], torch.zeros(0), 0.7).tolist() == []
+    assert resize(picture, (4, 6)).size == (6, 4)
 
 
 def test_the_official_builder(tmp_path: Path) -> None:

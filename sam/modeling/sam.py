@@ -6,11 +6,12 @@ import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Dict, List, Tuple, overload  # noqa: F401, UP035 - star imports give them
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F  # noqa: F401 - as above
+from torch import Tensor, nn  # noqa: F401
 
 from fastsam_kernels import check_kernels, preprocess_image, resolve_kernels
 from fastsam_kernels.dispatch import recording

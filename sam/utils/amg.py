@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, ItemsView
-from copy import deepcopy  # noqa: F401
 from itertools import product
-from typing import Any, Dict, List, Tuple  # noqa: F401, UP035 - star imports give them
+from typing import Any
 
 import numpy as np
 import torch

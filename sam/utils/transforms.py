@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from copy import deepcopy  # noqa: F401
+from copy import deepcopy  # noqa: F401 - star imports give it
 from typing import Any, Tuple  # noqa: F401, UP035 - star imports give them
 
 import numpy as np
