@@ -1,4 +1,9 @@
-"""``run SCRIPT``: a program written for ``segment_anything``, unmodified, with this package in its place."""
+"""``run SCRIPT``: a program written for ``segment_anything``, unmodified, with this package in its place.
+
+The program, and each Python that it starts, finds it by a ``sitecustomize`` on PYTHONPATH. So it does not reach Pythons
+of another installation, nor those that are started without these variables or with -I, -E or -S. Where the name ``sam``
+is the program's own, this package is ``_fastsam`` in its processes, and in the pickles of whole models that it writes.
+"""
 
 from __future__ import annotations
 
