@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from waiting import SECONDS
 
 from sam import Sam
-
-SECONDS = 30
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.002)
 
 
 class Gate:

@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 import uvicorn
-from gate import SECONDS, wait_until
 from serving import multipart
+from waiting import SECONDS, wait_until
 
 from sam.engine import Engine
 from sam.server import Settings, create_app

@@ -11,15 +11,14 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from waiting import SECONDS
 
-SECONDS = 60
 TOKEN = "a-token-for-tests"
 ROOT = Path(__file__).parents[1]
 
@@ -51,9 +50,8 @@ class Server:
         self._lines.put(None)
 
     def wait_for(self, event: str) -> dict[str, Any]:
-        until = time.monotonic() + SECONDS
         while True:
-            record = self._lines.get(timeout=max(0.1, until - time.monotonic()))
+            record = self._lines.get(timeout=SECONDS)
             assert record is not None, self.log
             if record["event"] == event:
                 return record

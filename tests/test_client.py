@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from gate import SECONDS
+from waiting import SECONDS
 
 from sam import rle
 from sam.client import Client, RemoteImage, ServiceError

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gate import SECONDS, Gate, wait_until
+from gate import Gate
 from models import TINY, random_image, random_model
+from waiting import SECONDS, wait_until
 
 import sam
 from sam import Prompt, Sam, SamAutomaticMaskGenerator, rle

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 from coins import photograph
 from PIL import Image
+from waiting import SECONDS, wait_until
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("httptools", reason="needs the extra serve")
@@ -34,7 +34,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
 ]
-SECONDS = 60
 COIN = (101, 57)
 
 
@@ -153,13 +152,6 @@ class Browser:
         self._process.wait(SECONDS)
 
 
-def wait_until(condition: Any) -> None:
-    until = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     with Server() as running:
@@ -235,8 +227,7 @@ def test_downloads(browser: Browser, photo_file: Path) -> None:
     after(browser, lambda: browser.click(*COIN))
     for key, name in (("p", "coins_mask.png"), ("j", "coins.json")):
         browser.key(key)
-        wait_until((browser.downloads / name).is_file)
-    time.sleep(0.5)
+        wait_until((browser.downloads / name).is_file)  # Chromium gives a file its name once it is whole
     mask = np.array(Image.open(browser.downloads / "coins_mask.png").convert("L"))
     document = json.loads((browser.downloads / "coins.json").read_text())
     record = document["prompts"][0]["masks"][document["chosen"]]

@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
-from gate import SECONDS, Gate, wait_until
+from gate import Gate
 from models import TINY, random_image, random_model
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("httptools", reason="needs the extra serve")
 from local_service import Local
 from serving import file_of, multipart
+from waiting import SECONDS, wait_until
 
 from sam.engine import Engine
 from sam.server import Settings, app
+from sam.server.connections import Connection
 from sam.server.service import warm_up
 
 PNG = file_of(random_image(60, 90))
@@ -34,7 +35,7 @@ def gated() -> Iterator[tuple[Local, Gate]]:
     model = random_model(TINY)
     gate = Gate(model)
     gate.open.set()
-    running = Local(Engine(model, max_queue=4, deadline=20), Settings())
+    running = Local(Engine(model, max_queue=4, deadline=SECONDS), Settings())
     gate.open.clear()
     for passes in (gate.encoded, gate.decoded):
         passes.clear()
@@ -49,13 +50,9 @@ def test_exactly_as_many_are_rejected_as_do_not_fit(gated: tuple[Local, Gate]) -
     with ThreadPoolExecutor(8) as pool:
         inside = [pool.submit(running.post, "/v1/segment", PNG, prompts=CLICK) for _ in range(4)]
         wait_until(lambda: running.service.in_flight == 4)
-        seconds = []
-        for _ in range(2):
-            start = time.perf_counter()
+        for _ in range(2):  # answered while the model is held: they wait for nothing
             status, answer, headers = running.post("/v1/segment", PNG, prompts=CLICK)
-            seconds.append(time.perf_counter() - start)
             assert (status, answer["error"]["code"], headers["retry-after"]) == (503, "queue_full", "1")
-        assert max(seconds) < 0.5
         gate.open.set()
         assert [future.result(SECONDS)[0] for future in inside] == [200] * 4
     assert running.service.metrics.errors.labels("queue_full")._value.get() == 2
@@ -88,20 +85,24 @@ def test_who_left_while_the_image_was_decoded_is_not_dispatched(
 ) -> None:
     running, gate = gated
     gate.open.set()
-    decode, gone, before = app.decode_image, threading.Event(), running.engine.counters()["accepted"]
+    decode, lost, gone = app.decode_image, Connection.connection_lost, threading.Event()
+    before = running.engine.counters()["accepted"]
 
     def slow_decode(*arguments: Any) -> np.ndarray:
         assert gone.wait(SECONDS)
-        time.sleep(0.1)  # until the loop has read the end of the connection
         return decode(*arguments)
 
+    def connection_lost(protocol: Connection, error: Exception | None) -> None:
+        lost(protocol, error)
+        gone.set()
+
     monkeypatch.setattr(app, "decode_image", slow_decode)
+    monkeypatch.setattr(Connection, "connection_lost", connection_lost)
     body, kind = multipart(PNG, {})
     head = f"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", running.port)) as leaving:
         leaving.sendall(head.encode() + body)
         wait_until(lambda: running.service.in_flight == 1)
-    gone.set()
     wait_until(lambda: running.service.in_flight == 0)
     assert gate.encoded == []
     assert running.engine.counters()["accepted"] == before
@@ -117,9 +118,11 @@ def test_deadline() -> None:
     gate.encoded.clear()
     assert running.error("/v1/embed", PNG) == (504, "deadline_exceeded")
     assert running.error("/v1/embed", file_of(random_image(9, 9))) == (504, "deadline_exceeded")
+    entered = list(gate.encoded)
+    assert len(entered) <= 1  # none if the first one, too, expired on its way
     gate.open.set()
     wait_until(lambda: running.engine.pending == 0)
-    assert gate.encoded == [1]
+    assert gate.encoded == entered
     running.close()
 
 
@@ -205,5 +208,5 @@ def test_a_model_fault_makes_it_unready(gated: tuple[Local, Gate]) -> None:
     assert (status, answer["error"]["code"]) == (503, "model_failed")
     assert "secret" not in json.dumps(answer)
     assert running.request("GET", "/v2/health/ready")[0] == 503
-    assert stopped.wait(1)
+    assert stopped.wait(SECONDS)
     assert running.error("/v1/embed", PNG) == (503, "model_failed")

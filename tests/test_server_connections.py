@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from gate import SECONDS, Gate, wait_until
+from gate import Gate
 from models import TINY, random_image, random_model
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -20,6 +20,7 @@ import uvicorn
 from local_service import Local
 from serving import file_of
 from uvicorn.server import ServerState
+from waiting import SECONDS, wait_until
 
 from sam.engine import Engine
 from sam.server import Settings

@@ -14,7 +14,6 @@ from tempfile import SpooledTemporaryFile
 from typing import Any
 
 import pytest
-from gate import SECONDS, wait_until
 from models import TINY, random_image, random_model
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -22,6 +21,7 @@ pytest.importorskip("httptools", reason="needs the extra serve")
 from local_service import Local
 from python_multipart.multipart import MultipartParser
 from serving import file_of, multipart
+from waiting import SECONDS, wait_until
 
 from sam.engine import Engine
 from sam.server import Settings, bodies, schemas

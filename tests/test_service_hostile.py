@@ -22,7 +22,8 @@ from PIL import Image
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("httptools", reason="needs the extra serve")
-from serving import SECONDS, Server, file_of, multipart
+from serving import Server, file_of, multipart
+from waiting import SECONDS
 
 REQUESTS = int(os.environ.get("HOSTILE_REQUESTS", "10000"))
 CORPUS, GENERATED = REQUESTS * 9 // 10, REQUESTS // 10  # schemathesis takes longer to make a case than to ask it

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,8 @@ from PIL import Image
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("httptools", reason="needs the extra serve")
-from serving import ROOT, SECONDS, TOKEN, Server, file_of, multipart
+from serving import ROOT, TOKEN, Server, file_of, multipart
+from waiting import SECONDS, wait_until
 
 import sam
 from sam.cli import main
@@ -125,11 +125,9 @@ def test_the_log_is_json_with_request_ids(server: Server) -> None:
     connection.request("GET", "/v2/health/live?x=1", headers={"X-Request-ID": "find-me"})
     connection.getresponse().read()
     connection.close()
-    until = time.monotonic() + SECONDS
-    while not (found := [record for record in server.log if record.get("request_id") == "find-me"]):
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    assert {**found[0], "time": 0, "seconds": 0} == {
+    found = lambda: [record for record in server.log if record.get("request_id") == "find-me"]  # noqa: E731
+    wait_until(found)
+    assert {**found()[0], "time": 0, "seconds": 0} == {
         "time": 0, "level": "info", "event": "request", "request_id": "find-me", "method": "GET",
         "route": "/v2/health/live", "status": 200, "seconds": 0, "bytes": 13,
     }  # fmt: skip
@@ -163,11 +161,9 @@ def test_sigterm_under_load_loses_nothing() -> None:
         threads = [threading.Thread(target=client) for _ in range(16)]
         for thread in threads:
             thread.start()
-        time.sleep(1.0)
+        wait_until(lambda: statuses[200] >= 2 * len(threads))
         stopping.set()
-        started = time.monotonic()
         assert server.stop() == 0
-        assert time.monotonic() - started < 30
         for thread in threads:
             thread.join(SECONDS)
         logged = Counter(record["status"] for record in server.log if record.get("route") == "/v1/segment")
@@ -180,11 +176,9 @@ def test_sigterm_under_load_loses_nothing() -> None:
 def test_a_model_fault_ends_the_process() -> None:
     with Server(*SMALL, command=("-c", FAULTY)) as server, Client(server.url) as client:
         client.embed(file_of(random_image(20, 30)))
-        started = time.monotonic()
         with pytest.raises(ServiceError, match="model_failed"):
             client.embed(file_of(random_image(26, 13)))
         assert not client.ready()
-        assert time.monotonic() - started < 1
         assert server.process.wait(SECONDS) == 1
     failed = next(record for record in server.log if record["event"] == "model failed")
     assert "illegal memory access" in failed["traceback"]

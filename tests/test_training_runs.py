@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import TINY
 from torch.multiprocessing.spawn import ProcessRaisedException
+from waiting import SECONDS, wait_until
 
 import sam
 from sam.training.__main__ import main
@@ -36,21 +37,18 @@ def losses(out: Path) -> list[dict[str, float]]:
 @pytest.mark.slow
 def test_a_killed_run_repeats_and_continues_the_curve(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(whole), check=True, timeout=500)
+    subprocess.run(command(whole), check=True, timeout=SECONDS)
     assert [entry["step"] for entry in losses(whole)] == list(range(STEPS))
 
     with subprocess.Popen(command(killed)) as process:
-        deadline = time.monotonic() + 400
-        while not (killed / "state.pt").exists() or len(losses(killed)) < 3:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: process.poll() is not None or ((killed / "state.pt").exists() and len(losses(killed)) >= 3))
+        assert process.poll() is None
         process.kill()
     before = losses(killed)
     assert len(before) < STEPS
     assert before == losses(whole)[: len(before)]
 
-    subprocess.run(command(killed, "--resume"), check=True, timeout=500)
+    subprocess.run(command(killed, "--resume"), check=True, timeout=SECONDS)
     assert losses(killed) == losses(whole)
     weights = [(out / "nano.safetensors").read_bytes() for out in (whole, killed)]
     assert len(weights[0]) == len(weights[1]) <= 16e6
@@ -80,7 +78,7 @@ def fail_in_the_second_after_three_steps(team: Team, out: Path) -> None:
     team.add_up(torch.zeros(1))  # nobody fails before all have written
     if team.rank == 1:
         raise ValueError("no memory for seven prompts")
-    time.sleep(300)
+    time.sleep(SECONDS)  # until it is ended
 
 
 class Alone(Team):
