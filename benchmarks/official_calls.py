@@ -9,6 +9,7 @@ weights change; it takes a minute. ``tests/test_programs.py`` makes the same cal
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 from collections.abc import Callable
@@ -276,6 +277,24 @@ def predictor_calls(package: Any, model: Any) -> dict[str, dict[str, Any]]:
     return calls
 
 
+def smaller_by_hand(package: Any, model: Any) -> dict[str, Any]:
+    """Answers of a model that was asked, and then made smaller by its attributes."""
+    model = copy.deepcopy(model)
+    encoder, prompt_encoder, image = model.image_encoder, model.prompt_encoder, pixels(60, 80, 3)
+    click = {"point_coords": np.array([[30.0, 20.0]]), "point_labels": np.array([1]), "return_logits": True}
+    for size in (512, 256):
+        grid = size // 16
+        resized = nn.functional.interpolate(encoder.pos_embed.permute(0, 3, 1, 2), (grid, grid), mode="bilinear")
+        encoder.pos_embed = nn.Parameter(resized.permute(0, 2, 3, 1), requires_grad=False)
+        encoder.img_size, prompt_encoder.image_embedding_size = size, (grid, grid)
+        prompt_encoder.input_image_size, prompt_encoder.mask_input_size = (size, size), (4 * grid, 4 * grid)
+        predictor = package.SamPredictor(model)
+        predictor.set_image(image)
+        masks, iou, low_res = predictor.predict(**click)
+        again, _, _ = predictor.predict(**click, mask_input=low_res[:1])
+    return {"masks": masks, "iou": iou, "low_res": low_res, "refined": again}
+
+
 def all_calls(package: Any, model: Any, *options: Any) -> dict[str, dict[str, Any]]:
     """Make every call of a package, ``sam`` or ``segment_anything``, with a model of it that has nano's weights."""
     modeling = importlib.import_module(f"{package.__name__}.modeling")
@@ -283,6 +302,7 @@ def all_calls(package: Any, model: Any, *options: Any) -> dict[str, dict[str, An
     with torch.no_grad():
         calls |= decoder_calls(model)
         calls |= predictor_calls(package, model)
+        calls["smaller by hand"] = smaller_by_hand(package, model)
     return calls
 
 

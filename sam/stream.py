@@ -63,7 +63,7 @@ def encode_stream(
 
     Args:
         model: on any device; for several GPUs, a process each.
-        images: arrays [H, W, 3] uint8 RGB, or files.
+        images: arrays [H, W, 3] uint8 RGB, or floating-point in 0..1, or files.
         batch_size: images a pass of the encoder; by default 1 on a CPU and 8 elsewhere.
         workers: threads; by default 2 on a CPU and 8 elsewhere, or as many as there are cores.
         batches_ahead: how many batches are read ahead of the model.

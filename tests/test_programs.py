@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from comparison import assert_close_l2
 from torch import Tensor
 
 import sam
@@ -56,6 +57,11 @@ def test_images_squares_and_sizes_of_the_predictor(nano: Sam) -> None:
     assert_official(predictor_calls(sam, nano))
 
 
+def test_a_model_made_smaller_by_its_attributes(nano: Sam) -> None:
+    """What was kept for its first size must not answer for the second."""
+    assert_official({"smaller by hand": official_calls.smaller_by_hand(sam, nano)})
+
+
 def test_a_stand_in_is_called_as_officially() -> None:
     """Once a pass, with the windows and their padding: hooks, counters and caches of its user see nothing else."""
     encoder = official_calls.small_encoder(sam.modeling)
@@ -87,4 +93,4 @@ def test_rows_beyond_the_official(nano: Sam) -> None:
         part = slice(row, row + 1)
         alone = nano.mask_decoder(features[part], pe, sparse[part], dense[part], multimask_output=True)
         for ours, expected in zip(together, alone, strict=True):
-            torch.testing.assert_close(ours[part], expected, rtol=1e-4, atol=1e-4)
+            assert_close_l2(ours[part], expected, 1e-5, f"image {row}")

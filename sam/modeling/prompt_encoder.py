@@ -69,9 +69,10 @@ class PromptEncoder(DerivedWeights):
 
     def get_dense_pe(self) -> Tensor:
         """The positional encoding of the image embedding's grid, [1, embed_dim, grid_h, grid_w], fp32."""
+        height, width = self.image_embedding_size  # programs change it to feed images of another size
         return self.derived(
-            "dense_pe",
-            lambda: self.pe_layer(self.image_embedding_size)[None],
+            f"dense_pe {height}x{width}",
+            lambda: self.pe_layer((height, width))[None],
             self.pe_layer.positional_encoding_gaussian_matrix,
         )
 
