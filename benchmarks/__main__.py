@@ -55,6 +55,13 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     report.add_argument("--write", action="store_true", help="write benchmarks/results/compile_report_triton*")
 
+    predict = commands.add_parser(
+        "predict", help="times of an H200 and an A100 by instructions and bytes, no GPU needed"
+    )
+    predict.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    predict.add_argument("--before", type=Path, metavar="FILE", help="predictions of another revision, to stand beside")
+    predict.add_argument("--write", action="store_true", help="write benchmarks/results/predicted.md and .json")
+
     plot = commands.add_parser("plot", help="a picture of results with peers")
     cpu = [RESULTS / name for name in CPU_RESULTS]
     plot.add_argument("results", type=Path, nargs="*", default=cpu, help="(default: those of the CPU)")
@@ -84,6 +91,10 @@ def main() -> int:
     args = build_parser().parse_args()
     if args.command == "compile-report":
         return _compile_report(args)
+    if args.command == "predict":
+        from . import predict
+
+        return predict.run(args.workers, args.write, args.before)
     if args.command == "plot":
         from . import plot
 
