@@ -55,6 +55,7 @@ class ImageStructure:
         width, height: in pixels, as stored.
         orientation: 1 to 8 as in EXIF; 1 is upright.
         pieces: what a decoder needs, in order: bytes, or places in the file.
+        bounded: the decoder's memory is bounded by the size of the picture and of the pieces.
     """
 
     format: str
@@ -62,6 +63,7 @@ class ImageStructure:
     height: int
     orientation: int
     pieces: tuple[bytes | range, ...]
+    bounded: bool = True
 
 
 def walk(file: BinaryIO) -> ImageStructure | None:
@@ -232,7 +234,7 @@ def _walk_webp(source: _Source) -> ImageStructure:
     elif canvas not in (None, size):
         raise DamagedImageError(f"has a picture of {size[0]}x{size[1]} on a canvas of another size")
     head = b"RIFF" + struct.pack("<I", 4 + sum(map(len, data))) + b"WEBP"
-    return ImageStructure("WEBP", *size, _orientation(exif), (head, *data))
+    return ImageStructure("WEBP", *size, _orientation(exif), (head, *data), bounded=kind == b"VP8 ")
 
 
 def _chunks(

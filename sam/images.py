@@ -20,11 +20,6 @@ from .channel_depth import bits_per_channel
 from .image_structure import DamagedImageError, ImageStructure, UnsupportedImageError, walk
 
 MAX_MEGAPIXELS = 50.0
-_WALKED: dict[str, Callable[[BinaryIO], ImageFile]] = {
-    "JPEG": JpegImageFile,
-    "PNG": PngImageFile,
-    "WEBP": WebPImageFile,
-}
 # Formats of single photographs; those of icons, documents, films and measurements are none. TGA has no signature.
 _OPENED = ("TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "DDS", "PCX", "PSD", "QOI", "SGI", "TGA")
 # Modes with 8 bits a channel, which convert to RGB without losing range.
@@ -42,6 +37,17 @@ _TURNS = {
 }
 _FROM_THE_END, _SIDEWAYS = (3, 4, 6, 7), (5, 6, 7, 8)
 _PIXELS_PER_STRIP = 2**18
+
+
+class _WebP(WebPImageFile):
+    """WebP of which libwebp's two canvases are given back before PIL makes one of its own."""
+
+    def load_prepare(self) -> None:
+        self._decoder = None
+        super().load_prepare()
+
+
+_WALKED: dict[str, Callable[[BinaryIO], ImageFile]] = {"JPEG": JpegImageFile, "PNG": PngImageFile, "WEBP": _WebP}
 
 
 class ImageTooLargeError(ValueError):
@@ -98,8 +104,8 @@ def decode(
         ImageTooLargeError: more pixels than ``max_pixels``.
         DamagedImageError: the decoder does not get through.
     """
-    _check_size(structure.width, structure.height, max_pixels)
-    needed = io.BufferedReader(_Pieces(file, structure.pieces, check_cancelled))
+    check_size(structure.width, structure.height, max_pixels)
+    needed = io.BufferedReader(Pieces(file, structure.pieces, check_cancelled))
     # Not by Image.open: its own limit on pixels hangs on a variable of the process.
     return _pixels(lambda: _WALKED[structure.format](needed), lambda image: structure.orientation)
 
@@ -107,7 +113,7 @@ def decode(
 def _decode_other(file: BinaryIO, max_pixels: float | None) -> np.ndarray:
     def open_checked() -> ImageFile:
         image = _open(file)
-        _check_size(image.width, image.height, max_pixels)
+        check_size(image.width, image.height, max_pixels)
         bits = bits_per_channel(image, file)
         if bits > 8:
             raise UnsupportedImageError(f"has {bits} bits per channel; 8 are needed")
@@ -149,7 +155,8 @@ def _open(file: BinaryIO) -> ImageFile:
     raise UnsupportedImageError("is not an image in a known format")
 
 
-def _check_size(width: int, height: int, max_pixels: float | None) -> None:
+def check_size(width: int, height: int, max_pixels: float | None) -> None:
+    """Raise an :class:`ImageTooLargeError` for more pixels than ``max_pixels``."""
     if max_pixels is not None and width * height > max_pixels:
         raise ImageTooLargeError(
             f"has {width * height / 1e6:.1f} megapixels ({width}x{height}), more than the limit of {max_pixels / 1e6:g}"
@@ -172,7 +179,7 @@ def _upright_rgb(image: Image.Image, orientation: int) -> np.ndarray:
     return rgb
 
 
-class _Pieces(io.RawIOBase):
+class Pieces(io.RawIOBase):
     """A file made of pieces of another one and of bytes, as :class:`ImageStructure` names them."""
 
     def __init__(self, file: BinaryIO, pieces: tuple[bytes | range, ...], check_cancelled: Callable[[], None]) -> None:

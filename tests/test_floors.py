@@ -17,6 +17,7 @@ FLOORS = {
     "sam.channel_depth": (1, "images"),
     "sam.checkpoints": (1, "assets"),
     "sam.config": (1, "config"),
+    "sam.decode_apart": (1, "images"),
     "sam.files": (1, "system"),
     "sam.hardware": (1, "system"),
     "sam.image_structure": (1, "images"),

@@ -83,7 +83,7 @@ class Service:
         self.draining = False
         self.in_flight = 0
         self._loop: asyncio.AbstractEventLoop | None = None
-        # Two at a time: an image of the largest size takes 150 MB while it is decoded.
+        # Two at a time: an image of the largest size takes up to 600 MB while it is decoded.
         self._decoding = anyio.CapacityLimiter(2)
         self._aside = anyio.CapacityLimiter(4)
         engine.on_failure = self._model_failed

@@ -7,6 +7,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ..decode_apart import decode_apart
 from ..image_structure import DamagedImageError, UnsupportedImageError, walk
 from ..images import ImageTooLargeError, decode
 from .errors import ApiError
@@ -25,7 +26,8 @@ def decode_image(file: BinaryIO, max_pixels: int, check_cancelled: Callable[[], 
         structure = walk(file)
         if structure is None:
             raise ApiError("unsupported_image")
-        return decode(file, structure, max_pixels, check_cancelled)
+        decode_it = decode if structure.bounded else decode_apart
+        return decode_it(file, structure, max_pixels, check_cancelled)
     except UnsupportedImageError:
         raise ApiError("unsupported_image") from None
     except ImageTooLargeError:
