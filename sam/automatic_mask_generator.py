@@ -258,7 +258,7 @@ class SamAutomaticMaskGenerator:
             data.cat((yield from masks_of_crop(model, crop, clicks, criteria, memory)))
         if len(plan) > 1:
             x0, y0, x1, y1 = data["crop_boxes"].unbind(1)
-            smaller_first = 1 / ((x1 - x0) * (y1 - y0))
+            smaller_first = 1 / ((x1 - x0) * (y1 - y0)).float()
             data.filter(nms(data["boxes"], smaller_first, self.crop_nms_thresh, kernels=_on_the_host(model.kernels)))
         if self.min_mask_region_area > 0:
             threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
@@ -315,7 +315,7 @@ def _clean(data: MaskData, min_area: int, nms_thresh: float, device: torch.devic
     if not data["rles"]:
         return data
     rles, boxes = list(data["rles"]), data["boxes"].clone()
-    untouched = torch.ones(len(rles))
+    untouched = torch.ones(len(rles), dtype=torch.float32, device=boxes.device)
     for index, rle in enumerate(rles):
         mask = torch.from_numpy(rle_to_mask(rle))[None].to(device)
         mask, filled = remove_small_regions(mask, min_area, "holes", kernels)

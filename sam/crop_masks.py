@@ -27,7 +27,7 @@ from .embedding import ImageEmbedding
 from .memory import MaskMemory
 from .modeling import Sam
 from .modeling.mask_decoder import MaskDecoder
-from .prompts import PromptBatch, upload
+from .prompts import PromptBatch, coordinates_on, upload
 from .utils.amg import MaskData, is_box_near_crop_edge, uncrop_boxes_xyxy, uncrop_points
 from .utils.transforms import ResizeLongestSide
 
@@ -77,7 +77,7 @@ def masks_of_crop(
     """
     prompts = _prompts(model, clicks, crop.embedding.geometry.original_size)
     waiting = _Waiting(model, crop, memory)
-    tables = [torch.zeros(0, _Columns.COUNT, device=model.device)]
+    tables = [torch.zeros(0, _Columns.COUNT, dtype=torch.float32, device=model.device)]
     for start in range(0, len(prompts), memory.points_at_once):
         batch = prompts.rows(start, start + memory.points_at_once)
         table, logits = _candidates(model, crop, batch, criteria, memory.count_early)
@@ -96,8 +96,8 @@ def masks_of_crop(
         iou_preds=ranked[:, _Columns.IOU],
         stability_score=ranked[:, _Columns.STABILITY],
         boxes=uncrop_boxes_xyxy(ranked[:, _Columns.BOX].long(), box),
-        points=uncrop_points(torch.as_tensor(clicks)[ranked[:, _Columns.CLICK].long()], box),
-        crop_boxes=torch.tensor([box] * len(ranked), dtype=torch.int64).reshape(-1, 4),
+        points=uncrop_points(torch.from_numpy(clicks)[ranked[:, _Columns.CLICK].long()], box),
+        crop_boxes=torch.tensor([box] * len(ranked), dtype=torch.int64, device=ranked.device).reshape(-1, 4),
         rles=waiting.encode(ranked[:, -2].long()),
     )
 
@@ -110,8 +110,9 @@ class _Columns:
 
 def _prompts(model: Sam, clicks: np.ndarray, size: tuple[int, int]) -> PromptBatch:
     coords = ResizeLongestSide(model.image_encoder.img_size).apply_coords(clicks, size)
-    points = torch.as_tensor(coords)[:, None].to(model.device, non_blocking=True)
-    return PromptBatch.from_tensors((points, torch.ones_like(points[..., 0])), None, None, model.device)
+    points = coordinates_on(torch.from_numpy(coords)[:, None], model.device, non_blocking=True)
+    labels = torch.ones(points.shape[:2], dtype=torch.int64, device=points.device)
+    return PromptBatch.from_tensors((points, labels), None, None, model.device)
 
 
 def confident_masks(
@@ -146,7 +147,7 @@ def confident_masks(
             found.append((torch.cat(logits), scores, upload(start + places // iou.shape[1], model.device)))
     if not found:
         side = model.low_res_size
-        none = torch.zeros(0, device=model.device)
+        none = torch.zeros(0, dtype=torch.float32, device=model.device)
         return none.view(0, *side), none, none.long()
     logits_of, iou_of, prompts_of = zip(*found, strict=True)
     return torch.cat(logits_of), torch.cat(iou_of), torch.cat(prompts_of)
@@ -209,7 +210,7 @@ class _Waiting:
         return [runs[number] for number in chosen.tolist()]
 
     def _runs(self, logits: Tensor, rows: Tensor | None = None) -> list[dict[str, Any]]:
-        rows = torch.arange(len(logits)) if rows is None else rows
+        rows = torch.arange(len(logits), device="cpu") if rows is None else rows
         crop, resizing = self._crop, self._crop.resizing
         runs = []
         for some in rows.split(self._memory.masks_at_once):

@@ -62,8 +62,10 @@ class InteractiveSession:
         height, width = embedding.geometry.original_size
         self._words = (width, -(-height // 32))
         on_gpu = model.device.type == "cuda"
-        self._host = torch.zeros(self._words[0] * self._words[1] + 1, dtype=torch.int32, pin_memory=on_gpu)
-        self._asked = torch.zeros(1, TOKENS[-1], 3, pin_memory=on_gpu)
+        self._host = torch.zeros(
+            self._words[0] * self._words[1] + 1, dtype=torch.int32, device="cpu", pin_memory=on_gpu
+        )
+        self._asked = torch.zeros(1, TOKENS[-1], 3, dtype=torch.float32, device="cpu", pin_memory=on_gpu)
         self.reset()
 
     @property
@@ -129,7 +131,7 @@ class InteractiveSession:
         """One prompt of a bucket's length, through one copy to the device."""
         count = len(labels)
         length = next((size for size in TOKENS if size >= count), count)
-        asked = self._asked[:, :length] if length <= TOKENS[-1] else torch.zeros(1, length, 3)
+        asked = self._asked[:, :length] if length <= TOKENS[-1] else self._asked.new_zeros(1, length, 3)
         table = asked[0].numpy()
         table[:count, :2], table[:count, 2], table[count:] = coords, labels, (0, 0, LABEL_ABSENT)
         there = asked.to(self._model.device, non_blocking=True)

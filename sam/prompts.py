@@ -131,9 +131,14 @@ def _numbers(name: str, values: Any, shape: str, dtype: Any = None) -> np.ndarra
     return array
 
 
-def _as_float(values: Tensor) -> Tensor:
-    """fp64 stays: pixels divided by the image size are rounded once, as officially."""
-    return values if values.dtype == torch.float64 else values.to(torch.float32)
+def coordinates_on(values: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
+    """Return ``values`` on ``device``, in fp32 but where fp64 was given and the device is known to have it.
+
+    Pixels in fp64 divided by the image size are rounded once, as officially.
+    """
+    wide = values.dtype == torch.float64 and device.type in ("cpu", "cuda")
+    values = values if wide else values.to(torch.float32)
+    return values if values.device == device else values.to(device, non_blocking=non_blocking)
 
 
 @dataclass(frozen=True)
@@ -204,14 +209,14 @@ class PromptBatch:
             ValueError: NaN, infinity, an unknown label or a coordinate too far away in tensors on the CPU.
         """
         check_prompts(points, boxes, mask_inputs)
-        coords = torch.empty((1, 0, 2), device=device)
+        coords = torch.empty((1, 0, 2), dtype=torch.float32, device=device)
         labels = torch.empty((1, 0), device=device, dtype=torch.int64)
         if points is not None:
-            coords, labels = _as_float(points[0]).to(device), points[1].to(device, torch.int64)
+            coords, labels = coordinates_on(points[0], device), points[1].to(device, torch.int64)
             if boxes is None:
                 coords, labels = append_padding_point(coords, labels)
         if boxes is not None:
-            corners = _as_float(boxes).to(device).reshape(-1, 2, 2)
+            corners = coordinates_on(boxes, device).reshape(-1, 2, 2)
             pair = box_labels(corners)
             coords = torch.cat([coords, corners], dim=1) if points is not None else corners
             labels = torch.cat([labels, pair], dim=1) if points is not None else pair

@@ -50,15 +50,15 @@ def reference(masks: Tensor) -> Tensor:
     """Every pixel takes the least label around it until none changes."""
     height, width = masks.shape[1:]
     outside = height * width + 1
-    labels = torch.arange(1, outside, dtype=torch.float64, device=masks.device).view(1, height, width)
+    labels = torch.arange(1, outside, dtype=torch.int32, device=masks.device).view(1, height, width)
     labels = labels.where(masks, outside)
     while labels.numel():
-        least = -F.max_pool2d(-labels, 3, stride=1, padding=1)
-        least = least.where(masks, outside)
+        padded = F.pad(labels, (1, 1, 1, 1), value=outside)
+        least = padded.unfold(1, 3, 1).amin(-1).unfold(2, 3, 1).amin(-1).where(masks, outside)
         if torch.equal(least, labels):
             break
         labels = least
-    return labels.where(masks, 0).to(torch.int32)
+    return labels.where(masks, 0)
 
 
 def torch_form(masks: Tensor) -> Tensor:

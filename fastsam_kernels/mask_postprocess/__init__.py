@@ -47,7 +47,7 @@ class MaskStatistics(NamedTuple):
     @property
     def stability(self) -> Tensor:
         """[N] fp32, the stability score inside / outside; NaN where both are 0."""
-        return self.inside.int() / self.outside.int()
+        return self.inside.float() / self.outside.float()
 
 
 def mask_statistics(

@@ -93,7 +93,8 @@ def _count_bits(words: Tensor) -> Tensor:
 def _ends(words: Tensor) -> tuple[Tensor, Tensor]:
     """The lowest and the highest bit set in each word, int32 and not zero."""
     wide = words.long() & 0xFFFFFFFF
-    lowest, highest = (torch.frexp(value.double()).exponent.long() - 1 for value in (wide & -wide, wide))
+    # Without the second highest bit, nothing rounds to the next power of two: not every device has fp64.
+    lowest, highest = (torch.frexp(value.float()).exponent.long() - 1 for value in (wide & -wide, wide & ~(wide >> 1)))
     return lowest, highest
 
 

@@ -79,7 +79,7 @@ def torch_form(image: Tensor, size: tuple[int, int], image_size: int, mean: Tens
     for dim, outputs in ((1, size[0]), (2, size[1])):
         first, weights = (torch.from_numpy(table).to(image.device) for table in axis(pixels.shape[dim], outputs))
         shape = [-1 if at == dim else 1 for at in range(3)]
-        total = torch.zeros((), device=image.device)
+        total = torch.zeros((), device=image.device, dtype=pixels.dtype)
         for tap, weight in enumerate(weights.unbind(1)):
             total = total + pixels.index_select(dim, first + tap) * weight.view(shape)
         pixels = total
@@ -111,9 +111,10 @@ def axis(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _matrix(inputs: int, outputs: int) -> Tensor:
     first, weights = axis(inputs, outputs)
-    matrix = torch.zeros(outputs, inputs)
-    places = torch.from_numpy(first[:, None] + np.arange(weights.shape[1]))
-    return matrix.scatter_add_(1, places, torch.from_numpy(weights))
+    matrix = np.zeros((outputs, inputs), np.float32)
+    places = first[:, None] + np.arange(weights.shape[1])
+    np.put_along_axis(matrix, places, weights, axis=1)
+    return torch.from_numpy(matrix)
 
 
 def _constraint(dtype: torch.dtype) -> str | None:

@@ -190,7 +190,9 @@ class Fp32Buffers(nn.Module):
 
 def without_autocast(sources: Sequence[Tensor]) -> AbstractContextManager[Any]:
     """What is kept of weights must not hang on who asked first."""
-    return torch.autocast(sources[0].device.type, enabled=False) if sources else nullcontext()
+    if not sources or not torch.amp.is_autocast_available(sources[0].device.type):
+        return nullcontext()
+    return torch.autocast(sources[0].device.type, enabled=False)
 
 
 def _finish(sources: Sequence[Tensor]) -> None:

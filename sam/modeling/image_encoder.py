@@ -282,8 +282,8 @@ def get_rel_pos(q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
     """
     rel_pos = resize_rel_pos(rel_pos, 2 * max(q_size, k_size) - 1)
     q_stretch, k_stretch = max(k_size / q_size, 1.0), max(q_size / k_size, 1.0)
-    q_coords = torch.arange(q_size, device=rel_pos.device)[:, None] * q_stretch
-    k_coords = torch.arange(k_size, device=rel_pos.device)[None, :] * k_stretch
+    q_coords = torch.arange(q_size, dtype=torch.float32, device=rel_pos.device)[:, None] * q_stretch
+    k_coords = torch.arange(k_size, dtype=torch.float32, device=rel_pos.device)[None, :] * k_stretch
     return rel_pos[(q_coords - k_coords + (k_size - 1) * k_stretch).long()]
 
 

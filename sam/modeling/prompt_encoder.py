@@ -135,7 +135,7 @@ class PromptEncoder(DerivedWeights):
         """
         check_prompts(points, boxes, masks)
         prompts = self._get_batch_size(points, boxes, masks)
-        sparse = torch.empty((prompts, 0, self.embed_dim), device=self._get_device())
+        sparse = torch.empty((prompts, 0, self.embed_dim), dtype=torch.float32, device=self._get_device())
         if points is not None:
             sparse = torch.cat([sparse, self._embed_points(*points, pad=boxes is None)], dim=1)
         if boxes is not None:
@@ -239,7 +239,7 @@ class PositionEmbeddingRandom(Fp32Buffers):
         super().__init__()
         if scale is None or scale <= 0.0:
             scale = 1.0
-        matrix = nn.init.normal_(torch.empty(2, num_pos_feats), std=scale)
+        matrix = nn.init.normal_(torch.empty(2, num_pos_feats, dtype=torch.float32), std=scale)
         self.register_buffer("positional_encoding_gaussian_matrix", matrix)
 
     @property

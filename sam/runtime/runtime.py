@@ -168,9 +168,11 @@ class Runtime:
                 for length in tokens:
                     for with_masks in mask_input:
                         batch = PromptBatch(
-                            torch.zeros(count, length, 2, device=model.device),
+                            torch.zeros(count, length, 2, dtype=torch.float32, device=model.device),
                             torch.zeros(count, length, dtype=torch.int64, device=model.device),
-                            torch.zeros(count, 1, *low, device=model.device) if with_masks else None,
+                            torch.zeros(count, 1, *low, dtype=torch.float32, device=model.device)
+                            if with_masks
+                            else None,
                             torch.zeros(count, dtype=torch.int64, device=model.device) if several > 1 else None,
                         )
                         for multi in multimask:

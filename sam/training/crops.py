@@ -42,7 +42,9 @@ class CropModel:
             raise ValueError(f"a crop of {grid} patches must start at 0..{room}, got {origin}")
         self.model, self.size, self.grid, self.origin = model, size, grid, origin
         self._config = config
-        self._offset = torch.tensor([origin[1], origin[0]], device=model.device) * float(config.patch_size)
+        self._offset = config.patch_size * torch.tensor(
+            [origin[1], origin[0]], dtype=torch.float32, device=model.device
+        )
 
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, size, size] normalised -> [B, C, grid, grid]."""

@@ -79,7 +79,7 @@ def jitter_boxes(boxes: Tensor, size: int, generator: Generator) -> Tensor:
     No side moves by more than a third of the box, so a box never turns inside out.
     """
     extent = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-    noise = BOX_NOISE * extent * torch.randn(boxes.shape, device=boxes.device, generator=generator)
+    noise = BOX_NOISE * extent * torch.randn(boxes.shape, dtype=torch.float32, device=boxes.device, generator=generator)
     limit = (extent / 3).clamp(max=BOX_NOISE_LIMIT * size / 1024)
     return (boxes + noise.clamp(-limit, limit)).clamp(0, size)
 
@@ -91,7 +91,7 @@ def first_prompts(objects: Objects, box_share: float, generator: Generator) -> t
         coordinates [N, 2, 2], labels [N, 2], and which prompts are clicks, [N] bool.
     """
     masks = objects.masks
-    is_click = torch.rand(len(masks), device=masks.device, generator=generator) >= box_share
+    is_click = torch.rand(len(masks), dtype=torch.float32, device=masks.device, generator=generator) >= box_share
     clicks = random_clicks(masks, generator)
     boxes = jitter_boxes(tight_boxes(masks), masks.shape[-1], generator).view(-1, 2, 2)
     click_coords = torch.stack([clicks, torch.zeros_like(clicks)], dim=1)

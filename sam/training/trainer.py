@@ -137,7 +137,7 @@ class Trainer:
 
     def _flat_gradients(self) -> Tensor:
         """One tensor that holds all gradients, so that processes exchange one message a step."""
-        flat = torch.zeros(sum(p.numel() for p in self._trained), device=self.device)
+        flat = torch.zeros(sum(p.numel() for p in self._trained), dtype=torch.float32, device=self.device)
         for parameter, part in zip(self._trained, flat.split([p.numel() for p in self._trained]), strict=True):
             parameter.grad = part.view_as(parameter)
         return flat
@@ -156,7 +156,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.settings.peak, self.step, progress)
         self._gradients.zero_()
-        means = torch.full((len(MEANS),), torch.nan, device=self.device)
+        means = torch.full((len(MEANS),), torch.nan, dtype=torch.float32, device=self.device)
         corrected = shared.random() < stage.corrections
         rounds = (1 + int(shared.random() < _SECOND_CORRECTION)) if corrected else 0
         fed_back = shared.random() < _LOGITS_FED_BACK
@@ -177,7 +177,7 @@ class Trainer:
         if self.team.size == 1:
             return taught
         known = ~means.isnan()
-        taught_here = torch.tensor([float(taught)], device=self.device)
+        taught_here = torch.tensor([float(taught)], dtype=torch.float32, device=self.device)
         message = torch.cat([self._gradients, means.nan_to_num(), known.float(), taught_here])
         self.team.add_up(message)
         gradients, sums, counts, teachers = message.split([len(self._gradients), len(means), len(means), 1])

@@ -131,7 +131,7 @@ def calculate_stability_score(masks: Tensor, mask_threshold: float, threshold_of
     # The higher cut lies inside the lower one, so these are intersection and union.
     inside = (masks > mask_threshold + threshold_offset).sum(dim=(-1, -2), dtype=torch.int32)
     outside = (masks > mask_threshold - threshold_offset).sum(dim=(-1, -2), dtype=torch.int32)
-    return inside / outside
+    return inside.float() / outside.float()
 
 
 def build_point_grid(n_per_side: int) -> np.ndarray:
@@ -214,7 +214,7 @@ def batched_mask_to_box(masks: Tensor) -> Tensor:
     """Boxes [..., 4] around masks [..., H, W], their last row and column included; zeros for an empty mask."""
     require("masks", masks, Tensor, "a torch.Tensor [..., H, W] of bool")
     if masks.numel() == 0:
-        return torch.zeros(*masks.shape[:-2], 4, device=masks.device)
+        return torch.zeros(*masks.shape[:-2], 4, dtype=torch.float32, device=masks.device)
     rows, columns = masks.any(dim=-1), masks.any(dim=-2)
 
     def ends(line: Tensor) -> tuple[Tensor, Tensor]:
