@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,9 @@ def run(seconds: float, rounds: int, clients: int, checkpoint: str | None, json_
         for name, on, prompts in (("1,024 prompts", image, 1024), ("8 prompts on 50 megapixels", large, 8)):
             huge = server.click(on, prompts)
             rows.append(_beside(f"service, one client beside {name}", huge, lambda: server.click(image), seconds))
+        prompts, batches = server.counted("prompts"), server.counted("prompt_batches")
+    with _Server(checkpoint, "--max-queue", "4") as full:
+        rows.append(_refusals("service, refusals of a full queue, 12 clients for 4 places", full, image, seconds))
     print(describe(provenance()))
     print(f"\n{'':<56}{'requests':>9}{'failed':>8}{'per s':>9}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}")
     for row in rows:
@@ -90,7 +94,8 @@ def run(seconds: float, rounds: int, clients: int, checkpoint: str | None, json_
             f"{row.p50:>9.1f}{row.p95:>9.1f}{row.p99:>9.1f}"
         )
     each = ", ".join(f"{share:.0%}" for share in shares)
-    print(f"\nof what the engine answers without HTTP, the service answers {statistics.median(shares):.0%} ({each})")
+    print(f"\nthe service's batches held {prompts / batches:.1f} prompts on average")
+    print(f"of what the engine answers without HTTP, the service answers {statistics.median(shares):.0%} ({each})")
     if json_file is not None:
         document = {"provenance": provenance(), "shares": shares, "loads": [vars(row) for row in rows]}
         json_file.write_text(json.dumps(document, indent=2) + "\n")
@@ -100,8 +105,8 @@ def run(seconds: float, rounds: int, clients: int, checkpoint: str | None, json_
 class _Server:
     """The service in a process of its own, with as many threads of torch as this one."""
 
-    def __init__(self, checkpoint: str | None) -> None:
-        arguments = ["--checkpoint", checkpoint] if checkpoint else []
+    def __init__(self, checkpoint: str | None, *options: str) -> None:
+        arguments = [*options, "--checkpoint", checkpoint] if checkpoint else options
         self._process = subprocess.Popen(
             [sys.executable, "-m", "sam", "serve", "--port", "0", "--deadline", str(_PATIENCE), *arguments],
             stderr=subprocess.PIPE,
@@ -126,6 +131,13 @@ class _Server:
         self._process.terminate()
         self._process.wait(_START_SECONDS)
 
+    def counted(self, name: str) -> float:
+        """One of the engine's counters."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics") as answer:
+            found = re.search(rf"^sam_engine_{name}_total (\S+)$", answer.read().decode(), re.MULTILINE)
+        assert found is not None
+        return float(found[1])
+
     def click(self, image: np.ndarray, prompts: int = 1) -> Callable[[], None]:
         """A client with a connection of its own, that embedded the image."""
         client = _Client(self.port)
@@ -145,6 +157,10 @@ class _Server:
         return ask
 
 
+class _RefusedError(RuntimeError):
+    """There was no place in the queue."""
+
+
 class _Client:
     """A connection that asks what was written beforehand; it reads an answer to its end but does not take it apart."""
 
@@ -157,19 +173,21 @@ class _Client:
         return head.encode() + body
 
     def ask(self, question: bytes) -> bytes:
-        """The body of the answer; RuntimeError unless it is of status 200."""
+        """The body of the answer; _RefusedError if its status is 503, RuntimeError if it is another than 200."""
         self._socket.sendall(question)
         answer = b""
         while b"\r\n\r\n" not in answer:
             answer += self._receive()
         head, body = answer.split(b"\r\n\r\n", 1)
         length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
-        if length is None or not head.startswith(b"HTTP/1.1 200 "):
+        if length is None:
             raise RuntimeError(f"answered {head[:80]!r}")
         pieces, missing = [body], int(length[1]) - len(body)
         while missing > 0:
             pieces.append(self._receive())
             missing -= len(pieces[-1])
+        if not head.startswith(b"HTTP/1.1 200 "):
+            raise (_RefusedError if head.startswith(b"HTTP/1.1 503 ") else RuntimeError)(f"answered {head[:80]!r}")
         return b"".join(pieces)
 
     def _receive(self) -> bytes:
@@ -239,6 +257,26 @@ def _beside(name: str, huge: Callable[[], Any], make: Callable[[], Callable[[], 
     stop.set()
     background.join()
     return row
+
+
+def _refusals(name: str, server: _Server, image: np.ndarray, seconds: float) -> Load:
+    """How long those wait for their refusal who do not fit; they ask again a little later."""
+    asks = [server.click(image) for _ in range(12)]
+    latencies, failures = [], []
+    start = time.perf_counter()
+
+    def client(ask: Callable[[], Any]) -> None:
+        while (begun := time.perf_counter()) < start + seconds:
+            try:
+                ask()
+            except _RefusedError:
+                latencies.append(time.perf_counter() - begun)
+                time.sleep(0.05)
+            except (OSError, RuntimeError) as failure:
+                failures.append(failure)
+
+    _in_threads([lambda ask=ask: client(ask) for ask in asks])
+    return _load(name, latencies, len(failures), time.perf_counter() - start)
 
 
 def _in_threads(works: list[Callable[[], None]]) -> None:

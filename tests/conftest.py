@@ -41,7 +41,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+# Of few, long tests, in processes of their own. xdist begins with files of many: a worker would wait for these.
+FIRST = ("test_training_runs", "test_service_process", "test_compile_report", "test_as_segment_anything", "test_run")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in FIRST)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False
     answer = config.getoption("--fast-bf16")
     if answer != "auto":
         hardware._cpu_has_bf16_products = lambda: answer == "yes"
