@@ -1,4 +1,4 @@
-"""Graphs that ``torch.jit.trace`` makes of the modules, which the TorchScript ONNX exporter starts from."""
+"""Graphs that ``torch.jit.trace`` and ``torch.export`` make of the modules, which ONNX exporters start from."""
 
 from __future__ import annotations
 
@@ -102,20 +102,33 @@ def test_a_traced_prompt_encoder_serves_other_numbers_of_prompts(nano: Sam) -> N
             assert_close_l2(ours, expected, 1e-6, "traced with one prompt")
 
 
+def decoder_inputs(images: int, sparse: int, dense: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        numbers(images, 64, 8, 8, scale=0.3),
+        numbers(sparse, tokens, 64, seed=1),
+        numbers(dense, 64, 8, 8, seed=2, scale=0.3),
+    )
+
+
+def decoder_call(model: Sam) -> Call:
+    pe = model.prompt_encoder.get_dense_pe()
+    return Call(lambda decoder, *inputs: decoder(inputs[0], pe, *inputs[1:], multimask_output=True), model.mask_decoder)
+
+
 @pytest.mark.parametrize(("images", "sparse", "dense"), [(1, 3, 3), (1, 2, 1), (2, 1, 1), (1, 1, 2)])
-def test_a_traced_mask_decoder_serves_other_numbers_of_prompts(nano: Sam, images: int, sparse: int, dense: int) -> None:
-    pe = nano.prompt_encoder.get_dense_pe()
-    call = Call(lambda decoder, *inputs: decoder(inputs[0], pe, *inputs[1:], multimask_output=True), nano.mask_decoder)
-
-    def inputs(images: int, sparse: int, dense: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        return (
-            numbers(images, 256, 32, 32, scale=0.3),
-            numbers(sparse, tokens, 256, seed=1),
-            numbers(dense, 256, 32, 32, seed=2, scale=0.3),
-        )
-
-    graph, given = traced(call, *inputs(1, 1, 1, 2)), inputs(images, sparse, dense, 4)
+def test_a_traced_mask_decoder_serves_other_numbers_of_prompts(tiny: Sam, images: int, sparse: int, dense: int) -> None:
+    call = decoder_call(tiny)
+    graph, given = traced(call, *decoder_inputs(1, 1, 1, 2)), decoder_inputs(images, sparse, dense, 4)
     assert not any(divisions(graph)), divisions(graph)
-    with torch.no_grad():
-        for ours, expected in zip(graph(*given), call(*given), strict=True):
-            assert_close_l2(ours, expected, 1e-5, "traced with one prompt of two tokens")
+    for ours, expected in zip(graph(*given), call(*given), strict=True):
+        assert_close_l2(ours, expected, 1e-5, "traced with one prompt of two tokens")
+
+
+@pytest.mark.slow  # torch.export imports for seconds
+def test_an_exported_mask_decoder_serves_other_numbers_of_prompts(tiny: Sam) -> None:
+    call, prompts, tokens = decoder_call(tiny), torch.export.Dim("prompts"), torch.export.Dim("tokens")
+    shapes = (({}, {0: prompts, 1: tokens}, {0: prompts}),)
+    graph = torch.export.export(call, decoder_inputs(1, 3, 3, 2), dynamic_shapes=shapes).module()
+    given = decoder_inputs(1, 5, 5, 4)
+    for ours, expected in zip(graph(*given), call(*given), strict=True):
+        assert_close_l2(ours, expected, 1e-5, "exported with three prompts of two tokens")

@@ -69,6 +69,11 @@ def unwrapped_name(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
+def is_making_graph() -> bool:
+    """True while torch traces, exports or compiles, when shapes and values may be symbols."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether it has memory of its own: no fake, no part of a distributed one, no quantised numbers behind a class."""
     return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastsam_kernels import UnsupportedKernelError, UpscalingWeights, hypernetwork_masks, pack_upscaling
 
-from .common import DerivedWeights, LayerNorm2d, is_as_written
+from .common import DerivedWeights, LayerNorm2d, is_as_written, is_making_graph
 from .transformer import SharedImageSide, TwoWayTransformer
 
 
@@ -315,7 +315,7 @@ class MaskDecoder(DerivedWeights):
 
 def _check_rows(**inputs: Tensor) -> None:
     """Raise ``ValueError`` unless all ``inputs`` have as many rows, or one."""
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if is_making_graph():
         return
     rows = {name: x.shape[0] for name, x in inputs.items()}
     if len(set(rows.values()) - {1}) > 1:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .common import DerivedWeights, Fp32Buffers, LayerNorm2d, is_as_written, is_plain
+from .common import DerivedWeights, Fp32Buffers, LayerNorm2d, is_as_written, is_making_graph, is_plain
 
 LABEL_ABSENT = -2  # fills the token list of a shorter prompt; masked out of every attention
 LABEL_PADDING = -1  # the "not a point" token
@@ -220,7 +220,7 @@ def check_prompts(points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, ma
 
 
 def _readable(values: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if is_making_graph():
         return False
     if torch._C._functorch.is_functorch_wrapped_tensor(values):
         return False
