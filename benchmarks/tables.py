@@ -45,7 +45,9 @@ _BESIDE_KERNELS = (
 def _interpreted(operation: str) -> str:
     name = getattr(OPERATIONS[operation], "TESTS", f"test_{operation}.py")  # several operations may share a file
     tests = ROOT / "tests" / "kernels" / name
-    return f"fp32, fp16: `{tests.relative_to(ROOT)}`" if tests.exists() else "no"
+    names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # and bool as it is
+    of_tiles = sorted({names.get(dtype, dtype) for entry in read_entries(operation) for dtype in entry["dtype"]})
+    return f"{', '.join(of_tiles)}: `{tests.relative_to(ROOT)}`" if tests.exists() else "no"
 
 
 def _compiled(operation: str) -> str:

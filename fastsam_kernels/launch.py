@@ -63,3 +63,12 @@ class Launches:
     def run(self) -> None:
         for launch in self.launches:
             launch.run()
+
+
+def stream_key(device: torch.device) -> int:
+    """Return what tells the current streams of a device apart, for caches of tensors that kernels read.
+
+    Work on another stream may read a tensor before it is filled, or after its memory was given away: what is kept for
+    later is kept for the stream that made it.
+    """
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

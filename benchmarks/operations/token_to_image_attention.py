@@ -102,7 +102,6 @@ def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProble
             (1,) if exact else (1, 2, 3),
             BLOCK_N=(16,) if exact else (32, 64),
             HEADS=(1, 2) if exact else (4, 8),
-            SPLITS=(8,),
         ),
     )
 

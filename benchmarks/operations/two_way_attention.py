@@ -109,27 +109,22 @@ def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProble
     out_keys = torch.empty(prompts, image_tokens, CHANNELS, device=device, dtype=dtype)
     out = torch.empty(prompts, tokens, HEADS * HEAD_CHANNELS, device=device, dtype=dtype)
     exact = dtype == torch.float32
-    tiles = (16,) if exact else (32, 64)  # of both attentions: the shares of two kernels begin at the same tokens
     fewest = 16 // padded_tokens(tokens)  # a dot sums over 16 products at the least: the tokens of these heads
+    asking = {"ASKED_N": (16,) if exact else (32,), "ASKING_HEADS": (fewest,) if exact else (4, 8)}
     return TuneProblem(
         launch=lambda tile: plan(*inputs, EPS, None, out_keys, out, tile),
         out=(out_keys, out),
         truth=lambda: _formula(_rows(inputs, rows, torch.float64)),
         plain=lambda: _formula(_rows(inputs, rows, dtype)),
         rows=rows,
-        candidates=[
-            tile
-            for block_n in tiles
-            for tile in candidates(
-                (4, 8),
-                (1,) if exact else (1, 2),
-                BLOCK_N=(block_n,),
-                HEADS=(fewest,) if exact else (2, 4),
-                ASKED_N=(block_n,),
-                ASKING_HEADS=(fewest,) if exact else (4, 8),
-                SPLITS=(8, 16, 32),
-            )
-        ],
+        candidates=candidates(
+            (4, 8),
+            (1,) if exact else (1, 2),
+            BLOCK_N=(16,) if exact else (32, 64),
+            HEADS=(fewest,) if exact else (2, 4, 8),
+            **asking,
+            ASKING_STAGES=(1,) if exact else (2, 3),
+        ),
     )
 
 

@@ -27,7 +27,11 @@ def greater(a, b):
     return tl.maximum(a, b)
 
 
-@triton.jit
+# Masks have all sizes: the compiler is to know nothing about them, or some would be compiled for while serving.
+_SIZES = ["height", "width", "blocks"]
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "stride_n", "stride_h"])
 def runs_kernel(
     masks_ptr,  # [N, H, W] bool
     parents_ptr,  # [N, H, W] int32
@@ -49,7 +53,7 @@ def runs_kernel(
     tl.store(parents_ptr + mask * height * width + y * width + x, parents, mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def unite_kernel(
     parents_ptr,  # [N, H, W] int32
     height,
@@ -75,7 +79,7 @@ def unite_kernel(
     unite(p_parents, own, own - width + 1, inside & above_right & ~above & ~right)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def labels_kernel(
     parents_ptr,  # [N, H, W] int32
     labels_ptr,  # [N, H, W] int32
@@ -122,15 +126,22 @@ def unite(p_parents, a, b, active):
         high = tl.maximum(a, b)
         low = tl.minimum(a, b)
         active = active & (high != low)
-        before = tl.atomic_min(p_parents + high, low, mask=active)
+        # Nothing else is read on the strength of it, and a pointer read late is still an ancestor.
+        before = tl.atomic_min(p_parents + high, low, mask=active, sem="relaxed")
         active = active & (before != high)  # another had hung it elsewhere: that is to be joined too
         a = low
         b = tl.where(active, before, low)
 
 
 def plan(masks: Tensor, parents: Tensor, labels: Tensor, tile: TileConfig) -> list[Launch]:
-    """The three launches that fill ``labels``; ``parents`` is of the same shape. Tensors may be on the meta device."""
+    """Plan the three launches that fill ``labels``; ``parents`` is of its shape. Tensors may be on the meta device.
+
+    Raises:
+        ValueError: a tile of fewer columns than a warp has threads, of which two would share a pixel.
+    """
     count, height, width = masks.shape
+    if tile.blocks["BLOCK_W"] < _WARP:
+        raise ValueError(f"BLOCK_W must be at least {_WARP}, a column a thread, got {tile.blocks['BLOCK_W']}")
     block_w = min(tile.blocks["BLOCK_W"], max(_WARP, triton.next_power_of_2(width)))
     warps = min(tile.num_warps, block_w // _WARP)
     blocks = triton.cdiv(width, block_w)

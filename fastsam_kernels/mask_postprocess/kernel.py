@@ -1,7 +1,8 @@
 """The Triton form of mask post-processing: a program a tile of 32 rows, counting or packing bits in one pass.
 
 A tile whose logits all lie on one side of the thresholds is taken as one value; the others gather their taps, at most
-three an axis, from the cache. Counts and boxes are joined by integer atomics, whose order does not show.
+three an axis, from the cache. Counts and boxes are joined by integer atomics, whose order does not show: none orders
+anything else, so they are relaxed, and a tile of which nothing counts ends before them.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch
+from ..launch import Launch, stream_key
 from ..tile_config import TileConfig, arch_of, lookup
 from .resize_map import TILE, Axis, Resizing, axes
 
 _LARGEST_PATCH = 2048  # logits under a tile; where more are, in images of a few pixels, every tile is evaluated
 
 
-@triton.jit
+# Images have all sizes: the compiler is to know nothing about them, or some would be compiled for while serving.
+@triton.jit(do_not_specialize=["height", "width", "tile_rows", "tile_columns"])
 def mask_postprocess_kernel(
     low_ptr,
     row_first_ptr,  # [height]
@@ -53,38 +55,42 @@ def mask_postprocess_kernel(
     y = tile_row * 32 + tl.arange(0, 32)
     x = tile_column * BLOCK_W + tl.arange(0, BLOCK_W)
     used = (y < height)[:, None] & (x < width)[None, :]
-    y_in = tl.minimum(y, height - 1)
-    x_in = tl.minimum(x, width - 1)
-    rows = tl.load(row_first_ptr + y_in)
-    columns = tl.load(column_first_ptr + x_in)
     # int64: with the masks innermost a row's stride grows with the batch too.
     p_low = low_ptr + mask * stride_n
 
     if BOUNDED:
-        patch_rows = tl.minimum(tl.min(rows, 0) + tl.arange(0, PATCH_ROWS), tl.max(rows, 0) + ROW_TAPS - 1)
-        patch_columns = tl.min(columns, 0) + tl.arange(0, PATCH_COLUMNS)
-        patch_columns = tl.minimum(patch_columns, tl.max(columns, 0) + COLUMN_TAPS - 1)
-        p_patch = p_low + patch_rows.to(tl.int64)[:, None] * stride_h + patch_columns.to(tl.int64)[None, :] * stride_w
+        # The first taps only grow along an axis: those of a tile lie between its corners'.
+        top = tl.load(row_first_ptr + tile_row * 32)
+        bottom = tl.load(row_first_ptr + tl.minimum(tile_row * 32 + 31, height - 1)) + ROW_TAPS - 1
+        left = tl.load(column_first_ptr + tile_column * BLOCK_W)
+        right = tl.load(column_first_ptr + tl.minimum(tile_column * BLOCK_W + BLOCK_W - 1, width - 1)) + COLUMN_TAPS - 1
+        # One axis of threads, so that each of the sums over the patch is one.
+        logit = tl.arange(0, PATCH_ROWS * PATCH_COLUMNS)
+        patch_row = tl.minimum(top + logit // PATCH_COLUMNS, bottom)
+        patch_column = tl.minimum(left + logit % PATCH_COLUMNS, right)
+        p_patch = p_low + patch_row.to(tl.int64) * stride_h + patch_column.to(tl.int64) * stride_w
         b_patch = tl.load(p_patch).to(tl.float32)
-        least = tl.min(tl.min(b_patch, 1), 0)
-        greatest = tl.max(tl.max(b_patch, 1), 0)
+        least = tl.min(b_patch, 0)
+        greatest = tl.max(b_patch, 0)
         guard = 1e-6 * tl.maximum(tl.abs(least), tl.abs(greatest))
-        if STATISTICS:
-            decided = (least - guard > tl.maximum(above, below)) | (greatest + guard <= tl.minimum(above, below))
-        else:
-            decided = (least - guard > threshold) | (greatest + guard <= threshold)
         # The least and the greatest leave NaN out, which no threshold is below.
-        decided = decided & (tl.sum(tl.sum((b_patch != b_patch).to(tl.int32), 1), 0) == 0)
+        known = tl.sum((b_patch != b_patch).to(tl.int32), 0) == 0
+        if STATISTICS:
+            if known & (greatest + guard <= tl.minimum(threshold, tl.minimum(above, below))):
+                return  # most tiles of most masks: nothing of it counts
+            decided = known & (least - guard > tl.maximum(threshold, tl.maximum(above, below)))
+        else:
+            decided = known & ((least - guard > threshold) | (greatest + guard <= threshold))
         pixels = tl.zeros([32, BLOCK_W], tl.float32) + least
         if not decided:
             pixels = evaluate(
-                p_low, rows, columns, y_in, x_in, row_weights_ptr, column_weights_ptr, stride_h, stride_w,
-                ROW_TAPS, COLUMN_TAPS, BLOCK_W,
+                p_low, row_first_ptr, column_first_ptr, tl.minimum(y, height - 1), tl.minimum(x, width - 1),
+                row_weights_ptr, column_weights_ptr, stride_h, stride_w, ROW_TAPS, COLUMN_TAPS, BLOCK_W,
             )  # fmt: skip
     else:
         pixels = evaluate(
-            p_low, rows, columns, y_in, x_in, row_weights_ptr, column_weights_ptr, stride_h, stride_w,
-            ROW_TAPS, COLUMN_TAPS, BLOCK_W,
+            p_low, row_first_ptr, column_first_ptr, tl.minimum(y, height - 1), tl.minimum(x, width - 1),
+            row_weights_ptr, column_weights_ptr, stride_h, stride_w, ROW_TAPS, COLUMN_TAPS, BLOCK_W,
         )  # fmt: skip
 
     inside = (pixels > threshold) & used
@@ -94,17 +100,17 @@ def mask_postprocess_kernel(
         area = tl.sum(tl.sum(inside.to(tl.int32), 1), 0)
         high = tl.sum(tl.sum(((pixels > above) & used).to(tl.int32), 1), 0)
         if high > 0:
-            tl.atomic_add(p_out, high)
+            tl.atomic_add(p_out, high, sem="relaxed")
         if outside > 0:
-            tl.atomic_add(p_out + 1, outside)
+            tl.atomic_add(p_out + 1, outside, sem="relaxed")
         if area > 0:
-            tl.atomic_add(p_out + 2, area)
+            tl.atomic_add(p_out + 2, area, sem="relaxed")
             any_row = tl.max(inside.to(tl.int32), 1) > 0
             any_column = tl.max(inside.to(tl.int32), 0) > 0
-            tl.atomic_min(p_out + 3, tl.min(tl.where(any_column, x, width), 0))
-            tl.atomic_min(p_out + 4, tl.min(tl.where(any_row, y, height), 0))
-            tl.atomic_max(p_out + 5, tl.max(tl.where(any_column, x, -1), 0))
-            tl.atomic_max(p_out + 6, tl.max(tl.where(any_row, y, -1), 0))
+            tl.atomic_min(p_out + 3, tl.min(tl.where(any_column, x, width), 0), sem="relaxed")
+            tl.atomic_min(p_out + 4, tl.min(tl.where(any_row, y, height), 0), sem="relaxed")
+            tl.atomic_max(p_out + 5, tl.max(tl.where(any_column, x, -1), 0), sem="relaxed")
+            tl.atomic_max(p_out + 6, tl.max(tl.where(any_row, y, -1), 0), sem="relaxed")
     else:
         words = tl.sum(inside.to(tl.int32) << tl.arange(0, 32)[:, None], 0)  # [BLOCK_W]
         p_out = out_ptr + mask * (width * tile_rows) + x * tile_rows + tile_row
@@ -114,8 +120,8 @@ def mask_postprocess_kernel(
 @triton.jit
 def evaluate(
     p_low,
-    rows,
-    columns,
+    row_first_ptr,
+    column_first_ptr,
     y,
     x,
     row_weights_ptr,
@@ -126,7 +132,9 @@ def evaluate(
     COLUMN_TAPS: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """The logits [32, BLOCK_W] of a tile from their taps."""
+    """Sum up the logits [32, BLOCK_W] of a tile from their taps."""
+    rows = tl.load(row_first_ptr + y)
+    columns = tl.load(column_first_ptr + x)
     pixels = tl.zeros([32, BLOCK_W], tl.float32)
     for i in tl.static_range(ROW_TAPS):
         p_line = p_low + (rows + i).to(tl.int64)[:, None] * stride_h
@@ -154,7 +162,9 @@ def plan(
     rows, columns = axes(size, resizing)
     patch_rows, patch_columns = _patch(rows, TILE), _patch(columns, block_w)
     tile_rows, tile_columns = triton.cdiv(height, TILE), triton.cdiv(width, block_w)
-    row_first, row_weights, column_first, column_weights = _tables(size, resizing, low_res.device)
+    row_first, row_weights, column_first, column_weights = _tables(
+        size, resizing, low_res.device, stream_key(low_res.device)
+    )
     return Launch(
         kernel=mask_postprocess_kernel,
         grid=(len(low_res) * tile_rows * tile_columns,),
@@ -197,7 +207,7 @@ def _patch(axis: Axis, block: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def _tables(low_size: tuple[int, int], resizing: Resizing, device: torch.device) -> tuple[Tensor, ...]:
+def _tables(low_size: tuple[int, int], resizing: Resizing, device: torch.device, stream: int) -> tuple[Tensor, ...]:
     return tuple(torch.from_numpy(table).to(device) for axis in axes(low_size, resizing) for table in axis)
 
 

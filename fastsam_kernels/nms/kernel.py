@@ -18,7 +18,8 @@ from ..tile_config import TileConfig, arch_of, lookup
 _WORD = 32
 
 
-@triton.jit
+# There are as many boxes as there happen to be: of their number the compiler knows WORDS and nothing else.
+@triton.jit(do_not_specialize=["count"])
 def overlap_bits_kernel(
     boxes_ptr,  # [N, 4] fp32
     bits_ptr,  # [N, WORDS] int32: bit b of [i, w] is that i suppresses box 32 w + b behind it
@@ -53,7 +54,7 @@ def join(a, b):
     return a | b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def sweep_kernel(
     bits_ptr,  # [N, WORDS] int32
     keep_ptr,  # [N] bool

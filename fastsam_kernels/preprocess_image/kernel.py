@@ -9,29 +9,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch
+from ..launch import Launch, stream_key
 from ..tile_config import TileConfig, arch_of, lookup
 from . import axis
 
 
-@triton.jit
+# Images have all sizes: the compiler is to know nothing about them, or some would be compiled for while serving.
+@triton.jit(do_not_specialize=["height", "width", "row_taps", "column_taps", "stride_h", "stride_w", "stride_c"])
 def preprocess_image_kernel(
     image_ptr,  # [H, W, 3] uint8
     row_first_ptr,  # [height]
-    row_weights_ptr,  # [height, ROW_TAPS]
+    row_weights_ptr,  # [height, row_taps]
     column_first_ptr,  # [width]
-    column_weights_ptr,  # [width, COLUMN_TAPS]
+    column_weights_ptr,  # [width, column_taps]
     mean_ptr,  # [3]
     std_ptr,  # [3]
     out_ptr,  # [3, image_size, image_size]
     height,
     width,
     image_size,
+    row_taps,
+    column_taps,
     stride_h,  # of the image, in elements
     stride_w,
     stride_c,
-    ROW_TAPS: tl.constexpr,
-    COLUMN_TAPS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -45,12 +46,12 @@ def preprocess_image_kernel(
         x_in = tl.minimum(x, width - 1)
         rows = tl.load(row_first_ptr + y_in)
         columns = tl.load(column_first_ptr + x_in)
-        for i in range(ROW_TAPS):
+        for i in range(row_taps):
             p_line = image_ptr + (rows + i).to(tl.int64)[:, None] * stride_h
-            row_weight = tl.load(row_weights_ptr + y_in * ROW_TAPS + i)[:, None]
-            for j in range(COLUMN_TAPS):
+            row_weight = tl.load(row_weights_ptr + y_in * row_taps + i)[:, None]
+            for j in range(column_taps):
                 p_taps = p_line + (columns + j).to(tl.int64)[None, :] * stride_w
-                weight = row_weight * tl.load(column_weights_ptr + x_in * COLUMN_TAPS + j)[None, :]
+                weight = row_weight * tl.load(column_weights_ptr + x_in * column_taps + j)[None, :]
                 red += weight * tl.load(p_taps).to(tl.float32)
                 green += weight * tl.load(p_taps + stride_c).to(tl.float32)
                 blue += weight * tl.load(p_taps + stride_c + stride_c).to(tl.float32)
@@ -72,8 +73,9 @@ def store_channel(p_out, levels, mean_ptr, std_ptr, inside, used):
 def plan(image: Tensor, size: tuple[int, int], mean: Tensor, std: Tensor, out: Tensor, tile: TileConfig) -> Launch:
     """The launch that fills ``out`` [3, side, side]; tensors may be on the meta device."""
     side = out.shape[1]
-    row_first, row_weights = _tables(image.shape[0], size[0], image.device)
-    column_first, column_weights = _tables(image.shape[1], size[1], image.device)
+    stream = stream_key(image.device)
+    row_first, row_weights = _tables(image.shape[0], size[0], image.device, stream)
+    column_first, column_weights = _tables(image.shape[1], size[1], image.device, stream)
     return Launch(
         kernel=preprocess_image_kernel,
         grid=(triton.cdiv(side, tile.blocks["BLOCK_H"]), triton.cdiv(side, tile.blocks["BLOCK_W"])),
@@ -89,17 +91,19 @@ def plan(image: Tensor, size: tuple[int, int], mean: Tensor, std: Tensor, out: T
             "height": size[0],
             "width": size[1],
             "image_size": side,
+            "row_taps": row_weights.shape[1],
+            "column_taps": column_weights.shape[1],
             "stride_h": image.stride(0),
             "stride_w": image.stride(1),
             "stride_c": image.stride(2),
         },
-        constants={"ROW_TAPS": row_weights.shape[1], "COLUMN_TAPS": column_weights.shape[1]},
+        constants={},
         tile=tile,
     )
 
 
 @lru_cache(maxsize=64)
-def _tables(inputs: int, outputs: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _tables(inputs: int, outputs: int, device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
     first, weights = axis(inputs, outputs)
     return torch.from_numpy(first).to(device), torch.from_numpy(weights).to(device)
 

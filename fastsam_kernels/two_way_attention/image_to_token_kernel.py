@@ -2,9 +2,9 @@
 
 A program takes TILES tiles of BLOCK_N image tokens of one prompt, one after the other: scores against the tokens of
 HEADS heads in one product, a softmax over each head's few tokens in registers, the folded values added to the residual
-in a second product, and after all heads the norm. The prompt's operands come from the L2 cache, a group of heads at a
-time: all of them at once leave no room on architectures with 99 KB of shared memory, and spill elsewhere. Every image
-token is independent, so that no batch changes a bit.
+in a second product, and after all heads the norm. The prompt's operands are loaded once where those of all heads fit
+the shared memory, else a group of heads at a time for every tile, from the cache. Every image token is independent, so
+that no batch changes a bit.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ from torch import Tensor
 
 from ..launch import Launch
 from ..tile_config import TileConfig, arch_of, lookup
-from .token_to_image_kernel import padded_tokens, shape_class
+from .token_to_image_kernel import dense_rows, load_rows, padded_tokens, shape_class
 
 
 @triton.jit
 def update_image_tokens(
     p_image,  # the image tokens of a prompt, [N, C]
-    stride_kn,
-    stride_kc,
     key_pe_ptr,
     p_token_keys,  # of a prompt, [H, T, C]
     p_token_bias,  # [H, T]
@@ -40,44 +38,87 @@ def update_image_tokens(
     H: tl.constexpr,
     C: tl.constexpr,
     T_PADDED: tl.constexpr,
+    EXACT: tl.constexpr,  # every tile is full
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HEADS: tl.constexpr,
 ):
     """The image tokens of a prompt from ``begin`` to ``end`` attend to its tokens."""
-    R: tl.constexpr = HEADS * T_PADDED
-    r = tl.arange(0, R)
     c = tl.arange(0, C)
-    token = r % T_PADDED
-    row_of_group = (r // T_PADDED) * tokens + token
-    real = token < tokens
-    norm_weight = tl.load(norm_weight_ptr + c).to(tl.float32)
-    norm_bias = tl.load(norm_bias_ptr + c).to(tl.float32)
+    if HEADS == H:
+        token_keys, token_bias, token_values = load_tokens(
+            p_token_keys, p_token_bias, p_token_values, 0, tokens, C, T_PADDED, HEADS
+        )
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)
-        valid = n < end
-        keys = tl.load(
-            p_image + n.to(tl.int64)[:, None] * stride_kn + c[None, :] * stride_kc, mask=valid[:, None], other=0.0
-        )
-        key_pe = tl.load(key_pe_ptr + n[:, None] * C + c[None, :], mask=valid[:, None], other=0.0)
+        place = n[:, None] * C + c[None, :]
+        keys = load_rows(p_image + place, n, end, EXACT)
+        key_pe = load_rows(key_pe_ptr + place, n, end, EXACT)
         located = (keys.to(tl.float32) + key_pe.to(tl.float32)).to(keys.dtype)
         y = keys.to(tl.float32)
-        for group in tl.range(0, H, HEADS):
-            row = row_of_group + group * tokens
-            token_keys = tl.load(p_token_keys + row[None, :] * C + c[:, None], mask=real[None, :], other=0.0)  # [C, R]
-            token_bias = tl.load(p_token_bias + row, mask=real, other=float("-inf")).to(tl.float32)
-            scores = tl.dot(located, token_keys, input_precision=PRECISION) + token_bias[None, :]
-            scores = tl.reshape(scores * 1.4426950408889634, [BLOCK_N, HEADS, T_PADDED])  # in bits
-            weights = tl.exp2(scores - tl.max(scores, 2)[:, :, None])
-            weights = weights / tl.sum(weights, 2)[:, :, None]
-            weights = tl.reshape(weights, [BLOCK_N, R]).to(keys.dtype)
-            token_values = tl.load(p_token_values + row[:, None] * C + c[None, :], mask=real[:, None], other=0.0)
-            y = tl.dot(weights, token_values, y, input_precision=PRECISION)  # [BLOCK_N, C]
+        if HEADS == H:
+            y = attend(y, located, token_keys, token_bias, token_values, T_PADDED, PRECISION, BLOCK_N, HEADS)
+        else:
+            for group in tl.range(0, H, HEADS):
+                token_keys, token_bias, token_values = load_tokens(
+                    p_token_keys, p_token_bias, p_token_values, group, tokens, C, T_PADDED, HEADS
+                )
+                y = attend(y, located, token_keys, token_bias, token_values, T_PADDED, PRECISION, BLOCK_N, HEADS)
+        # Loaded here and not before the loop, where they would take 128 registers of a thread for all of it.
+        norm_weight = tl.load(norm_weight_ptr + c).to(tl.float32)
+        norm_bias = tl.load(norm_bias_ptr + c).to(tl.float32)
         y -= tl.sum(y, 1)[:, None] / C
         variance = tl.sum(y * y, 1) / C
         y = y * tl.rsqrt(variance + eps)[:, None] * norm_weight[None, :] + norm_bias[None, :]
-        tl.store(p_out + n[:, None] * C + c[None, :], y.to(p_out.dtype.element_ty), mask=valid[:, None])
+        if EXACT:
+            tl.store(p_out + place, y.to(p_out.dtype.element_ty))
+        else:
+            tl.store(p_out + place, y.to(p_out.dtype.element_ty), mask=(n < end)[:, None])
+
+
+@triton.jit
+def load_tokens(
+    p_token_keys,  # of a prompt, [H, T, C]
+    p_token_bias,  # [H, T]
+    p_token_values,  # [H, T, C]
+    first_head,
+    tokens,
+    C: tl.constexpr,
+    T_PADDED: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """Load keys [C, R], bias in bits [R] and values [R, C] of R = HEADS * T_PADDED tokens."""
+    r = tl.arange(0, HEADS * T_PADDED)
+    c = tl.arange(0, C)
+    real = r % T_PADDED < tokens
+    row = (first_head + r // T_PADDED) * tokens + r % T_PADDED
+    token_keys = tl.load(p_token_keys + row[None, :] * C + c[:, None], mask=real[None, :], other=0.0)
+    token_bias = tl.load(p_token_bias + row, mask=real, other=float("-inf")).to(tl.float32) * 1.4426950408889634
+    token_values = tl.load(p_token_values + row[:, None] * C + c[None, :], mask=real[:, None], other=0.0)
+    return token_keys, token_bias, token_values
+
+
+@triton.jit
+def attend(
+    y,  # [BLOCK_N, C] fp32
+    located,  # [BLOCK_N, C]
+    token_keys,
+    token_bias,
+    token_values,
+    T_PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """Add what the image tokens learn from the tokens of HEADS heads to ``y``."""
+    scores = tl.dot(located, token_keys, input_precision=PRECISION)
+    scores = scores * 1.4426950408889634 + token_bias[None, :]  # in bits
+    scores = tl.reshape(scores, [BLOCK_N, HEADS, T_PADDED])
+    weights = tl.exp2(scores - tl.max(scores, 2)[:, :, None])
+    weights = weights * (1.0 / tl.sum(weights, 2))[:, :, None]
+    weights = tl.reshape(weights, [BLOCK_N, HEADS * T_PADDED]).to(located.dtype)
+    return tl.dot(weights, token_values, y, input_precision=PRECISION)
 
 
 @triton.jit
@@ -94,14 +135,13 @@ def image_to_token_kernel(
     image_tokens,  # N
     tokens,  # T
     programs,  # a prompt
-    stride_ki,  # of keys [I, N, C], in elements
-    stride_kn,
-    stride_kc,
+    stride_ki,  # of keys [I, N, C] along the images, in elements; each is contiguous
     eps,
     H: tl.constexpr,
     C: tl.constexpr,
     T_PADDED: tl.constexpr,
     HAS_INDEX: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -115,8 +155,6 @@ def image_to_token_kernel(
         image = tl.load(index_ptr + prompt)
     update_image_tokens(
         keys_ptr + image * stride_ki,
-        stride_kn,
-        stride_kc,
         key_pe_ptr,
         token_keys_ptr + prompt * (H * tokens * C),
         token_bias_ptr + prompt * (H * tokens),
@@ -131,6 +169,7 @@ def image_to_token_kernel(
         H,
         C,
         T_PADDED,
+        EXACT,
         PRECISION,
         STAGES,
         BLOCK_N,
@@ -154,7 +193,7 @@ def plan(
     """The launch that fills ``out`` [P, N, C], contiguous; tensors may be on the meta device."""
     prompts, heads, tokens, channels = token_keys.shape
     tile = replace(tile, blocks={**tile.blocks, "HEADS": min(tile.blocks["HEADS"], heads)})
-    image_tokens = keys.shape[1]
+    keys, image_tokens = dense_rows(keys), keys.shape[1]
     programs = triton.cdiv(image_tokens, tile.blocks["BLOCK_N"] * tile.blocks["TILES"])
     return Launch(
         kernel=image_to_token_kernel,
@@ -173,8 +212,6 @@ def plan(
             "tokens": tokens,
             "programs": programs,
             "stride_ki": keys.stride(0),
-            "stride_kn": keys.stride(1),
-            "stride_kc": keys.stride(2),
             "eps": eps,
         },
         constants={
@@ -182,6 +219,7 @@ def plan(
             "C": channels,
             "T_PADDED": padded_tokens(tokens),
             "HAS_INDEX": image_index is not None,
+            "EXACT": image_tokens % tile.blocks["BLOCK_N"] == 0,
             "PRECISION": "ieee" if keys.dtype == torch.float32 else "tf32",
             "STAGES": tile.num_stages,
         },

@@ -3,11 +3,11 @@
 A program takes HEADS heads of one prompt and one of SPLITS shares of the image tokens. Its folded queries stay on the
 chip; an online softmax runs over tiles of BLOCK_N image tokens, whose sum with their positions exists in registers
 only. What a share attends to, [HEADS * T, C], goes through W_v before it is stored, which is linear and leaves d of C
-channels. A second kernel adds the shares up in their order. SPLITS is a constant of the tile: how many prompts there
-are changes no bit.
+channels. A second kernel adds the shares up in their order. How many shares there are is a matter of the class of
+request, by its prompts: within a class no batch changes a bit.
 
-Weighed: one program a prompt would need no second kernel and leave a single click to one multiprocessor; splitting by
-the number of prompts would let a batch change results.
+Weighed: one program a prompt would need no second kernel and leave a single click to one multiprocessor; as many
+shares for a thousand prompts as for one would load the operands and store the sums of each for nothing.
 """
 
 from __future__ import annotations
@@ -22,13 +22,24 @@ from torch import Tensor
 from ..launch import Launch, Launches
 from ..tile_config import TileConfig, arch_of, lookup
 
+# Up to so many prompts, so many shares. As many programs as fill a large GPU; and even of many prompts a share must be
+# so small (256 KB in bf16) that what all programs have updated and not yet asked stays in the cache.
+_SPLITS = ((4, 32), (16, 16))
+_SPLITS_OF_MANY = 8
+
+
+@triton.jit
+def load_rows(p_rows, n, end, EXACT: tl.constexpr):
+    """Load the rows ``n`` [BLOCK_N] before ``end``; all of them are if EXACT."""
+    if EXACT:
+        return tl.load(p_rows)
+    return tl.load(p_rows, mask=(n < end)[:, None], other=0.0)
+
 
 @triton.jit
 def attend_share(
     p_queries,  # of a prompt, [H, T, C]
     p_image,  # its image tokens, [N, C]
-    stride_kn,
-    stride_kc,
     key_pe_ptr,
     value_weight_ptr,
     p_partial,  # of a share, [H * T_PADDED, D]
@@ -41,6 +52,7 @@ def attend_share(
     D: tl.constexpr,
     C: tl.constexpr,
     T_PADDED: tl.constexpr,
+    EXACT: tl.constexpr,  # every tile is full
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -60,30 +72,36 @@ def attend_share(
     attended = tl.zeros([R, C], tl.float32)
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)
-        valid = n < end
-        keys = tl.load(
-            p_image + n.to(tl.int64)[:, None] * stride_kn + c[None, :] * stride_kc, mask=valid[:, None], other=0.0
-        )
-        key_pe = tl.load(key_pe_ptr + n[:, None] * C + c[None, :], mask=valid[:, None], other=0.0)
+        place = n[:, None] * C + c[None, :]
+        keys = load_rows(p_image + place, n, end, EXACT)
+        key_pe = load_rows(key_pe_ptr + place, n, end, EXACT)
         located = (keys.to(tl.float32) + key_pe.to(tl.float32)).to(keys.dtype)
         scores = tl.dot(queries, tl.trans(located), input_precision=PRECISION) * 1.4426950408889634  # in bits
-        scores = tl.where(valid[None, :], scores, float("-inf"))
+        if not EXACT:
+            scores = tl.where((n < end)[None, :], scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1))
         weights = tl.exp2(scores - larger[:, None])
         shrink = tl.exp2(largest - larger)
         total = total * shrink + tl.sum(weights, 1)
-        attended = tl.dot(weights.to(keys.dtype), keys, attended * shrink[:, None], input_precision=PRECISION)
+        attended = attended * shrink[:, None]
+        # It always is. A dot outside the loop's own block is waited for where it stands; in flight over the end of an
+        # iteration, ptxas would serialise every wgmma of the loop (C7515).
+        if start < end:
+            attended = tl.dot(weights.to(keys.dtype), keys, attended, input_precision=PRECISION)
         largest = larger
 
     # A share may be empty when there are few image tokens: its weights are zero, and so is its part of the sum.
     attended = attended / tl.where(total > 0.0, total, 1.0)[:, None]
     attended = attended.to(value_weight_ptr.dtype.element_ty)
-    # All rows by the weights of all heads, of which each row keeps its own head's.
-    hd = first_head * D + tl.arange(0, HEADS * D)
-    value_weight = tl.load(value_weight_ptr + hd[None, :] * C + c[:, None])  # [C, HEADS * D]
-    product = tl.dot(attended, value_weight, input_precision=PRECISION)
-    own = (head[:, None] == hd[None, :] // D).to(tl.float32)
-    values = tl.sum(tl.reshape(product * own, [R, HEADS, D]), 1)  # [R, D]
+    # All rows by the weights of PART heads at a time, of which each row keeps its own head's.
+    PART: tl.constexpr = HEADS if HEADS * D <= 64 else 64 // D
+    values = tl.zeros([R, D], tl.float32)
+    for part in tl.range(first_head, first_head + HEADS, PART, num_stages=1):
+        hd = part * D + tl.arange(0, PART * D)
+        value_weight = tl.load(value_weight_ptr + hd[None, :] * C + c[:, None])  # [C, PART * D]
+        product = tl.dot(attended, value_weight, input_precision=PRECISION)
+        own = (head[:, None] == hd[None, :] // D).to(tl.float32)
+        values += tl.sum(tl.reshape(product * own, [R, PART, D]), 1)
     row = first_head * T_PADDED + r
     tl.store(p_partial + row[:, None] * D + tl.arange(0, D)[None, :], values)
     tl.store(p_stats + row, largest)
@@ -101,19 +119,18 @@ def token_to_image_kernel(
     stats_ptr,  # [P, SPLITS, 2, H * T_PADDED] fp32: the largest score, in bits, and the sum of weights
     image_tokens,  # N
     tokens,  # T
-    stride_ki,  # of keys [I, N, C], in elements
-    stride_kn,
-    stride_kc,
+    stride_ki,  # of keys [I, N, C] along the images, in elements; each is contiguous
     H: tl.constexpr,
     D: tl.constexpr,
     C: tl.constexpr,
     T_PADDED: tl.constexpr,
+    SPLITS: tl.constexpr,
     HAS_INDEX: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HEADS: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     GROUPS: tl.constexpr = H // HEADS
     prompt = (tl.program_id(0) // (SPLITS * GROUPS)).to(tl.int64)
@@ -128,8 +145,6 @@ def token_to_image_kernel(
     attend_share(
         queries_ptr + prompt * (H * tokens * C),
         keys_ptr + image * stride_ki,
-        stride_kn,
-        stride_kc,
         key_pe_ptr,
         value_weight_ptr,
         partial_ptr + place * D,
@@ -142,6 +157,7 @@ def token_to_image_kernel(
         D,
         C,
         T_PADDED,
+        EXACT,
         PRECISION,
         STAGES,
         BLOCK_N,
@@ -161,32 +177,43 @@ def combine_kernel(
     T_PADDED: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
+    """Add up the shares of one head of a prompt."""
     R: tl.constexpr = H * T_PADDED
-    prompt = tl.program_id(0).to(tl.int64)
-    r = tl.arange(0, R)
+    prompt = (tl.program_id(0) // H).to(tl.int64)
+    head = tl.program_id(0) % H
+    token = tl.arange(0, T_PADDED)
+    r = head * T_PADDED + token
     d = tl.arange(0, D)
-    head = r // T_PADDED
-    token = r % T_PADDED
     p_stats = stats_ptr + prompt * (SPLITS * 2 * R) + r
     largest = tl.load(p_stats)
     for split in tl.static_range(1, SPLITS):
         largest = tl.maximum(largest, tl.load(p_stats + split * (2 * R)))
-    total = tl.zeros([R], tl.float32)
-    values = tl.zeros([R, D], tl.float32)
+    total = tl.zeros([T_PADDED], tl.float32)
+    values = tl.zeros([T_PADDED, D], tl.float32)
     for split in tl.static_range(SPLITS):
         weight = tl.exp2(tl.load(p_stats + split * (2 * R)) - largest) * tl.load(p_stats + split * (2 * R) + R)
         p_partial = partial_ptr + (prompt * SPLITS + split) * (R * D) + r[:, None] * D + d[None, :]
         values += weight[:, None] * tl.load(p_partial)
         total += weight
-    bias = tl.load(value_bias_ptr + head[:, None] * D + d[None, :]).to(tl.float32)
-    values = values / total[:, None] + bias
-    p_out = out_ptr + prompt * (tokens * H * D) + token[:, None] * (H * D) + head[:, None] * D + d[None, :]
+    bias = tl.load(value_bias_ptr + head * D + d).to(tl.float32)
+    values = values / total[:, None] + bias[None, :]
+    p_out = out_ptr + prompt * (tokens * H * D) + token[:, None] * (H * D) + head * D + d[None, :]
     tl.store(p_out, values.to(out_ptr.dtype.element_ty), mask=(token < tokens)[:, None])
 
 
 def padded_tokens(tokens: int) -> int:
     """The power of two that a prompt's tokens are padded to: at least 8, the tokens of a click."""
     return max(triton.next_power_of_2(tokens), 8)
+
+
+def splits_of(prompts: int, tiles: int) -> int:
+    """Return how many programs share a prompt's tiles of image tokens: many where few prompts leave a GPU idle."""
+    return min(next((splits for most, splits in _SPLITS if prompts <= most), _SPLITS_OF_MANY), tiles)
+
+
+def dense_rows(keys: Tensor) -> Tensor:
+    """Return image tokens [I, N, C] with each image contiguous: themselves as the decoder has them, else a copy."""
+    return keys if keys.stride(1) == keys.shape[2] and keys.stride(2) == 1 else keys.contiguous()
 
 
 def plan(
@@ -202,7 +229,8 @@ def plan(
     """The two launches that fill ``out`` [P, T, H * d], contiguous; tensors may be on the meta device."""
     prompts, heads, tokens, channels = queries.shape
     tile = replace(tile, blocks={**tile.blocks, "HEADS": min(tile.blocks["HEADS"], heads)})
-    splits, padded = tile.blocks["SPLITS"], padded_tokens(tokens)
+    keys, padded = dense_rows(keys), padded_tokens(tokens)
+    splits = splits_of(prompts, triton.cdiv(keys.shape[1], tile.blocks["BLOCK_N"]))
     head_dim = len(value_weight) // heads
     rows = heads * padded
     partial = queries.new_empty((prompts, splits, rows, head_dim), dtype=torch.float32)
@@ -221,15 +249,15 @@ def plan(
             "image_tokens": keys.shape[1],
             "tokens": tokens,
             "stride_ki": keys.stride(0),
-            "stride_kn": keys.stride(1),
-            "stride_kc": keys.stride(2),
         },
         constants={
             "H": heads,
             "D": head_dim,
             "C": channels,
             "T_PADDED": padded,
+            "SPLITS": splits,
             "HAS_INDEX": image_index is not None,
+            "EXACT": keys.shape[1] % tile.blocks["BLOCK_N"] == 0,
             "PRECISION": "ieee" if queries.dtype == torch.float32 else "tf32",
             "STAGES": tile.num_stages,
         },
@@ -241,12 +269,12 @@ def plan(
 def combine(
     partial: Tensor, stats: Tensor, value_bias: Tensor, tokens: int, out: Tensor, attending: TileConfig
 ) -> Launch:
-    """The launch that adds up what the shares of ``attending``'s tile left, into ``out`` [P, T, H * d]."""
+    """Plan the launch that adds up what the shares of ``attending`` left, into ``out`` [P, T, H * d]."""
     prompts, splits, rows, head_dim = partial.shape
     padded = padded_tokens(tokens)
     return Launch(
         kernel=combine_kernel,
-        grid=(prompts,),
+        grid=(prompts * (rows // padded),),
         arguments={
             "partial_ptr": partial,
             "stats_ptr": stats,
@@ -254,8 +282,8 @@ def combine(
             "out_ptr": out,
             "tokens": tokens,
         },
-        constants={"H": rows // padded, "D": head_dim, "T_PADDED": padded},
-        tile=TileConfig({"SPLITS": splits}, 4, 1, attending.provisional, attending.provenance),
+        constants={"H": rows // padded, "D": head_dim, "T_PADDED": padded, "SPLITS": splits},
+        tile=TileConfig({}, 1, 1, attending.provisional, attending.provenance),
     )
 
 

@@ -5,10 +5,11 @@ waits until all of its own threads have written theirs, and attends to them as `
 memory sees the updated tokens once, on their way out: a share of 512 tokens is 256 KB in bf16 and comes back from the
 cache. The results are bit-equal to those of the two kernels with the same tiles.
 
-Weighed: asking a tile while it is in registers reads nothing back, but the sums of all heads (64 x 256 in fp32 for a
-click) then live beside the norm of the tile, which leaves tiles of 32 rows on sm_90 and one stage on sm_80, and spills
-elsewhere. Not writing the tokens of the first block at all and computing them twice saves as many bytes as it costs
-products (0.2 GFLOP a prompt), where products are the tighter limit.
+Weighed, by instructions and registers on sm_90: with a warpgroup and the operands of all heads loaded once, each half
+by itself keeps two programs on a multiprocessor, and so do both in one kernel; apart they would read the tokens twice.
+Asking a tile while it is in registers reads nothing back, but the sums of all heads (64 x 256 in fp32 for a click)
+then live beside the norm of the tile. Not writing the tokens of the first block at all and computing them twice saves
+as many bytes as it costs products (0.2 GFLOP a prompt), where products are the tighter limit.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from ..launch import Launch, Launches
 from ..tile_config import TileConfig, arch_of, lookup
 from .image_to_token_kernel import update_image_tokens
-from .token_to_image_kernel import attend_share, combine, padded_tokens, shape_class
+from .token_to_image_kernel import attend_share, combine, dense_rows, padded_tokens, shape_class, splits_of
 
 
 @triton.jit
@@ -43,22 +44,22 @@ def two_way_kernel(
     stats_ptr,  # [P, SPLITS, 2, H * T_PADDED] fp32
     image_tokens,  # N
     tokens,  # T
-    stride_ki,  # of keys [I, N, C], in elements
-    stride_kn,
-    stride_kc,
+    stride_ki,  # of keys [I, N, C] along the images, in elements; each is contiguous
     eps,
     H: tl.constexpr,
     D: tl.constexpr,
     C: tl.constexpr,
     T_PADDED: tl.constexpr,
+    SPLITS: tl.constexpr,
     HAS_INDEX: tl.constexpr,
+    EXACT: tl.constexpr,  # every tile of both attentions is full
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HEADS: tl.constexpr,
     ASKED_N: tl.constexpr,
     ASKING_HEADS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    ASKING_STAGES: tl.constexpr,
 ):
     prompt = (tl.program_id(0) // SPLITS).to(tl.int64)
     split = tl.program_id(0) % SPLITS
@@ -72,8 +73,6 @@ def two_way_kernel(
     p_out = out_ptr + prompt * image_tokens * C
     update_image_tokens(
         keys_ptr + image * stride_ki,
-        stride_kn,
-        stride_kc,
         key_pe_ptr,
         token_keys_ptr + prompt * (H * tokens * C),
         token_bias_ptr + prompt * (H * tokens),
@@ -88,6 +87,7 @@ def two_way_kernel(
         H,
         C,
         T_PADDED,
+        EXACT,
         PRECISION,
         STAGES,
         BLOCK_N,
@@ -99,8 +99,6 @@ def two_way_kernel(
         attend_share(
             queries_ptr + prompt * (H * tokens * C),
             p_out,
-            C,
-            1,
             key_pe_ptr,
             value_weight_ptr,
             partial_ptr + place * D,
@@ -113,8 +111,9 @@ def two_way_kernel(
             D,
             C,
             T_PADDED,
+            EXACT,
             PRECISION,
-            STAGES,
+            ASKING_STAGES,
             ASKED_N,
             ASKING_HEADS,
         )
@@ -141,10 +140,11 @@ def plan(
 
     Tensors may be on the meta device.
     """
-    prompts, heads, tokens, channels = queries.shape
+    keys, (prompts, heads, tokens, channels) = dense_rows(keys), queries.shape
     few = {name: min(tile.blocks[name], heads) for name in ("HEADS", "ASKING_HEADS")}
     tile = replace(tile, blocks={**tile.blocks, **few})
-    splits, rows = tile.blocks["SPLITS"], heads * padded_tokens(tokens)
+    larger, rows = max(tile.blocks["BLOCK_N"], tile.blocks["ASKED_N"]), heads * padded_tokens(tokens)
+    splits = splits_of(prompts, triton.cdiv(keys.shape[1], larger))
     head_dim = len(value_weight) // heads
     partial = queries.new_empty((prompts, splits, rows, head_dim), dtype=torch.float32)
     stats = queries.new_empty((prompts, splits, 2, rows), dtype=torch.float32)
@@ -168,8 +168,6 @@ def plan(
             "image_tokens": keys.shape[1],
             "tokens": tokens,
             "stride_ki": keys.stride(0),
-            "stride_kn": keys.stride(1),
-            "stride_kc": keys.stride(2),
             "eps": eps,
         },
         constants={
@@ -177,7 +175,9 @@ def plan(
             "D": head_dim,
             "C": channels,
             "T_PADDED": padded_tokens(tokens),
+            "SPLITS": splits,
             "HAS_INDEX": image_index is not None,
+            "EXACT": keys.shape[1] % larger == 0,
             "PRECISION": "ieee" if queries.dtype == torch.float32 else "tf32",
             "STAGES": tile.num_stages,
         },

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 from kernels.foundation import needed_memory, skip_without_memory
+from kernels.interpreter_bf16 import bf16_in_the_interpreter
+
+from fastsam_kernels.dispatch import interpreting
+
+
+@pytest.fixture(scope="package", autouse=True)
+def bf16() -> Iterator[None]:
+    """The dtype that users run is interpreted too, while tests of this folder run."""
+    with bf16_in_the_interpreter() if interpreting() else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

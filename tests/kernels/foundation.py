@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-# bf16 products are garbage in the interpreter: bf16 is compiled everywhere and run on GPUs only.
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Many GB on a GPU: of the processes that run tests side by side, one runs all of these.
 large = pytest.mark.xdist_group("large")
 _LARGE_GB = 24.0

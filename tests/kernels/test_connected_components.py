@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernels.foundation import kernel_without, large
 
 from fastsam_kernels import UnsupportedKernelError, connected_components
-from fastsam_kernels.tile_config import SHARED_MEMORY, arch_of, lookup
+from fastsam_kernels.tile_config import SHARED_MEMORY, TileConfig, arch_of, lookup
 
 
 def canonical(mask: np.ndarray) -> np.ndarray:
@@ -76,8 +76,8 @@ def test_triton_form(device: torch.device, seed: int) -> None:
     np.testing.assert_array_equal(labels.cpu().numpy(), np.stack([canonical(mask) for mask in masks]))
 
 
-@pytest.mark.parametrize("mask", [spiral(17), np.tile([True, False], (3, 20)), np.eye(4, 20, 8, dtype=bool)])
-@pytest.mark.parametrize("block_w", [16, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mask", [spiral(36), np.tile([True, False], (3, 40)), np.eye(4, 40, 30, dtype=bool)])
+@pytest.mark.parametrize("block_w", [32, pytest.param(64, marks=pytest.mark.slow)])
 def test_blocks_of_columns(device: torch.device, mask: np.ndarray, block_w: int) -> None:
     """Runs over several blocks; the result does not hang on the tile."""
     from fastsam_kernels.connected_components.kernel import plan
@@ -134,6 +134,17 @@ def test_a_pixel_has_one_thread(width: int) -> None:
         for launch in plan(masks, numbers, numbers, lookup("connected_components", arch, torch.bool)):
             assert 32 * launch.tile.num_warps <= launch.tile.blocks["BLOCK_W"]
             assert launch.grid[0] * launch.tile.blocks["BLOCK_W"] >= masks.numel()
+
+
+@pytest.mark.parametrize("block_w", [1, 16])
+def test_a_block_narrower_than_a_warp_is_refused(block_w: int) -> None:
+    """Its threads would outnumber its pixels; without a whole warp there would be none to launch."""
+    from fastsam_kernels.connected_components.kernel import plan
+
+    masks = torch.empty(1, 3, 40, dtype=torch.bool, device="meta")
+    numbers = torch.empty(masks.shape, dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match=f"BLOCK_W must be at least 32, a column a thread, got {block_w}"):
+        plan(masks, numbers, numbers, TileConfig({"BLOCK_W": block_w}, 4, 1))
 
 
 def test_opcheck(device: torch.device) -> None:

@@ -91,6 +91,8 @@ TRITON_CASES = [
     (2, (16, 16), 4, torch.float16, torch.float16),
     (5, (8, 8), 3, torch.float16, torch.float32),
     (1, (20, 27), 3, torch.float16, torch.float32),
+    (2, (4, 9), 4, torch.bfloat16, torch.float32),
+    (1, (16, 16), 1, torch.bfloat16, torch.bfloat16),
     pytest.param(1, (64, 64), 1, torch.float16, torch.float16, marks=pytest.mark.slow),
 ]
 GPU_CASES = [
@@ -121,7 +123,7 @@ def test_other_tiles(device: torch.device, block_n: int, block_c: int) -> None:
 
     grid = (64, 64) if block_n == 256 else (5, 5)
     if device.type == "cuda":
-        block_n = 32  # what fits
+        block_n, block_c = 32, min(block_c, 64)  # what fits any of them
     inputs = make_inputs(1, grid, 3, torch.float32, device)
     keys, weights, hyper, grid = inputs
     out = torch.empty(1, 3, 4 * grid[0], 4 * grid[1], device=device)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastsam_kernels.launch import Launch
+from fastsam_kernels.launch import Launch, stream_key
 from fastsam_kernels.tile_config import TileConfig
 
 
@@ -48,3 +49,32 @@ def test_a_launch_on_the_host_asks_for_no_gpu(monkeypatch: pytest.MonkeyPatch) -
     tile = TileConfig({}, num_warps=1, num_stages=1)
     Launch(kernel, (1,), {"out_ptr": torch.empty(2)}, {}, tile, fuse_multiply_add=False).run()
     assert kernel.arguments["enable_fp_fusion"] is False  # type: ignore[attr-defined]
+
+
+def test_kept_tables_are_those_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another stream might read them before they are filled, or after their memory was given away."""
+    from fastsam_kernels import Resizing
+    from fastsam_kernels.mask_postprocess import kernel as masks
+    from fastsam_kernels.preprocess_image import kernel as preprocess
+
+    cpu, streams = torch.device("cpu"), {0: 11, 1: 22}
+    assert stream_key(cpu) == 0
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=streams[device.index]))
+    assert [stream_key(torch.device("cuda", index)) for index in (0, 1)] == [11, 22]
+
+    tile = TileConfig({"BLOCK_W": 32, "BLOCK_H": 16}, 1, 1)
+    low_res, numbers = torch.zeros(1, 16, 16), torch.zeros(1, 7, dtype=torch.int32)
+    image, pixels, mean = torch.zeros(5, 7, 3, dtype=torch.uint8), torch.zeros(3, 8, 8), torch.zeros(3)
+
+    def tables(stream: int) -> list[torch.Tensor]:
+        for module in (masks, preprocess):
+            monkeypatch.setattr(module, "stream_key", lambda device: stream)
+        counting = masks.plan(low_res, Resizing(64, (40, 64), (25, 40)), 0.0, 1.0, numbers, tile, statistics=True)
+        resizing = preprocess.plan(image, (6, 8), mean, mean, pixels, tile)
+        names = ("row_first_ptr", "row_weights_ptr", "column_first_ptr", "column_weights_ptr")
+        return [launch.arguments[name] for launch in (counting, resizing) for name in names]
+
+    first, again, other = tables(1), tables(1), tables(2)
+    assert all(a is b for a, b in zip(first, again, strict=True))
+    assert not any(a is b for a, b in zip(first, other, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))

@@ -94,7 +94,7 @@ def operation(request: pytest.FixtureRequest) -> Operation:
     return Operation(request.param)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16] if not torch.cuda.is_available() else DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("prompts", "tokens", "grid"), [(1, 7, 16), (2, 9, 8), (7, 16, 8), (9, 5, 5), (64, 7, 8)])
 def test_torch_form(operation: Operation, prompts: int, tokens: int, grid: int, dtype: torch.dtype) -> None:
     inputs = operation.inputs(prompts, tokens, grid, dtype)
@@ -196,6 +196,29 @@ def test_repeats_and_batches_are_bit_equal(operation: Operation, device: torch.d
     for row in range(3):
         one = slice(row, row + 1)
         assert torch.equal(whole[one], operation.public(*operation.rows(inputs, one), kernels="triton"))
+
+
+def test_few_prompts_are_shared_by_more_programs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class of a request decides, no batch within it changes a bit, and any number of shares is right."""
+    from fastsam_kernels.two_way_attention import token_to_image_kernel
+
+    of_sam = {prompts: token_to_image_kernel.splits_of(prompts, 128) for prompts in (1, 4, 5, 16, 17, 1024)}
+    assert of_sam == {1: 32, 4: 32, 5: 16, 16: 16, 17: 8, 1024: 8}
+    assert token_to_image_kernel.splits_of(1, 3) == 3  # none would be left with nothing
+    monkeypatch.setattr(token_to_image_kernel, "_SPLITS", ((1, 5), (2, 3)))
+    monkeypatch.setattr(token_to_image_kernel, "_SPLITS_OF_MANY", 2)
+    operation = Operation("token_to_image_attention")
+    inputs = operation.inputs(4, 3, 13, torch.bfloat16, device)
+    by_count = {}
+    for prompts, splits in ((1, 5), (2, 3), (3, 2), (4, 2)):
+        some = operation.rows(inputs, slice(0, prompts))
+        out = torch.empty(prompts, 3, HEADS * HEAD_DIM, dtype=torch.bfloat16, device=device)
+        launches = operation.plan(some, out)
+        assert [launch.constexprs["SPLITS"] for launch in launches.launches] == [splits, splits]
+        launches.run()
+        assert_within_budget(out, operation.formula, some, f"{splits} shares")
+        by_count[prompts] = out
+    assert torch.equal(by_count[3], by_count[4][:3])
 
 
 def test_large_scores_do_not_overflow(operation: Operation, device: torch.device) -> None:
