@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sam
-from fastsam_kernels.tile_config import lookup
+from fastsam_kernels.tile_config import TileConfig, lookup
 
 from ..operations import hypernetwork_masks
 from ..operations.token_to_image_attention import CHANNELS, CLICK_TOKENS, HEAD_CHANNELS, HEADS
@@ -38,7 +38,7 @@ def passes(prompts: int, arch: int = 90) -> list[Pass]:
     tokens, inner = prompts * CLICK_TOKENS, HEADS * HEAD_CHANNELS
     rows = prompts * HEADS * CLICK_TOKENS
     image = IMAGE_TOKENS * CHANNELS * ELEMENT
-    splits = lookup("two_way_attention", arch, torch.bfloat16, "8 tokens").blocks["SPLITS"]
+    splits = _splits(prompts, lookup("two_way_attention", arch, torch.bfloat16, "8 tokens"))
     operands = 3 * rows * CHANNELS * ELEMENT  # folded keys, values and queries
     partials = prompts * splits * HEADS * _PADDED_TOKENS * (HEAD_CHANNELS + 2) * FP32
     padded = prompts * HEADS * _PADDED_TOKENS
@@ -62,6 +62,12 @@ def passes(prompts: int, arch: int = 90) -> list[Pass]:
         Pass("partial sums of both", 2 * partials, 2 * partials + 2 * tokens * inner * ELEMENT, 0),
         Pass("upscaling and masks", prompts * image, last.bytes - prompts * image, last.flops),
     ]
+
+
+def _splits(prompts: int, tile: TileConfig) -> int:
+    from fastsam_kernels.two_way_attention.token_to_image_kernel import splits_of
+
+    return splits_of(prompts, IMAGE_TOKENS // max(tile.blocks["BLOCK_N"], tile.blocks["ASKED_N"]))
 
 
 def _token_side(prompts: int) -> tuple[float, float, float]:
