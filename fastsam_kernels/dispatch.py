@@ -3,7 +3,9 @@
 - ``"reference"``: the paper's formula in plain PyTorch, nothing clever; what everything is checked against.
 - ``"torch"``: the same result with less work, in PyTorch operations; any device, differentiable.
 - ``"triton"``: a fused kernel; NVIDIA GPUs of compute capability 8.0 or newer, inference only.
-- ``"auto"``: "triton" where it can run, else "torch".
+- ``"auto"``: "triton" where it can run and is worth it, else "torch". For matrix products in fp32 it is "torch": exact
+  ones run on no tensor core, and those of torch are tuned and follow its ``fp32_precision``. The three products in TF32
+  that would run on them (``tf32x3``) are off by twice as much as fp32, over the budget that kernels are held to.
 """
 
 from __future__ import annotations
@@ -38,18 +40,27 @@ def check_kernels(kernels: str) -> str:
     return kernels
 
 
-def resolve_kernels(kernels: str, device: torch.device) -> str:
-    """The implementation that ``kernels`` means on ``device``: "reference", "torch" or "triton".
+def resolve_kernels(kernels: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """Return the implementation that ``kernels`` means on ``device``: "reference", "torch" or "triton".
+
+    ``dtype`` is that of matrix products, None where there are none.
 
     Raises:
         ValueError: not one of :data:`KERNELS`.
         UnsupportedKernelError: "triton" on a device that has no Triton forms.
     """
-    return choose("every operation", check_kernels(kernels), device, None)
+    return choose("every operation", check_kernels(kernels), device, None, products=dtype)
 
 
-def choose(operation: str, kernels: str, device: torch.device, constraint: str | None, *inputs: Tensor) -> str:
-    """The implementation of one operation for given inputs.
+def choose(
+    operation: str,
+    kernels: str,
+    device: torch.device,
+    constraint: str | None,
+    *inputs: Tensor,
+    products: torch.dtype | None = None,
+) -> str:
+    """Return the implementation of one operation for given inputs.
 
     Args:
         operation: its name, for messages.
@@ -57,6 +68,7 @@ def choose(operation: str, kernels: str, device: torch.device, constraint: str |
         device: where the inputs are.
         constraint: what keeps its Triton form from these inputs, None if nothing does.
         inputs: tensors that autograd may be recording.
+        products: dtype of its matrix products, None where it has none.
 
     Raises:
         ValueError, UnsupportedKernelError: as :func:`resolve_kernels`, or "triton" against ``constraint``.
@@ -71,6 +83,8 @@ def choose(operation: str, kernels: str, device: torch.device, constraint: str |
         if problem is not None:
             raise UnsupportedKernelError(f"the Triton form of {operation} cannot run here: {problem}")
         return "triton"
+    if products == torch.float32:
+        problem = problem or "products in fp32 are torch's, which follow its fp32_precision"
     chosen = "torch" if problem is not None or interpreting() else "triton"
     if not torch.compiler.is_compiling():
         _log_once(operation, str(device), chosen, problem)

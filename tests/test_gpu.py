@@ -66,7 +66,8 @@ def test_auto_is_triton_after_a_move() -> None:
     """People write ``registry[...](checkpoint=...).to("cuda")``."""
     model = sam.load_model(device="cpu")
     assert model.resolved_kernels == "torch"
-    assert model.to("cuda").resolved_kernels == "triton"
+    assert model.to("cuda").resolved_kernels == "torch"  # products in fp32
+    assert model.to(torch.bfloat16).resolved_kernels == "triton"
     assert torch.isfinite(model.predict(model.encode(random_image(48, 64)), prompts()).low_res_logits).all()
 
 

@@ -24,9 +24,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, set[str]]]:
     seen: dict[str, set[str]] = {}
     choose = dispatch.choose
 
-    def noting(operation: str, kernels: str, *arguments: object) -> str:
+    def noting(operation: str, kernels: str, *arguments: object, **options: object) -> str:
         seen.setdefault(operation, set()).add(kernels)
-        return choose(operation, kernels, *arguments)  # type: ignore[arg-type]
+        return choose(operation, kernels, *arguments, **options)  # type: ignore[arg-type]
 
     for name, module in list(sys.modules.items()):
         if name.startswith("fastsam_kernels.") and getattr(module, "choose", None) is choose:

@@ -87,9 +87,8 @@ def hypernetwork_masks(
     """
     _check(keys, weights, hyper, grid)
     out_dtype = keys.dtype if out_dtype is None else out_dtype
-    chosen = choose(
-        "hypernetwork_masks", kernels, keys.device, _constraint(keys, hyper, out_dtype), keys, *weights, hyper
-    )
+    inputs, constraint = (keys, *weights, hyper), _constraint(keys, hyper, out_dtype)
+    chosen = choose("hypernetwork_masks", kernels, keys.device, constraint, *inputs, products=keys.dtype)
     if chosen == "reference":
         return reference(keys, weights, hyper, grid, eps).to(out_dtype)
     if chosen == "torch":

@@ -67,7 +67,8 @@ def rel_pos_attention(
     if qkv_bias is None:
         qkv_bias = qkv.new_zeros(qkv.shape[3])
     inputs = (qkv, rel_pos_h, rel_pos_w, qkv_bias)
-    chosen = choose("rel_pos_attention", kernels, qkv.device, _constraint(qkv, num_heads, window_size), *inputs)
+    constraint = _constraint(qkv, num_heads, window_size)
+    chosen = choose("rel_pos_attention", kernels, qkv.device, constraint, *inputs, products=qkv.dtype)
     if chosen == "reference":
         return reference(*inputs, num_heads, window_size)
     if chosen == "torch":

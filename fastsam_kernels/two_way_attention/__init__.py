@@ -65,7 +65,7 @@ def token_to_image_attention(
     _check_values(queries, value_weight, value_bias)
     _check_dtypes(queries, key_pe=key_pe, keys=keys, value_weight=value_weight, value_bias=value_bias)
     constraint = _constraint(queries, value_weight.shape[0] // queries.shape[1])
-    chosen = choose("token_to_image_attention", kernels, keys.device, constraint, *inputs)
+    chosen = choose("token_to_image_attention", kernels, keys.device, constraint, *inputs, products=keys.dtype)
     if chosen == "reference":
         return token_to_image_reference(*inputs, image_index)
     if chosen == "torch":
@@ -113,7 +113,7 @@ def image_to_token_attention(
     inputs = (keys, key_pe, token_keys, token_bias, token_values, norm_weight, norm_bias)
     _check_update(*inputs, image_index, image_queries)
     constraint = _constraint(token_values, 16) if image_queries is None else _KEPT_QUERIES
-    chosen = choose("image_to_token_attention", kernels, keys.device, constraint, *inputs)
+    chosen = choose("image_to_token_attention", kernels, keys.device, constraint, *inputs, products=keys.dtype)
     if chosen == "reference":
         return image_to_token_reference(*inputs, eps, image_index, image_queries)
     if chosen == "torch":
@@ -172,7 +172,7 @@ def two_way_attention(
     _check_dtypes(keys, queries=queries, value_weight=value_weight, value_bias=value_bias)
     head_dim = len(value_weight) // heads
     constraint = _constraint(token_values, head_dim) if image_queries is None else _KEPT_QUERIES
-    chosen = choose("two_way_attention", kernels, keys.device, constraint, *update, *ask)
+    chosen = choose("two_way_attention", kernels, keys.device, constraint, *update, *ask, products=keys.dtype)
     if chosen == "triton":
         from .two_way_kernel import two_way_triton
 

@@ -104,8 +104,10 @@ class Sam(DerivedWeights, Fp32Buffers):
 
     @property
     def resolved_kernels(self) -> str:
-        """What ``kernels`` means where the model is now."""
-        return resolve_kernels(self._kernels, self.device)
+        """What ``kernels`` means for the encoder and the decoder where the model is now."""
+        kind = self.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+        return resolve_kernels(self._kernels, self.device, dtype)
 
     @property
     def model_hash(self) -> str | None:

@@ -382,7 +382,7 @@ class TwoWayTransformer(nn.Module):
         # Kept queries spare the torch form the sums with the positions and most of the scores; the Triton form reads
         # the image tokens in any case.
         image_queries = None
-        if shared is not None and resolve_kernels(kernels, keys.device) == "torch":
+        if shared is not None and resolve_kernels(kernels, keys.device, keys.dtype) == "torch":
             image_queries = shared.q
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
             queries = layer.update_tokens(queries, attended)
