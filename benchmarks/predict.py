@@ -30,7 +30,7 @@ from .machine_code import compile_launch, inspect
 from .measure import Work
 from .model.encoder import encoder_work
 from .operations import hypernetwork_masks, mask_postprocess, nms, rel_pos_attention, two_way_attention
-from .operations.token_to_image_attention import CHANNELS, CLICK_TOKENS, HEADS
+from .operations.token_to_image_attention import CHANNELS, CLICK_TOKENS, HEAD_CHANNELS, HEADS
 from .provenance import RESULTS, describe, provenance
 from .sass import executed
 
@@ -136,11 +136,12 @@ def _two_way(prompts: int, arch: int) -> Iterator[Step]:
     tile = lookup("two_way_attention", arch, bf16, shape_class(tokens))
     first, combine = plan(*inputs, two_way_attention.EPS, None, *outputs, tile).launches
     blocks = first.tile.blocks
-    share = 4096 / blocks["SPLITS"]
+    share = 4096 / first.constants["SPLITS"]
     trips = {
         "update_image_tokens: start": share / blocks["BLOCK_N"],
         "update_image_tokens: group": HEADS / blocks["HEADS"],
         "attend_share: start": share / blocks["ASKED_N"],
+        "attend_share: part": max(1, blocks["ASKING_HEADS"] * HEAD_CHANNELS / 64),
         "two_way_kernel: first_head": HEADS / blocks["ASKING_HEADS"],
     }
     work = two_way_attention.work(prompts, tokens, 2)
@@ -176,10 +177,11 @@ def _mask_postprocess(arch: int) -> Iterator[Step]:
         launch = plan(logits, resizing, 0.0, 1.0 if statistics else 0.0, out, tile, statistics=statistics)
         shares = tile_shares(launch.tile.blocks["BLOCK_W"], 1.0 if statistics else 0.0)
         kernel = launch.kernel.__name__
-        fractions = {
-            "evaluate": shares["undecided"],
-            **{f"{kernel}: if {count} > 0": 1 - shares["outside"] for count in ("high", "outside", "area")},
-        }
+        nothing = "known & (greatest + guard <= tl.minimum(threshold, tl.minimum(above, below)))"
+        fractions = {"evaluate": shares["undecided"]}
+        if statistics:
+            left = 1 - shares["outside"]  # of which evaluation and all else
+            fractions = {f"{kernel}: return if {nothing}": left, "evaluate": shares["undecided"]}
         work = Work(logits.nbytes + (0 if statistics else out.nbytes), 0)
         yield Step(f"mask_postprocess, {what} of {masks}, 1024x1024", "mask_postprocess", launch, {}, work, fractions)
 

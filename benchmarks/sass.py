@@ -181,23 +181,23 @@ def lines_of(path: str) -> dict[int, Line]:
     return lines
 
 
-def _walk(body: list[ast.stmt], around: Line, lines: dict[int, Line]) -> None:
+def _walk(body: list[ast.stmt], around: Line, lines: dict[int, Line]) -> tuple[str, ...]:
+    """Note the lines of ``body``; return what of its returns whatever follows is behind, by their names."""
+    returns: tuple[str, ...] = ()
     for statement in body:
+        here = Line(around.function, around.loops, (*around.ifs, *returns))
         for number in range(statement.lineno, (statement.end_lineno or statement.lineno) + 1):
-            lines[number] = around
+            lines[number] = here
         if isinstance(statement, ast.For | ast.While):
             what = "while" if isinstance(statement, ast.While) else ast.unparse(statement.target)
-            inside = Line(around.function, (f"{around.function}: {what}", *around.loops), around.ifs)
+            inside = Line(here.function, (f"{here.function}: {what}", *here.loops), here.ifs)
             lines[statement.lineno] = inside
-            _walk(statement.body, inside, lines)
+            returns += _walk(statement.body, inside, lines)
         elif isinstance(statement, ast.If):
             test = ast.unparse(statement.test)
-            within = Line(around.function, around.loops, (*around.ifs, f"{around.function}: if {test}"))
-            _walk(statement.body, within, lines)
-            _walk(
-                statement.orelse,
-                Line(around.function, around.loops, (*around.ifs, f"{around.function}: else {test}")),
-                lines,
-            )
+            for what, branch in (("if", statement.body), ("else", statement.orelse)):
+                within = Line(here.function, here.loops, (*here.ifs, f"{here.function}: {what} {test}"))
+                returns += _walk(branch, within, lines)
             if any(isinstance(last, ast.Return) for last in statement.body):
-                around = Line(around.function, around.loops, (*around.ifs, f"{around.function}: return if {test}"))
+                returns += (f"{here.function}: return if {test}",)
+    return returns
