@@ -14,7 +14,7 @@ BENCH ?= --no-compile --seconds 1
 BIN := .venv/bin
 SOURCES := sam fastsam_kernels benchmarks tests
 
-.PHONY: demo serve test test-all test-oracles test-page test-soak bench bench-service compile-report \
+.PHONY: demo serve test test-all test-oracles test-page test-service test-soak bench bench-service compile-report \
 	gpu-test gpu-tune gpu-bench gpu-sanitize lint format clean
 
 demo: .venv/.demo
@@ -31,6 +31,9 @@ test-all: .venv/.test
 
 test-page: .venv/.test
 	$(BIN)/python -m pytest -s -m browser
+
+test-service: .venv/.test
+	$(BIN)/python -m pytest -s -m service
 
 test-soak: .venv/.test
 	$(BIN)/python -m pytest -s -m soak

@@ -169,6 +169,9 @@ class Client:
                 self._connection.close()  # the service ended an idle connection; asking again changes nothing there
                 if last:
                     raise
+            except TimeoutError as error:
+                self._connection.close()
+                raise TimeoutError(f"no whole answer within {self._timeout} s") from error
             except http.client.HTTPException as error:
                 self._connection.close()
                 there = f"{self._connection.host}:{self._connection.port}"
@@ -190,7 +193,7 @@ class Client:
     def _seconds_left(self) -> float:
         left = self._deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError(f"no whole answer within {self._timeout} s")
+            raise TimeoutError
         return left
 
     def _response(self, connection: socket.socket, *arguments: Any, **options: Any) -> http.client.HTTPResponse:

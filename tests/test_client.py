@@ -2,44 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
+from models import random_image
+from serving import file_of
 from waiting import SECONDS
 
 from sam import rle
 from sam.client import Client, RemoteImage, ServiceError
 
-IMAGE = RemoteImage("0" * 32, 2, 3)
+HANDLE = "0" * 32
+IMAGE = RemoteImage(HANDLE, 2, 3)
+PNG = file_of(random_image(20, 30))
 METHODS: list[Callable[[Client], object]] = [
-    lambda client: client.embed(b"an image"),
+    lambda client: client.embed(PNG),
     lambda client: client.segment(IMAGE, [{"points": [[1, 1]]}]),
     lambda client: client.automatic(IMAGE),
 ]
 
 
 @contextmanager
-def answered_by(answer: bytes) -> Iterator[Client]:
-    """A client of someone who reads a request and sends these bytes."""
+def answered_by(*pieces: bytes, forever: bytes = b"", **options: Any) -> Iterator[Client]:
+    """A client of someone who reads a request and sends these bytes, then ``forever`` until the client has gone."""
 
     def serve() -> None:
         connection, _ = listener.accept()
-        with connection, connection.makefile("rb") as request:
+        with connection, connection.makefile("rb") as request, contextlib.suppress(ConnectionError):
             request.readline()
             headers = http.client.parse_headers(request)
             request.read(int(headers.get("Content-Length", "0")))
-            connection.sendall(answer)
+            for piece in pieces:
+                connection.sendall(piece)
+            while forever and not gone.wait(0.01):
+                connection.sendall(forever)
 
+    gone = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        with Client(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=SECONDS) as client:
+        with Client(f"http://127.0.0.1:{listener.getsockname()[1]}", **{"timeout": SECONDS, **options}) as client:
             yield client
+        gone.set()
         thread.join()
 
 
@@ -104,3 +115,118 @@ def test_no_whole_answer_of_http(answer: bytes, cause: str) -> None:
             method(client)
     with answered_by(answer) as client:
         assert not client.ready()
+
+
+# Answers that say what cannot be ------------------------------------------------------------------------------
+
+EMBEDDED = {"embedding": HANDLE, "image": {"height": 20, "width": 30}}
+RECORD = {
+    "segmentation": {"size": [2, 3], "counts": rle.compress([1, 5])}, "area": 5, "bbox": [0, 0, 3, 2],
+    "predicted_iou": 0.5, "point_coords": [[1.5, 1.0]], "stability_score": None, "crop_box": [0, 0, 3, 2],
+}  # fmt: skip
+ANSWERED = {"prompts": [{"best": 0, "masks": [RECORD]}], "result": HANDLE, "masks": [RECORD]}
+
+
+def changed(document: Any, path: list[Any], value: Any) -> Any:
+    copy = json.loads(json.dumps(document))
+    place = copy
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    return copy
+
+
+def test_true_answers_are_believed() -> None:
+    embedded, answered = (json.dumps(document).encode() for document in (EMBEDDED, ANSWERED))
+    with answered_by(http_answer(200, embedded)) as client:
+        assert client.embed(PNG) == RemoteImage(HANDLE, 20, 30)
+    turned = json.dumps(changed(EMBEDDED, ["image"], {"height": 30, "width": 20})).encode()
+    with answered_by(http_answer(200, turned)) as client:
+        assert client.embed(PNG) == RemoteImage(HANDLE, 30, 20)
+    with answered_by(http_answer(200, answered)) as client:
+        (masks,) = client.segment(IMAGE, [{"points": [[1, 1]]}])
+        assert masks.reference == {"result": HANDLE, "prompt": 0, "mask": 0}
+    with answered_by(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", answered) as client:
+        assert client.automatic(IMAGE)[0]["segmentation"].sum() == 5
+    chunks = b"".join(b"%x\r\n%b\r\n" % (1, answered[i : i + 1]) for i in range(len(answered))) + b"0\r\n\r\n"
+    with answered_by(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", chunks) as client:
+        assert client.automatic(IMAGE)[0]["segmentation"].sum() == 5
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "values"),
+    [
+        (0, ["embedding"], [7, None, "", "../../x", HANDLE + "\n", HANDLE.replace("0", "G"), [HANDLE]]),
+        (0, ["image"], [None, [], 7]),
+        (0, ["image", "height"], [0, -20, True, 20.0, "20", 2**62, 21, 30, None]),
+        (1, ["prompts"], [[], [7], 7, None, ANSWERED["prompts"] * 2]),
+        (1, ["result"], [7, "x", HANDLE * 2, {}]),
+        (1, ["prompts", 0, "best"], [-1, 1, 0.0, True, "0", None]),
+        (1, ["prompts", 0, "masks"], [[], [RECORD] * 4, {}, None]),
+        (1, ["prompts", 0, "masks", 0, "predicted_iou"], ["0.5", None, True, float("nan"), 10**400]),
+        (1, ["prompts", 0, "masks", 0, "segmentation", "size"], [[3, 2], [2**31, 2**31], [2, 3, 1], [2], "23"]),
+        (1, ["prompts", 0, "masks", 0, "segmentation", "counts"], [[1, 5.0], [1, True, 4], "x" * 10**4, [0] * 99, 7]),
+        (2, ["masks"], [[RECORD] * (3 * 32 * 32 + 1), {}, [7]]),
+        (2, ["masks", 0, "segmentation", "size"], [[2**31, 2**31], [3, 2]]),
+        (2, ["masks", 0, "area"], [7, -1, "5", None, 5.0]),
+        (2, ["masks", 0, "bbox"], [[0, 0, 3, 2, 1], [0, 0, "3", 2], None]),
+        (2, ["masks", 0, "stability_score"], ["1", [], float("inf")]),
+        (2, ["masks", 0, "point_coords"], [[[1, 2, 3]], [1], [[None, 1]], 7]),
+    ],
+)  # fmt: skip
+def test_answers_that_cannot_be_true(
+    monkeypatch: pytest.MonkeyPatch, method: int, path: list[Any], values: list[Any]
+) -> None:
+    """Sizes are compared before any mask is decoded."""
+    if "size" in path:
+        monkeypatch.setattr(rle, "decode", lambda encoded: pytest.fail("decoded"))
+    for value in values:
+        answer = json.dumps(changed(ANSWERED if method else EMBEDDED, path, value)).encode()
+        with answered_by(http_answer(200, answer)) as client, pytest.raises(ServiceError, match="unknown"):
+            METHODS[method](client)
+
+
+@pytest.mark.parametrize("text", ['{"code": 7, "message": "x"}', '{"code": "x", "message": ["x"]}', "7"])
+def test_refusals_of_other_types(text: str) -> None:
+    refusal = b'{"error": %b, "request_id": "1"}' % text.encode()
+    with answered_by(http_answer(503, refusal)) as client, pytest.raises(ServiceError, match="not an answer"):
+        client.automatic(IMAGE)
+
+
+@pytest.mark.parametrize("head", [b"Content-Length: 5000", b"Connection: close", b"Transfer-Encoding: chunked"])
+def test_answers_are_read_up_to_a_limit(head: bytes) -> None:
+    body = b"%x\r\n" % 5000 + b"a" * 5000
+    too_long = pytest.raises(ServiceError, match=r"unknown \(200\): an answer of more than 1000 bytes: b'")
+    with answered_by(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n" + body, max_answer_bytes=1000) as client, too_long:
+        client.automatic(IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("head", "drip"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n", b"a"),
+        (b"HTTP/1.1 200 OK\r\nX: ", b"a"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    ],
+)
+def test_one_deadline_for_the_whole_answer(head: bytes, drip: bytes) -> None:
+    """Something always comes, so no single piece is late."""
+    for method in METHODS:
+        late = pytest.raises(TimeoutError, match=r"no whole answer within 0\.2 s")
+        with answered_by(head, forever=drip, timeout=0.2) as client, late:
+            method(client)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timeout": 0}, "timeout must be positive, got 0"),
+        ({"timeout": float("nan")}, "timeout must be positive, got nan"),
+        ({"token": "a\r\nX: b"}, "the token must be printable ASCII"),
+        ({"token": "schlüssel"}, "the token must be printable ASCII"),
+    ],
+)
+def test_mistakes_of_the_caller(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Client(**options)

@@ -6,6 +6,7 @@ import http.client
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gate import wait_until
 from models import random_image
 from PIL import Image
 
@@ -29,6 +31,7 @@ from sam.cli import main
 from sam.client import Client, ServiceError
 
 SMALL = ("--image-size", "128", "--device", "cpu")
+SERVICE = [pytest.mark.slow, pytest.mark.service]
 # The service with a model that fails on images 13 pixels wide, as a broken device would on any.
 FAULTY = """
 import sys
@@ -40,6 +43,25 @@ def faulty(self, images, batch_size=None):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     return encode(self, images, batch_size)
 Sam.encode = faulty
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+# The service whose images are never decoded; the thread may hold the interpreter as well, once the service drains.
+HANGING = """
+import ctypes, sys, threading, time
+from dataclasses import replace
+import sam.server
+from sam.cli import main
+from sam.server import app, service
+drain_seconds, holds = float(sys.argv.pop(1)), sys.argv.pop(1) == "holding"
+draining, drain, serve = threading.Event(), service.Service.drain, sam.server.serve
+def hang(*arguments):
+    draining.wait(), time.sleep(0.3)  # until it is in the log
+    ctypes.PyDLL(None).sleep(1000) if holds else time.sleep(1000)
+async def noted(self):
+    draining.set()
+    await drain(self)
+app.decode_image, service.Service.drain = hang, noted
+sam.server.serve = lambda engine, settings: serve(engine, replace(settings, drain_seconds=drain_seconds))
 sys.exit(main(["serve", *sys.argv[1:]]))
 """
 
@@ -171,6 +193,32 @@ def test_sigterm_under_load_loses_nothing() -> None:
         assert statuses[200] == logged[200]
         assert set(logged) <= {200, 503}
         assert set(statuses) <= {200, 503, "ConnectionRefusedError", "ConnectionResetError"}
+
+
+@pytest.mark.parametrize(
+    ("drain_seconds", "thread", "second", "status"),
+    [
+        (1000, "hanging", signal.SIGTERM, -signal.SIGTERM),
+        pytest.param(1000, "holding", signal.SIGTERM, -signal.SIGTERM, marks=SERVICE),
+        pytest.param(1000, "hanging", signal.SIGINT, -signal.SIGINT, marks=SERVICE),
+        pytest.param(0.2, "hanging", None, 1, marks=SERVICE),
+        pytest.param(0.2, "holding", None, -signal.SIGALRM, marks=SERVICE),
+    ],
+)
+def test_it_ends_when_told_whatever_threads_do(
+    drain_seconds: float, thread: str, second: signal.Signals | None, status: int
+) -> None:
+    """At the second signal, or within the stated time; ``holding`` lets no other thread of Python run."""
+    with Server(*SMALL, command=("-c", HANGING, str(drain_seconds), thread)) as server:
+        body, kind = multipart(file_of(random_image(9, 9)), {})
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)
+        connection.request("POST", "/v1/embed", body, {"Content-Type": kind})
+        wait_until(lambda: b"sam_in_flight 1.0" in server.get("/metrics")[1])
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait_for("draining")["in_flight"] == 1
+        if second is not None:
+            server.process.send_signal(second)
+        assert server.process.wait(SECONDS) == status
 
 
 def test_a_model_fault_ends_the_process() -> None:
