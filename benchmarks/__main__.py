@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     service.add_argument("--clients", type=int, default=48, help="of the closed loop (default: 48)")
     service.add_argument("--rounds", type=int, default=3, help="of engine and service in turn (default: 3)")
     service.add_argument("--seconds", type=float, default=20.0, help="a load (default: 20)")
+    service.add_argument("--attacks", action="store_true", help="what others have of it while two clients attack it")
     service.add_argument("--checkpoint", metavar="FILE", help="weights (default: the embedded nano)")
     service.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
 
@@ -106,6 +107,8 @@ def main() -> int:
     if args.command == "service":
         from . import service
 
+        if args.attacks:
+            return service.run_attacks(args.seconds, args.checkpoint)
         return service.run(args.seconds, args.rounds, args.clients, args.checkpoint, args.json)
     device = (
         torch.device(args.device, torch.cuda.current_device()) if args.device == "cuda" else torch.device(args.device)

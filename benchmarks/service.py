@@ -39,6 +39,7 @@ from sam import Prompt
 from sam.engine import Engine
 
 from .provenance import describe, provenance
+from .service_attacks import ATTACKS, TITLES, measure
 
 _SIZE, _LARGE = (480, 640), (6120, 8160)
 _CLICK = (320.0, 240.0)
@@ -102,6 +103,19 @@ def run(seconds: float, rounds: int, clients: int, checkpoint: str | None, json_
     return 0
 
 
+def run_attacks(seconds: float, checkpoint: str | None) -> int:
+    """Print what others have of the service under each attack, each against a service of its own."""
+    picture = io.BytesIO()
+    Image.fromarray(_image((48, 64))).save(picture, "PNG")
+    print(describe(provenance()))
+    print(f"\n{TITLES}")
+    for name in ATTACKS:
+        with _Server(checkpoint) as server:
+            server.click(_image((48, 64)))()
+            print(measure(name, server.port, server.resident_bytes, picture.getvalue(), seconds).row(), flush=True)
+    return 0
+
+
 class _Server:
     """The service in a process of its own, with as many threads of torch as this one."""
 
@@ -137,6 +151,10 @@ class _Server:
             found = re.search(rf"^sam_engine_{name}_total (\S+)$", answer.read().decode(), re.MULTILINE)
         assert found is not None
         return float(found[1])
+
+    def resident_bytes(self) -> int:
+        pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
 
     def click(self, image: np.ndarray, prompts: int = 1) -> Callable[[], None]:
         """A client with a connection of its own, that embedded the image."""

@@ -15,6 +15,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import numpy as np
 
+from ..allocator import return_freed_memory
 from ..engine import AutomaticOptions, Engine
 from ..prompts import Prompt
 from .bodies import BodyReader
@@ -25,6 +26,8 @@ from .settings import Settings
 T = TypeVar("T")
 log = logging.getLogger("sam.server")
 _WARM_UP_SECONDS = 600.0
+# After the last of a burst of requests freed memory goes back to the system.
+_IDLE_SECONDS = 5.0
 
 
 class ResultStore:
@@ -83,6 +86,7 @@ class Service:
         self.draining = False
         self.in_flight = 0
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._trimming: asyncio.TimerHandle | None = None
         # Two at a time: an image of the largest size takes up to 600 MB while it is decoded.
         self._decoding = anyio.CapacityLimiter(2)
         self._aside = anyio.CapacityLimiter(4)
@@ -141,6 +145,14 @@ class Service:
     def release(self) -> None:
         self.in_flight -= 1
         self.metrics.in_flight.set(self.in_flight)
+        if self._trimming is not None:
+            self._trimming.cancel()
+        self._trimming = asyncio.get_running_loop().call_later(_IDLE_SECONDS, self._trim)
+
+    def _trim(self) -> None:
+        """Give back what a burst of requests took: each thread's share of the heap keeps its largest size."""
+        if self.in_flight == 0:
+            threading.Thread(target=return_freed_memory, name="sam-trim", daemon=True).start()
 
     async def drain(self) -> None:
         """Let nobody in any more and wait for those inside."""
