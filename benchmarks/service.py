@@ -111,7 +111,6 @@ def run_attacks(seconds: float, checkpoint: str | None) -> int:
     print(f"\n{TITLES}")
     for name in ATTACKS:
         with _Server(checkpoint) as server:
-            server.click(_image((48, 64)))()
             print(measure(name, server.port, server.resident_bytes, picture.getvalue(), seconds).row(), flush=True)
     return 0
 

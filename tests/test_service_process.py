@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gate import wait_until
 from models import random_image
 from PIL import Image
 

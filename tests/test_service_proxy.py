@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from gate import wait_until
 from models import random_image
+from waiting import SECONDS, wait_until
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("httptools", reason="needs the extra serve")
-from serving import SECONDS, TOKEN, Server, file_of, multipart
+from serving import TOKEN, Server, file_of, multipart
 
 import sam.server
 from sam.client import Client
