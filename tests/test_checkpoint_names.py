@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from comparison import State, assert_same_weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import TINY, random_model
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrizations, prune
@@ -18,7 +20,7 @@ import sam
 from sam import CheckpointError, Sam
 from sam.checkpoint import read_checkpoint
 from sam.checkpoint.layouts import transformers_names
-from sam.checkpoint.names import find_weights
+from sam.checkpoint.names import expected_shapes, find_weights
 from sam.checkpoint.read import official_state
 
 WRAPPINGS: dict[str, Callable[[State], Any]] = {
@@ -152,6 +154,23 @@ def test_wrappers_of_any_kind_and_order(tiny: Sam, wrapping: str, layout: str) -
     found, of = find_weights(WRAPPED[wrapping](state))
     assert of == layout
     assert_same_weights(official_state(found, of, TINY), tiny.state_dict())
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_wrappers_anywhere(data: st.DataObject) -> None:
+    """Around any modules, under any names that are not the model's own; each tensor is found, and is the right one."""
+    state = {name: torch.tensor([float(index)]) for index, name in enumerate(expected_shapes(TINY))}
+    modules = sorted({".".join(name.split(".")[:end]) + "." for name in state for end in range(1, name.count(".") + 1)})
+    segment = st.from_regex(r"[a-z]{2,6}_x|_orig_mod|module|net", fullmatch=True)
+    wrapped = state
+    for start in sorted(data.draw(st.lists(st.sampled_from(modules), max_size=4, unique=True)), key=len, reverse=True):
+        wrapped = within(wrapped, start, data.draw(segment))
+    for prefix in data.draw(st.lists(segment, max_size=3)):
+        wrapped = prefixed(wrapped, f"{prefix}.")
+    found, layout = find_weights(nested(wrapped) if data.draw(st.booleans()) else wrapped)
+    assert layout == "official"
+    assert found == state
 
 
 def test_wrappers_in_files(tmp_path: Path, nano_state: State) -> None:

@@ -147,7 +147,7 @@ REFUSED: dict[str, tuple[Callable[[Sam], Any], str]] = {
     ),
     "weights of another class": (
         lambda model: quantise_weights(model.mask_decoder),
-        r"no dense floating-point values: mask_decoder.transformer.layers.0.self_attn.q_proj.weight \(a Int8Weight\)",
+        r"no dense .* values: mask_decoder.transformer.layers.0.self_attn.q_proj.weight \(of class Int8Weight\)",
     ),
     "integers": (
         lambda model: setattr(

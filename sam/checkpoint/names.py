@@ -195,7 +195,7 @@ def _flaw(tensor: Tensor) -> str | None:
     if tensor.is_nested:
         return "nested"
     if not is_plain(tensor):
-        return f"a {type(tensor).__name__}"
+        return f"of class {type(tensor).__name__}"
     if tensor.layout != torch.strided:
         return str(tensor.layout)
     return None if is_weight_dtype(tensor.dtype) else str(tensor.dtype)
