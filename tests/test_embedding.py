@@ -14,6 +14,7 @@ import torch
 from comparison import assert_close_l2
 from models import TINY, random_image, random_model
 from safetensors.torch import save_file
+from waiting import SECONDS
 
 import sam
 from sam import ImageEmbedding, Prompt, Sam
@@ -60,7 +61,7 @@ result = sam.load_model(device="cpu").predict(embedding, prompts)
 np.savez(sys.argv[2], masks=result.masks, iou=result.iou_predictions, logits=result.low_res_logits)
 """
     arguments = [tmp_path / "photo.safetensors", tmp_path / "out.npz", str(torch.get_num_threads())]
-    subprocess.run([sys.executable, "-c", script, *map(str, arguments)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script, *map(str, arguments)], check=True, timeout=SECONDS)
     result = np.load(tmp_path / "out.npz")
     np.testing.assert_array_equal(result["masks"], expected.masks)
     np.testing.assert_array_equal(result["iou"], expected.iou_predictions)

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from models import TINY, random_image, random_model
+from waiting import SECONDS
 
 from sam import Sam, SamAutomaticMaskGenerator, SamPredictor
 
 IMAGES = [random_image(60, 80, seed=1), random_image(50, 40, seed=2)]
-HANGS = 60  # seconds, after which a test that hangs is ended
 ALL = {"pred_iou_thresh": -1.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0, "crop_nms_thresh": 1.0}
 
 
@@ -30,7 +30,7 @@ def in_threads(function: Callable[[np.ndarray], Any]) -> list[Any]:
     """What ``function`` returns or raises for each image, all at once."""
     with ThreadPoolExecutor(len(IMAGES)) as pool:
         futures = [pool.submit(function, image) for image in IMAGES]
-        return [future.exception(HANGS) or future.result() for future in futures]
+        return [future.exception(SECONDS) or future.result() for future in futures]
 
 
 def same(ours: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
@@ -59,7 +59,7 @@ def test_one_generator_in_two_threads(model: Sam, way: str, monkeypatch: pytest.
     expected = [call(shared, image) for image in IMAGES]
     told = sorted(calls)
     calls.clear()
-    meet, official = threading.Barrier(2, timeout=HANGS), SamPredictor.set_image
+    meet, official = threading.Barrier(2, timeout=SECONDS), SamPredictor.set_image
 
     def set_image(self: SamPredictor, image: np.ndarray, *rest: Any) -> None:
         official(self, image, *rest)
@@ -103,13 +103,13 @@ def test_one_predictor_in_two_threads(model: Sam, monkeypatch: pytest.MonkeyPatc
 
     def image_features(pixels: torch.Tensor) -> torch.Tensor:
         inside.set()
-        assert go_on.wait(HANGS)
+        assert go_on.wait(SECONDS)
         return encode(pixels)
 
     monkeypatch.setattr(model, "image_features", image_features)
     with ThreadPoolExecutor(1) as pool:
         setting = pool.submit(predictor.set_image, IMAGES[1])
-        assert inside.wait(HANGS)
+        assert inside.wait(SECONDS)
         try:
             for call in (
                 lambda: predictor.set_image(IMAGES[0]),
@@ -125,7 +125,7 @@ def test_one_predictor_in_two_threads(model: Sam, monkeypatch: pytest.MonkeyPatc
             np.testing.assert_array_equal(alone.predict()[2], before)
         finally:
             go_on.set()
-        setting.result(HANGS)
+        setting.result(SECONDS)
     assert predictor.original_size == IMAGES[1].shape[:2]
     after = predictor.predict()[2]
     assert not np.array_equal(after, before)
