@@ -17,6 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import sam
 from sam import Prompt, Sam
 from sam.engine import Engine
+from sam.runtime import Runtime
 
 PROMPTS = [Prompt([(40, 40)], [1]), Prompt([(9, 9), (30, 50)], [0, 1], box=(2, 3, 60, 70)), Prompt(box=(4, 4, 99, 50))]
 
@@ -144,6 +145,17 @@ def test_weights_quantised_after_a_click_leave_nothing_of_before(tiny: Sam) -> N
     quantise_weights(other)
     found, expected = (model.predict(model.encode(image), PROMPTS).low_res_logits for model in (tiny, other))
     assert torch.equal(found, expected)
+
+
+def test_a_runtime_is_told_of_weights_quantised_later(tiny: Sam) -> None:
+    image, other = random_image(90, 128), random_model(TINY)
+    tiny.runtime = Runtime(tiny, compile_encoder=False)
+    for model in (tiny, other):
+        quantise_weights(model)
+    tiny.runtime.reset()
+    found, expected = (model.predict(model.encode(image), PROMPTS).low_res_logits for model in (tiny, other))
+    assert torch.equal(found, expected)
+    assert tiny.runtime.buckets == {}
 
 
 # Copies and files of Python objects -----------------------------------------------------------------------

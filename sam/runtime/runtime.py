@@ -77,8 +77,8 @@ class Runtime:
     """Runs the passes of one model, compiled or as CUDA graphs. May be called from many threads.
 
     A graph has the weights of the decoder, or of the encoder, in it. They are compared before every replay, and new
-    graphs are recorded after they changed; but a module put in place of another *inside* the decoder needs
-    :meth:`reset`.
+    graphs are recorded after they changed; but a module put in place of another *inside* the decoder, a hook on it or
+    a quantisation of its weights needs :meth:`reset`.
     """
 
     def __init__(self, model: Sam, *, compile_encoder: bool = True, recorder: Recorder | None = None) -> None:
@@ -123,7 +123,8 @@ class Runtime:
         return _REPLAYED if self._replays else Limits(images=1, prompts=self._model.prompts_per_chunk)
 
     def reset(self) -> None:
-        """Forget every graph."""
+        """Forget every graph, and look anew for hooks and modules of a user's own and for quantised weights."""
+        self._by_shortcuts = self._model.decodes_by_shortcuts
         self._decoder_graphs.reset()
         self._encoder_graphs.reset()
 
