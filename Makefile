@@ -15,7 +15,7 @@ BIN := .venv/bin
 SOURCES := sam fastsam_kernels benchmarks tests
 
 .PHONY: demo serve test test-all test-oracles test-page test-service test-soak bench bench-service compile-report \
-	gpu-test gpu-tune gpu-bench gpu-sanitize lint format clean
+	compile-launches gpu-test gpu-tune gpu-bench gpu-sanitize lint format clean
 
 demo: .venv/.demo
 	$(BIN)/python -m sam demo
@@ -50,6 +50,15 @@ bench-service: .venv/.test
 
 compile-report: .venv/.test
 	$(BIN)/python -m benchmarks compile-report --write
+
+# Every launch that gpu-test makes, compiled without a GPU.
+compiled_launches := tests/kernels tests/test_gpu.py --ignore=tests/kernels/test_compile_report.py
+ARCHES ?= 80 90 120
+compile-launches: .venv/.test
+	for arch in $(ARCHES); do \
+		PYTHONPATH=tests $(BIN)/python -m pytest -q -p kernels.compile_launches --arch $$arch -m "not slow" \
+			$(compiled_launches) || exit 1; \
+	done
 
 within = PYTHONUNBUFFERED=1 timeout --signal=INT --kill-after=20 $(1) $(GPU_PYTHON) -m
 # Only the end of its process ends a kernel that hangs; pytest-timeout, where it is installed, brings that about.
