@@ -27,6 +27,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -82,14 +83,17 @@ def _to_list(tensor: Tensor) -> Any:
     return _to_numpy(tensor).tolist() if tensor.is_meta else _tolist(tensor)
 
 
-def _to(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    def known(value: Any) -> Any:
-        return torch.device(value) if isinstance(value, str | torch.device) else value
-
-    return _real_to(tensor, *map(known, arguments), **{name: known(value) for name, value in options.items()})
+_numpy, _tolist, _real_device = Tensor.numpy, Tensor.tolist, torch.device
 
 
-_numpy, _tolist, _real_to, _real_device = Tensor.numpy, Tensor.tolist, Tensor.to, torch.device
+class OnMeta(TorchFunctionMode):
+    """What is asked of a GPU by its name happens on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def known(value: Any) -> Any:
+            return torch.device("cuda") if isinstance(value, str) and value == "cuda" else value
+
+        return func(*map(known, args), **{name: known(value) for name, value in (kwargs or {}).items()})
 
 
 class _Devices(type):
@@ -145,26 +149,26 @@ class Simulation:
         self.compiled: dict[str, str] = {}
         self.cut_short: dict[str, str] = {}
 
-    def run(self, launch: Any) -> None:
-        """In place of :meth:`fastsam_kernels.launch.Launch.run`."""
+    def run(self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], options: dict[str, Any]) -> None:
+        """Compile a launch for the device and hold it against its limits."""
         from fastsam_kernels.tile_config import SHARED_MEMORY
 
         self.launches += 1
-        grid = launch.grid
         if not all(1 <= size <= most for size, most in zip(grid, _LARGEST_GRID, strict=False)):
             raise LaunchError(f"grid {grid}, of which each must be from 1 to {_LARGEST_GRID[: len(grid)]}")
-        arguments = {name: _Pointer.of(x) if isinstance(x, Tensor) else x for name, x in launch.arguments.items()}
         try:
-            compiled = launch.kernel.warmup(grid=grid, **arguments, **launch.constexprs, **launch.options)
+            compiled = kernel.warmup(
+                *map(_Pointer.of, arguments),
+                grid=grid,
+                **{name: _Pointer.of(value) for name, value in options.items()},
+            )
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), "")
-            raise LaunchError(f"{launch.kernel.__name__}: {type(error).__name__}: {reason}") from error
-        if compiled.metadata.shared > SHARED_MEMORY[self.arch]:
-            limit = SHARED_MEMORY[self.arch]
-            raise LaunchError(
-                f"{launch.kernel.__name__}: {compiled.metadata.shared} bytes of shared memory, over {limit}"
-            )
-        self.compiled[compiled.hash] = launch.kernel.__name__
+            raise LaunchError(f"{kernel.__name__}: {type(error).__name__}: {reason}") from error
+        shared, limit = compiled.metadata.shared, SHARED_MEMORY[self.arch]
+        if shared > limit:
+            raise LaunchError(f"{kernel.__name__}: {shared} bytes of shared memory, over {limit}")
+        self.compiled[compiled.hash] = kernel.__name__
 
 
 @dataclass(frozen=True)
@@ -175,8 +179,11 @@ class _Pointer:
     address: int
 
     @staticmethod
-    def of(tensor: Tensor) -> _Pointer:
-        return _Pointer(tensor.dtype, tensor.storage_offset() * tensor.element_size())
+    def of(value: Any) -> Any:
+        """A tensor's pointer; anything else is itself."""
+        if not isinstance(value, Tensor):
+            return value
+        return _Pointer(value.dtype, value.storage_offset() * value.element_size())
 
     def data_ptr(self) -> int:
         return self.address
@@ -220,7 +227,7 @@ def _stand_in_for_a_gpu() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     torch.Generator = _Generator  # type: ignore[misc]
-    Tensor.numpy, Tensor.tolist, Tensor.to = _to_numpy, _to_list, _to  # type: ignore[method-assign, assignment]
+    Tensor.numpy, Tensor.tolist = _to_numpy, _to_list  # type: ignore[method-assign, assignment]
     torch.device = _Device  # type: ignore[misc, assignment]
     torch.is_autocast_enabled = lambda *devices: False
     torch.autocast = lambda *arguments, **options: nullcontext()  # type: ignore[misc, assignment]
@@ -241,15 +248,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    from triton.runtime import JITFunction
+
     from benchmarks.machine_code import pretend
     from fastsam_kernels import dispatch
-    from fastsam_kernels.launch import Launch
 
     SIMULATION.arch = config.getoption("--arch")
     config.option.assertmode = "plain"
     pretend(SIMULATION.arch)
     dispatch._device_constraint = lambda device: None if device.type == "meta" else "it is no GPU"
-    Launch.run = lambda launch: SIMULATION.run(launch)  # type: ignore[method-assign]
+    real = JITFunction.run
+
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if warmup:
+            return real(kernel, *arguments, grid=grid, warmup=True, **options)
+        return SIMULATION.run(kernel, grid, arguments, options)
+
+    JITFunction.run = run
 
 
 def _as_plain_functions() -> None:
@@ -273,7 +288,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    with AnyValue():
+    with AnyValue(), OnMeta():
         return (yield)
 
 
