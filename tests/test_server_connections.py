@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import re
+import resource
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,7 +26,7 @@ from uvicorn.server import ServerState
 from waiting import SECONDS, wait_until
 
 from sam.engine import Engine
-from sam.server import Settings
+from sam.server import Settings, run
 from sam.server.connections import MAX_HEADERS, MAX_PIPELINED, MAX_TINY_PIECES, TINY_PIECE, Connection, Connections
 
 PNG = file_of(random_image(60, 90))
@@ -295,3 +298,45 @@ def test_nobody_reads_an_answer_of_megabytes(local: Local, monkeypatch: pytest.M
             while piece := reader.recv(2**20):
                 received += len(piece)
         assert received < 2**25
+
+
+# The process ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("allowed", "most", "connections", "asked"),
+    [
+        (1024, 1024, 400, None),
+        (256, 4096, 400, 2 * 400 + 192),
+        (256, resource.RLIM_INFINITY, 400, 2 * 400 + 192),
+        (256, 256, 32, 256),
+        (64, 64, 1, 64),
+    ],
+)
+def test_connections_fit_the_descriptors(
+    monkeypatch: pytest.MonkeyPatch, allowed: int, most: int, connections: int, asked: int | None
+) -> None:
+    """Each may have a file on disk beside it."""
+    raised: list[tuple[int, tuple[int, int]]] = []
+    monkeypatch.setattr(run.resource, "getrlimit", lambda which: (allowed, most))
+    monkeypatch.setattr(run.resource, "setrlimit", lambda which, limits: raised.append(limits))
+    assert run._within_descriptors(Settings()).max_connections == connections
+    assert raised == ([] if asked is None else [(asked, most)])
+
+
+def test_what_is_odd_in_an_image_is_neither_logged_nor_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warnings are remembered by their text, for good, and a client can make as many texts as it likes."""
+    for name in ("sam.server", "uvicorn.error", "PIL", "python_multipart"):
+        logger = logging.getLogger(name)
+        for attribute in ("handlers", "propagate", "level"):
+            monkeypatch.setattr(logger, attribute, getattr(logger, attribute))
+    registry: dict[Any, Any] = {}
+    with warnings.catch_warnings(record=True) as seen:
+        run._log_as_json()
+        for index in range(100):
+            where = ("TiffImagePlugin.py", 1, "PIL.TiffImagePlugin", registry)
+            warnings.warn_explicit(f"tag {index} had too many entries", UserWarning, *where)
+        warnings.warn_explicit("of ours", UserWarning, "x.py", 1, "sam.x", {})
+    assert [str(warning.message) for warning in seen] == ["of ours"]
+    assert len(registry) <= 1
+    assert not logging.getLogger("python_multipart.multipart").isEnabledFor(logging.WARNING)

@@ -36,6 +36,8 @@ log = logging.getLogger("sam.server")
 _FIELDS = "fields"
 # Of the end: to write the last answers, to stop the model, and to spare.
 _UVICORN_SECONDS, _ENGINE_SECONDS, _SPARE_SECONDS = 3, 2.0, 1.0
+# Of connections, beyond those of a full queue.
+_BEYOND_QUEUE = 100
 # Connections are accepted so many at a time, and they count only then.
 _BACKLOG, _OTHER_FILES = 128, 64
 
@@ -122,7 +124,10 @@ def serve(engine: Engine, settings: Settings) -> int:
         the exit status: 0 after a signal, 1 after a failure or when the port cannot be had.
     """
     _log_as_json()
-    settings = _within_descriptors(settings)
+    threads_before = set(threading.enumerate())
+    settings = _within_descriptors(
+        replace(settings, max_connections=max(settings.max_connections, engine.max_queue + _BEYOND_QUEUE))
+    )
     app = create_app(engine, settings)
     server = _Server(configure(app, settings), app.state.service)
     try:
@@ -132,7 +137,7 @@ def serve(engine: Engine, settings: Settings) -> int:
     stopped = engine.close(timeout=_ENGINE_SECONDS)
     status = 0 if engine.failure is None and server.started else 1
     log.info("stopped", extra={_FIELDS: {"status": status}})
-    if not stopped or _threads_are_left():  # an orderly end would wait for them
+    if not stopped or _threads_are_left(threads_before):  # an orderly end would wait for them
         os._exit(1)
     _end_after(0)
     return status
@@ -173,9 +178,9 @@ def _end_after(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
-def _threads_are_left() -> bool:
-    """Whether threads that an interpreter waits for still run a moment after they were told to end."""
-    others = [each for each in threading.enumerate() if each is not threading.current_thread() and not each.daemon]
+def _threads_are_left(before: set[threading.Thread]) -> bool:
+    """Whether the service's threads that an interpreter waits for still run a moment after they were told to end."""
+    others = [each for each in threading.enumerate() if each not in before and not each.daemon]
     for each in others:
         each.join(_SPARE_SECONDS / len(others))
     return any(each.is_alive() for each in others)
