@@ -157,7 +157,7 @@ def _open(file: BinaryIO) -> ImageFile:
 
 def check_size(width: int, height: int, max_pixels: float | None) -> None:
     """Raise an :class:`ImageTooLargeError` for more pixels than ``max_pixels``."""
-    if max_pixels is not None and width * height > max_pixels:
+    if max_pixels is not None and not width * height <= max_pixels:  # NaN is no limit that anything keeps
         raise ImageTooLargeError(
             f"has {width * height / 1e6:.1f} megapixels ({width}x{height}), more than the limit of {max_pixels / 1e6:g}"
         )

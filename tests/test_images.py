@@ -20,7 +20,7 @@ from serving import file_of, jpeg_with_an_odd_tag
 
 from sam import image_structure
 from sam.image_structure import DamagedImageError, UnsupportedImageError, walk
-from sam.images import is_image_name, read_image
+from sam.images import ImageTooLargeError, decode, is_image_name, read_image
 
 SIZE = (61, 97)
 RGB = Image.fromarray(random_image(*SIZE)).resize(SIZE[::-1], Image.Resampling.BOX)
@@ -421,6 +421,27 @@ def test_what_is_no_picture_does_not_reach_the_decoder() -> None:
         structure = walk(io.BytesIO(data))
         assert structure is not None
         assert sum(map(len, structure.pieces)) < 1.2 * len(plain) + 200 < len(data)
+
+
+def test_a_limit_that_is_no_number_is_kept_by_no_image(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(PNG)
+    for limit in (float("nan"), -1, 0):
+        with pytest.raises(
+            ImageTooLargeError, match=rf"has 0.0 megapixels \(97x61\), more than the limit of {limit:g}; "
+        ):
+            read_image(tmp_path / "image", limit)
+
+
+def test_nothing_is_logged_of_what_a_file_says(caplog: pytest.LogCaptureFixture) -> None:
+    """65,535 tags were 17 MB of log; a warning with the picture's size in its text stays in the process for good."""
+    tags = orientation(6, before=65_535)
+    with caplog.at_level("DEBUG"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for data in (with_chunks(chunk(b"eXIf", tags)), file_of(RGB, "WEBP", exif=tags), JPEG):
+            structure = walk(io.BytesIO(data))
+            assert structure is not None
+            decode(io.BytesIO(data), structure, None)
+    assert len(caplog.records) < 20
 
 
 # Names -------------------------------------------------------------------------------------------------------

@@ -83,6 +83,8 @@ class Engine:
         for name, value in limits.items():
             if not value > 0:  # NaN is not
                 raise ValueError(f"{name} must be positive, got {value}")
+        if embedding_cache_bytes < 0:
+            raise ValueError(f"embedding_cache_bytes must not be negative, got {embedding_cache_bytes}")
         if handle_secret is not None and not 16 <= len(handle_secret) <= 64:
             raise ValueError(f"handle_secret must be of 16 to 64 bytes, got {len(handle_secret)}")
         self.model = model
