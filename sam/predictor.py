@@ -91,7 +91,7 @@ class SamPredictor:
         if len(shape) != 4 or shape[1] != 3 or max(shape[2:]) != long_side:
             raise ValueError(f"set_torch_image takes [1, 3, h, w] with a longer side of {long_side}, got {shape}")
         input_size = (transformed_image.shape[-2], transformed_image.shape[-1])
-        ImageGeometry(original_image_size, input_size, long_side)
+        geometry = ImageGeometry(original_image_size, input_size, long_side)
         with self._setting_an_image():
             features = self.model.image_features(self.model.preprocess(transformed_image))
             self.reset_image()
@@ -99,6 +99,8 @@ class SamPredictor:
             self.input_size = input_size
             self.features = features
             self.is_image_set = True
+            if len(features) == 1:  # made here: another thread that asks, on a stream of its own, waits for this one
+                self._handle = ImageEmbedding(features, geometry)
 
     @contextmanager
     def _setting_an_image(self) -> Iterator[None]:

@@ -196,6 +196,7 @@ def test_whoever_reads_features_on_another_stream_waits_for_them(log: Log, monke
         lambda embedding: model.predict(embedding, [masks]),
         lambda embedding: embedding.to("cpu"),
         lambda embedding: embedding.ready_features(),
+        pickle.dumps,
     ]
     for read in readers:
         here[0] = streams[0]
@@ -208,9 +209,29 @@ def test_whoever_reads_features_on_another_stream_waits_for_them(log: Log, monke
         log.clear()
 
 
-def test_copies_of_a_handle_leave_events_behind() -> None:
+class Unpicklable(FakeStream):
+    def __reduce__(self) -> str:
+        raise TypeError("a stream cannot be pickled")
+
+
+def test_a_predictor_marks_its_image_where_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    marked: list[tuple[int, ...]] = []
+    of = sam.embedding._Finish.of
+    monkeypatch.setattr(
+        sam.embedding._Finish,
+        "of",
+        classmethod(lambda cls, tensor: (marked.append(tuple(tensor.shape)), of(tensor))[1]),
+    )
+    predictor = sam.SamPredictor(random_model(TINY))
+    predictor.set_image(random_image(48, 60))
+    assert marked == [(1, 64, 8, 8)]
+
+
+def test_copies_of_a_handle_leave_events_behind(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     embedding = random_model(TINY).encode(random_image(48, 60))
-    object.__setattr__(embedding, "_finish", lambda: None)  # cannot be pickled, as a stream cannot
+    stream = Unpicklable(log, "encoding")
+    object.__setattr__(embedding, "_finish", sam.embedding._Finish(stream, stream.record_event()))  # type: ignore[arg-type]
     for twin in (pickle.loads(pickle.dumps(embedding)), copy.deepcopy(embedding)):
         assert torch.equal(twin.features, embedding.features)
         assert (twin.geometry, twin.model_hash) == (embedding.geometry, embedding.model_hash)
