@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastsam_kernels.dispatch import recording
@@ -109,9 +110,11 @@ def is_as_written(module: nn.Module) -> bool:
         state = left.pop().__dict__
         if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
             return False
-        for weight in state["_parameters"].values():
-            if weight is not None and not is_plain(weight):
-                return False
+        if state["_parameters"]:
+            for weight in state["_parameters"].values():
+                # Nearly all are of this very class, which is quicker to see than what it dispatches to.
+                if type(weight) is not Parameter and weight is not None and not is_plain(weight):
+                    return False
         left += [inner for inner in state["_modules"].values() if inner is not None]
     return True
 
