@@ -29,7 +29,7 @@ from sam.engine import (
     QueueFullError,
 )
 from sam.engine.core import _fair_shares
-from sam.engine.errors import is_out_of_memory
+from sam.engine.errors import EngineError, is_out_of_memory
 
 CLICK = Prompt([(5, 5)], [1])
 
@@ -370,6 +370,29 @@ def test_keys_tell_models_and_images_apart(model: Sam, engine_of: Callable[..., 
     keys = {engine.prepare(image).key, other.prepare(image).key, engine.prepare(image[::-1]).key}
     assert len(keys) == 3
     other.close(SECONDS)
+
+
+def test_keys_are_no_hashes_of_images(model: Sam) -> None:
+    """Only who shares the secret can tell the key of an image that others sent."""
+    image, secrets = random_image(30, 40), [b"1" * 16, b"1" * 16, b"2" * 16, None, None]
+    engines = [Engine(model, handle_secret=secret) for secret in secrets]
+    first, same, *others = (engine.prepare(image).key for engine in engines)
+    assert first == same
+    assert len({first, *others}) == 4
+    assert engines[-1].prepare(image).key == others[-1]
+    for engine in engines:
+        engine.close(SECONDS)
+    for wrong in (b"", b"1" * 15, b"1" * 65):
+        with pytest.raises(ValueError, match=f"handle_secret must be of 16 to 64 bytes, got {len(wrong)}"):
+            Engine(model, handle_secret=wrong)
+
+
+def test_counters_exist_from_the_start(engine_of: Callable[..., Engine]) -> None:
+    """A rate over one that appears with the first failure misses that failure."""
+    counters = engine_of().counters()
+    for error in (*EngineError.__subclasses__(), EngineError):
+        assert counters[error.counter] == 0
+    assert {"completed", "cancelled", "out_of_memory", "cache_evictions"} <= set(counters)
 
 
 def test_cache_keeps_its_budget(engine_of: Callable[..., Engine], model: Sam) -> None:

@@ -24,8 +24,8 @@ from serving import file_of, multipart
 from waiting import SECONDS, wait_until
 
 from sam.engine import Engine
-from sam.server import Settings, bodies, schemas
-from sam.server.errors import ApiError
+from sam.server import Settings, bodies, create_app, schemas
+from sam.server.errors import KINDS, ApiError
 from sam.server.schemas import AutomaticRequest, SegmentRequest, read_document, read_fields
 
 PNG = file_of(random_image(60, 90))
@@ -331,3 +331,19 @@ def test_other_fields_are_short() -> None:
     for nonsense in ("NaN", "9" * 1000, "[" * 1000, "1e999"):
         with pytest.raises(ApiError, match="invalid_request"):
             read_fields(AutomaticRequest, {"pred_iou_thresh": nonsense})
+
+
+# What operators see -------------------------------------------------------------------------------------------
+
+
+def test_all_counters_exist_from_the_start(local: Local) -> None:
+    engine = Engine(random_model(TINY))
+    text = create_app(engine).state.service.metrics.render().decode()
+    engine.close(SECONDS)
+    expected = [f'sam_errors_total{{code="{code}"}} 0.0' for code in KINDS]
+    for route in local.app.routes:
+        for status in getattr(route, "responses", None) or (200,):
+            expected.append(f'sam_requests_total{{route="{route.path}",status="{status}"}} 0.0')
+    assert len(expected) > len(KINDS) + 40
+    expected += [f"sam_engine_{name}_total 0.0" for name in ("rejected", "failed_out_of_memory", "abandoned")]
+    assert [line for line in expected if line not in text.splitlines()] == []
