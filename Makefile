@@ -56,7 +56,7 @@ compiled_launches := tests/kernels tests/test_gpu.py --ignore=tests/kernels/test
 ARCHES ?= 80 90 120
 compile-launches: .venv/.test
 	for arch in $(ARCHES); do \
-		PYTHONPATH=tests $(BIN)/python -m pytest -q -p kernels.compile_launches --arch $$arch -m "not slow" \
+		PYTHONPATH="$$PYTHONPATH:tests" $(BIN)/python -m pytest -q -p kernels.compile_launches --arch $$arch -m "not slow" \
 			$(compiled_launches) || exit 1; \
 	done
 

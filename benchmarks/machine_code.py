@@ -25,9 +25,10 @@ from . import wgmma
 from .compile_cases import AMD, CompileCase
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.bool: "i1"}
-# Of a multiprocessor: registers and warps; its shared memory is a block's limit and 1 KB that the system keeps.
+# Of a multiprocessor: registers, warps and programs; its shared memory is a block's limit and 1 KB that the system keeps.
 _REGISTERS_AN_SM = 65536
 _WARPS_AN_SM = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+_PROGRAMS_AN_SM = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 _AMD_SHARED_MEMORY = 64 * 1024  # LDS of a compute unit of CDNA 3
 
 
@@ -185,6 +186,7 @@ def _read_nvidia(compiled: Any, arch: int, num_warps: int) -> dict[str, Any]:
             _REGISTERS_AN_SM // (32 * num_warps * (-(-registers // 8) * 8)),
             (limit + 1024) // (compiled.metadata.shared + 1024),
             _WARPS_AN_SM[arch] // num_warps,
+            _PROGRAMS_AN_SM[arch],
         ),
     }
 
