@@ -20,7 +20,7 @@ from .channel_depth import bits_per_channel
 from .image_structure import DamagedImageError, ImageStructure, UnsupportedImageError, walk
 
 MAX_MEGAPIXELS = 50.0
-# Formats of single photographs; those of icons, documents, films and measurements are none. TGA has no signature.
+# PIL's formats of single photographs; those of icons, documents, films and measurements are none. TGA has no signature.
 _OPENED = ("TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "DDS", "PCX", "PSD", "QOI", "SGI", "TGA")
 # Modes with 8 bits a channel, which convert to RGB without losing range.
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
@@ -58,7 +58,7 @@ def read_image(path: str | os.PathLike[str], max_megapixels: float | None = MAX_
     """Read an image file -> [H, W, 3] uint8 RGB, upright as its EXIF orientation says; alpha is dropped.
 
     Formats are JPEG, PNG, WebP, TIFF, BMP, GIF, PPM, AVIF, JPEG 2000, DDS, PCX, PSD, QOI, SGI and TGA, the last ones
-    as far as PIL reads them. Of several frames or pages the first is read. An orientation in XMP is not followed:
+    as far as PIL reads them, and those that a plugin has been registered for with PIL, as for HEIF. Of several frames or pages the first is read. An orientation in XMP is not followed:
     browsers and OpenCV do not either.
 
     Raises:
@@ -86,7 +86,14 @@ def read_image(path: str | os.PathLike[str], max_megapixels: float | None = MAX_
 def is_image_name(path: Path) -> bool:
     """Tell whether the name of a file ends as that of an image :func:`read_image` reads, and is not hidden."""
     known = Image.registered_extensions().get(path.suffix.lower())
-    return not path.name.startswith(".") and known in (*_WALKED, *_OPENED, "MPO")
+    return not path.name.startswith(".") and known in (*_WALKED, *_formats_opened(), "MPO")
+
+
+def _formats_opened() -> list[str]:
+    """Return the formats that PIL opens for us: photographs of its own, and all that a plugin of the program's reads."""
+    Image.init()
+    plugged = [name for name, (factory, _) in Image.OPEN.items() if not factory.__module__.startswith("PIL.")]
+    return [*_OPENED[:-1], *plugged, _OPENED[-1]]
 
 
 def decode(
@@ -140,10 +147,9 @@ def _pixels(open_image: Callable[[], ImageFile], orientation_of: Callable[[Image
 
 
 def _open(file: BinaryIO) -> ImageFile:
-    Image.init()
     file.seek(0)
     head = file.read(16)
-    for name in _OPENED:
+    for name in _formats_opened():
         factory, accepts = Image.OPEN.get(name, (None, None))
         if factory is None or (accepts is not None and accepts(head) is not True):
             continue

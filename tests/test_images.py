@@ -465,3 +465,19 @@ def test_names_of_images() -> None:
         "a",
     ):
         assert not is_image_name(Path(name)), name
+
+
+def test_formats_of_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pillow-heif and its like register with PIL; here a format that is a PNG behind four bytes."""
+
+    def opened(file: Any, name: Any) -> Any:
+        file.seek(4)
+        return Image.open(io.BytesIO(file.read()))
+
+    Image.init()
+    monkeypatch.setattr(Image, "OPEN", {**Image.OPEN, "PLUG": (opened, lambda head: head.startswith(b"PLUG"))})
+    monkeypatch.setattr(Image, "EXTENSION", {**Image.EXTENSION, ".plug": "PLUG"})
+    assert (read(tmp_path, b"PLUG" + PNG) == decoded_by_pil(PNG)).all()
+    assert is_image_name(Path("a.plug"))
+    with pytest.raises(UnsupportedImageError, match="is not an image in a known format"):
+        read(tmp_path, b"GULP" + PNG)
