@@ -20,7 +20,6 @@ FLOORS = {
     "sam.config": (1, "config"),
     "sam.decode_apart": (1, "images"),
     "sam.drop_in": (8, "front"),
-    "sam.decode_apart": (1, "images"),
     "sam.files": (1, "system"),
     "sam.hardware": (1, "system"),
     "sam.image_structure": (1, "images"),
