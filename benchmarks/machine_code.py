@@ -25,7 +25,7 @@ from . import wgmma
 from .compile_cases import AMD, CompileCase
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.bool: "i1"}
-# Of a multiprocessor: registers, warps and programs; its shared memory is a block's limit and 1 KB that the system keeps.
+# Of a multiprocessor: registers, warps, programs; its shared memory is a block's limit and 1 KB that the system keeps.
 _REGISTERS_AN_SM = 65536
 _WARPS_AN_SM = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 _PROGRAMS_AN_SM = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
