@@ -96,7 +96,7 @@ def test_masks_are_the_thresholded_logits(nano: Sam, embeddings: list[ImageEmbed
 def test_eight_threads_give_the_single_threaded_masks(nano: Sam, embeddings: list[ImageEmbedding]) -> None:
     rng = np.random.default_rng(5)
     jobs = []
-    for _ in range(8 * 20):
+    for _ in range(8 * 5):
         embedding = embeddings[rng.integers(3)]
         height, width = embedding.geometry.original_size
         jobs.append((embedding, Prompt(rng.uniform((0, 0), (width, height), (1, 2)), [1])))
