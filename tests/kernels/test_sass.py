@@ -9,7 +9,7 @@ import pytest
 from benchmarks import predict
 from benchmarks.measure import Work
 from benchmarks.predict import GPU, floors
-from benchmarks.sass import count, find_loops, parse
+from benchmarks.sass import count, find_loops, lines_of, parse
 
 SOURCE = """
 def helper(x):
@@ -93,6 +93,22 @@ def test_blocks_count_by_their_fraction(listing: Listing) -> None:
     assert listing.count({}) == 8
     assert listing.count({}, {"kernel: if x == 0": 0.25}) == 4 + 4 * 0.25
     assert listing.count({}, {"kernel: if x == 0": 0.25} | behind_return) == 1 + 1 + 4 * 0.125 + 2 - 0.5 - 0.5
+
+
+def test_a_return_in_a_nested_if_is_before_all_that_follows(tmp_path: Path) -> None:
+    source = """
+def kernel(known, statistics):
+    if statistics:
+        if known:
+            return
+        x = 1
+    y = 2
+"""
+    (tmp_path / "nested.py").write_text(source)
+    lines = lines_of(str(tmp_path / "nested.py"))
+    assert lines[4].ifs == ("kernel: if statistics",)
+    assert lines[6].ifs == ("kernel: if statistics", "kernel: return if known")
+    assert lines[7].ifs == ("kernel: return if known",)
 
 
 def test_functions_count_by_their_fraction(listing: Listing) -> None:
