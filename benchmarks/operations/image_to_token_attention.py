@@ -102,10 +102,10 @@ def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProble
         rows=rows,
         candidates=candidates(
             (4, 8),
-            (1,) if exact else (2, 3),
+            (1,) if exact else (1, 2),
             BLOCK_N=(16,) if exact else (32, 64),
-            TILES=(4, 8, 16),
-            HEADS=(fewest,) if exact else tuple(sorted({fewest, 2, 4})),
+            TILES=(8,),
+            HEADS=(fewest,) if exact else tuple(sorted({fewest, 2, 4, 8})),
         ),
     )
 
