@@ -35,9 +35,8 @@ def mask_postprocess_kernel(
     width,
     tile_rows,
     tile_columns,
-    stride_n,  # of low [N, h, w], in elements
-    stride_h,
-    stride_w,
+    low_width,  # w
+    stride_n,  # of low [N, h, w] along the masks, in elements; each is contiguous
     threshold,
     above,  # threshold + offset
     below,  # threshold - offset
@@ -55,7 +54,6 @@ def mask_postprocess_kernel(
     y = tile_row * 32 + tl.arange(0, 32)
     x = tile_column * BLOCK_W + tl.arange(0, BLOCK_W)
     used = (y < height)[:, None] & (x < width)[None, :]
-    # int64: with the masks innermost a row's stride grows with the batch too.
     p_low = low_ptr + mask * stride_n
 
     if BOUNDED:
@@ -68,8 +66,7 @@ def mask_postprocess_kernel(
         logit = tl.arange(0, PATCH_ROWS * PATCH_COLUMNS)
         patch_row = tl.minimum(top + logit // PATCH_COLUMNS, bottom)
         patch_column = tl.minimum(left + logit % PATCH_COLUMNS, right)
-        p_patch = p_low + patch_row.to(tl.int64) * stride_h + patch_column.to(tl.int64) * stride_w
-        b_patch = tl.load(p_patch).to(tl.float32)
+        b_patch = tl.load(p_low + patch_row * low_width + patch_column).to(tl.float32)
         least = tl.min(b_patch, 0)
         greatest = tl.max(b_patch, 0)
         guard = 1e-6 * tl.maximum(tl.abs(least), tl.abs(greatest))
@@ -85,32 +82,34 @@ def mask_postprocess_kernel(
         if not decided:
             pixels = evaluate(
                 p_low, row_first_ptr, column_first_ptr, tl.minimum(y, height - 1), tl.minimum(x, width - 1),
-                row_weights_ptr, column_weights_ptr, stride_h, stride_w, ROW_TAPS, COLUMN_TAPS, BLOCK_W,
+                row_weights_ptr, column_weights_ptr, low_width, ROW_TAPS, COLUMN_TAPS, BLOCK_W,
             )  # fmt: skip
     else:
         pixels = evaluate(
             p_low, row_first_ptr, column_first_ptr, tl.minimum(y, height - 1), tl.minimum(x, width - 1),
-            row_weights_ptr, column_weights_ptr, stride_h, stride_w, ROW_TAPS, COLUMN_TAPS, BLOCK_W,
+            row_weights_ptr, column_weights_ptr, low_width, ROW_TAPS, COLUMN_TAPS, BLOCK_W,
         )  # fmt: skip
 
     inside = (pixels > threshold) & used
     if STATISTICS:
         p_out = out_ptr + mask * 7
-        outside = tl.sum(tl.sum(((pixels > below) & used).to(tl.int32), 1), 0)
-        area = tl.sum(tl.sum(inside.to(tl.int32), 1), 0)
-        high = tl.sum(tl.sum(((pixels > above) & used).to(tl.int32), 1), 0)
+        # Down the columns first, of which a thread has its own.
+        outside = tl.sum(tl.sum(((pixels > below) & used).to(tl.int32), 0), 0)
+        area = tl.sum(tl.sum(inside.to(tl.int32), 0), 0)
+        high = tl.sum(tl.sum(((pixels > above) & used).to(tl.int32), 0), 0)
         if high > 0:
             tl.atomic_add(p_out, high, sem="relaxed")
         if outside > 0:
             tl.atomic_add(p_out + 1, outside, sem="relaxed")
         if area > 0:
             tl.atomic_add(p_out + 2, area, sem="relaxed")
-            any_row = tl.max(inside.to(tl.int32), 1) > 0
             any_column = tl.max(inside.to(tl.int32), 0) > 0
+            first_row = tl.min(tl.where(inside, y[:, None], height), 0)
+            last_row = tl.max(tl.where(inside, y[:, None], -1), 0)
             tl.atomic_min(p_out + 3, tl.min(tl.where(any_column, x, width), 0), sem="relaxed")
-            tl.atomic_min(p_out + 4, tl.min(tl.where(any_row, y, height), 0), sem="relaxed")
+            tl.atomic_min(p_out + 4, tl.min(first_row, 0), sem="relaxed")
             tl.atomic_max(p_out + 5, tl.max(tl.where(any_column, x, -1), 0), sem="relaxed")
-            tl.atomic_max(p_out + 6, tl.max(tl.where(any_row, y, -1), 0), sem="relaxed")
+            tl.atomic_max(p_out + 6, tl.max(last_row, 0), sem="relaxed")
     else:
         words = tl.sum(inside.to(tl.int32) << tl.arange(0, 32)[:, None], 0)  # [BLOCK_W]
         p_out = out_ptr + mask * (width * tile_rows) + x * tile_rows + tile_row
@@ -126,8 +125,7 @@ def evaluate(
     x,
     row_weights_ptr,
     column_weights_ptr,
-    stride_h,
-    stride_w,
+    low_width,
     ROW_TAPS: tl.constexpr,
     COLUMN_TAPS: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -137,10 +135,10 @@ def evaluate(
     columns = tl.load(column_first_ptr + x)
     pixels = tl.zeros([32, BLOCK_W], tl.float32)
     for i in tl.static_range(ROW_TAPS):
-        p_line = p_low + (rows + i).to(tl.int64)[:, None] * stride_h
+        p_line = p_low + ((rows + i) * low_width)[:, None]
         line = tl.zeros([32, BLOCK_W], tl.float32)
         for j in tl.static_range(COLUMN_TAPS):
-            taps = tl.load(p_line + (columns + j).to(tl.int64)[None, :] * stride_w).to(tl.float32)
+            taps = tl.load(p_line + (columns + j)[None, :]).to(tl.float32)
             line += taps * tl.load(column_weights_ptr + x * COLUMN_TAPS + j)[None, :]
         pixels += line * tl.load(row_weights_ptr + y * ROW_TAPS + i)[:, None]
     return pixels
@@ -157,6 +155,8 @@ def plan(
 ) -> Launch:
     """The launch that joins numbers into ``out`` [N, 7] or fills ``out`` [N, width, words]; meta tensors are fine."""
     size = (low_res.shape[1], low_res.shape[2])
+    if low_res.stride(1) != size[1] or low_res.stride(2) != 1:
+        low_res = low_res.contiguous()  # no decoder leaves them so
     height, width = resizing.output_size
     block_w = min(tile.blocks["BLOCK_W"], max(16, triton.next_power_of_2(width)))
     rows, columns = axes(size, resizing)
@@ -179,9 +179,8 @@ def plan(
             "width": width,
             "tile_rows": tile_rows,
             "tile_columns": tile_columns,
+            "low_width": size[1],
             "stride_n": low_res.stride(0),
-            "stride_h": low_res.stride(1),
-            "stride_w": low_res.stride(2),
             "threshold": float(threshold),
             "above": float(threshold + offset),
             "below": float(threshold - offset),
