@@ -50,12 +50,8 @@ def in_hypernetworks(model: Sam) -> None:
 
 
 def in_positions(model: Sam) -> None:
-    corrupt(model.prompt_encoder, "dense_pe")
-
-
-def in_relative_positions(model: Sam) -> None:
-    [name] = model.image_encoder.blocks[0].attn._derived  # type: ignore[union-attr]
-    corrupt(model.image_encoder.blocks[0].attn, name)  # type: ignore[arg-type]
+    [name] = model.prompt_encoder._derived  # of the grid
+    corrupt(model.prompt_encoder, name)
 
 
 @pytest.mark.parametrize(
@@ -64,15 +60,11 @@ def in_relative_positions(model: Sam) -> None:
         (in_upscaling, "hypernetwork_masks"),
         (in_hypernetworks, "hypernetwork_masks"),
         (in_positions, "positional encoding"),
-        (in_relative_positions, "rel_pos_attention"),
     ],
 )
 def test_what_is_kept_is_checked(corrupting: Callable[[Sam], None], operation: str) -> None:
     """The weights are right; what was made of them is not."""
     model = random_model(TINY)
-    attention = model.image_encoder.blocks[0].attn
-    table = attention.rel_pos_h  # of a fine-tune with other windows: resized once, then kept
-    attention.rel_pos_h = torch.nn.Parameter(torch.cat([table, table[-2:]]), requires_grad=False)  # type: ignore
     model.predict(model.encode(drawn_image(128)), [sam.Prompt(), sam.Prompt([(9, 9)], [1])])
     corrupting(model)
     assert operation in failed(model)
