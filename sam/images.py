@@ -58,8 +58,8 @@ def read_image(path: str | os.PathLike[str], max_megapixels: float | None = MAX_
     """Read an image file -> [H, W, 3] uint8 RGB, upright as its EXIF orientation says; alpha is dropped.
 
     Formats are JPEG, PNG, WebP, TIFF, BMP, GIF, PPM, AVIF, JPEG 2000, DDS, PCX, PSD, QOI, SGI and TGA, the last ones
-    as far as PIL reads them, and those that a plugin has been registered for with PIL, as for HEIF. Of several frames or pages the first is read. An orientation in XMP is not followed:
-    browsers and OpenCV do not either.
+    as far as PIL reads them, and those that a plugin has been registered for with PIL, as for HEIF. Of several frames
+    or pages the first is read. An orientation in XMP is not followed: browsers and OpenCV do not either.
 
     Raises:
         FileNotFoundError: no such file.
@@ -90,7 +90,7 @@ def is_image_name(path: Path) -> bool:
 
 
 def _formats_opened() -> list[str]:
-    """Return the formats that PIL opens for us: photographs of its own, and all that a plugin of the program's reads."""
+    """Return the formats that PIL opens for us: photographs of its own, and all that plugins of the program read."""
     Image.init()
     plugged = [name for name, (factory, _) in Image.OPEN.items() if not factory.__module__.startswith("PIL.")]
     return [*_OPENED[:-1], *plugged, _OPENED[-1]]
