@@ -59,7 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
         "predict", help="times of an H200 and an A100 by instructions and bytes, no GPU needed"
     )
     predict.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
-    predict.add_argument("--before", type=Path, metavar="FILE", help="predictions of another revision, to stand beside")
+    before = RESULTS / "predicted_a17f9ca.json"
+    predict.add_argument("--before", type=Path, default=before, help="of another revision (default: %(default)s)")
     predict.add_argument("--write", action="store_true", help="write benchmarks/results/predicted.md and .json")
 
     plot = commands.add_parser("plot", help="a picture of results with peers")
