@@ -89,7 +89,8 @@ class SamAutomaticMaskGenerator:
             output_mode: "binary_mask", "uncompressed_rle" or "coco_rle".
             max_memory: bytes, or a string like "2GB", for decoding clicks and making masks: beyond the model, the
                 encoding of the image and the returned records. Clicks and masks are taken in chunks that fit. None
-                takes chunks that suit most machines and refuses nothing.
+                takes chunks that suit most machines and refuses nothing; on a GPU they follow the memory that is free,
+                and the last bits of results follow them.
             progress: True shows a bar on stderr; a function is called with the clicks done and their number in all
                 after each batch.
             resize_on_device: see :meth:`sam.Sam.encode`.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -18,7 +19,7 @@ from models import TINY, random_image, random_model
 import sam.embedding
 from sam import ImageEmbedding, MaskPrediction, Prompt
 from sam.runtime import Graphs, Rows
-from sam.runtime.graphs import CudaRecorder
+from sam.runtime.graphs import CudaRecorder, empty_cache
 from sam.stream import _Copied
 
 Log = list[tuple[str, ...]]
@@ -160,6 +161,19 @@ def test_a_capture_gives_back_cached_memory_where_little_is_left(
     assert log.index(("host waits for", "capture")) + 1 == log.index(("cache emptied",))
     assert log.index(("cache emptied",)) < log.index(("begin", "thread_local"))
     assert ("device waits",) not in log
+
+
+def test_the_cache_is_not_emptied_during_a_capture(log: Log, recorder: CudaRecorder) -> None:
+    emptying = threading.Thread(target=empty_cache)
+
+    def work() -> None:
+        if ("begin", "thread_local") in log and not emptying.is_alive():
+            emptying.start()
+            emptying.join(0.1)  # an answer that comes too late is no failure
+
+    recorder(work)
+    emptying.join()
+    assert log.index(("cache emptied",)) > log.index(("end",))
 
 
 def test_a_capture_that_fails_is_ended(log: Log, recorder: CudaRecorder) -> None:

@@ -16,7 +16,7 @@ from models import TINY, random_image, random_model
 from torch import Tensor
 
 import sam
-from sam import Prompt, Sam
+from sam import Prompt, Sam, preprocess
 from sam.runtime import Graphs, Runtime
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -201,13 +201,17 @@ def test_graphs_need_a_gpu_and_are_asked_for_by_name() -> None:
 def test_features_are_waited_for_by_another_stream() -> None:
     """Encoded behind other work on one stream, asked for on another without a word from the host."""
     model, image = sam.load_model(device="cuda"), random_image(48, 64)
-    expected = model.predict(model.encode(image), prompts()).low_res_logits
+    embedding = model.encode(image)
+    expected = model.predict(embedding, prompts()).low_res_logits
+    geometry = embedding.geometry
+    there = torch.from_numpy(preprocess.resize_image(image, geometry.input_size)).cuda()
+    pixels = model.preprocess(there.permute(2, 0, 1))[None]
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda._sleep(10**8)
-        embedding = model.encode(image)
+        torch.cuda._sleep(10**9)  # after everything that the host waits for
+        (late,) = model.embed(pixels, [geometry], [None])
     with torch.cuda.stream(torch.cuda.Stream()):
-        found = model.predict(embedding, prompts()).low_res_logits
+        found = model.predict(late, prompts()).low_res_logits
         torch.cuda.current_stream().synchronize()
     assert relative_l2(found, expected) < 1e-5
 

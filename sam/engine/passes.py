@@ -18,6 +18,7 @@ from ..memory import usual_memory
 from ..modeling import Sam
 from ..preprocess import ImageGeometry
 from ..prompts import Prompt, ragged_chunks
+from ..runtime.graphs import empty_cache
 from .errors import OutOfMemoryError, is_out_of_memory
 from .jobs import AutomaticJob, PreparedImage, PromptMasks, SegmentJob
 
@@ -146,7 +147,7 @@ class Passes:
     def _relieve(self) -> None:
         self._on_shortage()
         if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+            empty_cache()
 
 
 def _shortage() -> OutOfMemoryError:

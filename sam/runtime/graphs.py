@@ -78,6 +78,12 @@ class CudaRecorder:
         return graph
 
 
+def empty_cache() -> None:
+    """Give the allocator's cached blocks back, but not while another thread captures: torch would fail."""
+    with _RECORDING:
+        torch.cuda.empty_cache()
+
+
 class _Buffer:
     """Memory that graphs read; remembers what is in it, so that an image is copied once and not for every click."""
 
