@@ -12,6 +12,7 @@ from sam.build_sam import NANO_CHECKPOINT
 from sam.checkpoint import read_checkpoint
 
 from .compile_cases import AMD
+from .mask_iou import sentence
 from .model.decoder_work import work_table
 from .operations import OPERATIONS
 from .provenance import CPU_RESULTS, RESULTS, ROOT, describe, read_rows, title
@@ -142,6 +143,7 @@ TABLES = {
     "status": (Path("benchmarks/README.md"), status_table),
     "speed": (Path("README.md"), partial(speed_table, *CPU_RESULTS)),
     "decoder work": (Path("benchmarks/README.md"), work_table),
+    "mask iou": (Path("README.md"), sentence),
 }
 
 
