@@ -14,7 +14,6 @@ import json
 
 import numpy as np
 import torch
-from skimage import data
 
 import sam
 
@@ -28,6 +27,8 @@ NARROW = (torch.bfloat16, torch.float16)
 
 def mask_iou(checkpoint: str | None) -> dict[str, float]:
     """Return the mean IoU of masks in each narrow dtype with those in fp32, by the dtype's name."""
+    from skimage import data
+
     models = {dtype: sam.load_model(checkpoint, device="cpu", dtype=dtype) for dtype in (torch.float32, *NARROW)}
     scores: dict[torch.dtype, list[float]] = {dtype: [] for dtype in NARROW}
     for name in PHOTOGRAPHS:
