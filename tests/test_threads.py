@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from comparison import assert_close_l2
 from models import TINY, random_image, random_model
 from waiting import SECONDS
 
@@ -34,10 +35,17 @@ def in_threads(function: Callable[[np.ndarray], Any]) -> list[Any]:
 
 
 def same(ours: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
+    """Whether both are of one image; libraries add in another order where cores are taken, which moves few pixels."""
     return len(ours) == len(expected) > 0 and all(
-        np.array_equal(a["segmentation"], b["segmentation"]) and a["bbox"] == b["bbox"]
+        a["segmentation"].shape == b["segmentation"].shape
+        and (a["segmentation"] == b["segmentation"]).mean() > 0.99
+        and np.abs(np.subtract(a["bbox"], b["bbox"])).max() <= 2
         for a, b in zip(ours, expected, strict=True)
     )
+
+
+def assert_same_logits(found: np.ndarray, expected: np.ndarray) -> None:
+    assert_close_l2(torch.from_numpy(found), torch.from_numpy(expected), 1e-5, "logits")
 
 
 WAYS: dict[str, tuple[dict[str, Any], Callable[[SamAutomaticMaskGenerator, np.ndarray], Any]]] = {
@@ -122,15 +130,15 @@ def test_one_predictor_in_two_threads(model: Sam, monkeypatch: pytest.MonkeyPatc
                 ):
                     call()
             alone = copy.copy(predictor)  # has the image that was set, and is its own
-            np.testing.assert_array_equal(alone.predict()[2], before)
+            assert_same_logits(alone.predict()[2], before)
         finally:
             go_on.set()
         setting.result(SECONDS)
     assert predictor.original_size == IMAGES[1].shape[:2]
     after = predictor.predict()[2]
-    assert not np.array_equal(after, before)
+    assert np.abs(after - before).max() > 0.1
     for logits in in_threads(lambda image: predictor.predict()[2]):  # about one image all may ask
-        np.testing.assert_array_equal(logits, after)
+        assert_same_logits(logits, after)
 
 
 def test_a_failure_while_an_image_is_set_leaves_the_predictor_usable(
@@ -152,6 +160,6 @@ def test_copies_of_a_predictor(model: Sam) -> None:
     predictor.set_image(IMAGES[0])
     expected = predictor.predict()[2]
     for other in (copy.copy(predictor), copy.deepcopy(predictor), pickle.loads(pickle.dumps(predictor))):
-        np.testing.assert_array_equal(other.predict()[2], expected)
+        assert_same_logits(other.predict()[2], expected)
         other.set_image(IMAGES[1])
-    np.testing.assert_array_equal(predictor.predict()[2], expected)
+    assert_same_logits(predictor.predict()[2], expected)
