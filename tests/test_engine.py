@@ -524,6 +524,16 @@ def test_close_gives_up_after_its_timeout(engine_of: Callable[..., Engine], gate
     gate.open.set()
 
 
+def test_close_waits_for_what_is_computed_for_nobody(engine_of: Callable[..., Engine], gate: Gate) -> None:
+    """An interpreter that ends takes itself from under a thread inside torch."""
+    engine = engine_of()
+    assert hold(engine, gate).cancel()
+    assert engine.pending == 0
+    assert not engine.close(timeout=0.05)
+    gate.open.set()
+    assert engine.close(SECONDS)
+
+
 def test_nothing_of_an_answered_request_is_kept(engine_of: Callable[..., Engine]) -> None:
     engine = engine_of(embedding_cache_bytes=10)
     result = engine.segment(random_image(8, 8), [CLICK]).result(SECONDS)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -61,6 +63,26 @@ async def noted(self):
     await drain(self)
 app.decode_image, service.Service.drain = hang, noted
 sam.server.serve = lambda engine, settings: serve(engine, replace(settings, drain_seconds=drain_seconds))
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
+# The service whose first image takes until the engine is closed, and then a moment more.
+SLOW_START = """
+import sys, threading, time
+from sam.cli import main
+from sam.engine import Engine
+from sam.modeling import Sam
+closing, encode, close = threading.Event(), Sam.encode, Engine.close
+def slow(self, images, batch_size=None):
+    closing.wait(), time.sleep(0.2)
+    return encode(self, images, batch_size)
+def noted(self, timeout=None):
+    closing.set()
+    ended = close(self, timeout)
+    print("engine thread ended:", not self._thread.is_alive())
+    return ended
+Sam.encode, Engine.close = slow, noted
 sys.exit(main(["serve", *sys.argv[1:]]))
 """
 
@@ -229,6 +251,27 @@ def test_a_model_fault_ends_the_process() -> None:
         assert server.process.wait(SECONDS) == 1
     failed = next(record for record in server.log if record["event"] == "model failed")
     assert "illegal memory access" in failed["traceback"]
+
+
+@pytest.mark.parametrize(
+    ("host", "event"), [("127.0.0.1", "not listening"), pytest.param("no..host", "service failed", marks=SERVICE)]
+)
+def test_no_port_to_listen_on(host: str, event: str) -> None:
+    """The engine, which warms up by then, has ended before the process does; every event is a name."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        given = ["--host", host, "--port", str(port), "--token", TOKEN, *SMALL]
+        done = subprocess.run(
+            [sys.executable, "-c", SLOW_START, *given], cwd=ROOT, capture_output=True, text=True, timeout=SECONDS,
+            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+        )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "engine thread ended: True\n"), done.stderr
+    log = [json.loads(line) for line in done.stderr.splitlines()]
+    assert {record["event"] for record in log} == {"uvicorn", event, "warm-up ended early", "stopped"}
+    assert log[-1]["status"] == 1
+    if event == "not listening":
+        assert "in use" in log[0]["message"]
+        assert {**log[1], "time": 0} == {"time": 0, "level": "error", "event": event, "host": host, "port": port}
 
 
 @pytest.mark.parametrize(

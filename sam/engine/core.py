@@ -402,8 +402,12 @@ class Engine:
             }
 
     def close(self, timeout: float | None = None) -> bool:
-        """Take nothing more, answer what was accepted, stop. True if that took no longer than ``timeout`` seconds;
-        else whoever still waits gets :class:`EngineClosedError`."""
+        """Take nothing more, answer what was accepted, end the thread.
+
+        Returns:
+            True if that took no longer than ``timeout`` seconds. Else the thread still runs, be it for a request that
+            was cancelled, and whoever still waits gets :class:`EngineClosedError`.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -412,7 +416,7 @@ class Engine:
             left = list(self._accepted)
         for job in left:
             job.fail(EngineClosedError("the engine stopped before the answer was ready"))
-        return not left
+        return not self._thread.is_alive()
 
     def __enter__(self) -> Engine:
         return self

@@ -46,10 +46,12 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
+        ours = record.name == log.name
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z",
             "level": record.levelname.lower(),
-            "event": record.getMessage(),
+            # An event is a name to look for; others log whole sentences.
+            **({"event": record.getMessage()} if ours else {"event": "uvicorn", "message": record.getMessage()}),
             **getattr(record, _FIELDS, {}),
         }
         if record.exc_info:
@@ -121,7 +123,8 @@ def serve(engine: Engine, settings: Settings) -> int:
     """Answer requests until a signal comes or the model fails.
 
     Returns:
-        the exit status: 0 after a signal, 1 after a failure or when the port cannot be had.
+        the exit status: 0 after a signal, 1 after a failure or when the port cannot be had. The engine is closed by
+        then, and no thread of the service runs: one inside torch would crash an interpreter that ends.
     """
     _log_as_json()
     threads_before = set(threading.enumerate())
@@ -130,15 +133,20 @@ def serve(engine: Engine, settings: Settings) -> int:
     )
     app = create_app(engine, settings)
     server = _Server(configure(app, settings), app.state.service)
+    status = 1
     try:
         server.run()
-    except SystemExit:  # uvicorn's way to say that it could not listen
-        return 1
-    stopped = engine.close(timeout=_ENGINE_SECONDS)
-    status = 0 if engine.failure is None and server.started else 1
+        status = 0 if engine.failure is None and server.started else 1
+    except SystemExit:  # uvicorn's way to say that it could not listen; it logged why
+        log.error("not listening", extra={_FIELDS: {"host": settings.host, "port": settings.port}})
+    except Exception:
+        log.critical("service failed", exc_info=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as KeyboardInterrupt it would leave before the threads have ended
+    ended = engine.close(timeout=_ENGINE_SECONDS) and not _threads_are_left(threads_before)
+    status = status if ended else 1
     log.info("stopped", extra={_FIELDS: {"status": status}})
-    if not stopped or _threads_are_left(threads_before):  # an orderly end would wait for them
-        os._exit(1)
+    if not ended:  # an orderly end would wait for them, or take the interpreter from under them
+        os._exit(status)
     _end_after(0)
     return status
 
@@ -179,8 +187,8 @@ def _end_after(seconds: float) -> None:
 
 
 def _threads_are_left(before: set[threading.Thread]) -> bool:
-    """Whether the service's threads that an interpreter waits for still run a moment after they were told to end."""
-    others = [each for each in threading.enumerate() if each not in before and not each.daemon]
+    """Whether threads of the service still run a moment after they were told to end."""
+    others = [each for each in threading.enumerate() if each not in before]
     for each in others:
         each.join(_SPARE_SECONDS / len(others))
     return any(each.is_alive() for each in others)

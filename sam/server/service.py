@@ -16,7 +16,7 @@ import anyio.to_thread
 import numpy as np
 
 from ..allocator import return_freed_memory
-from ..engine import AutomaticOptions, Engine
+from ..engine import AutomaticOptions, Engine, EngineClosedError
 from ..prompts import Prompt
 from .bodies import BodyReader
 from .errors import ApiError
@@ -104,6 +104,8 @@ class Service:
     def _warm_up(self) -> None:
         try:
             warm_up(self.engine, every_size=self.engine.model.device.type != "cpu")
+        except EngineClosedError:
+            log.info("warm-up ended early")
         except Exception as error:
             log.exception("warm-up failed")
             if self.engine.failure is None:
