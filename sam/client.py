@@ -25,7 +25,7 @@ from . import rle
 T = TypeVar("T")
 _HANDLE = re.compile("[0-9a-f]{32}")
 _MASKS_OF_A_PROMPT = 3
-_MAX_ERROR_TEXT = 1000
+_MAX_ERROR_TEXT, _MAX_PATH = 1000, 16
 
 
 class ServiceError(RuntimeError):
@@ -35,11 +35,13 @@ class ServiceError(RuntimeError):
         status: of HTTP.
         code: one of the service's fixed codes, for example ``queue_full``; ``unknown`` when it is none of its answers.
         request_id: to be found in the service's log; ``unknown`` as well.
+        where: path to the value that was refused, for example ``("prompts", 0, "points", 1)``; empty if no value was.
     """
 
-    def __init__(self, status: int, code: str, message: str, request_id: str) -> None:
-        super().__init__(f"{code} ({status}): {message} [request {request_id}]")
-        self.status, self.code, self.request_id = status, code, request_id
+    def __init__(self, status: int, code: str, message: str, request_id: str, where: Sequence[str | int] = ()) -> None:
+        place = f" At {'.'.join(map(str, where))}." if where else ""
+        super().__init__(f"{code} ({status}): {message}{place} [request {request_id}]")
+        self.status, self.code, self.request_id, self.where = status, code, request_id, tuple(where)
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,8 @@ class Client:
             if status == 200:
                 return read(answer)
             error = _dict(_dict(answer)["error"])
-            refusal = ServiceError(status, _text(error["code"]), _text(error["message"]), _text(answer["request_id"]))
+            code, message, request_id = _text(error["code"]), _text(error["message"]), _text(answer["request_id"])
+            refusal = ServiceError(status, code, message, request_id, _path(error.get("where", [])))
         except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError, MemoryError) as problem:
             message = f"not an answer of the service: {text[:100]!r}"
             raise ServiceError(status, "unknown", message, "unknown") from problem
@@ -294,6 +297,10 @@ def _text(value: Any) -> str:
     if not isinstance(value, str) or len(value) > _MAX_ERROR_TEXT:
         raise TypeError("a short text is missing")
     return value
+
+
+def _path(value: Any) -> list[str | int]:
+    return [_count(part, 0) if isinstance(part, int) else _text(part) for part in _list(value, _MAX_PATH)]
 
 
 def _count(value: Any, least: int, most: float = math.inf) -> int:

@@ -73,6 +73,10 @@ def one_mask(size: list[int], counts: list[int] | str) -> bytes:
         (301, b""),
         (500, b'{"detail": "x"}'),
         (500, b'{"error": "x", "request_id": "1"}'),
+        *(
+            (422, b'{"error": {"code": "x", "message": "x", "where": %b}, "request_id": "1"}' % where)
+            for where in (b"7", b"[null]", b"[-1]", b"[true]", b'["%b"]' % (b"x" * 1001), b"[%b0]" % (b"0, " * 16))
+        ),
         (500, b"[]"),
         (503, b"[" * 100_000),
         (200, b"\xff<html>"),
@@ -95,6 +99,15 @@ def test_refusals_and_masks() -> None:
     message = r"^queue_full \(503\): The server is busy. \[request 7\]$"
     with answered_by(http_answer(503, refusal)) as client, pytest.raises(ServiceError, match=message):
         client.automatic(IMAGE)
+    refusal = (
+        b'{"error": {"code": "out_of_image", "message": "Outside.", "where": ["prompts", 1, "points", 0]},'
+        b' "request_id": "7"}'
+    )
+    message = r"^out_of_image \(422\): Outside. At prompts.1.points.0. \[request 7\]$"
+    with answered_by(http_answer(422, refusal)) as client, pytest.raises(ServiceError, match=message) as refused:
+        client.segment(IMAGE, [])
+    assert refused.value.where == ("prompts", 1, "points", 0)
+    assert ServiceError(503, "queue_full", "Busy.", "7").where == ()
     with answered_by(http_answer(200, one_mask([2, 3], [1, 5]))) as client:
         (masks,) = client.segment(IMAGE, [{"points": [[1, 1]]}])
         assert masks.masks.tolist() == [[[False, True, True], [True, True, True]]]

@@ -70,7 +70,7 @@ def test_segment_an_upload(local: Local, model: Sam) -> None:
 
 def test_a_box_may_reach_over_the_edges(local: Local) -> None:
     """As in Python, and with the same answer; a point of a box is one too."""
-    for box in ([-0.5, -3, 10, 61], [80, 5, 1e6, 5], [200, 200, 300, 300]):
+    for box in ([-0.5, -3, 10, 61], [80, 5, 1e6, 5], [90, 60, 300, 300], [-9, -9, 0, 0]):
         status, answer, _ = local.post("/v1/segment", PNG, prompts=[{"box": box}])
         assert status == 200
         (expected,) = local.engine.segment(IMAGE, [Prompt(box=box)]).result(SECONDS)
@@ -215,6 +215,11 @@ def test_the_page_needs_nothing_from_elsewhere(local: Local) -> None:
         ({"prompts": '[{"points": [[1, 1e999]]}]'}, 422, "invalid_request"),
         ({"prompts": "[" * 100_000}, 422, "invalid_request"),
         ({"prompts": [{"points": [[91, 1]]}]}, 422, "out_of_image"),
+        ({"prompts": [{"points": [[1, 61]]}]}, 422, "out_of_image"),
+        ({"prompts": [{"box": [91, 0, 200, 60]}]}, 422, "out_of_image"),
+        ({"prompts": [{"box": [0, 61, 90, 61]}]}, 422, "out_of_image"),
+        ({"prompts": [{"box": [-9, 0, -1, 60]}]}, 422, "out_of_image"),
+        ({"prompts": [{"points": [[1, 1]], "box": [0, -9, 90, -0.5]}]}, 422, "out_of_image"),
         ({"prompts": [{"box": [10, 0, 9, 61]}]}, 422, "invalid_request"),
         ({"prompts": [{"box": [0, 61, 10, 60]}]}, 422, "invalid_request"),
         ({"prompts": [{"box": [0, 0, 10, 1e31]}]}, 422, "invalid_request"),
@@ -233,6 +238,9 @@ def test_errors_say_where_and_echo_nothing(local: Local) -> None:
     assert answer["error"]["where"] == ["prompts", 1, "box", 2]
     _, answer, _ = local.post("/v1/segment", PNG, prompts=[*CLICK, {"box": [9, 2, 8, 4]}])
     assert answer["error"]["where"] == ["prompts", 1, "box"]
+    _, answer, _ = local.post("/v1/segment", PNG, prompts=[*CLICK, {"box": [91, 2, 95, 4]}])
+    assert answer["error"]["where"] == ["prompts", 1, "box"]
+    assert answer["error"]["message"] == "A point or a whole box lies outside the image."
     _, answer, _ = local.post("/v1/segment", PNG, prompts=CLICK, secret=1)
     assert answer["error"]["where"] == ["?"]
     assert "secret" not in json.dumps(answer)

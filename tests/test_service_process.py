@@ -110,9 +110,9 @@ def test_client(server: Server, nano: sam.Sam, photo: np.ndarray, tmp_path: Path
         assert answer.masks.shape == (1, *photo.shape[:2])
         records = client.automatic(image, points_per_side=2, pred_iou_thresh=0.0, stability_score_thresh=0.0)
         assert all(record["segmentation"].sum() == record["area"] for record in records)
-        with pytest.raises(ServiceError, match=r"out_of_image \(422\)") as refused:
+        with pytest.raises(ServiceError, match=r"out_of_image \(422\): .* At prompts.0.points.0\.") as refused:
             client.segment(image, [{"points": [[9999, 1]]}])
-        assert refused.value.code == "out_of_image"
+        assert (refused.value.code, refused.value.where) == ("out_of_image", ("prompts", 0, "points", 0))
     with Client(server.url, "wrong-token") as stranger, pytest.raises(ServiceError, match="unauthorized"):
         stranger.embed(path)
     assert not Client("http://127.0.0.1:1").ready()
@@ -132,18 +132,21 @@ def readme(photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_curl_lines_of_the_readme(server: Server, readme: str) -> None:
-    """Each in turn, with this server's address and token; ``EMBEDDING`` is what the first one answered."""
+    """Each in turn, with this server's address and token; ``EMBEDDING`` is what the one that embeds answered."""
     lines = re.findall(r"^curl (?:.*\\\n)*.*$", readme, re.MULTILINE)
-    assert len(lines) >= 4
+    assert len(lines) >= 5
     embedding = ""
     for line in lines:
         command = line.replace("http://127.0.0.1:8000", server.url).replace("EMBEDDING", embedding)
-        command = command.replace("curl ", f"curl --fail-with-body -sS -H 'Authorization: Bearer {TOKEN}' ", 1)
+        strictly = "" if "--fail" in line else "--fail-with-body "
+        command = command.replace("curl ", f"curl {strictly}-sS -H 'Authorization: Bearer {TOKEN}' ", 1)
         done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=SECONDS)
         assert done.returncode == 0, (command, done.stdout, done.stderr)
-        if not embedding:
+        if line.endswith("/v1/embed"):
             embedding = json.loads(done.stdout)["embedding"]
     assert Image.open("mask.png").size == (451, 300)
+    (to_file,) = (line for line in lines if "-o mask.png" in line)
+    assert "--fail " in to_file
 
 
 def test_client_lines_of_the_readme(server: Server, readme: str) -> None:

@@ -237,6 +237,10 @@ def _check_inside(prompt: PromptRequest, size: tuple[int, int], index: int) -> N
     for place, (x, y) in enumerate(prompt.points or ()):
         if x > width or y > height:
             raise ApiError("out_of_image", ["prompts", index, "points", place])
+    if prompt.box is not None:
+        x0, y0, x1, y1 = prompt.box
+        if x0 > width or y0 > height or x1 < 0 or y1 < 0:
+            raise ApiError("out_of_image", ["prompts", index, "box"])
 
 
 async def _embed(service: Service, asked: EmbedRequest, subject: _Subject, request_id: str) -> Response:

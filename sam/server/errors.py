@@ -29,7 +29,7 @@ KINDS: dict[str, _Kind] = {
     "unsupported_image": _Kind(415, "The image must be JPEG, PNG or WebP with 8 bits a channel."),
     "bad_image": _Kind(422, "The image is damaged, too long and thin, or of too many pieces."),
     "invalid_request": _Kind(422, "A value of the request is missing or not allowed."),
-    "out_of_image": _Kind(422, "A point lies outside the image."),
+    "out_of_image": _Kind(422, "A point or a whole box lies outside the image."),
     "output_too_large": _Kind(422, "The masks have too many pixels for this output; ask for rle."),
     "internal": _Kind(500, "The server made a mistake."),
     "queue_full": _Kind(503, "The server is busy; try again later."),

@@ -10,9 +10,10 @@ from .errors import KINDS
 from .schemas import AutomaticRequest, EmbedRequest, SegmentRequest
 
 DESCRIPTION = """Masks for clicks and boxes on images. Send an image once, as multipart part `image` (JPEG, PNG or
-WebP); later prompts name its `embedding`. A box to ask with is x0, y0, x1, y1, may reach over the image's edges, and
-has x0 <= x1 and y0 <= y1. The `bbox` of a mask is COCO's: x, y, width and height in whole pixels, zeros if it is empty.
-Errors have a fixed `code` and a `request_id`."""
+WebP); later prompts name its `embedding`. Points lie in the image, edges included. A box to ask with is x0, y0, x1, y1
+with x0 <= x1 and y0 <= y1; it may reach over the image's edges, but must meet the image. The `bbox` of a mask is
+COCO's: x, y, width and height in whole pixels, zeros if it is empty. Errors have a fixed `code` and a
+`request_id`."""
 
 _ID = "0123456789abcdef0123456789abcdef"
 _RLE = {"size": [300, 451], "counts": "Xo:1Pb22N1O1O1O"}

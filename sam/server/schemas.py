@@ -53,12 +53,13 @@ class MaskReference(_Strict):
 class PromptRequest(_Strict):
     """One question about the image; any combination of points, a box and a mask."""
 
-    points: Points | None = Field(None, description="clicks as [x, y] in pixels of the image")
+    points: Points | None = Field(None, description="clicks as [x, y] in pixels, inside the image")
     labels: Labels | None = Field(
         None, description="1 for a click on the object, 0 for one on the background; default: all 1"
     )
     box: Box | None = Field(
-        None, description="x0, y0, x1, y1 in pixels of the image, x0 <= x1, y0 <= y1; it may reach over the edges"
+        None,
+        description="x0, y0, x1, y1 in pixels, x0 <= x1, y0 <= y1; may reach over the edges, but must meet the image",
     )
     mask_input: MaskReference | None = None
 
