@@ -11,6 +11,7 @@ import torch
 
 from .checkpoint import read_checkpoint
 from .config import SamConfig, variant_config
+from .hardware import usable_device
 from .modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer  # noqa: F401
 from .modeling.build import build_empty, build_from_config
 
@@ -42,11 +43,11 @@ def load_model(
         cuda_graphs: the decoder, and the encoder of one image, as CUDA graphs without compiling anything.
 
     Raises:
-        TypeError: a ``dtype`` that is none of torch's.
+        TypeError: an argument of another type.
         FileNotFoundError: no such file.
         CheckpointError: unreadable, foreign, or weights that do not fit, the keys listed.
-        ValueError: an unknown variant or ``kernels``; a variant without a checkpoint, other than ``nano``; or
-            ``cuda_graphs`` on another device.
+        ValueError: an unknown variant or ``kernels``; a variant without a checkpoint, other than ``nano``; a device
+            that torch cannot use here; or ``cuda_graphs`` on another device than a CUDA one.
     """
     if variant is not None:
         variant_config(variant)
@@ -54,9 +55,8 @@ def load_model(
         if variant not in (None, "nano"):
             raise ValueError(f"only nano is embedded; {variant} needs checkpoint=, a file of its weights")
         checkpoint = NANO_CHECKPOINT
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if cuda_graphs and torch.device(device).type != "cuda":
+    device = usable_device(device)
+    if cuda_graphs and device.type != "cuda":
         raise ValueError(f"cuda_graphs needs a CUDA device, got {device}")
     dtype = torch.float32 if dtype is None else dtype
     if not isinstance(dtype, torch.dtype):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 
@@ -9,6 +11,12 @@ def require(name: str, value: Any, kinds: type | tuple[type, ...], wanted: str) 
     """Raise ``TypeError`` saying what ``name`` must be, unless ``value`` is of one of ``kinds``."""
     if not isinstance(value, kinds):
         raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+
+
+def path_of(name: str, value: Any) -> Path:
+    """Return ``value`` as a path, or raise ``TypeError`` saying that ``name`` must be one."""
+    require(name, value, (str, os.PathLike), "a path, a str or os.PathLike")
+    return Path(value)
 
 
 def require_model(model: Any) -> None:

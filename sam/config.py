@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from .checks import require
+
 # What the whole numbers of a SamConfig may be, far above vit_h's: files hold them, and a model is built of them.
 _COUNTS, SIZES = range(1, 257), range(1, 2**16 + 1)
 _WHOLE_NUMBERS = {
@@ -35,7 +37,8 @@ class SamConfig:
 
     The sizes are those of the paper's figure: a ViT image encoder whose blocks attend inside windows
     except for ``global_attn_indexes``, a prompt encoder and a two-way mask decoder of ``prompt_embed_dim``
-    channels. Lengths are in pixels of the padded square input unless said otherwise.
+    channels. Lengths are in pixels of the padded square input unless said otherwise. Ratios and pixel statistics
+    become floats, and block indexes ascend, in whatever way they are given.
 
     Raises:
         ValueError: a number of another type, out of bounds, or at odds with another.
@@ -84,6 +87,11 @@ class SamConfig:
         outside = [i for i in self.global_attn_indexes if not _is_whole(i, blocks)]
         if outside:
             raise ValueError(f"global_attn_indexes {outside} lie outside 0..{self.encoder_depth - 1}")
+        # One spelling each, so that configs of one model are equal.
+        object.__setattr__(self, "global_attn_indexes", tuple(sorted(set(self.global_attn_indexes))))
+        object.__setattr__(self, "mlp_ratio", float(self.mlp_ratio))
+        for name in ("pixel_mean", "pixel_std"):
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
 
     def _check_each(self) -> None:
         if not isinstance(self.variant, str):
@@ -166,8 +174,10 @@ def variant_config(variant: str) -> SamConfig:
     """The table's entry for ``variant``.
 
     Raises:
+        TypeError: a ``variant`` that is no name.
         ValueError: no such variant; the message lists those there are.
     """
+    require("variant", variant, str, f"one of {', '.join(VARIANTS)}")
     try:
         return VARIANTS[variant]
     except KeyError:

@@ -2,7 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+
+def usable_device(device: Any = None) -> torch.device:
+    """Return ``device`` as a ``torch.device`` that tensors can be put on.
+
+    None takes the CUDA device if there is one, else the CPU.
+
+    Raises:
+        TypeError: neither a name, an index nor a device.
+        ValueError: torch has no such device, here or at all.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(device, (str, int, torch.device)) or isinstance(device, bool):
+        raise TypeError(f"device must be a torch.device or its name like 'cuda:0', got {device!r}")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(f"torch cannot use device {str(device)!r} here: {reason}") from None
+    return found
 
 
 def multiplies_bf16_fast(device: torch.device) -> bool:

@@ -6,6 +6,7 @@ import io
 import os
 import struct
 from collections.abc import Callable
+from numbers import Real
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +18,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from .channel_depth import bits_per_channel
+from .checks import path_of, require
 from .image_structure import DamagedImageError, ImageStructure, UnsupportedImageError, walk
 
 MAX_MEGAPIXELS = 50.0
@@ -62,12 +64,15 @@ def read_image(path: str | os.PathLike[str], max_megapixels: float | None = MAX_
     or pages the first is read. An orientation in XMP is not followed: browsers and OpenCV do not either.
 
     Raises:
+        TypeError: no path, or a limit that is no number.
         FileNotFoundError: no such file.
         OSError: it cannot be read.
         ValueError: not an image in one of these formats, a damaged one, more than 8 bits per channel, or more pixels
             than ``max_megapixels`` (None lifts that). The limit is checked before anything is decoded.
     """
-    path = Path(path)
+    path = path_of("the image file", path)
+    if max_megapixels is not None:
+        require("max_megapixels", max_megapixels, Real, "a number, or None for no limit")
     if not path.is_file():
         raise FileNotFoundError(f"no such image: {path}")
     max_pixels = None if max_megapixels is None else max_megapixels * 1e6

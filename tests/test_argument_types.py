@@ -13,7 +13,9 @@ from PIL import Image
 
 import sam
 from sam import InteractiveSession, Prompt, Sam, SamAutomaticMaskGenerator, SamPredictor
+from sam.checkpoint import write_checkpoint
 from sam.engine import Engine
+from sam.images import read_image
 from sam.utils import amg
 from sam.utils.transforms import ResizeLongestSide
 
@@ -325,6 +327,90 @@ EDGES: dict[str, tuple[Edge, Any, str]] = {
         r"image 0: the image must be a numpy array \[H, W, 3\] of uint8, or a file, got int",
     ),
 }
+
+
+EDGES |= {
+    "no model to save": (
+        lambda model, x: sam.save_checkpoint(x, "w.pth"),
+        None,
+        "the model must be a sam.Sam, or a module around one, got NoneType",
+    ),
+    "a state dict to save": (
+        lambda model, x: sam.save_checkpoint(x, "w.pth"),
+        {"a": TENSOR},
+        "must be a sam.Sam, or a module around one, got dict; sam.checkpoint.write_checkpoint takes a state dict",
+    ),
+    "another module to save": (
+        lambda model, x: sam.save_checkpoint(x, "w.pth"),
+        torch.nn.ReLU(),
+        "must be a sam.Sam, .*got ReLU$",
+    ),
+    "a path to save to": (
+        lambda model, x: sam.save_checkpoint(model, x),
+        3,
+        "path must be a path, a str or os.PathLike, got int",
+    ),
+    "metadata": (
+        lambda model, x: sam.save_checkpoint(model, "w.safetensors", metadata=x),
+        5,
+        "metadata must be a mapping of strings to strings, got int",
+    ),
+    "metadata that is false": (
+        lambda model, x: sam.save_checkpoint(model, "w.safetensors", metadata=x),
+        0,
+        "metadata must be a mapping of strings to strings, got int",
+    ),
+    "weights to write": (
+        lambda model, x: write_checkpoint(x, TINY, "w.pth"),
+        [TENSOR],
+        "state_dict must be a mapping of names to tensors, got list",
+    ),
+    "the config to write": (
+        lambda model, x: write_checkpoint(model.state_dict(), x, "w.pth"),
+        "tiny",
+        "config must be a sam.SamConfig, got str",
+    ),
+    "a checkpoint": (lambda model, x: sam.load_model(x), 123, "checkpoint must be a path, .*got int"),
+    "a checkpoint of the registry": (
+        lambda model, x: sam.sam_model_registry["vit_b"](checkpoint=x),
+        {"a": TENSOR},
+        "checkpoint must be a path, a str or os.PathLike, got dict",
+    ),
+    "a variant": (
+        lambda model, x: sam.load_model(variant=x),
+        ["vit_b"],
+        "variant must be one of vit_b, vit_l, vit_h, nano, got list",
+    ),
+    "a device": (
+        lambda model, x: sam.load_model(device=x),
+        3.5,
+        r"device must be a torch.device or its name like 'cuda:0', got 3\.5",
+    ),
+    "a device that is true": (lambda model, x: sam.load_model(device=x), True, "device must be .*got True"),
+    "a file of an image": (lambda model, x: read_image(x), None, "image file must be a path, .*got NoneType"),
+    "a limit of pixels": (
+        lambda model, x: read_image("a.png", x),
+        "5",
+        "max_megapixels must be a number, or None for no limit, got str",
+    ),
+}
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:9999", "cuda:x", "", 9999])
+def test_a_device_that_torch_cannot_use(device: Any) -> None:
+    with pytest.raises(ValueError, match=rf"torch cannot use device '{device}' here: \w"):
+        sam.load_model(device=device)
+
+
+def test_no_device_of_this_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch says it on a machine without one."""
+
+    def none_here(*_: Any, **__: Any) -> None:
+        raise AssertionError("Torch not compiled with CUDA enabled\nand more")
+
+    monkeypatch.setattr(torch, "empty", none_here)
+    with pytest.raises(ValueError, match=r"torch cannot use device 'cuda' here: Torch not compiled with CUDA enabled$"):
+        sam.load_model(device="cuda")
 
 
 @pytest.mark.parametrize("name", EDGES)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from models import TINY, random_model
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrizations, prune
+from torch.optim.swa_utils import AveragedModel
 
 import sam
 from sam import CheckpointError, Sam
@@ -138,6 +139,24 @@ WRAPPED: dict[str, Callable[[State], Any]] = {
         ("a." if name.startswith("image_encoder.") else "b.c.") + name: tensor for name, tensor in state.items()
     },
     "one mapping under two names": lambda state: {"model": state, "best": state},
+    **{
+        name: lambda state, beside=beside, prefix=prefix: prefixed(state, prefix) | beside  # type: ignore[misc]
+        for name, prefix, beside in (
+            ("AveragedModel", "module.", {"n_averaged": torch.tensor(3)}),
+            ("AveragedModel without its prefix", "", {"n_averaged": torch.tensor(3)}),
+            ("ema-pytorch", "ema_model.", {"initted": torch.tensor(True), "step": torch.tensor(9)}),
+            ("ema-pytorch, older", "ema_model.", {"initted": torch.ones(1), "step": torch.zeros(1)}),
+            ("a metric beside the model", "model.", {"iou.count": torch.tensor(3), "iou.sums": torch.zeros(2, 5)}),
+            ("a histogram beside the model", "model.", {"levels": torch.zeros(8, dtype=torch.int64), "epoch": 3}),
+            ("a sparse target beside the model", "model.", {"target": torch.zeros(3).to_sparse()}),
+        )
+    },
+    "AveragedModel in a container": lambda state: {
+        "model": {"n_averaged": torch.tensor(3), **prefixed(state, "module.model.")}
+    },
+    "lightning with a metric": lambda state: {
+        "state_dict": {"val_iou.total": torch.tensor(7), **prefixed(state, "model._orig_mod.")}
+    },
     "an average that equals the model": lambda state: {
         "model": state,
         "ema": {name: tensor.clone() for name, tensor in state.items()},
@@ -262,6 +281,58 @@ def test_keys_of_parametrisations_are_refused_by_name(tiny: Sam, kind: str) -> N
     }[kind](layer)
     with pytest.raises(CheckpointError, match=r"keys of a parametrisation, .*image_encoder.blocks.1.mlp.lin1\."):
         find_weights(tiny.state_dict())
+
+
+AVERAGED = ("image_encoder", "mask_decoder.transformer", "image_encoder.blocks.1.mlp")
+
+
+@pytest.mark.parametrize("part", AVERAGED)
+def test_a_part_that_is_averaged(tiny: Sam, tmp_path: Path, part: str) -> None:
+    """Its counter is passed over in files and is no part of what is saved, nor of the hash."""
+    plain, state = tiny.model_hash, {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    parent, _, name = part.rpartition(".")
+    setattr(tiny.get_submodule(parent), name, AveragedModel(tiny.get_submodule(part)))
+    assert f"{part}.n_averaged" in tiny.state_dict()
+    sam.save_checkpoint(tiny, tmp_path / "w.safetensors")
+    assert_same_weights(read_checkpoint(tmp_path / "w.safetensors").state_dict, state)
+    tiny.weights_changed()
+    assert tiny.model_hash == plain
+
+
+def test_an_averaged_model_in_a_file(tmp_path: Path, nano: Sam) -> None:
+    averaged = AveragedModel(nano)
+    averaged.update_parameters(nano)
+    for name, stored in (("a", averaged.state_dict()), ("b", {"model": averaged.state_dict(), "epoch": 3})):
+        torch.save(stored, tmp_path / f"{name}.pth")
+        assert sam.load_model(tmp_path / f"{name}.pth", device="cpu").model_hash == nano.model_hash
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("image_encoder.steps", torch.tensor(3), "no dense floating-point values: image_encoder.steps "),
+        ("image_encoder.blocks.0.steps", torch.tensor(3), "no dense floating-point values: image_encoder.blocks.0."),
+        ("image_encoder.blocks.steps", torch.tensor(3), "no dense floating-point values: image_encoder.blocks.steps "),
+        (
+            "model.image_encoder.steps",
+            torch.zeros(3, dtype=torch.int64),
+            "no dense floating-point values: model.image_enc",
+        ),
+        ("table", torch.zeros(3, dtype=torch.int64), r"no dense floating-point values: table \(torch.int64\)$"),
+    ],
+)
+def test_integers_among_the_weights_are_refused(tiny: Sam, key: str, value: torch.Tensor, says: str) -> None:
+    prefix = "model." if key.startswith("model.") else ""
+    with pytest.raises(CheckpointError, match=f"keys that hold {says}"):
+        find_weights(prefixed(tiny.state_dict(), prefix) | {key: value})
+
+
+def test_what_a_wrapper_computes_with_is_unexpected(tiny: Sam) -> None:
+    """Beside what it wraps, floating-point numbers take part in the result."""
+    start = "mask_decoder.iou_prediction_head."
+    state, layout = find_weights(within(tiny.state_dict(), start, "inner") | {f"{start}gain": torch.zeros(())})
+    with pytest.raises(CheckpointError, match=f"unexpected keys: {start}gain$"):
+        official_state(state, layout, TINY)
 
 
 def test_a_module_beside_the_model_is_unexpected(tiny: Sam) -> None:

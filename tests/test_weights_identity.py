@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
 from collections.abc import Callable
@@ -70,6 +71,74 @@ def test_a_module_of_a_users_own_changes_the_hash(tiny: Sam) -> None:
     """What it computes is not known."""
     plain = tiny.model_hash
     tiny.image_encoder.neck = torch.nn.Sequential(tiny.image_encoder.neck)
+    tiny.weights_changed()
+    assert tiny.model_hash not in (plain, None)
+
+
+SPELLINGS: dict[str, dict[str, Any]] = {
+    "another name": {"variant": "tuned"},
+    "a whole ratio": {"mlp_ratio": 4},
+    "a list": {"global_attn_indexes": [1]},
+    "an index twice": {"global_attn_indexes": (1, 1)},
+    "whole means": {"pixel_mean": [123.675, 116.28, 103.53]},
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_spelling_of_a_config_changes_no_hash(tiny: Sam, spelling: str) -> None:
+    config = dataclasses.replace(TINY, **SPELLINGS[spelling])
+    other = sam.build_from_config(config)
+    other.load_state_dict(tiny.state_dict())
+    assert other.model_hash == tiny.model_hash
+    assert other.predict(tiny.encode(random_image(90, 128)), PROMPTS[:1]).masks.shape == (1, 3, 90, 128)
+    assert dataclasses.replace(config, variant="custom") == TINY
+    assert sam.SamConfig.from_json(config.to_json()) == config
+
+
+def test_configs_of_one_model_are_equal() -> None:
+    ascending, descending = (sam.SamConfig("custom", 64, 6, 2, some) for some in ((2, 5), [5, 2]))
+    assert ascending == descending
+    assert ascending.to_json() == descending.to_json()
+    whole = sam.SamConfig("custom", 64, 6, 2, (2,), mlp_ratio=4, pixel_mean=(1, 2, 3), pixel_std=(1, 1, 1))
+    assert whole.to_json() == sam.SamConfig.from_json(whole.to_json()).to_json()
+    assert [type(value) for value in (whole.mlp_ratio, *whole.pixel_mean, *whole.pixel_std)] == [float] * 7
+
+
+def test_a_model_put_together_by_hand_has_the_same_hash(tiny: Sam) -> None:
+    by_hand = Sam(tiny.image_encoder, tiny.prompt_encoder, tiny.mask_decoder).eval()
+    assert by_hand.model_hash == tiny.model_hash
+    loaded = pickle.loads(pickle.dumps(tiny))
+    loaded.config = None
+    assert loaded.model_hash == tiny.model_hash
+    assert Sam(*tiny.children(), pixel_mean=(0, 0, 0)).eval().model_hash != tiny.model_hash
+
+
+def gained(module: torch.nn.Module) -> torch.nn.Module:
+    wrapper = torch.nn.DataParallel(module)
+    wrapper.register_buffer("gain", torch.ones(()))
+    return wrapper
+
+
+CHANGES: dict[str, Callable[[Sam], Any]] = {
+    "a window": lambda m: setattr(m.image_encoder.blocks[0], "window_size", 4),
+    "heads of the encoder": lambda m: setattr(m.image_encoder.blocks[0].attn, "num_heads", 4),
+    "a scale": lambda m: setattr(m.image_encoder.blocks[0].attn, "scale", 1.0),
+    "heads of the decoder": lambda m: setattr(m.mask_decoder.transformer.layers[0].self_attn, "num_heads", 2),
+    "an epsilon": lambda m: setattr(m.image_encoder.blocks[0].norm1, "eps", 1e-3),
+    "an epsilon of the neck": lambda m: setattr(m.image_encoder.neck[1], "eps", 1e-3),
+    "an activation": lambda m: setattr(m.image_encoder.blocks[0].mlp, "act", torch.nn.ReLU()),
+    "a kind of GELU": lambda m: setattr(m.image_encoder.blocks[0].mlp.act, "approximate", "tanh"),
+    "positions of the first layer": lambda m: setattr(m.mask_decoder.transformer.layers[0], "skip_first_layer_pe", 0),
+    "a sigmoid": lambda m: setattr(m.mask_decoder.iou_prediction_head, "sigmoid_output", True),
+    "the size of the input": lambda m: setattr(m.prompt_encoder, "input_image_size", (64, 64)),
+    "what a wrapper computes with": lambda m: setattr(m.image_encoder, "neck", gained(m.image_encoder.neck)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_results_changes_the_hash(tiny: Sam, change: str) -> None:
+    plain = tiny.model_hash
+    CHANGES[change](tiny)
     tiny.weights_changed()
     assert tiny.model_hash not in (plain, None)
 

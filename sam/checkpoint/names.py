@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config import VARIANTS, SamConfig
 from ..modeling.build import build_empty
-from ..modeling.common import is_plain
+from ..modeling.common import is_counter, is_plain
 from .errors import CheckpointError, listing
 from .layouts import LAYOUTS, Layout, transformers_names
 
@@ -107,7 +107,10 @@ def expected_shapes(config: SamConfig) -> dict[str, torch.Size]:
 def find_weights(stored: Any) -> tuple[dict[str, Tensor], Layout]:
     """Find the one model in what a file holds; its tensors under the names of their layout.
 
-    Tensors that stand beside the model's keep their keys, so that they are missed nowhere.
+    What stands among the model's tensors, or beside its parts under the same prefix, keeps its key, so that whoever
+    compares names calls it unexpected. Passed over are what has another prefix than the model, as metrics of a
+    training program have, and counters that no part of the model holds: those of moving averages, of the whole or
+    of a part.
 
     Raises:
         CheckpointError: no SAM, a relative, two models that differ, an adapter, or keys that hold no weights.
@@ -124,11 +127,17 @@ def find_weights(stored: Any) -> tuple[dict[str, Tensor], Layout]:
 
     places = {path: place for path, key in tensors.items() if (place := names.locate(key))}
     containers = {path[:-1] for path in places}
-    prefixes = {place.prefix for place in places.values()}
+    located = [tensors[path] for path in places]
+    prefixes = tuple({place.prefix for place in places.values()})
 
     def belongs(path: tuple[str, ...]) -> bool:
-        parts = names.split(".".join(path))
-        return path[:-1] in containers or (parts is not None and parts[0] in prefixes)
+        key, value = ".".join(path), leaves[path]
+        if isinstance(value, Tensor) and is_counter(value) and _is_outside(key, located, names):
+            return False
+        parts = names.split(key)
+        if parts is None:
+            return path[:-1] in containers and key.startswith(prefixes)
+        return path[:-1] in containers or parts[0] in prefixes
 
     others = {path: value for path, value in leaves.items() if path not in places and belongs(path)}
     no_tensors = [".".join(path) for path, value in others.items() if not isinstance(value, Tensor)]
@@ -186,6 +195,15 @@ def _refuse_added(keys: Iterable[str], names: _Names) -> None:
                 found.append(key)
         if found:
             raise CheckpointError(f"keys of {kind}: {listing(found)}")
+
+
+def _is_outside(key: str, located: Iterable[str], names: _Names) -> bool:
+    """Tell whether ``key`` is beside the model's parts, or beside a module that wraps one of them or a piece of it."""
+    if names.split(key) is None:
+        return True
+    beside = key.rpartition(".")[0] + "."
+    following = {name[len(beside) :].split(".", 1)[0] for name in located if name.startswith(beside)}
+    return bool(following) and not any(segment in names.segments or segment.isdecimal() for segment in following)
 
 
 def _flaw(tensor: Tensor) -> str | None:

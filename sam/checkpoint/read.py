@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..checks import path_of
 from ..config import SamConfig, variant_config
 from .errors import CheckpointError, listing
 from .layouts import Layout, config_from_transformers, infer_config, transformers_names
@@ -58,10 +59,11 @@ def read_checkpoint(
         config: what the weights are, where they are of no known variant; None infers it.
 
     Raises:
+        TypeError: no path.
         FileNotFoundError: no such file.
         CheckpointError: unreadable, foreign, or keys that do not match, which are listed.
     """
-    path = Path(path)
+    path = path_of("checkpoint", path)
     if not path.exists():
         raise FileNotFoundError(f"no such checkpoint: {path}")
     try:

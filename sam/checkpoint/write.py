@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..checks import path_of, require
 from ..config import SamConfig
 from ..files import write_atomically
 from ..modeling import Sam
@@ -38,9 +39,11 @@ def save_checkpoint(
         TypeError: no :class:`sam.Sam`, nor a module around one.
         ValueError: as there; or a model built by hand, without a config.
     """
-    inner = next((module for module in model.modules() if isinstance(module, Sam)), None)
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    inner = next((module for module in modules if isinstance(module, Sam)), None)
     if inner is None:
-        raise TypeError(f"the model must be a sam.Sam, or a module around one, got {type(model).__name__}")
+        hint = "; sam.checkpoint.write_checkpoint takes a state dict" if isinstance(model, Mapping) else ""
+        raise TypeError(f"the model must be a sam.Sam, or a module around one, got {type(model).__name__}{hint}")
     if inner.config is None:
         raise ValueError("the model has no config; build it with sam.build_from_config or load it from a file")
     write_checkpoint(inner.state_dict(), inner.config, path, layout, dtype, metadata)
@@ -65,12 +68,14 @@ def write_checkpoint(
         metadata: further entries for safetensors.
 
     Raises:
-        TypeError: a ``dtype`` or ``metadata`` of another type.
+        TypeError: an argument of another type.
         ValueError: an unknown layout or suffix, or a folder for the official layout; keys that are not those of a
             plain model or hold no plain floating-point tensors, which are listed; a model that the kind of file has
             no place to describe.
     """
-    path = Path(path)
+    require("state_dict", state_dict, Mapping, "a mapping of names to tensors")
+    require("config", config, SamConfig, "a sam.SamConfig")
+    path = path_of("path", path)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     folder = layout == "transformers" and (path.is_dir() or not path.suffix)
@@ -112,6 +117,8 @@ def _check_options(dtype: torch.dtype | None, metadata: Mapping[str, str] | None
         raise TypeError(f"dtype must be a torch.dtype like torch.float16, got {dtype!r}")
     if dtype is not None and not is_weight_dtype(dtype):
         raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+    if metadata is not None:
+        require("metadata", metadata, Mapping, "a mapping of strings to strings")
     for name, value in (metadata or {}).items():
         if not isinstance(name, str) or not isinstance(value, str):
             raise TypeError(f"metadata must map strings to strings, got {name!r}: {value!r}")

@@ -43,23 +43,11 @@ def model_from(args: argparse.Namespace) -> Sam:
     return load_model(
         args.checkpoint,
         args.variant,
-        _device(args.device),
+        args.device,
         DTYPES[args.dtype],
         args.kernels,
         image_size=args.image_size,
     )
-
-
-def _device(name: str | None) -> torch.device | None:
-    if name is None:
-        return None
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"no such device: {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} asked for, but torch sees no CUDA device")
-    return device
 
 
 class Steps:

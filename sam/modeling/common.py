@@ -42,6 +42,8 @@ class MLPBlock(nn.Module):
 class LayerNorm2d(nn.Module):
     """Layer normalisation over the channels of [B, C, H, W], biased variance, in at least fp32."""
 
+    __constants__ = ("eps",)
+
     def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(num_channels))
@@ -89,6 +91,11 @@ def has_bytes(value: Any) -> bool:
         and not value.is_quantized
         and not value.is_meta
     )
+
+
+def is_counter(tensor: Tensor) -> bool:
+    """Tell whether ``tensor`` is one integer: a count that a wrapper keeps beside weights, as averages of them do."""
+    return tensor.ndim == 0 and not tensor.is_floating_point() and not tensor.is_complex()
 
 
 def is_ours(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -27,6 +27,8 @@ class ImageEncoderViT(nn.Module):
     Without absolute positions it takes [B, 3, H, W] of any size: relative positions are resized to the grid.
     """
 
+    __constants__ = ("img_size",)
+
     def __init__(
         self,
         img_size: int = 1024,
@@ -103,6 +105,8 @@ class ImageEncoderViT(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block on [B, H, W, dim]; attends in windows unless ``window_size`` is 0."""
 
+    __constants__ = ("window_size",)
+
     def __init__(
         self,
         dim: int,
@@ -163,6 +167,8 @@ class Block(nn.Module):
 
 class Attention(nn.Module):
     """Multi-head self-attention over all of [B, H, W, dim], with decomposed relative position."""
+
+    __constants__ = ("num_heads", "scale", "use_rel_pos")
 
     def __init__(
         self,

@@ -49,6 +49,8 @@ class AnsweredPrompts:
 class MaskDecoder(DerivedWeights):
     """Predicts ``num_multimask_outputs`` masks for ambiguous prompts and one for unambiguous ones."""
 
+    __constants__ = ("num_multimask_outputs", "num_mask_tokens")
+
     def __init__(
         self,
         *,
@@ -329,6 +331,8 @@ def _tokens_of(x: Tensor) -> Tensor:
 
 class MLP(nn.Module):
     """``num_layers`` linears with ReLU between them: [..., input_dim] -> [..., output_dim]."""
+
+    __constants__ = ("num_layers", "sigmoid_output")
 
     def __init__(
         self,

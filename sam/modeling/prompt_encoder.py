@@ -31,6 +31,8 @@ _POINT_LABELS = (LABEL_PADDING, LABEL_BACKGROUND, LABEL_FOREGROUND)
 class PromptEncoder(DerivedWeights):
     """Embeds prompts given in pixels of the padded square input."""
 
+    __constants__ = ("embed_dim", "input_image_size", "image_embedding_size", "mask_input_size")
+
     def __init__(
         self,
         embed_dim: int,

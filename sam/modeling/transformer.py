@@ -59,6 +59,8 @@ def _unusual(**options: Any) -> dict[str, Any]:
 class Attention(nn.Module):
     """Multi-head attention whose inner width is ``embedding_dim / downsample_rate``."""
 
+    __constants__ = ("internal_dim", "num_heads")
+
     def __init__(self, embedding_dim: int, num_heads: int, downsample_rate: int = 1) -> None:
         super().__init__()
         self.embedding_dim = embedding_dim
@@ -148,6 +150,8 @@ class Attention(nn.Module):
 
 class TwoWayAttentionBlock(nn.Module):
     """Self-attention of tokens, tokens to image, MLP on tokens, image to tokens; a norm after each."""
+
+    __constants__ = ("skip_first_layer_pe",)
 
     def __init__(
         self,
