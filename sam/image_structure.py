@@ -94,6 +94,8 @@ class _Source:
         self.size = file.seek(0, os.SEEK_END)
 
     def read(self, start: int, size: int) -> bytes:
+        if size < 0:  # to a file that would mean all of it
+            raise DamagedImageError(f"has a piece of {size} bytes at byte {start}")
         self._file.seek(start)
         return self._file.read(size)
 
@@ -131,18 +133,21 @@ def _walk_jpeg(source: _Source) -> ImageStructure:
         if marker in _FRAMES:
             if size is not None:
                 raise DamagedImageError("has two frames in one picture")
-            size = _frame_size(source.read(start, 8), marker)
+            size = _frame_size(source.read(start, min(8, stop - start)), marker)
         elif marker == _SCAN:
             if size is None:
                 raise DamagedImageError("has a scan before its frame")
+            if stop - start < 3:
+                raise DamagedImageError(f"has a scan whose header is {stop - start} bytes long")
             passes += source.read_whole(start + 2, 1)[0]
             if passes > MAX_JPEG_PASSES:
                 raise DamagedImageError(f"has scans of more than {MAX_JPEG_PASSES} components in all")
             place = source.find(_MARKER_IN_SCAN, stop)
             pieces += [b"\xff\xda", range(start, source.size if place is None else place)]
             continue
-        elif marker == _EXIF_SEGMENT and not exif and source.read(start + 2, 6) == b"Exif\0\0":
-            exif = source.read(start + 8, stop - start - 8)
+        elif marker == _EXIF_SEGMENT and not exif:
+            head, _, body = source.read(start + 2, stop - start - 2).partition(b"\0\0")
+            exif = body if head == b"Exif" else b""
         if marker in _KEPT_SEGMENTS:
             pieces += [bytes([0xFF, marker]), range(start, stop)]
         place = source.find(_MARKER, stop)

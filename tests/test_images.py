@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import struct
 import types
 import warnings
@@ -385,6 +386,68 @@ def test_many_pieces_are_refused_after_few_of_them() -> None:
         with pytest.raises(DamagedImageError, match=message):
             walk(file)
         assert file.count < 2**21
+
+
+@pytest.mark.parametrize("length", range(2, 9))
+def test_exif_lies_within_its_segment(tmp_path: Path, length: int) -> None:
+    """A segment that says it is shorter than its name: what would be its text is junk between segments."""
+    short = b"\xff\xe1" + struct.pack(">H", length) + b"Exif\0\0"
+    data = JPEG[:2] + short + orientation(6) + segment(0xE1, b"Exif\0\0" + orientation(8)) + JPEG[2:]
+    (tmp_path / "image").write_bytes(data + bytes(2**20))
+    with open(tmp_path / "image", "rb") as file:
+        structure = walk(file)
+    assert structure is not None
+    assert structure == walk(io.BytesIO(data + bytes(2**20)))
+    assert structure.orientation == 8
+
+
+@pytest.mark.parametrize("length", [2, 3, 7])
+def test_headers_lie_within_their_segments(length: int) -> None:
+    frame, scan = JPEG.index(b"\xff\xc0"), JPEG.index(b"\xff\xda")
+    with pytest.raises(DamagedImageError, match="ends within its frame header"):
+        walk(io.BytesIO(JPEG[: frame + 2] + struct.pack(">H", length) + JPEG[frame + 4 :]))
+    data = JPEG[: scan + 2] + struct.pack(">H", length) + JPEG[scan + 4 :]
+    if length == 2:
+        with pytest.raises(DamagedImageError, match="has a scan whose header is 2 bytes long"):
+            walk(io.BytesIO(data))
+    else:
+        assert walk(io.BytesIO(data)) is not None  # the decoder says what it thinks of it
+
+
+def test_nothing_of_a_negative_size_is_read() -> None:
+    with pytest.raises(DamagedImageError, match="has a piece of -6 bytes at byte 10"):
+        image_structure._Source(io.BytesIO(JPEG)).read(10, -6)
+
+
+def test_mutated_files_are_walked_or_refused(tmp_path: Path) -> None:
+    """Alike from a file and from memory."""
+    chance = random.Random(0)
+    exif = {"exif": orientation(6)}
+    whole = [
+        file_of(RGB, kind, **exif, **options)
+        for kind, options in (("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}))
+    ]
+    whole.append(file_of(RGB, "WEBP", save_all=True, append_images=[RGB.rotate(90)], **exif))
+    refused = 0
+    with open(tmp_path / "image", "w+b") as file:
+        for _ in range(1500):
+            data = bytearray(chance.choice(whole))
+            for _ in range(chance.randint(1, 4)):
+                place = chance.randrange(min(len(data), chance.choice([80, 400, 5000])))
+                change = chance.choice([bytes([chance.choice([0, 1, 2, 255, 0xD9, 0xE1])]), chance.randbytes(3)])
+                data[place : place + chance.choice([0, len(change), 8])] = change
+            file.truncate(0)
+            file.seek(0)
+            file.write(data)
+            outcomes = []
+            for source in (file, io.BytesIO(data)):
+                try:
+                    outcomes.append(walk(source))
+                except (DamagedImageError, UnsupportedImageError) as error:
+                    outcomes.append(str(error))
+            assert outcomes[0] == outcomes[1]
+            refused += isinstance(outcomes[0], str)
+    assert 100 < refused < 1400
 
 
 def test_as_many_pieces_as_the_limit_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import re
 import resource
@@ -27,7 +28,15 @@ from waiting import SECONDS, wait_until
 
 from sam.engine import Engine
 from sam.server import Settings, run
-from sam.server.connections import MAX_HEADERS, MAX_PIPELINED, MAX_TINY_PIECES, TINY_PIECE, Connection, Connections
+from sam.server.connections import (
+    MAX_HEAD_BYTES,
+    MAX_HEADERS,
+    MAX_PIPELINED,
+    MAX_TINY_PIECES,
+    TINY_PIECE,
+    Connection,
+    Connections,
+)
 
 PNG = file_of(random_image(60, 90))
 LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n"
@@ -107,6 +116,95 @@ def test_heads_are_bounded(local: Local, head: bytes) -> None:
         [400, 400],
         [],  # reset while it was being sent
     )
+
+
+def parsed_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of all that connections are given from now on."""
+    sizes: list[int] = []
+    data_received = Connection.data_received
+
+    def counted(self: Connection, data: bytes) -> None:
+        sizes.append(len(data))
+        data_received(self, data)
+
+    monkeypatch.setattr(Connection, "data_received", counted)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [b"0\r\nX: ", b"0\r\n", b"5;a=", b"5;", b"5\r\nhello\r\n5;a=", b"0\r\nX: y\r\nZ: "],
+    ids=["trailer", "name of a trailer", "extension", "name of an extension", "later extension", "later trailer"],
+)
+@pytest.mark.parametrize("method", [b"POST /v1/embed", b"GET /v2/health/live", b"POST /nothing"])
+def test_what_stands_around_a_body_is_bounded(
+    local: Local, monkeypatch: pytest.MonkeyPatch, begun: bytes, method: bytes
+) -> None:
+    """The parser joins a value from the pieces it comes in, so it shall not grow without end."""
+    sizes = parsed_bytes(monkeypatch)
+    answers = answers_to(local.port, UPLOAD.replace(b"POST /v1/embed", method) + begun, *[b"a" * 2**18] * 40)
+    assert set(statuses(answers)) <= {200, 400, 404}
+    # What comes in one go, of 256 KiB, is parsed in one go: the piece with the head, and the one with the limit.
+    assert sum(sizes) <= MAX_HEAD_BYTES + 2 * 2**18
+
+
+def test_large_bodies_of_a_few_chunks_are_not_what_stands_around_them(local: Local) -> None:
+    chunk = b"%x;x=y\r\n%b\r\n" % (2**18, b"x" * 2**18)
+    close = UPLOAD[:-2].replace(b"POST /v1/embed", b"GET /v2/health/live") + b"Connection: close\r\n\r\n"
+    received = answers_to(local.port, close, chunk * 3, b"0\r\nX: y\r\n\r\n")
+    assert statuses(received) in ([200], [])  # closed with the answer, so it may be lost to what was still being sent
+
+
+# Upgrade ------------------------------------------------------------------------------------------------------
+
+FORM = b'--b\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n' + PNG + b"\r\n--b--\r\n"
+UPGRADE = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: %b\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+TYPE = b"Host: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+
+
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket", b"x"])
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("packets", [1, 2, 3])
+def test_an_upgrade_is_ignored(local: Local, protocol: bytes, chunked: bool, packets: int) -> None:
+    """The body is a body, by its length or its chunks, and the next requests are answered."""
+    body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(FORM), FORM) if chunked else FORM
+    length = b"Transfer-Encoding: chunked\r\n" if chunked else b"Content-Length: %d\r\n" % len(FORM)
+    head = b"POST /v1/embed HTTP/1.1\r\n" + TYPE + length + UPGRADE % protocol + b"\r\n"
+    nothing = LIVE + UPGRADE % protocol + b"\r\n"
+    rest = head + body + nothing + LIVE + b"Connection: close\r\n\r\n"
+    whole = head + body + rest
+    cuts = [0, *[len(head) + 7 * cut for cut in range(packets - 1)], len(whole)]
+    with socket.create_connection(("127.0.0.1", local.port), timeout=SECONDS) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        answers = b""
+        for start, stop in itertools.pairwise(cuts):
+            connection.sendall(whole[start:stop])
+        while piece := connection.recv(2**16):
+            answers += piece
+    assert statuses(answers) == [200] * 4
+    assert answers.count(b'"embedding"') == 2
+
+
+def test_the_body_of_an_upgrade_is_no_request(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a packet of its own it used to be run as one, past whatever stands before the service."""
+    smuggled = b"GET /v2/models/tiny HTTP/1.1\r\nHost: localhost\r\nX-Request-ID: smuggled\r\n\r\n"
+    head = b"POST /v1/embed HTTP/1.1\r\n" + TYPE + b"Content-Length: %d\r\n" % len(smuggled) + UPGRADE % b"x"
+    sizes = parsed_bytes(monkeypatch)
+    with socket.create_connection(("127.0.0.1", local.port), timeout=SECONDS) as connection:
+        connection.sendall(head + b"\r\n")
+        wait_until(lambda: sum(sizes) == len(head) + 2)
+        connection.sendall(smuggled + LIVE + b"Connection: close\r\n\r\n")
+        answers = b"".join(iter(lambda: connection.recv(2**16), b""))
+    assert statuses(answers) == [400, 200]
+    assert b"smuggled" not in answers
+
+
+def test_the_service_is_no_proxy(local: Local) -> None:
+    for target in (b"localhost:443", b"/v2/health/live"):
+        answers = answers_to(
+            local.port, b"CONNECT " + target + b" HTTP/1.1\r\nHost: localhost\r\n\r\n" + LIVE + b"\r\n"
+        )
+        assert statuses(answers) == [400]
 
 
 def test_requests_before_the_first_answer_are_bounded(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:

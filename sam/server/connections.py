@@ -6,6 +6,7 @@ import asyncio
 from collections import OrderedDict
 from typing import Any, cast
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .settings import Settings
@@ -60,17 +61,40 @@ class Connections:
             connection.give_up()
 
 
+class _Parser(httptools.HttpRequestParser):
+    """A parser that knows no Upgrade: a server may ignore it (RFC 9110, 7.8), and then the body is still a body.
+
+    httptools ends a message that asks for an upgrade with its head, so that its body would be read as a request. Such
+    a head is parsed once more, without the field.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection)
+        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does: to answer pipelined requests
+        self._connection = connection
+
+    def feed_data(self, data: Any) -> None:
+        while True:
+            try:
+                return super().feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                super().feed_data(self._connection.head_without_upgrade())
+                data = data[upgrade.args[0] :]
+
+
 class Connection(HttpToolsProtocol):
     """uvicorn's protocol, with a time limit wherever it waits for the client."""
 
     def __init__(self, all_of_them: Connections, **arguments: Any) -> None:
         super().__init__(**arguments)
+        self.parser = _Parser(self)
         self._all, self._settings = all_of_them, all_of_them.settings
         self._head_timer: asyncio.TimerHandle | None = None
         self._unread_timer: asyncio.TimerHandle | None = None
         self._in_head = True
-        # Of the head that is coming: bytes since the parser last got anywhere, and what it found.
+        # Bytes since the parser last got anywhere: at the end of a head, in a body, at the end of a request.
         self._unparsed = 0
+        # What it found of the request.
         self._head_bytes = self._headers = self._pieces = self._body_bytes = 0
 
     @property
@@ -108,8 +132,14 @@ class Connection(HttpToolsProtocol):
             self._all.waiting.move_to_end(self)
         self._unparsed += len(data)
         super().data_received(data)
-        if self._in_head and self._unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self.send_400_response("The head of the request is too large.")
+        if self._unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response("The head of the request, a trailer or a chunk's extension is too large.")
+
+    def head_without_upgrade(self) -> bytes:
+        """The head that was just parsed, once more."""
+        line = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        fields = [b"%b: %b\r\n" % field for field in self.headers if field[0] != b"upgrade"]
+        return b"".join([line, *fields, b"\r\n"])
 
     # What the parser finds; an error raised here ends the connection with status 400 ----------------------
 
@@ -136,6 +166,10 @@ class Connection(HttpToolsProtocol):
             raise ValueError("the head is too large")
 
     def on_headers_complete(self) -> None:
+        if self.parser.get_method() == b"CONNECT":
+            raise ValueError("this is no proxy")
+        if self.parser.should_upgrade():
+            return  # it comes again
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError("too many requests before the first answer")
         self._in_head, self._unparsed = False, 0
@@ -145,6 +179,7 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        self._unparsed = 0
         self._pieces += 1
         self._body_bytes += len(body)
         if self._pieces > MAX_TINY_PIECES and self._body_bytes < self._pieces * TINY_PIECE:
@@ -152,6 +187,8 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._in_head, self._unparsed = True, 0
         if not self.cycle.response_complete:
             self._all.waiting.pop(self, None)
