@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 from .checks import require
@@ -69,7 +70,9 @@ class SamConfig:
             values = getattr(self, name)
             if not isinstance(values, Iterable):
                 raise ValueError(f"{name} must be a list, got {values!r}")
-            object.__setattr__(self, name, tuple(values))
+            object.__setattr__(self, name, tuple(map(_builtin, values)))
+        for name in (*_WHOLE_NUMBERS, "mlp_ratio"):
+            object.__setattr__(self, name, _builtin(getattr(self, name)))
         self._check_each()
         if self.image_size % self.patch_size:
             raise ValueError(
@@ -98,11 +101,11 @@ class SamConfig:
             raise ValueError(f"variant must be a name, got {self.variant!r}")
         for name, allowed in _WHOLE_NUMBERS.items():
             check_whole(name, getattr(self, name), allowed)
-        if not isinstance(self.mlp_ratio, (int, float)) or not 0 < self.mlp_ratio <= _LARGEST_MLP_RATIO:
+        if type(self.mlp_ratio) not in (int, float) or not 0 < self.mlp_ratio <= _LARGEST_MLP_RATIO:
             raise ValueError(f"mlp_ratio must be above 0 and at most {_LARGEST_MLP_RATIO}, got {self.mlp_ratio!r}")
         for name, least in (("pixel_mean", -_LARGEST_PIXEL), ("pixel_std", 0)):
             values = getattr(self, name)
-            numbers = [v for v in values if isinstance(v, (int, float)) and least <= v <= _LARGEST_PIXEL]
+            numbers = [v for v in values if type(v) in (int, float) and least <= v <= _LARGEST_PIXEL]
             if not len(values) == len(numbers) == 3:
                 raise ValueError(f"{name} must be three numbers from {least} to {_LARGEST_PIXEL}, got {list(values)}")
         if 0 in self.pixel_std:
@@ -153,6 +156,13 @@ def check_whole(name: str, value: Any, allowed: range) -> None:
     """
     if not _is_whole(value, allowed):
         raise ValueError(f"{name} must be a whole number from {allowed[0]} to {allowed[-1]}, got {value!r}")
+
+
+def _builtin(value: Any) -> Any:
+    """Return numpy's and others' numbers as Python's own, which JSON holds, and anything else as it is."""
+    if isinstance(value, bool):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else value
 
 
 def _is_whole(value: Any, allowed: range) -> bool:

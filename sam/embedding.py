@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .checks import path_of
 from .files import write_atomically
+from .hardware import usable_device
 from .preprocess import ImageGeometry
 from .results import compact
 
@@ -124,8 +125,12 @@ class ImageEmbedding:
         return sum(tensor.nbytes for tensor in tensors)
 
     def to(self, device: torch.device | str) -> ImageEmbedding:
-        """The same embedding on another device."""
-        return replace(self, features=self.ready_features().to(device))
+        """Return the same embedding on another device.
+
+        Raises:
+            TypeError, ValueError: no device, or one that torch cannot use here.
+        """
+        return replace(self, features=self.ready_features().to(usable_device(device)))
 
     def shared_image_side(
         self, key: Hashable, make: Callable[[], tuple[SharedImageSide, list[Tensor]]]
@@ -144,6 +149,7 @@ class ImageEmbedding:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file that :meth:`load` reads; a file already there is replaced whole or not at all."""
+        path = path_of("path", path)
         metadata = {
             "format": _FORMAT,
             "geometry": json.dumps([self.geometry.original_size, self.geometry.input_size, self.geometry.image_size]),
@@ -160,10 +166,12 @@ class ImageEmbedding:
         """Read what :meth:`save` wrote.
 
         Raises:
+            TypeError: no path, or no device.
             FileNotFoundError: no such file.
-            ValueError: not a saved image embedding, or a damaged one.
+            ValueError: not a saved image embedding, or a damaged one; a device that torch cannot use here.
         """
-        if not Path(path).is_file():
+        path, device = path_of("path", path), usable_device(device)
+        if not path.is_file():
             raise FileNotFoundError(f"no such embedding: {path}")
         try:
             with safe_open(path, framework="pt") as file:

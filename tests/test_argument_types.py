@@ -13,7 +13,8 @@ from PIL import Image
 
 import sam
 from sam import InteractiveSession, Prompt, Sam, SamAutomaticMaskGenerator, SamPredictor
-from sam.checkpoint import write_checkpoint
+from sam.build_sam import NANO_CHECKPOINT
+from sam.checkpoint import read_checkpoint, write_checkpoint
 from sam.engine import Engine
 from sam.images import read_image
 from sam.utils import amg
@@ -387,6 +388,29 @@ EDGES |= {
         r"device must be a torch.device or its name like 'cuda:0', got 3\.5",
     ),
     "a device that is true": (lambda model, x: sam.load_model(device=x), True, "device must be .*got True"),
+    "the config to build": (
+        lambda model, x: sam.build_from_config(x),
+        "nano",
+        "config must be a sam.SamConfig, got str",
+    ),
+    "the config to read": (
+        lambda model, x: read_checkpoint(NANO_CHECKPOINT, config=x),
+        "nano",
+        "config must be a sam.SamConfig, got str",
+    ),
+    "an embedding's file": (lambda model, x: sam.ImageEmbedding.load(x), None, "path must be a path, .*got NoneType"),
+    "an embedding's file to write": (
+        lambda model, x: model.encode(IMAGE).save(x),
+        3,
+        "path must be a path, a str or os.PathLike, got int",
+    ),
+    "an embedding's device": (lambda model, x: model.encode(IMAGE).to(x), 3.5, r"device must be .*got 3\.5"),
+    "a loaded embedding's device": (
+        lambda model, x: sam.ImageEmbedding.load("e.safetensors", x),
+        torch.float32,
+        "device must be .*got torch.float32",
+    ),
+    "Engine": (lambda model, x: Engine(x), "nano", "model must be a sam.Sam, got str"),
     "a file of an image": (lambda model, x: read_image(x), None, "image file must be a path, .*got NoneType"),
     "a limit of pixels": (
         lambda model, x: read_image("a.png", x),
@@ -400,6 +424,8 @@ EDGES |= {
 def test_a_device_that_torch_cannot_use(device: Any) -> None:
     with pytest.raises(ValueError, match=rf"torch cannot use device '{device}' here: \w"):
         sam.load_model(device=device)
+    with pytest.raises(ValueError, match=rf"torch cannot use device '{device}' here: \w"):
+        sam.ImageEmbedding.load("e.safetensors", device)
 
 
 def test_no_device_of_this_kind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from comparison import assert_close_l2
@@ -102,6 +103,15 @@ def test_configs_of_one_model_are_equal() -> None:
     whole = sam.SamConfig("custom", 64, 6, 2, (2,), mlp_ratio=4, pixel_mean=(1, 2, 3), pixel_std=(1, 1, 1))
     assert whole.to_json() == sam.SamConfig.from_json(whole.to_json()).to_json()
     assert [type(value) for value in (whole.mlp_ratio, *whole.pixel_mean, *whole.pixel_std)] == [float] * 7
+
+
+def test_numbers_of_numpy_in_a_config() -> None:
+    config = sam.SamConfig("c", np.int64(64), 3, 2, np.array([2, 1]), mlp_ratio=np.float32(4), pixel_std=np.ones(3))
+    assert config == sam.SamConfig("c", 64, 3, 2, (1, 2), pixel_std=(1.0, 1.0, 1.0))
+    assert sam.SamConfig.from_json(config.to_json()) == config
+    for name in ("mlp_ratio", "patch_size"):
+        with pytest.raises(ValueError, match=rf"{name} must be .*got True"):
+            sam.SamConfig("c", 64, 3, 2, (1,), **{name: True})  # type: ignore[arg-type]
 
 
 def test_a_model_put_together_by_hand_has_the_same_hash(tiny: Sam) -> None:

@@ -74,7 +74,6 @@ def write_checkpoint(
             no place to describe.
     """
     require("state_dict", state_dict, Mapping, "a mapping of names to tensors")
-    require("config", config, SamConfig, "a sam.SamConfig")
     path = path_of("path", path)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .. import preprocess
+from ..checks import require_model
 from ..embedding import ImageEmbedding, hash_image
 from ..modeling import Sam
 from ..modeling.prompt_encoder import check_mask_inputs
@@ -77,6 +78,7 @@ class Engine:
                 serve each other's keys have it in common.
             on_failure: called once, in the engine's thread, when the model failed.
         """
+        require_model(model)
         on_cpu = model.device.type == "cpu"
         max_images = (1 if on_cpu else 8) if max_images is None else max_images
         limits = {"max_batch": max_batch, "max_queue": max_queue, "deadline": deadline, "max_images": max_images}

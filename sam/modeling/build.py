@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..checks import require
 from ..config import SamConfig
 from .image_encoder import ImageEncoderViT
 from .mask_decoder import MaskDecoder
@@ -18,7 +19,8 @@ from .transformer import TwoWayTransformer
 
 
 def build_from_config(config: SamConfig) -> Sam:
-    """A model in eval mode with freshly initialised weights."""
+    """Build a model in eval mode with freshly initialised weights."""
+    require("config", config, SamConfig, "a sam.SamConfig")
     grid = (config.grid_size, config.grid_size)
     return Sam(
         image_encoder=ImageEncoderViT(
