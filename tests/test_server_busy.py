@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 import socket
 import threading
@@ -11,17 +13,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gate import Gate
 from models import TINY, random_image, random_model
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("httptools", reason="needs the extra serve")
+import anyio.from_thread
 from local_service import Local
 from serving import file_of, multipart
 from waiting import SECONDS, wait_until
 
+from sam import rle
 from sam.engine import Engine
-from sam.server import Settings, app
+from sam.server import Settings, app, outputs
 from sam.server.connections import Connection
 from sam.server.service import warm_up
 
@@ -124,6 +129,125 @@ def test_deadline() -> None:
     wait_until(lambda: running.engine.pending == 0)
     assert gate.encoded == entered
     running.close()
+
+
+# Answers of many masks --------------------------------------------------------------------------------------------
+
+
+class Encoding:
+    """Decoding of masks for answers that takes until nobody waits for it any more, or as long as it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.at_once, self.most_at_once = 0, 0, 0
+        self.go, self._lock, self._decode = threading.Event(), threading.Lock(), rle.decode
+        monkeypatch.setattr(outputs.rle, "decode", self)
+
+    def __call__(self, encoded: dict[str, Any]) -> np.ndarray:
+        with self._lock:
+            self.begun += 1
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        while not self.go.wait(0.005):
+            try:
+                anyio.from_thread.check_cancelled()
+            except BaseException:  # so this mask is whole; it is for the work on the next one to end
+                break
+        with self._lock:
+            self.at_once -= 1
+        return self._decode(encoded)
+
+
+def drain(running: Local) -> None:
+    assert running.service._loop is not None
+    asyncio.run_coroutine_threadsafe(running.service.drain(), running.service._loop).result(SECONDS)
+
+
+@pytest.mark.parametrize("output", ["npz", "png", "polygons"])
+def test_an_encoding_ends_with_the_time_to_drain(monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    """And so do those that wait for their turn, each with the code that says so."""
+    running = Local(Engine(random_model(TINY), deadline=SECONDS), Settings(drain_seconds=0))
+    encoding = Encoding(monkeypatch)
+    prompts = CLICK * 4
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(running.error, "/v1/segment", PNG, prompts=prompts, output=output) for _ in range(4)]
+        wait_until(lambda: running.service.in_flight == 4 and encoding.begun == 2)
+        drain(running)
+        assert [future.result(SECONDS) for future in asked] == [(503, "draining")] * 4
+    assert encoding.begun == 2
+    assert running.service.in_flight == 0
+    running.close()
+
+
+def test_an_encoding_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    running = Local(Engine(random_model(TINY), deadline=1.0), Settings())
+    encoding = Encoding(monkeypatch)
+    assert running.error("/v1/segment", PNG, prompts=CLICK, output="npz") == (504, "deadline_exceeded")
+    assert encoding.begun <= 1  # none if it expired on its way
+    running.close()
+
+
+def test_an_encoding_ends_with_its_client(gated: tuple[Local, Gate], monkeypatch: pytest.MonkeyPatch) -> None:
+    running, gate = gated
+    gate.open.set()
+    encoding = Encoding(monkeypatch)
+    body, kind = multipart(PNG, {"prompts": CLICK, "output": "npz"})
+    head = f"POST /v1/segment HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+    with socket.create_connection(("127.0.0.1", running.port)) as leaving:
+        leaving.sendall(head.encode() + b"\r\n" + body)
+        wait_until(lambda: encoding.begun == 1)
+    wait_until(lambda: running.service.in_flight == 0)
+    assert encoding.begun == 1
+
+
+def test_few_encodings_run_at_once(gated: tuple[Local, Gate], monkeypatch: pytest.MonkeyPatch) -> None:
+    running, gate = gated
+    gate.open.set()
+    encoding = Encoding(monkeypatch)
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(running.post, "/v1/segment", PNG, prompts=CLICK, output="npz") for _ in range(4)]
+        wait_until(lambda: running.service._encoding.statistics().tasks_waiting == 2)
+        encoding.go.set()
+        assert [future.result(SECONDS)[0] for future in asked] == [200] * 4
+    assert encoding.most_at_once == 2
+
+
+def test_a_body_that_is_on_its_way_at_the_end_of_the_drain(gated: tuple[Local, Gate]) -> None:
+    running, _ = gated
+    with socket.create_connection(("127.0.0.1", running.port), timeout=SECONDS) as slow:
+        slow.sendall(b"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n")
+        slow.sendall(b"Content-Length: 1000\r\n\r\n--b\r\n")
+        wait_until(lambda: running.service.bodies.held == 5)
+        drain(running)
+        answer = b""
+        while b'"draining"' not in answer:
+            answer += (piece := slow.recv(2**16))
+            assert piece, answer
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert running.service.bodies.held == 0
+
+
+def test_a_large_npz_is_written_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "_STRIP_BYTES", 60)
+    masks = np.random.default_rng(0).random((3, 17, 29)) < 0.5
+    checks: list[None] = []
+    encoded = rle.encode(torch.from_numpy(masks))
+    data = outputs.npz(encoded, (17, 29), 10**6, lambda: checks.append(None), scores=np.arange(3.0))
+    loaded = np.load(io.BytesIO(data), allow_pickle=False)
+    np.testing.assert_array_equal(loaded["masks"], masks)
+    np.testing.assert_array_equal(loaded["scores"], np.arange(3.0))
+    assert len(checks) == 3 * (1 + 9)
+
+
+def test_many_runs_are_compressed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = torch.rand(7, 20, 20, generator=torch.Generator().manual_seed(0)) < 0.5
+    masks[3] = False
+    encoded = rle.encode(masks)
+    whole = outputs.segmentations(encoded, "rle", lambda: None)
+    monkeypatch.setattr(outputs, "_MANY_RUNS", 300)
+    checks: list[None] = []
+    assert outputs.segmentations(encoded, "rle", lambda: checks.append(None)) == whole
+    assert len(whole) == 7
+    assert 2 <= len(checks) < 7
 
 
 def test_a_body_that_does_not_come() -> None:

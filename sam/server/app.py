@@ -139,7 +139,7 @@ async def _answer(
     deadline = asyncio.get_running_loop().time() + service.engine.deadline
     service.check_open()
     try:
-        with closing(await service.bodies.read(request, deadline)) as upload:
+        with service.answering(), closing(await service.bodies.read(request, deadline)) as upload:
             service.admit()
             try:
                 return await _compute(request, service, schema, upload, work, deadline)
@@ -266,23 +266,25 @@ async def _segment(service: Service, asked: SegmentRequest, subject: _Subject, r
         result = service.results.put(subject.key, logits, [answer.best for answer in answers])
     limit = service.settings.max_output_pixels
 
-    def respond() -> Response:
+    def respond(check: Callable[[], None]) -> Response:
         headers = {"X-Embedding": subject.key, **({"X-Result": result} if result else {})}
         if asked.output == "png":
             best = [answer.rles[answer.best] for answer in answers]
-            return Response(outputs.label_png(best, subject.size, limit), media_type="image/png", headers=headers)
+            return Response(
+                outputs.label_png(best, subject.size, limit, check), media_type="image/png", headers=headers
+            )
         if asked.output == "npz":
             rles = [encoded for answer in answers for encoded in answer.rles]
             scores = np.stack([answer.predicted_iou for answer in answers])
-            body = outputs.npz(rles, subject.size, limit, predicted_iou=scores)
+            body = outputs.npz(rles, subject.size, limit, check, predicted_iou=scores)
             return Response(body, media_type="application/octet-stream", headers=headers)
-        records = outputs.prompt_records(answers, asked.output, subject.size, limit)
+        records = outputs.prompt_records(answers, asked.output, subject.size, limit, check)
         return _json({"request_id": request_id, **subject.json(), "result": result, "prompts": records}, headers)
 
-    if asked.output != "rle":
-        return await service.aside(respond)
     runs = sum(len(encoded["counts"]) for answer in answers for encoded in answer.rles)
-    return await service.aside(respond, runs, _FEW_RUNS)
+    if asked.output == "rle" and runs <= _FEW_RUNS:
+        return respond(lambda: None)
+    return await service.encode(respond)
 
 
 def _prompt(service: Service, prompt: PromptRequest, embedding: str) -> Prompt:
@@ -299,19 +301,21 @@ async def _automatic(service: Service, asked: AutomaticRequest, subject: _Subjec
     records = await asyncio.wrap_future(service.engine.automatic(subject.source, options))
     limit = service.settings.max_output_pixels
 
-    def respond() -> Response:
+    def respond(check: Callable[[], None]) -> Response:
         headers = {"X-Embedding": subject.key}
         # Small ones last, so that a picture of labels shows them.
         rles = [record["segmentation"] for record in sorted(records, key=lambda record: -record["area"])]
         if asked.output == "png":
-            return Response(outputs.label_png(rles, subject.size, limit), media_type="image/png", headers=headers)
+            return Response(
+                outputs.label_png(rles, subject.size, limit, check), media_type="image/png", headers=headers
+            )
         if asked.output == "npz":
-            body = outputs.npz(rles, subject.size, limit)
+            body = outputs.npz(rles, subject.size, limit, check)
             return Response(body, media_type="application/octet-stream", headers=headers)
-        masks = outputs.automatic_records(records, asked.output, subject.size, limit)
+        masks = outputs.automatic_records(records, asked.output, subject.size, limit, check)
         return _json({"request_id": request_id, **subject.json(), "masks": masks}, headers)
 
-    return await service.aside(respond)
+    return await service.encode(respond)
 
 
 def _json(document: dict[str, Any], headers: dict[str, str]) -> Response:

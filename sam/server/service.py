@@ -7,10 +7,12 @@ import logging
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import anyio
+import anyio.from_thread
 import anyio.lowlevel
 import anyio.to_thread
 import numpy as np
@@ -89,7 +91,10 @@ class Service:
         self._trimming: asyncio.TimerHandle | None = None
         # Two at a time: an image of the largest size takes up to 600 MB while it is decoded.
         self._decoding = anyio.CapacityLimiter(2)
+        # So is an answer of masks of the largest size; more at once would all be late.
+        self._encoding = anyio.CapacityLimiter(2)
         self._aside = anyio.CapacityLimiter(4)
+        self._answering: set[anyio.CancelScope] = set()
         engine.on_failure = self._model_failed
 
     @property
@@ -156,24 +161,51 @@ class Service:
         if self.in_flight == 0:
             threading.Thread(target=return_freed_memory, name="sam-trim", daemon=True).start()
 
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """What is within is given up when the time to drain is over.
+
+        Raises:
+            ApiError: it was.
+        """
+        with anyio.CancelScope() as scope:
+            self._answering.add(scope)
+            try:
+                yield
+            finally:
+                self._answering.discard(scope)
+        if scope.cancelled_caught:
+            raise ApiError("draining")
+
     async def drain(self) -> None:
-        """Let nobody in any more and wait for those inside."""
+        """Let nobody in any more and wait for those inside; who is not answered by then is told so."""
         self.draining = True
         log.info("draining", extra={"fields": {"in_flight": self.in_flight}})
         until = asyncio.get_running_loop().time() + self.settings.drain_seconds
         while self.in_flight and self.engine.failure is None and asyncio.get_running_loop().time() < until:
             await asyncio.sleep(0.02)
+        for scope in list(self._answering):
+            scope.cancel()
 
     async def decode(self, work: Callable[[], T]) -> T:
-        result = await anyio.to_thread.run_sync(work, limiter=self._decoding)
-        await anyio.lowlevel.checkpoint_if_cancelled()  # the client may have left while nothing could be cancelled
-        return result
+        """``work()``, which checks for its end itself, in one of a few threads."""
+        return await _in_thread(work, self._decoding)
+
+    async def encode(self, work: Callable[[Callable[[], None]], T]) -> T:
+        """``work(check)`` in one of a few threads; ``check``, to be called now and then, raises once nobody waits."""
+        return await _in_thread(lambda: work(anyio.from_thread.check_cancelled), self._encoding)
 
     async def aside(self, work: Callable[[], T], size: int = 1, small: int = 0) -> T:
         """``work()`` in another thread, unless it is so small that the way there would take longer."""
         if size <= small:
             return work()
-        return await anyio.to_thread.run_sync(work, limiter=self._aside)
+        return await _in_thread(work, self._aside)
+
+
+async def _in_thread(work: Callable[[], T], limiter: anyio.CapacityLimiter) -> T:
+    result = await anyio.to_thread.run_sync(work, limiter=limiter)
+    await anyio.lowlevel.checkpoint_if_cancelled()  # the client may have left while nothing could be cancelled
+    return result
 
 
 def warm_up(engine: Engine, every_size: bool) -> None:
