@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from copy import copy
 from typing import Any
@@ -34,6 +35,8 @@ from .utils.amg import (
 )
 
 _OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
+# No image has a side of more than 2^30 pixels; how many layers one has room for is known when it comes.
+_MOST_LAYERS = 30
 _CROPS_AT_ONCE = 8  # a pass of the encoder on a GPU
 # The embedded model rates its own masks low: with SAM's thresholds, the defaults below, next to nothing is left.
 NANO_THRESHOLDS = {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.8}
@@ -96,21 +99,27 @@ class SamAutomaticMaskGenerator:
             resize_on_device: see :meth:`sam.Sam.encode`.
 
         Raises:
-            ValueError: both or none of ``points_per_side`` and ``point_grids``, a number below its limit, a layer
-                without a click a side or without a grid, a grid that is not [N, 2], an unknown ``output_mode``, or a
-                ``max_memory`` that is no size; from ``generate``, one that a single click or mask does not fit.
+            ValueError: both or none of ``points_per_side`` and ``point_grids``, a number out of its range or NaN, a
+                layer without a click a side or without a grid, a grid that is not [N, 2], an unknown ``output_mode``,
+                or a ``max_memory`` that is no size; from ``generate``, one that a single click or mask does not fit.
         """
         if (points_per_side is None) == (point_grids is None):
             raise ValueError("exactly one of points_per_side and point_grids must be given")
         if output_mode not in _OUTPUT_MODES:
             raise ValueError(f"output_mode must be one of {', '.join(_OUTPUT_MODES)}, got {output_mode!r}")
-        for name, value, least in (("points_per_batch", points_per_batch, 1), ("crop_n_layers", crop_n_layers, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        _check_range("points_per_batch", points_per_batch, 1)
+        _check_range("crop_n_layers", crop_n_layers, 0, _MOST_LAYERS)
+        _check_range("crop_overlap_ratio", crop_overlap_ratio, 0, 1)
+        _check_range("min_mask_region_area", min_mask_region_area, 0)
+        for name, value in (("pred_iou_thresh", pred_iou_thresh), ("stability_score_thresh", stability_score_thresh)):
+            if math.isnan(value):
+                raise ValueError(f"{name} must be a number, got {value}")
+        check_finite("stability_score_offset", np.asarray(stability_score_offset))
+        check_finite("box_nms_thresh", np.asarray(box_nms_thresh))
+        check_finite("crop_nms_thresh", np.asarray(crop_nms_thresh))
         if points_per_side is not None:
-            if points_per_side < 1:
-                raise ValueError(f"points_per_side must be at least 1, got {points_per_side}")
-            if crop_n_points_downscale_factor <= 0:
+            _check_range("points_per_side", points_per_side, 1)
+            if not crop_n_points_downscale_factor > 0:  # NaN is not
                 raise ValueError(
                     f"crop_n_points_downscale_factor must be more than 0, got {crop_n_points_downscale_factor}"
                 )
@@ -211,7 +220,17 @@ class SamAutomaticMaskGenerator:
         """Boxes in an image of ``size`` that clicks are made in, and the layer of each.
 
         None without a pixel, before or after the resize.
+
+        Raises:
+            ValueError: so many layers that the last one's crops are smaller than a pixel. One layer is always allowed.
         """
+        height, width = size
+        limit = max(1, max(size).bit_length() - 1)
+        if self.crop_n_layers > limit:
+            raise ValueError(
+                f"crop_n_layers must be at most {limit} for an image of {width}x{height}, got {self.crop_n_layers}: "
+                "the crops of a further layer are smaller than a pixel"
+            )
         long_side = self.predictor.model.image_encoder.img_size
 
         def shows(x0: int, y0: int, x1: int, y1: int) -> bool:
@@ -293,6 +312,13 @@ class SamAutomaticMaskGenerator:
         Masks that were clean win over those that had to be changed. Needs SciPy on a CPU.
         """
         return _clean(mask_data, min_area, nms_thresh, torch.device("cpu"))
+
+
+def _check_range(name: str, value: float, least: float, most: float = math.inf) -> None:
+    """Raise ``ValueError`` unless ``least <= value <= most``, which NaN never is."""
+    if not least <= value <= most:
+        allowed = f"at least {least}" if most == math.inf else f"{least} to {most}"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
 def _grid(points: Any) -> np.ndarray:

@@ -14,8 +14,18 @@ def require(name: str, value: Any, kinds: type | tuple[type, ...], wanted: str) 
 
 
 def path_of(name: str, value: Any) -> Path:
-    """Return ``value`` as a path, or raise ``TypeError`` saying that ``name`` must be one."""
+    """Return ``value`` as a path.
+
+    Raises:
+        TypeError: it is none; ``name`` says what must be.
+        ValueError: ``Path`` would take it for another: an empty name for the working directory, or a URL.
+    """
     require(name, value, (str, os.PathLike), "a path, a str or os.PathLike")
+    text = os.fspath(value)
+    if not text:
+        raise ValueError(f"{name} must name a file or folder, got an empty name")
+    if "://" in text:
+        raise ValueError(f"{name} must name a file or folder, got the URL {text}: download it first")
     return Path(value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ def usable_device(device: Any = None) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = re.split(r"\n|\. ", str(error))[0].rstrip(".")
         raise ValueError(f"torch cannot use device {str(device)!r} here: {reason}") from None
     return found
 

@@ -36,6 +36,8 @@ _KEPT_SEGMENTS = (*_HUFFMAN_FRAMES, 0xC4, 0xDB, 0xDD, 0xE0, 0xEE)
 _KEPT_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _ANIMATED = 0x02
+# EXIF's SHORT, which an orientation is, and LONG, which some programs write.
+_INTEGERS = {3: "H", 4: "I"}
 
 
 class UnsupportedImageError(ValueError):
@@ -153,7 +155,7 @@ def _walk_jpeg(source: _Source) -> ImageStructure:
         place = source.find(_MARKER, stop)
     if size is None or not passes:
         raise DamagedImageError("has no frame and scan before its end")
-    return ImageStructure("JPEG", *size, _orientation(exif), tuple(pieces))
+    return ImageStructure("JPEG", *size, orientation_of(exif), tuple(pieces))
 
 
 def _segment_end(source: _Source, marker: int, start: int) -> int:
@@ -200,7 +202,7 @@ def _walk_png(source: _Source) -> ImageStructure:
             break
     if size is None or not data_end:
         raise DamagedImageError("has no header and data before its end")
-    return ImageStructure("PNG", *size, _orientation(exif), tuple(pieces))
+    return ImageStructure("PNG", *size, orientation_of(exif), tuple(pieces))
 
 
 def _walk_webp(source: _Source) -> ImageStructure:
@@ -239,7 +241,7 @@ def _walk_webp(source: _Source) -> ImageStructure:
     elif canvas not in (None, size):
         raise DamagedImageError(f"has a picture of {size[0]}x{size[1]} on a canvas of another size")
     head = b"RIFF" + struct.pack("<I", 4 + sum(map(len, data))) + b"WEBP"
-    return ImageStructure("WEBP", *size, _orientation(exif), (head, *data), bounded=kind == b"VP8 ")
+    return ImageStructure("WEBP", *size, orientation_of(exif), (head, *data), bounded=kind == b"VP8 ")
 
 
 def _chunks(
@@ -294,7 +296,7 @@ def _checked_size(width: int, height: int) -> tuple[int, int]:
     return width, height
 
 
-def _orientation(exif: bytes) -> int:
+def orientation_of(exif: bytes) -> int:
     """The orientation of the image in the first directory of ``exif``; 1 where it is missing or none of 1 to 8."""
     exif = exif.removeprefix(b"Exif\0\0")
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
@@ -304,7 +306,8 @@ def _orientation(exif: bytes) -> int:
     count = int.from_bytes(exif[start : start + 2], "little" if order == "<" else "big")
     entries = exif[start + 2 : start + 2 + 12 * count]
     whole = entries[: len(entries) // 12 * 12]
-    for tag, kind, values, value in struct.iter_unpack(f"{order}HHIHxx", whole):
-        if (tag, kind, values) == (0x0112, 3, 1):
+    for tag, kind, values, field in struct.iter_unpack(f"{order}HHI4s", whole):
+        if tag == 0x0112 and kind in _INTEGERS and values == 1:
+            (value,) = struct.unpack_from(order + _INTEGERS[kind], field)
             return value if 1 <= value <= 8 else 1
     return 1

@@ -75,6 +75,8 @@ def read_image(path: str | os.PathLike[str], max_megapixels: float | None = MAX_
         require("max_megapixels", max_megapixels, Real, "a number, or None for no limit")
     if not path.is_file():
         raise FileNotFoundError(f"no such image: {path}")
+    if max_megapixels is not None and max_megapixels < 0:
+        raise ValueError(f"max_megapixels must not be negative, got {max_megapixels:g}")
     max_pixels = None if max_megapixels is None else max_megapixels * 1e6
     with open(path, "rb") as file:
         try:
@@ -154,6 +156,7 @@ def _pixels(open_image: Callable[[], ImageFile], orientation_of: Callable[[Image
 def _open(file: BinaryIO) -> ImageFile:
     file.seek(0)
     head = file.read(16)
+    failed = None
     for name in _formats_opened():
         factory, accepts = Image.OPEN.get(name, (None, None))
         if factory is None or (accepts is not None and accepts(head) is not True):
@@ -161,9 +164,10 @@ def _open(file: BinaryIO) -> ImageFile:
         file.seek(0)
         try:
             return factory(file, "")
-        except (SyntaxError, IndexError, TypeError, struct.error):  # PIL's "not of this format"
-            continue
-    raise UnsupportedImageError("is not an image in a known format")
+        except (SyntaxError, IndexError, TypeError, struct.error) as error:  # PIL's "not of this format"
+            if accepts is not None:
+                failed = failed or f"begins as a {name} file, but of a kind that is not read: {error}"
+    raise UnsupportedImageError(failed or "is not an image in a known format")
 
 
 def check_size(width: int, height: int, max_pixels: float | None) -> None:

@@ -243,7 +243,23 @@ def test_point_grids_and_errors(small: Sam, generator: Generator, photograph: np
         ({"points_per_batch": -1}, "points_per_batch must be at least 1, got -1"),
         ({"points_per_batch": 0}, "points_per_batch must be at least 1, got 0"),
         ({"points_per_side": 0}, "points_per_side must be at least 1, got 0"),
-        ({"crop_n_layers": -1}, "crop_n_layers must be at least 0, got -1"),
+        ({"crop_n_layers": -1}, "crop_n_layers must be 0 to 30, got -1"),
+        ({"crop_n_layers": 50}, "crop_n_layers must be 0 to 30, got 50"),
+        ({"crop_n_layers": 10**9}, "crop_n_layers must be 0 to 30, got 1000000000"),
+        ({"points_per_batch": np.nan}, "points_per_batch must be at least 1, got nan"),
+        ({"pred_iou_thresh": np.nan}, "pred_iou_thresh must be a number, got nan"),
+        ({"stability_score_thresh": np.nan}, "stability_score_thresh must be a number, got nan"),
+        ({"stability_score_offset": np.nan}, "stability_score_offset must be finite, got nan"),
+        ({"stability_score_offset": np.inf}, "stability_score_offset must be finite, got inf"),
+        ({"box_nms_thresh": np.inf}, "box_nms_thresh must be finite, got inf"),
+        ({"box_nms_thresh": np.nan}, "box_nms_thresh must be finite, got nan"),
+        ({"crop_nms_thresh": -np.inf}, "crop_nms_thresh must be finite, got -inf"),
+        ({"crop_overlap_ratio": 5}, "crop_overlap_ratio must be 0 to 1, got 5"),
+        ({"crop_overlap_ratio": -1}, "crop_overlap_ratio must be 0 to 1, got -1"),
+        ({"crop_overlap_ratio": np.nan}, "crop_overlap_ratio must be 0 to 1, got nan"),
+        ({"min_mask_region_area": -5}, "min_mask_region_area must be at least 0, got -5"),
+        ({"min_mask_region_area": np.nan}, "min_mask_region_area must be at least 0, got nan"),
+        ({"crop_n_points_downscale_factor": np.nan}, "crop_n_points_downscale_factor must be more than 0, got nan"),
         ({"crop_n_points_downscale_factor": 0}, "crop_n_points_downscale_factor must be more than 0, got 0"),
         ({"crop_n_layers": 2, "crop_n_points_downscale_factor": 3}, "a grid must have at least 1 point a side, got 0"),
         ({"points_per_side": None, "point_grids": [[0.5, 0.5]]}, r"each of point_grids must be \[N, 2\], got \[2\]"),
@@ -257,6 +273,18 @@ def test_point_grids_and_errors(small: Sam, generator: Generator, photograph: np
 def test_numbers_out_of_range(generator: Generator, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generator(**arguments)
+
+
+def test_layers_of_crops_without_a_pixel(generator: Generator) -> None:
+    """An image has room for as many layers as halve its longer side to a pixel, and one in any case."""
+    for (height, width), layers in (((1, 1), 1), ((1, 2), 1), ((3, 4), 2), ((1, 300), 8), ((255, 9), 7), ((2, 256), 8)):
+        message = (
+            f"^crop_n_layers must be at most {layers} for an image of {width}x{height}, got {layers + 1}: the crops of "
+            "a further layer are smaller than a pixel$"
+        )
+        with pytest.raises(ValueError, match=message):
+            generator(1, crop_n_layers=layers + 1).generate(np.zeros((height, width, 3), np.uint8))
+    assert generator(1, crop_n_layers=2, pred_iou_thresh=1.5).generate(np.zeros((3, 4, 3), np.uint8)) == []
 
 
 def test_a_thin_image_is_named_before_any_is_encoded(

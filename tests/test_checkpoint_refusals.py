@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path, PosixPath
@@ -22,6 +23,7 @@ from torch import Tensor
 import sam
 from sam import CheckpointError, Sam
 from sam.checkpoint import read_checkpoint
+from sam.checkpoint.read import _plain_line
 
 
 def without(state: State, name: str) -> State:
@@ -149,6 +151,43 @@ def test_not_a_checkpoint_at_all(tmp_path: Path) -> None:
         sam.load_model(tmp_path / "nowhere.pth")
     with pytest.raises(FileNotFoundError, match=r"no such checkpoint: .*nowhere.pth"):
         sam.build_sam_vit_b(str(tmp_path / "nowhere.pth"))
+
+
+def test_names_that_are_none(tiny: Sam) -> None:
+    """An empty one is not the working directory, and a URL is shown as it was given."""
+    for read in (sam.load_model, sam.build_sam_vit_b, sam.build_sam_nano):
+        with pytest.raises(ValueError, match=r"^checkpoint must name a file or folder, got an empty name$"):
+            read("")
+        with pytest.raises(ValueError, match=r"got the URL https://a\.b/c\.pth: download it first$"):
+            read("https://a.b/c.pth")
+    for layout in ("official", "transformers"):
+        with pytest.raises(ValueError, match=r"^path must name a file or folder, got an empty name$"):
+            sam.save_checkpoint(tiny, "", layout)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^path must name a file or folder, got an empty name$"):
+        sam.ImageEmbedding.load("")
+
+
+def test_files_without_weights(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "empty.safetensors")
+    torch.save({}, tmp_path / "empty.pth")
+    np.savez(tmp_path / "numbers.npz", a=np.zeros(3))
+    for name, member in (("plain.zip", "a.npy.txt"), ("none.zip", None)):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            if member is not None:
+                archive.writestr(member, "text")
+    for name, says in (
+        ("empty.safetensors", "it is empty: there is not a single tensor in it"),
+        ("empty.pth", "it is empty: there is not a single tensor in it"),
+        ("numbers.npz", "it is a NumPy archive, not a file written by torch.save or safetensors"),
+        ("plain.zip", "it is a zip archive, not a file written by torch.save or safetensors"),
+        ("none.zip", "it is a zip archive, not a file written by torch.save or safetensors"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{name}: {says}$"):
+            sam.load_model(tmp_path / name)
+
+
+def test_the_places_in_torch_are_left_out_of_messages() -> None:
+    assert _plain_line("[enforce fail at inline_container.cc:337] . file not found\nstack") == "file not found"
 
 
 class Bomb:

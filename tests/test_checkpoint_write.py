@@ -58,6 +58,18 @@ def test_writing_errors(tmp_path: Path, tiny: Sam) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_errors_name_the_file_asked_for(tmp_path: Path, tiny: Sam) -> None:
+    """None of the writer's own."""
+    with pytest.raises(FileNotFoundError, match=r"^cannot write .*nowhere/a.safetensors: no such folder: .*nowhere$"):
+        sam.save_checkpoint(tiny, tmp_path / "nowhere" / "a.safetensors")
+    with pytest.raises(OSError, match=r"File name too long: '.*/a{250}\.safetensors'$"):
+        sam.save_checkpoint(tiny, tmp_path / f"{'a' * 250}.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"Is a directory: '[^']*folder\.safetensors'$"):
+        sam.save_checkpoint(tiny, tmp_path / "folder.safetensors")
+    assert os.listdir(tmp_path) == ["folder.safetensors"]
+
+
 def test_a_torch_file_has_no_place_for_a_configuration(tmp_path: Path, tiny: Sam) -> None:
     """A reader would take the model for another, or for none."""
     other_mean = replace(sam.VARIANTS["nano"], pixel_mean=(1.0, 2.0, 3.0))

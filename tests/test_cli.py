@@ -109,6 +109,10 @@ def test_a_minus_where_a_value_is_wrong(capsys: pytest.CaptureFixture[str], argu
         (["--box", "9,2,3,4"], "box must be x0, y0, x1, y1 with x0 <= x1 and y0 <= y1, got [9.0, 2.0, 3.0, 4.0]"),
         (["--point", "1,2", "--device", "cuda:99"], "torch cannot use device 'cuda:99' here: "),
         (["--point", "1,2", "--device", "abacus"], "torch cannot use device 'abacus' here: "),
+        (["--point", "1,2", "--device", "meta"], "device 'meta' asked for, whose tensors have no values"),
+        (["--point", "1,2", "--device", "mps"], "torch cannot use device 'mps' here: "),
+        (["--point", "1,2", "--device", "hpu"], "torch cannot use device 'hpu' here: "),
+        (["--point", "1,2", "--max-megapixels", "-1"], "max_megapixels must not be negative, got -1"),
         (["--point", "1,2", "--checkpoint", "nowhere.pth"], "no such checkpoint: nowhere.pth"),
         (["--point", "1,2", "--variant", "vit_h"], "only nano is embedded; vit_h needs checkpoint="),
         (["--point", "1,2", "--dtype", "int8"], "invalid choice: 'int8'"),
@@ -121,6 +125,39 @@ def test_segment_errors(
     out = tmp_path / "out"
     assert message in run_bad(capsys, "segment", image_file, "--out", out, *arguments)
     assert not list(out.glob("*"))  # nothing half done
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["segment", "", "--point", "1,1"], "image file"),
+        (["segment", "x.png", "--point", "1,1", "--checkpoint", ""], "it"),
+        *(([command, ""], "it") for command in ("auto", "info", "verify")),
+        *((["convert", *names], "it") for names in (("", "a.pth"), ("a.pth", ""))),
+        *(([*command, "--out", ""], "it") for command in (["auto", "x.png"], ["demo"])),
+        *((["verify", option, ""], "it") for option in ("--image", "--json")),
+    ],
+)
+def test_an_empty_name_is_not_the_working_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert f"{name} must name a file or folder, got an empty name" in run_bad(capsys, *arguments)
+    assert not any(tmp_path.iterdir())
+
+
+def test_names_with_a_minus(
+    tmp_path: Path, image_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way to give one is told where there is such a file."""
+    monkeypatch.chdir(tmp_path)
+    hint = "; a name that begins with a minus comes last, behind --: -- -a.png"
+    click = ["--point", "1,1", "--image-size", "64"]
+    assert hint not in run_bad(capsys, "segment", "-a.png", *click)
+    (tmp_path / "-a.png").write_bytes(image_file.read_bytes())
+    for command in (["segment", "-a.png", *click], ["auto", "-a.png"]):
+        assert hint in run_bad(capsys, *command)
+    assert main(["segment", *click, "--", "-a.png"]) == 0
 
 
 def test_unreadable_images(tmp_path: Path, image_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

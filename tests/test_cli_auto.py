@@ -17,6 +17,7 @@ import sam
 from sam import SamAutomaticMaskGenerator
 from sam.automatic_mask_generator import NANO_THRESHOLDS
 from sam.cli import auto, main
+from sam.files import partial_folder
 
 QUICK = ("--image-size", "256", "--points-per-side", "5", "--pred-iou-thresh", "0.3", "--stability-score-thresh", "0.6")
 
@@ -94,7 +95,7 @@ def test_what_is_finished_is_skipped(folder: Path, tmp_path: Path, capsys: pytes
     finished = out / "a.png" / "metadata.csv"
     before = finished.stat().st_mtime_ns
     # What a run that was killed leaves: a folder under a name of its own. A folder without its table is not whole.
-    (out / ".a.jpg.partial").mkdir()
+    partial_folder(out / "a.jpg").mkdir()
     (out / "a.jpg" / "metadata.csv").unlink()
     capsys.readouterr()
     assert run(folder, "--out", out) == 0
@@ -103,7 +104,7 @@ def test_what_is_finished_is_skipped(folder: Path, tmp_path: Path, capsys: pytes
     assert "1 images, " in said
     assert finished.stat().st_mtime_ns == before
     assert (out / "a.jpg" / "metadata.csv").is_file()
-    assert not (out / ".a.jpg.partial").exists()
+    assert not partial_folder(out / "a.jpg").exists()
     assert run(folder, "--out", out) == 0
     assert "skipped 2" in capsys.readouterr().out
     assert run(folder, "--out", out, "--force") == 0
@@ -202,6 +203,95 @@ def test_an_overlay_is_never_of_other_masks(tmp_path: Path) -> None:
     assert (out / "img_overlay.png").is_file()
     assert run_one_click(image, "--out", out, "--force", "--pred-iou-thresh", "0.1") == 0
     assert not (out / "img_overlay.png").exists()
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_somebody_elses_overlay_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A picture of that name, one in the place of an overlay that was removed, and a folder of another image's."""
+    out, image = tmp_path / "out", photograph(tmp_path / "img.png")
+    overlay = photograph(out / "img_overlay.png", grey=7)
+    theirs = overlay.read_bytes()
+    for options in ([], ["--pred-iou-thresh", "0.1", "--force"], ["--force"]):
+        assert run_one_click(image, "--out", out, *options) == 0
+        assert overlay.read_bytes() == theirs
+    assert run_one_click(image, "--out", out, "--overlay") == 1
+    assert "img_overlay.png is not in results.jsonl" in capsys.readouterr().err
+    assert overlay.read_bytes() == theirs
+    assert run_one_click(image, "--out", out, "--overlay", "--force") == 0
+    assert overlay.read_bytes() != theirs
+    assert run_one_click(image, "--out", out, "--force") == 0
+    assert not overlay.exists()
+    overlay.write_bytes(theirs)
+    assert run_one_click(image, "--out", out, "--force") == 0
+    assert overlay.read_bytes() == theirs
+    overlay.unlink()
+    other = photograph(tmp_path / "img_overlay.png.jpg")
+    assert run_one_click(other, "--out", out, "--format", "png") == 0
+    assert run_one_click(image, "--out", out, "--force") == 0
+    assert (overlay / "metadata.csv").is_file()
+    assert run_one_click(image, "--out", out, "--force", "--overlay") == 1
+    assert "img_overlay.png is a folder of something else" in capsys.readouterr().err
+    assert (overlay / "metadata.csv").is_file()
+    assert (out / "img.json").is_file()  # nothing is removed where not all may be
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_an_overlay_of_another_image_is_not_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a run that asks for no overlay, where the masks it belongs to are gone."""
+    out, image = tmp_path / "out", photograph(tmp_path / "A" / "img.png")
+    assert run_one_click(image, "--out", out, "--overlay") == 0
+    (out / "img.json").unlink()
+    other = photograph(tmp_path / "B" / "img.png", grey=3)
+    assert run_one_click(other, "--out", out) == 1
+    assert "img_overlay.png was made from another file, img.png; --force replaces it" in capsys.readouterr().err
+    assert (out / "img_overlay.png").is_file()
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_no_result_is_called_as_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    for name in ("results.jsonl.png", "Results.JSONL.jpg"):
+        image = photograph(tmp_path / name)
+        assert run_one_click(image, "--out", out, "--format", "png", "--force") == 2
+        assert f"the results of {image} would be called {image.stem}, as the record" in capsys.readouterr().err
+        assert run_one_click(image, "--out", out) == 0  # results.jsonl.json is no such name
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_a_damaged_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What can be read of it counts, how much cannot is said, and a line that was cut off spoils no other."""
+    out, image = tmp_path / "out", photograph(tmp_path / "img.png")
+    assert run_one_click(image, "--out", out) == 0
+    record = out / "results.jsonl"
+    whole = record.read_bytes()
+    damaged = [
+        b"\xff\xfe{",
+        b"5",
+        b"[]",
+        b"[" * 100_000,
+        b'{"result": "img.json", "sha256": "", "file": "", "settings": 1}',
+    ]
+    record.write_bytes(b"\n".join([*damaged, b"", whole, b'{"result": "im']))
+    capsys.readouterr()
+    assert run_one_click(image, "--out", out) == 0
+    captured = capsys.readouterr()
+    assert "skipped 1" in captured.out
+    assert f"{record}: skipped 6 damaged lines" in captured.err
+    other = photograph(tmp_path / "other.png")
+    for _ in range(2):
+        assert run_one_click(other, "--out", out) == 0
+    assert "skipped 1" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_long_names(tmp_path: Path) -> None:
+    """A name is short enough where those of the results are."""
+    for name, options in (("n" * 243, ["--overlay"]), ("m" * 250, []), ("é" * 121, ["--overlay"])):
+        image = photograph(tmp_path / f"{name}.png")
+        for form in ("png", "coco"):
+            assert run_one_click(image, "--out", tmp_path / form, "--format", form, *options) == 0
+        assert (tmp_path / "png" / name / "metadata.csv").is_file()
+        assert (tmp_path / "coco" / f"{name}.json").is_file()
 
 
 @pytest.mark.usefixtures("loaded_once")

@@ -57,10 +57,11 @@ def riff(*chunks: bytes) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
-def orientation(value: int, before: int = 0, order: str = "<") -> bytes:
-    """EXIF of ``before`` tags of no meaning and the orientation."""
+def orientation(value: int, before: int = 0, order: str = "<", long: bool = False) -> bytes:
+    """EXIF of ``before`` tags of no meaning and the orientation, a SHORT or a LONG."""
     tag = f"{order}HHIHxx"
-    entries = struct.pack(tag, 0x0100, 3, 1, 9) * before + struct.pack(tag, 0x0112, 3, 1, value)
+    kind, field = (4, "I") if long else (3, "Hxx")
+    entries = struct.pack(tag, 0x0100, 3, 1, 9) * before + struct.pack(f"{order}HHI{field}", 0x0112, kind, 1, value)
     head = b"II*\0" if order == "<" else b"MM\0*"
     return head + struct.pack(f"{order}IH", 8, min(before + 1, 65535)) + entries + bytes(4)
 
@@ -136,6 +137,9 @@ def test_exif(tmp_path: Path) -> None:
     many = orientation(6, before=65_535)
     for exif, shape in (
         (orientation(6, order=">"), turned),
+        (orientation(6, long=True), turned),
+        (orientation(6, order=">", long=True), turned),
+        (orientation(2**16 + 6, long=True), upright),
         (b"Exif\0\0" + orientation(8, before=300), turned),
         (many, upright),
         (orientation(6)[:20], upright),
@@ -151,6 +155,18 @@ def test_exif(tmp_path: Path) -> None:
         if len(exif) < 60_000:
             assert read(tmp_path, JPEG[:2] + segment(0xE1, b"Exif\0\0" + exif) + JPEG[2:]).shape == shape
     assert read(tmp_path, jpeg_with_an_odd_tag(np.array(RGB))).shape == turned
+
+
+def test_a_long_orientation_turns_every_format(tmp_path: Path) -> None:
+    """OpenCV follows it too, of the byte order of which it reads the lower half."""
+    for kind in ("JPEG", "PNG", "WEBP", "AVIF"):
+        for order in "<>":
+            data = file_of(RGB, kind, exif=b"Exif\0\0" + orientation(6, order=order, long=True))
+            assert read(tmp_path, data).shape == (*SIZE[::-1], 3), (kind, order)
+    data = file_of(RGB, "JPEG", exif=b"Exif\0\0" + orientation(6, long=True))
+    theirs = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    assert theirs is not None
+    assert theirs.shape == read(tmp_path, data).shape
 
 
 @pytest.mark.parametrize("data", [JPEG, PNG, WEBP])
@@ -275,6 +291,20 @@ def test_other_refusals(tmp_path: Path) -> None:
             read(tmp_path, data)
     with pytest.raises(ValueError, match=r"has pixels of mode LAB; 8 bits per channel are needed$"):
         read(tmp_path, file_of(Image.new("LAB", (9, 9)), "TIFF"))
+
+
+@pytest.mark.parametrize("channels", [2, 5, 7])
+def test_channels_that_are_not_read(tmp_path: Path, channels: int) -> None:
+    """The format is named: it is a TIFF, if no photograph."""
+    with pytest.raises(UnsupportedImageError, match=r"image begins as a TIFF file, but of a kind that is not read: \w"):
+        read(tmp_path, deep_tiff(8, 1, channels))
+
+
+def test_names_that_are_none() -> None:
+    with pytest.raises(ValueError, match=r"^the image file must name a file or folder, got an empty name$"):
+        read_image("")
+    with pytest.raises(ValueError, match=r"got the URL https://a\.b/c\.png: download it first$"):
+        read_image("https://a.b/c.png")
 
 
 # Damage and limits -------------------------------------------------------------------------------------------
@@ -488,7 +518,9 @@ def test_what_is_no_picture_does_not_reach_the_decoder() -> None:
 
 def test_a_limit_that_is_no_number_is_kept_by_no_image(tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(PNG)
-    for limit in (float("nan"), -1, 0):
+    with pytest.raises(ValueError, match=r"^max_megapixels must not be negative, got -1$"):
+        read_image(tmp_path / "image", -1)
+    for limit in (float("nan"), 0):
         with pytest.raises(
             ImageTooLargeError, match=rf"has 0.0 megapixels \(97x61\), more than the limit of {limit:g}; "
         ):

@@ -119,6 +119,8 @@ def find_weights(stored: Any) -> tuple[dict[str, Tensor], Layout]:
         raise CheckpointError(f"no state dict but a {type(stored).__name__}")
     leaves = dict(_leaves(stored))
     tensors = {path: ".".join(path) for path, value in leaves.items() if isinstance(value, Tensor)}
+    if not stored:
+        raise CheckpointError("it is empty: there is not a single tensor in it")
     if not tensors:
         raise CheckpointError(f"no state dict: the keys are {listing(map(str, stored))}")
     layout = _layout_of(tensors.values())

@@ -7,9 +7,10 @@ import os
 import pickle
 import pickletools
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ def read_checkpoint(
     Raises:
         TypeError: no path.
         FileNotFoundError: no such file.
+        ValueError: an empty name, or a URL.
         CheckpointError: unreadable, foreign, or keys that do not match, which are listed.
     """
     path = path_of("checkpoint", path)
@@ -115,6 +117,8 @@ def _read_file(path: Path) -> tuple[Any, dict[str, str]]:
         head = file.read(9)
     if head[8:9] == b"{":  # a safetensors header: its length in 8 bytes, then JSON
         return _read_safetensors(path)
+    if head[:2] == b"PK" and (archive := _foreign_archive(path)) is not None:
+        raise CheckpointError(f"it is {archive}, not a file written by torch.save or safetensors")
     if head[:2] == b"PK" or head[:1] == b"\x80":  # torch.save since 1.6, and before
         return _read_torch(path), {}
     raise CheckpointError("neither a safetensors file nor one written by torch.save")
@@ -144,6 +148,18 @@ def _read_torch(path: Path) -> Any:
         raise CheckpointError(f"damaged torch file: {_plain_line(str(error)) or type(error).__name__}") from error
 
 
+def _foreign_archive(path: Path) -> str | None:
+    """Name a whole zip archive that holds other things than a pickle of torch's; None for any other file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return None
+    if any(PurePosixPath(name).name == "data.pkl" for name in names):
+        return None
+    return "a NumPy archive" if names and all(name.endswith(".npy") for name in names) else "a zip archive"
+
+
 def _refusal(says: str) -> str:
     """Name what kept torch's reader of weights from reading a pickle."""
     found = re.search(r"GLOBAL (\S+)", says)
@@ -167,8 +183,9 @@ def _refusal(says: str) -> str:
 
 
 def _plain_line(says: str) -> str:
-    """The first line of one of torch's messages, without the escape codes of terminals."""
-    return next(iter(re.sub(r"\x1b\[[0-9;]*m", "", says).strip().splitlines()), "")
+    """The first line of one of torch's messages, without the escape codes of terminals and its place in torch."""
+    line = next(iter(re.sub(r"\x1b\[[0-9;]*m", "", says).strip().splitlines()), "")
+    return re.sub(r"^\[enforce fail at [^\]]*\][. ]*", "", line)
 
 
 def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str], bytes | None]:

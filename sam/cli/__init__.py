@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from . import auto, convert, demo, info, run, segment, serve, verify
@@ -14,10 +15,18 @@ from . import auto, convert, demo, info, run, segment, serve, verify
 class _Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._given: Sequence[str] = ()
         # Of what begins with a minus, argparse only takes a single plain number for a value: no -5,10 and no -1e-3.
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf\b|nan\b)", re.IGNORECASE)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
+        files = [argument for argument in self._given if argument.startswith("-") and Path(argument).exists()]
+        if files and "--" not in self._given:
+            message += f"; a name that begins with a minus comes last, behind --: -- {files[0]}"
         self.exit(2, f"{self.prog}: error: {message} (--help shows the usage)\n")
 
 

@@ -8,8 +8,6 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,11 @@ from tqdm import tqdm
 
 from .. import rle
 from ..automatic_mask_generator import NANO_THRESHOLDS, SamAutomaticMaskGenerator
-from ..files import write_atomically
+from ..files import new_folder, write_atomically
 from ..images import MAX_MEGAPIXELS, is_image_name, read_image
 from ..overlay import draw_overlay
-from .options import add_model_options, add_traceback_option, model_from
-from .provenance import Origin, Record
+from .options import add_model_options, add_traceback_option, file_name, model_from
+from .provenance import RECORD, Origin, Record
 
 _SETTINGS: tuple[tuple[str, type, Any, str], ...] = (
     ("points_per_side", int, 32, "clicks along a side of the grid"),
@@ -52,8 +50,15 @@ def add_parser(commands: Any) -> None:
         epilog="The embedded nano rates its own masks low: with SAM's thresholds next to nothing of them is left. So "
         "other defaults suit it, which are named beside SAM's.",
     )
-    parser.add_argument("source", metavar="IMAGE_OR_FOLDER", help="a photograph, or a folder of them")
-    parser.add_argument("--out", "--output", default="out", metavar="DIR", help="folder for the results (default: out)")
+    parser.add_argument("source", type=file_name, metavar="IMAGE_OR_FOLDER", help="a photograph, or a folder of them")
+    parser.add_argument(
+        "--out",
+        "--output",
+        type=file_name,
+        default="out",
+        metavar="DIR",
+        help="folder for the results (default: out)",
+    )
     parser.add_argument(
         "--format",
         choices=("png", "coco"),
@@ -91,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     generator, settings = _generator(args)
     record = Record(out)
+    if record.damaged:
+        print(f"fastsam auto: {record.path}: skipped {record.damaged} damaged lines", file=sys.stderr)
     masks = done = skipped = failed = 0
     for path, target in tqdm(targets.items(), desc="auto", unit="image", disable=None, leave=False):
         try:
@@ -144,6 +151,8 @@ def _check_distinct(targets: dict[Path, _Target]) -> None:
     owners: dict[str, Path] = {}
     for path, target in targets.items():
         for result in target.results:
+            if result.casefold() == RECORD:
+                raise ValueError(f"the results of {path} would be called {result}, as the record of them is: rename it")
             other = owners.setdefault(result.casefold(), path)
             if other != path:
                 raise ValueError(f"the results of {other} and {path} would both be called {result}: rename one")
@@ -181,28 +190,45 @@ class _Target:
         Raises:
             ValueError: one is there that was made from something else, or nobody knows what from.
         """
-        for path in self._wanted:
+        for path in self._replaced(record):
             difference = origin.difference(record.get(path.name)) if path.exists() else None
             if difference is not None:
                 raise ValueError(f"{path} {difference}; --force replaces it, another --out keeps it")
         return all(map(self._is_whole, self._wanted))
 
     def _is_whole(self, path: Path) -> bool:
-        return (path / "metadata.csv" if path == self._masks and not self._coco else path).is_file()
+        return (path / "metadata.csv" if self._is_folder(path) else path).is_file()
+
+    def _is_folder(self, path: Path) -> bool:
+        return path == self._masks and not self._coco
+
+    def _replaced(self, record: Record) -> list[Path]:
+        """List what new results take the place of: those of their names, and an earlier overlay, of other masks.
+
+        An overlay that is not asked for and not in the record is somebody else's picture, and stays.
+        """
+        if self._overlay in self._wanted or record.get(self._overlay.name) is None or not self._overlay.is_file():
+            return self._wanted
+        return [*self._wanted, self._overlay]
 
     def remove(self, record: Record) -> None:
-        """Remove what is to be replaced, and an overlay that would be one of other masks.
+        """Remove what is to be replaced.
 
         Raises:
-            ValueError: a folder of that name holds something else.
+            ValueError: a folder of that name holds something else; nothing was removed.
         """
-        for path in (self._masks, self._overlay):
+        replaced = self._replaced(record)
+        for path in replaced:
+            known = self._is_folder(path) and (record.get(path.name) is not None or self._is_whole(path))
+            if path.is_dir() and not known:
+                raise ValueError(f"{path} is a folder of something else")
+        for path in replaced:
             if path.is_dir():
-                if record.get(path.name) is None and not (path / "metadata.csv").is_file():
-                    raise ValueError(f"{path} is a folder of something else")
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+            if path not in self._wanted:
+                record.forget(path.name)
 
     def write(self, image: np.ndarray, records: list[dict[str, Any]]) -> None:
         if self._overlay in self._wanted:
@@ -217,7 +243,7 @@ def _write_coco(records: list[dict[str, Any]], target: Path) -> None:
 
 
 def _write_pngs(records: list[dict[str, Any]], target: Path) -> None:
-    with _new_folder(target) as folder, open(folder / "metadata.csv", "w", newline="") as file:
+    with new_folder(target) as folder, open(folder / "metadata.csv", "w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(_COLUMNS)
         for number, record in enumerate(records):
@@ -225,19 +251,6 @@ def _write_pngs(records: list[dict[str, Any]], target: Path) -> None:
             Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"{number}.png")
             numbers = (*record["bbox"], *record["point_coords"][0], record["predicted_iou"])
             table.writerow((number, record["area"], *numbers, record["stability_score"], *record["crop_box"]))
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """Give a folder beside ``target`` to fill, which takes its name when the block ends well."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _draw(image: np.ndarray, records: list[dict[str, Any]]) -> Image.Image:

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import LAYOUTS, read_checkpoint, write_checkpoint
-from .options import DTYPES, Steps, add_traceback_option
+from .options import DTYPES, Steps, add_traceback_option, file_name
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("convert", help="rewrite weights in another layout or file format")
-    parser.add_argument("source", metavar="IN", help="file or folder in any known layout")
-    parser.add_argument("target", metavar="OUT", help=".safetensors, .pth, .pt, or a folder for transformers")
+    parser.add_argument("source", type=file_name, metavar="IN", help="file or folder in any known layout")
+    parser.add_argument(
+        "target", type=file_name, metavar="OUT", help=".safetensors, .pth, .pt, or a folder for transformers"
+    )
     parser.add_argument(
         "--layout", choices=LAYOUTS, default="official", help="names of the weights (default: official)"
     )

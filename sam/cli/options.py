@@ -13,6 +13,8 @@ from tqdm import tqdm
 from fastsam_kernels import KERNELS
 
 from ..build_sam import load_model
+from ..checks import path_of
+from ..hardware import usable_device
 from ..modeling import Sam
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -22,7 +24,10 @@ def add_model_options(parser: argparse.ArgumentParser, checkpoint: bool = True) 
     """``checkpoint``: an option too; else the command has an argument of that name."""
     if checkpoint:
         parser.add_argument(
-            "--checkpoint", metavar="FILE", help="weights in any known layout (default: the embedded nano)"
+            "--checkpoint",
+            type=file_name,
+            metavar="FILE",
+            help="weights in any known layout (default: the embedded nano)",
         )
     parser.add_argument(
         "--variant", "--model-type", help="what the weights must be, for example vit_b (default: inferred)"
@@ -39,15 +44,31 @@ def add_traceback_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
 
 
+def file_name(text: str) -> str:
+    """Return the name of a file or folder as given, if it is one."""
+    try:
+        path_of("it", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def model_from(args: argparse.Namespace) -> Sam:
     return load_model(
         args.checkpoint,
         args.variant,
-        args.device,
+        _device(args.device),
         DTYPES[args.dtype],
         args.kernels,
         image_size=args.image_size,
     )
+
+
+def _device(name: str | None) -> torch.device:
+    device = usable_device(name)
+    if device.type == "meta":
+        raise ValueError(f"device {name!r} asked for, whose tensors have no values")
+    return device
 
 
 class Steps:

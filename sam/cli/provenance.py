@@ -49,28 +49,53 @@ class Origin:
 
 
 class Record:
-    """The origins of the results in a folder, a line of JSON each; the last line of a name counts."""
+    """The origins of the results in a folder, a line of JSON each; the last line of a name counts.
+
+    Attributes:
+        path: of the record.
+        damaged: lines that cannot be read, as one cut off by a run that was killed: their results are not known.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / RECORD
+        self.path = folder / RECORD
+        self.damaged = 0
         self._origins: dict[str, Origin] = {}
-        if self._path.is_file():
-            for line in self._path.read_text(encoding="utf-8").splitlines():
+        self._cut_off = False
+        if self.path.is_file():
+            data = self.path.read_bytes()
+            self._cut_off = bool(data) and not data.endswith(b"\n")
+            for line in filter(bytes.strip, data.splitlines()):
                 try:
-                    entry = json.loads(line)
-                    self._origins[entry["result"]] = Origin(entry["file"], entry["sha256"], entry["settings"])
-                except (ValueError, TypeError, KeyError):
-                    continue  # a line cut off by a run that was killed: its result is not known, and refused
+                    self._read(json.loads(line.decode("utf-8")))
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    self.damaged += 1
+
+    def _read(self, entry: dict[str, Any]) -> None:
+        if isinstance(entry, dict) and entry.keys() == {"result"}:
+            self._origins.pop(entry["result"], None)
+            return
+        origin = Origin(entry["file"], entry["sha256"], entry["settings"])
+        if not isinstance(origin.settings, dict):
+            raise TypeError("settings must be an object")
+        self._origins[entry["result"]] = origin
 
     def get(self, result: str) -> Origin | None:
         return self._origins.get(result)
 
     def add(self, results: Iterable[str], origin: Origin) -> None:
         """Note results before they appear under their names, so that none is ever of an origin it does not have."""
-        lines = [json.dumps({"result": result, **asdict(origin)}) + "\n" for result in results]
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write("".join(lines))
+        self._write([{"result": result, **asdict(origin)} for result in results])
         self._origins.update(dict.fromkeys(results, origin))
+
+    def forget(self, result: str) -> None:
+        """Note that a result is removed, so that no file that comes to its name is taken for it."""
+        self._write([{"result": result}])
+        self._origins.pop(result, None)
+
+    def _write(self, entries: list[dict[str, Any]]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("\n" * self._cut_off + "".join(json.dumps(entry) + "\n" for entry in entries))
+        self._cut_off = False
 
 
 def _listed(settings: dict[str, Any]) -> str:
