@@ -1,4 +1,4 @@
-"""What the decoder has to move and to multiply, pass by pass, counted from the shapes and the committed tiles."""
+"""What the decoder has to move and to multiply, pass by pass, counted from the shapes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import sam
-from fastsam_kernels.tile_config import TileConfig, lookup
 
 from ..operations import hypernetwork_masks
 from ..operations.token_to_image_attention import CHANNELS, CLICK_TOKENS, HEAD_CHANNELS, HEADS
@@ -29,7 +28,7 @@ class Pass:
     flops: float
 
 
-def passes(prompts: int, arch: int = 90) -> list[Pass]:
+def passes(prompts: int) -> list[Pass]:
     """The Triton forms on one-point prompts on one image, in a 16-bit dtype, of a SAM of any encoder.
 
     A buffer that one launch writes and another reads counts twice; what a program reads again shortly after it read
@@ -38,7 +37,7 @@ def passes(prompts: int, arch: int = 90) -> list[Pass]:
     tokens, inner = prompts * CLICK_TOKENS, HEADS * HEAD_CHANNELS
     rows = prompts * HEADS * CLICK_TOKENS
     image = IMAGE_TOKENS * CHANNELS * ELEMENT
-    splits = _splits(prompts, lookup("two_way_attention", arch, torch.bfloat16, "8 tokens"))
+    splits = _splits(prompts)
     operands = 3 * rows * CHANNELS * ELEMENT  # folded keys, values and queries
     partials = prompts * splits * HEADS * _PADDED_TOKENS * (HEAD_CHANNELS + 2) * FP32
     padded = prompts * HEADS * _PADDED_TOKENS
@@ -64,10 +63,10 @@ def passes(prompts: int, arch: int = 90) -> list[Pass]:
     ]
 
 
-def _splits(prompts: int, tile: TileConfig) -> int:
-    from fastsam_kernels.two_way_attention.token_to_image_kernel import splits_of
+def _splits(prompts: int) -> int:
+    from fastsam_kernels.two_way_attention.token_to_image_kernel import shares_of
 
-    return splits_of(prompts, IMAGE_TOKENS // max(tile.blocks["BLOCK_N"], tile.blocks["ASKED_N"]))
+    return shares_of(prompts, IMAGE_TOKENS)[0]
 
 
 def _token_side(prompts: int) -> tuple[float, float, float]:

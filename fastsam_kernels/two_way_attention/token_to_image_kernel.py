@@ -22,6 +22,9 @@ from torch import Tensor
 from ..launch import Launch, Launches
 from ..tile_config import TileConfig, arch_of, lookup
 
+# Shares are whole multiples of so many image tokens, whatever the tile, so that no tile of a power of two up to it
+# reaches into the next share.
+_UNIT = 64
 # Up to so many prompts, so many shares. As many programs as fill a large GPU; and even of many prompts a share must be
 # so small (256 KB in bf16) that what all programs have updated and not yet asked stays in the cache.
 _SPLITS = ((4, 32), (16, 16))
@@ -84,10 +87,11 @@ def attend_share(
         shrink = tl.exp2(largest - larger)
         total = total * shrink + tl.sum(weights, 1)
         attended = attended * shrink[:, None]
-        # It always is. A dot outside the loop's own block is waited for where it stands; in flight over the end of an
-        # iteration, ptxas would serialise every wgmma of the loop (C7515).
-        if start < end:
-            attended = tl.dot(weights.to(keys.dtype), keys, attended, input_precision=PRECISION)
+        attended = tl.dot(weights.to(keys.dtype), keys, attended, input_precision=PRECISION)
+        # It always is, and costs nothing once compiled. A dot whose result is used in its own iteration is waited for
+        # there; in flight over the end of one, ptxas would serialise every wgmma of the loop (C7515). The dot itself
+        # must stand in the loop's own block: in an `if`, the copy of the next tile passes it and takes its keys.
+        attended = tl.where(start < end, attended, 0.0)
         largest = larger
 
     # A share may be empty when there are few image tokens: its weights are zero, and so is its part of the sum.
@@ -118,6 +122,7 @@ def token_to_image_kernel(
     partial_ptr,  # [P, SPLITS, H * T_PADDED, D] fp32
     stats_ptr,  # [P, SPLITS, 2, H * T_PADDED] fp32: the largest score, in bits, and the sum of weights
     image_tokens,  # N
+    share,  # of the image tokens, at most
     tokens,  # T
     stride_ki,  # of keys [I, N, C] along the images, in elements; each is contiguous
     H: tl.constexpr,
@@ -139,7 +144,6 @@ def token_to_image_kernel(
     image = prompt
     if HAS_INDEX:
         image = tl.load(index_ptr + prompt)
-    share = tl.cdiv(tl.cdiv(image_tokens, BLOCK_N), SPLITS) * BLOCK_N
     begin = split * share
     place = (prompt * SPLITS + split) * (H * T_PADDED)
     attend_share(
@@ -206,9 +210,16 @@ def padded_tokens(tokens: int) -> int:
     return max(triton.next_power_of_2(tokens), 8)
 
 
-def splits_of(prompts: int, tiles: int) -> int:
-    """Return how many programs share a prompt's tiles of image tokens: many where few prompts leave a GPU idle."""
-    return min(next((splits for most, splits in _SPLITS if prompts <= most), _SPLITS_OF_MANY), tiles)
+def shares_of(prompts: int, image_tokens: int) -> tuple[int, int]:
+    """Return how many programs share a prompt's image tokens, many where few prompts leave a GPU idle, and the size."""
+    units = triton.cdiv(image_tokens, _UNIT)
+    splits = min(next((splits for most, splits in _SPLITS if prompts <= most), _SPLITS_OF_MANY), units)
+    return splits, triton.cdiv(units, splits) * _UNIT
+
+
+def tiles_are_full(image_tokens: int, share: int, block: int) -> bool:
+    """Return whether tiles of ``block`` image tokens cut every share without a rest."""
+    return image_tokens % block == share % block == 0
 
 
 def dense_rows(keys: Tensor) -> Tensor:
@@ -230,7 +241,7 @@ def plan(
     prompts, heads, tokens, channels = queries.shape
     tile = replace(tile, blocks={**tile.blocks, "HEADS": min(tile.blocks["HEADS"], heads)})
     keys, padded = dense_rows(keys), padded_tokens(tokens)
-    splits = splits_of(prompts, triton.cdiv(keys.shape[1], tile.blocks["BLOCK_N"]))
+    splits, share = shares_of(prompts, keys.shape[1])
     head_dim = len(value_weight) // heads
     rows = heads * padded
     partial = queries.new_empty((prompts, splits, rows, head_dim), dtype=torch.float32)
@@ -247,6 +258,7 @@ def plan(
             "partial_ptr": partial,
             "stats_ptr": stats,
             "image_tokens": keys.shape[1],
+            "share": share,
             "tokens": tokens,
             "stride_ki": keys.stride(0),
         },
@@ -257,7 +269,7 @@ def plan(
             "T_PADDED": padded,
             "SPLITS": splits,
             "HAS_INDEX": image_index is not None,
-            "EXACT": keys.shape[1] % tile.blocks["BLOCK_N"] == 0,
+            "EXACT": tiles_are_full(keys.shape[1], share, tile.blocks["BLOCK_N"]),
             "PRECISION": "ieee" if queries.dtype == torch.float32 else "tf32",
             "STAGES": tile.num_stages,
         },

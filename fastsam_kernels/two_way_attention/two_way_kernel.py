@@ -24,7 +24,15 @@ from torch import Tensor
 from ..launch import Launch, Launches
 from ..tile_config import TileConfig, arch_of, lookup
 from .image_to_token_kernel import update_image_tokens
-from .token_to_image_kernel import attend_share, combine, dense_rows, padded_tokens, shape_class, splits_of
+from .token_to_image_kernel import (
+    attend_share,
+    combine,
+    dense_rows,
+    padded_tokens,
+    shape_class,
+    shares_of,
+    tiles_are_full,
+)
 
 
 @triton.jit
@@ -43,6 +51,7 @@ def two_way_kernel(
     partial_ptr,  # [P, SPLITS, H * T_PADDED, D] fp32
     stats_ptr,  # [P, SPLITS, 2, H * T_PADDED] fp32
     image_tokens,  # N
+    share,  # of the image tokens, at most
     tokens,  # T
     stride_ki,  # of keys [I, N, C] along the images, in elements; each is contiguous
     eps,
@@ -66,8 +75,6 @@ def two_way_kernel(
     image = prompt
     if HAS_INDEX:
         image = tl.load(index_ptr + prompt)
-    LARGER: tl.constexpr = BLOCK_N if BLOCK_N > ASKED_N else ASKED_N
-    share = tl.cdiv(tl.cdiv(image_tokens, LARGER), SPLITS) * LARGER
     begin = split * share
     end = tl.minimum(begin + share, image_tokens)
     p_out = out_ptr + prompt * image_tokens * C
@@ -144,7 +151,7 @@ def plan(
     few = {name: min(tile.blocks[name], heads) for name in ("HEADS", "ASKING_HEADS")}
     tile = replace(tile, blocks={**tile.blocks, **few})
     larger, rows = max(tile.blocks["BLOCK_N"], tile.blocks["ASKED_N"]), heads * padded_tokens(tokens)
-    splits = splits_of(prompts, triton.cdiv(keys.shape[1], larger))
+    splits, share = shares_of(prompts, keys.shape[1])
     head_dim = len(value_weight) // heads
     partial = queries.new_empty((prompts, splits, rows, head_dim), dtype=torch.float32)
     stats = queries.new_empty((prompts, splits, 2, rows), dtype=torch.float32)
@@ -166,6 +173,7 @@ def plan(
             "partial_ptr": partial,
             "stats_ptr": stats,
             "image_tokens": keys.shape[1],
+            "share": share,
             "tokens": tokens,
             "stride_ki": keys.stride(0),
             "eps": eps,
@@ -177,7 +185,7 @@ def plan(
             "T_PADDED": padded_tokens(tokens),
             "SPLITS": splits,
             "HAS_INDEX": image_index is not None,
-            "EXACT": keys.shape[1] % larger == 0,
+            "EXACT": tiles_are_full(keys.shape[1], share, larger),
             "PRECISION": "ieee" if queries.dtype == torch.float32 else "tf32",
             "STAGES": tile.num_stages,
         },

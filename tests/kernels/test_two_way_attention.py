@@ -28,14 +28,21 @@ def draw(shape: tuple[int, ...], seed: int, scale: float, dtype: torch.dtype, de
 
 
 def to_image_inputs(
-    prompts: int, tokens: int, grid: int, dtype: torch.dtype, device: Any = "cpu", channels: int = 64, images: int = 0
+    prompts: int,
+    tokens: int,
+    grid: int,
+    dtype: torch.dtype,
+    device: Any = "cpu",
+    channels: int = 64,
+    images: int = 0,
+    head_dim: int = HEAD_DIM,
 ) -> Inputs:
     shapes = (
         ((prompts, HEADS, tokens, channels), 0.3),
         ((images or prompts, grid * grid, channels), 1.0),
         ((grid * grid, channels), 1.0),
-        ((HEADS * HEAD_DIM, channels), channels**-0.5),
-        ((HEADS * HEAD_DIM,), 1.0),
+        ((HEADS * head_dim, channels), channels**-0.5),
+        ((HEADS * head_dim,), 1.0),
     )
     return tuple(draw(shape, seed, scale, dtype, device) for seed, (shape, scale) in enumerate(shapes))
 
@@ -202,13 +209,14 @@ def test_few_prompts_are_shared_by_more_programs(device: torch.device, monkeypat
     """The class of a request decides, no batch within it changes a bit, and any number of shares is right."""
     from fastsam_kernels.two_way_attention import token_to_image_kernel
 
-    of_sam = {prompts: token_to_image_kernel.splits_of(prompts, 128) for prompts in (1, 4, 5, 16, 17, 1024)}
-    assert of_sam == {1: 32, 4: 32, 5: 16, 16: 16, 17: 8, 1024: 8}
-    assert token_to_image_kernel.splits_of(1, 3) == 3  # none would be left with nothing
+    of_sam = {prompts: token_to_image_kernel.shares_of(prompts, 4096) for prompts in (1, 4, 5, 16, 17, 1024)}
+    few, some, many = (32, 128), (16, 256), (8, 512)
+    assert of_sam == {1: few, 4: few, 5: some, 16: some, 17: many, 1024: many}
+    assert token_to_image_kernel.shares_of(1, 129) == (3, 64)  # none would be left with nothing
     monkeypatch.setattr(token_to_image_kernel, "_SPLITS", ((1, 5), (2, 3)))
     monkeypatch.setattr(token_to_image_kernel, "_SPLITS_OF_MANY", 2)
     operation = Operation("token_to_image_attention")
-    inputs = operation.inputs(4, 3, 13, torch.bfloat16, device)
+    inputs = operation.inputs(4, 3, 17, torch.bfloat16, device)
     by_count = {}
     for prompts, splits in ((1, 5), (2, 3), (3, 2), (4, 2)):
         some = operation.rows(inputs, slice(0, prompts))

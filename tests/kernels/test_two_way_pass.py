@@ -26,10 +26,19 @@ KEYS, BY_PROMPT = 0, (2, 3, 4, 7)
 
 
 def make_inputs(
-    prompts: int, tokens: int, grid: int, dtype: torch.dtype, device: Any = "cpu", channels: int = 64, images: int = 0
+    prompts: int,
+    tokens: int,
+    grid: int,
+    dtype: torch.dtype,
+    device: Any = "cpu",
+    channels: int = 64,
+    images: int = 0,
+    head_dim: int = HEAD_DIM,
 ) -> Inputs:
     update = to_token_inputs(prompts, tokens, grid, dtype, device, channels, images)
-    queries, _, _, value_weight, value_bias = to_image_inputs(prompts, tokens, grid, dtype, device, channels)
+    queries, _, _, value_weight, value_bias = to_image_inputs(
+        prompts, tokens, grid, dtype, device, channels, head_dim=head_dim
+    )
     return (*update, queries, value_weight, value_bias)
 
 
@@ -72,18 +81,43 @@ def test_triton_form(device: torch.device, prompts: int, tokens: int, grid: int,
         assert_within_budget(out, lambda *i, p=place: one_after_the_other(*i)[p], inputs, f"{what}, {dtype}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("prompts", "tokens", "grid"), [(2, 7, 9), (1, 11, 7)])
-def test_bit_equal_to_two_kernels_of_the_same_tiles(
-    device: torch.device, prompts: int, tokens: int, grid: int, dtype: torch.dtype
-) -> None:
-    from fastsam_kernels.two_way_attention import image_to_token_kernel, token_to_image_kernel
+@pytest.fixture(params=["own", "sm_90"])
+def tiles_of(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The tiles of the device, those of sm_80 where it is the interpreter, and there those of sm_90 too."""
+    from fastsam_kernels.two_way_attention import two_way_kernel
 
-    inputs = make_inputs(prompts, tokens, grid, dtype, device)
+    if request.param != "own":
+        if device.type == "cuda":
+            pytest.skip("a device runs its own tiles")
+        monkeypatch.setattr(two_way_kernel, "arch_of", lambda device: int(request.param.removeprefix("sm_")))
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [8, 16])
+def test_operands_of_all_heads_loaded_once(
+    tiles_of: str, device: torch.device, head_dim: int, dtype: torch.dtype
+) -> None:
+    """With heads of 16 channels, as those of SAM are, W_v of 8 heads is multiplied by in two rounds."""
+    inputs = make_inputs(1, 7, 9, dtype, device, head_dim=head_dim)
+    found = two_way_attention(*inputs, kernels="triton")
+    for place, out in enumerate(found):
+        assert_within_budget(out, lambda *i, p=place: one_after_the_other(*i)[p], inputs, f"{tiles_of}, {place}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("prompts", "tokens", "grid", "head_dim"), [(2, 7, 9, 8), (1, 7, 17, 16), (1, 11, 7, 8)])
+def test_bit_equal_to_two_kernels_of_the_same_tiles(
+    tiles_of: str, device: torch.device, prompts: int, tokens: int, grid: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    from fastsam_kernels.two_way_attention import image_to_token_kernel, token_to_image_kernel, two_way_kernel
+
+    inputs = make_inputs(prompts, tokens, grid, dtype, device, head_dim=head_dim)
     *update, queries, value_weight, value_bias = inputs
-    tile = lookup("two_way_attention", arch_of(device), dtype, "8 tokens" if tokens <= 8 else "16 tokens")
+    arch, shape_class = two_way_kernel.arch_of(device), "8 tokens" if tokens <= 8 else "16 tokens"
+    tile = lookup("two_way_attention", arch, dtype, shape_class)
     blocks = tile.blocks
-    out_keys, out = torch.empty_like(update[0]), queries.new_empty(prompts, tokens, HEADS * HEAD_DIM)
+    out_keys, out = torch.empty_like(update[0]), queries.new_empty(prompts, tokens, HEADS * head_dim)
     telling = {"BLOCK_N": blocks["BLOCK_N"], "TILES": 2, "HEADS": blocks["HEADS"]}
     asking = {"BLOCK_N": blocks["ASKED_N"], "HEADS": blocks["ASKING_HEADS"]}
     to_token = TileConfig(telling, tile.num_warps, tile.num_stages)
