@@ -21,7 +21,7 @@ from fastsam_kernels.dispatch import interpreting
 from fastsam_kernels.launch import Launch
 from fastsam_kernels.tile_config import SHARED_MEMORY
 
-from . import wgmma
+from . import ttgir, wgmma
 from .compile_cases import AMD, CompileCase
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.bool: "i1"}
@@ -48,6 +48,7 @@ class Compiled:
         programs_an_sm: how many fit a multiprocessor at once; None where that is not worked out.
         serialised: remarks of ptxas on sm_90 that matrix products wait for each other.
         hazards: writes to shared memory on sm_90 that another warpgroup may not be ready for.
+        overwrites: copies ahead over tiles that their loop has yet to read.
     """
 
     operation: str
@@ -68,6 +69,7 @@ class Compiled:
     programs_an_sm: int | None
     serialised: list[str]
     hazards: list[str]
+    overwrites: list[str]
 
     @property
     def asserted(self) -> bool:
@@ -81,6 +83,7 @@ class Compiled:
         if self.shared > self.shared_limit:
             problems.append(f"{self.shared} bytes of shared memory, over {self.shared_limit}")
         problems += [f"another warpgroup may still read what is written in {place}" for place in self.hazards]
+        problems += [f"its loop has yet to read the tile that is copied over in {place}" for place in self.overwrites]
         if self.dtype == "fp32":
             return problems
         if self.stack > 0:
@@ -166,6 +169,7 @@ def inspect(case: CompileCase) -> Compiled:
         dot_rows=max(map(int, re.findall(r"tt\.dot .*-> tensor<(\d+)x", compiled.asm["ttir"])), default=0),
         serialised=wgmma.serialised(ptx, case.arch, case.launch.fuse_multiply_add) if hopper else [],
         hazards=wgmma.hazards(ptx) if hopper else [],
+        overwrites=[] if case.arch == AMD else ttgir.overwrites(compiled.asm["ttgir"]),
         **read,
     )
 

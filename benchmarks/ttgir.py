@@ -1,0 +1,107 @@
+"""What can go wrong with tiles that a loop copies ahead, read off Triton's GPU dialect.
+
+Such tiles lie in a ring of buffers. Triton orders the copies and the reads of a loop when it pipelines it, by the uses
+of a buffer that stand in the loop's own block; a product within an ``scf.if`` it does not see. The next tile is then
+copied over the one that the product has yet to read, where it reads shared memory, as on sm_90 and sm_100. The results
+are wrong, and only now and then.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_OPERATION = re.compile(r"\s*(?:(%[\w#]+)(?::\d+)? = )?\"?(?:\w+\.)+(\w+)\"?(.*)")
+_COPY = "async_copy_global_to_local"
+_NO_READ = {"async_wait", "warp_group_dot_wait", "local_dealloc", "async_commit_group"}
+
+
+@dataclass
+class _Step:
+    """One operation: its line, its name, what it reads or writes by the allocation, and the whole of it."""
+
+    line: int
+    name: str
+    operands: list[str]
+    text: str
+
+
+def overwrites(ttgir: str) -> list[str]:
+    """Each copy over a tile that the same loop has yet to read, as the line of the TTGIR it stands on."""
+    lines = ttgir.splitlines()
+    steps, rings = _read(lines)
+    found: set[int] = set()
+    for around, begin, end in _loops(lines):  # inner ones first
+        body = [step for step in steps if begin < step.line < end]
+        for ring in {step.operands[1] for step in body if step.name == _COPY} & rings.keys():
+            ahead = sum(_copies(step, ring) for step in steps if around < step.line < begin)
+            # What copies ahead of a loop belongs to it, and is no copy of the loop around it.
+            found.update(_overwrites(body, ring, rings.pop(ring), ahead))
+    return [f"line {line + 1}: {lines[line].strip()}" for line in sorted(found)]
+
+
+def _overwrites(body: list[_Step], ring: str, buffers: int, copied: int) -> Iterator[int]:
+    """Run a loop on a ring into which ``copied`` tiles were copied before; the lines of copies that come too early."""
+    done = {step.line: 0 for step in body if _reads(step, ring)}  # tiles that were read
+    flying: list[tuple[int, str]] = []  # products not waited for, the oldest first: their line and barrier
+    for step in body * (buffers + 2):
+        landed: list[tuple[int, str]] = []
+        if _copies(step, ring):
+            if min(done.values(), default=copied) <= copied - buffers:
+                yield step.line
+            copied += 1
+        elif step.name == "warp_group_dot" and "isAsync = true" in step.text:
+            flying.append((step.line, ""))
+        elif step.name == "tc_gen5_mma" and "is_async" in step.text:
+            flying.append((step.line, step.operands[-2]))  # before its predicate
+        elif step.name == "warp_group_dot_wait":
+            pending = re.search(r"pendings = (\d+)", step.text)
+            landed = flying[: len(flying) - int(pending[1] if pending else 0)]
+        elif step.name == "wait_barrier":
+            landed = [flight for flight in flying if flight[1] == step.operands[0]][:1]
+        elif step.line in done:
+            done[step.line] += 1
+        for flight in landed:
+            flying.remove(flight)
+            if flight[0] in done:
+                done[flight[0]] += 1
+
+
+def _copies(step: _Step, ring: str) -> bool:
+    return step.name == _COPY and step.operands[1] == ring
+
+
+def _reads(step: _Step, ring: str) -> bool:
+    return step.name != _COPY and step.name not in _NO_READ and ring in step.operands
+
+
+def _read(lines: list[str]) -> tuple[list[_Step], dict[str, int]]:
+    """The operations but for views, with what they take traced to its allocation, and the buffers of each ring."""
+    steps, rings, roots = [], {}, {}
+    for line, text in enumerate(lines):
+        match = _OPERATION.match(text)
+        if match is None:
+            continue
+        result, name, rest = match.groups()
+        operands = [roots.get(operand, operand) for operand in re.findall(r"%\w+", rest)]
+        size = re.search(r"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x", text)
+        if size is not None:
+            rings[result] = int(size[1])
+        elif name.startswith("memdesc_"):
+            roots[result] = operands[0]
+        else:
+            steps.append(_Step(line, name, operands, text))
+    return steps, rings
+
+
+def _loops(lines: list[str]) -> Iterator[tuple[int, int, int]]:
+    """The lines on which each loop begins and ends, after the one on which the region around it begins."""
+    regions: list[int] = []
+    for line, text in enumerate(lines):
+        if text.lstrip().startswith("}"):
+            begin = regions.pop()
+            if " scf.for " in f" {lines[begin].strip()} ":
+                yield regions[-1], begin, line
+        if text.count("{") > text.count("}") or re.match(r"\s*\}.*\{$", text):
+            regions.append(line)
