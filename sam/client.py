@@ -75,7 +75,8 @@ class Client:
 
     Every method raises :class:`ServiceError` when the service refuses, or something else answers for it, and
     ``OSError`` when it is not there, breaks off, or takes longer than ``timeout`` seconds for one answer as a whole.
-    An answer of more than ``max_answer_bytes``, or whose masks are not of the image's size, is not the service's.
+    An answer of more than ``max_answer_bytes``, or whose masks are not of the image's size, is not the service's. One
+    whose masks take more than ``max_mask_bytes``, a byte a pixel of each, is refused before any of them is decoded.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Client:
         token: str | None = None,
         timeout: float = 60.0,
         max_answer_bytes: int = 2**28,
+        max_mask_bytes: int = 2**31,
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or parts.hostname is None:
@@ -96,6 +98,7 @@ class Client:
         self._connection = kind(parts.hostname, parts.port)
         self._connection.response_class = self._response  # type: ignore[assignment]
         self._timeout, self._max_answer_bytes = timeout, max_answer_bytes
+        self._max_mask_bytes = max_mask_bytes
         self._deadline = math.inf
         self._base = parts.path.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -116,13 +119,13 @@ class Client:
     ) -> list[RemoteMasks]:
         """Masks for each prompt: ``{"points": [[x, y]], "labels": [1], "box": [...], "mask_input": reference}``."""
         question = {"embedding": image.embedding, "prompts": list(prompts), "multimask": multimask_output}
-        return self._ask("/v1/segment", question, lambda answer: _read_prompts(answer, image, len(prompts)))
+        return self._ask("/v1/segment", question, lambda answer: self._read_prompts(answer, image, len(prompts)))
 
     def automatic(self, image: RemoteImage, **options: Any) -> list[dict[str, Any]]:
         """Records of everything, as :class:`sam.SamAutomaticMaskGenerator` gives them, masks as [H, W] bool."""
         most = _MASKS_OF_A_PROMPT * int(options.get("points_per_side", 32)) ** 2
         question = {"embedding": image.embedding, **options}
-        return self._ask("/v1/automatic", question, lambda answer: _read_records(answer, image, most))
+        return self._ask("/v1/automatic", question, lambda answer: self._read_records(answer, image, most))
 
     def ready(self) -> bool:
         """Whether the service takes requests; False also when it cannot be reached."""
@@ -193,6 +196,32 @@ class Client:
             raise http.client.IncompleteRead(b"", answer.length)
         return text
 
+    def _read_prompts(self, answer: Any, image: RemoteImage, count: int) -> list[RemoteMasks]:
+        prompts, result = _list(_dict(answer)["prompts"], count), answer["result"]
+        if len(prompts) != count or not (result is None or _HANDLE.fullmatch(result)):
+            raise ValueError("not the prompts that were asked")
+        all_records = [_list(_dict(prompt)["masks"], _MASKS_OF_A_PROMPT) for prompt in prompts]
+        self._check_room(sum(map(len, all_records)), image)
+        results = []
+        for index, (prompt, records) in enumerate(zip(prompts, all_records, strict=True)):
+            masks = np.stack([_mask(record, image) for record in records])
+            scores = np.array([_number(record["predicted_iou"]) for record in records], np.float32)
+            best = _count(prompt["best"], 0, len(records) - 1)
+            reference = {"result": result, "prompt": index, "mask": best} if result else None
+            results.append(RemoteMasks(masks, scores, best, reference))
+        return results
+
+    def _read_records(self, answer: Any, image: RemoteImage, most: int) -> list[dict[str, Any]]:
+        records = _list(_dict(answer)["masks"], most)
+        self._check_room(len(records), image)
+        return [_read_record(_dict(record), image) for record in records]
+
+    def _check_room(self, count: int, image: RemoteImage) -> None:
+        size = count * image.height * image.width
+        if size > self._max_mask_bytes:
+            message = f"{count} masks of {size} bytes in all, more than the limit of {self._max_mask_bytes}"
+            raise ServiceError(200, "unknown", message, "unknown")
+
     def _seconds_left(self) -> float:
         left = self._deadline - time.monotonic()
         if left <= 0:
@@ -201,8 +230,17 @@ class Client:
 
     def _response(self, connection: socket.socket, *arguments: Any, **options: Any) -> http.client.HTTPResponse:
         answer = http.client.HTTPResponse(connection, *arguments, **options)
-        answer.fp = io.BufferedReader(_InTime(connection, answer.fp.detach(), self._seconds_left))
+        answer.fp = _Forward(_InTime(connection, answer.fp.detach(), self._seconds_left))
         return answer
+
+
+class _Forward(io.BufferedReader):
+    """A reader of so many bytes at a time: a chunk whose size is negative would else mean all that ever comes."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            raise http.client.HTTPException(f"a chunk of {size} bytes")
+        return super().read(size)
 
 
 class _InTime(io.RawIOBase):
@@ -240,25 +278,6 @@ def _read_image(answer: Any, sizes: set[tuple[int, int]] | None) -> RemoteImage:
     return RemoteImage(handle, height, width)
 
 
-def _read_prompts(answer: Any, image: RemoteImage, count: int) -> list[RemoteMasks]:
-    prompts, result = _list(_dict(answer)["prompts"]), answer["result"]
-    if len(prompts) != count or not (result is None or _HANDLE.fullmatch(result)):
-        raise ValueError("not the prompts that were asked")
-    results = []
-    for index, prompt in enumerate(prompts):
-        records = _list(_dict(prompt)["masks"], _MASKS_OF_A_PROMPT)
-        masks = np.stack([_mask(record, image) for record in records])
-        scores = np.array([_number(record["predicted_iou"]) for record in records], np.float32)
-        best = _count(prompt["best"], 0, len(records) - 1)
-        reference = {"result": result, "prompt": index, "mask": best} if result else None
-        results.append(RemoteMasks(masks, scores, best, reference))
-    return results
-
-
-def _read_records(answer: Any, image: RemoteImage, most: int) -> list[dict[str, Any]]:
-    return [_read_record(_dict(record), image) for record in _list(_dict(answer)["masks"], most)]
-
-
 def _read_record(record: dict[str, Any], image: RemoteImage) -> dict[str, Any]:
     _count(record["area"], 0, image.height * image.width)
     numbers = [*_list(record["bbox"], 4), *_list(record["crop_box"], 4), record["predicted_iou"]]
@@ -271,10 +290,13 @@ def _read_record(record: dict[str, Any], image: RemoteImage) -> dict[str, Any]:
 
 
 def _mask(record: Any, image: RemoteImage) -> np.ndarray:
-    """Check the size, and that there are not more counts than pixels, before anything of them is allocated."""
+    """Check the size, and that the counts are not more than pixels, before anything of them is allocated.
+
+    A string has no more characters than that either: those beyond a count's first stand for 16 pixels or more.
+    """
     encoded = _dict(_dict(record)["segmentation"])
     pixels = image.height * image.width
-    if encoded["size"] != [image.height, image.width] or len(encoded["counts"]) > 3 * (pixels + 1):
+    if encoded["size"] != [image.height, image.width] or len(encoded["counts"]) > pixels + 1:
         raise ValueError(f"no mask of an image of {image.height}x{image.width}")
     if not isinstance(encoded["counts"], str):
         encoded["counts"] = [_count(count, 0) for count in encoded["counts"]]

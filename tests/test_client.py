@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from models import random_image
 from serving import file_of
 from waiting import SECONDS
@@ -113,12 +115,19 @@ def test_refusals_and_masks() -> None:
         assert masks.masks.tolist() == [[[False, True, True], [True, True, True]]]
 
 
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
 @pytest.mark.parametrize(
     ("answer", "cause"),
     [
         (b"SSH-2.0-x\r\n", "BadStatusLine"),
         (b'HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{"a"', "IncompleteRead"),
         (b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", "LineTooLong"),
+        (CHUNKED + b"-5\r\nhello\r\n0\r\n\r\n", r"HTTPException\('a chunk of -5 bytes'\)"),
+        (CHUNKED + b"-1\r\nhello", r"HTTPException\('a chunk of -1 bytes'\)"),
+        (CHUNKED + b"5\r\nhello\r\n-2\r\nhello", r"HTTPException\('a chunk of -2 bytes'\)"),
+        (CHUNKED + b"x\r\nhello", "IncompleteRead"),
     ],
 )
 def test_no_whole_answer_of_http(answer: bytes, cause: str) -> None:
@@ -212,6 +221,56 @@ def test_answers_are_read_up_to_a_limit(head: bytes) -> None:
     too_long = pytest.raises(ServiceError, match=r"unknown \(200\): an answer of more than 1000 bytes: b'")
     with answered_by(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n" + body, max_answer_bytes=1000) as client, too_long:
         client.automatic(IMAGE)
+
+
+def test_nothing_is_read_without_a_limit() -> None:
+    """A chunk of -1 bytes would be read to the end, which need not come."""
+    refused = pytest.raises(ConnectionError, match="a chunk of -1 bytes")
+    with answered_by(CHUNKED + b"-1\r\n", forever=b"x" * 2**20) as client, refused:
+        client.embed(PNG)
+    with answered_by(CHUNKED + b"-1\r\n", forever=b"x" * 2**20) as client:
+        assert not client.ready()
+
+
+@pytest.mark.parametrize("ask", METHODS[1:])
+def test_masks_take_no_more_than_the_limit(monkeypatch: pytest.MonkeyPatch, ask: Callable[[Client], object]) -> None:
+    """A run of background is a few bytes, whatever the image's size; they are counted before any is decoded."""
+    mask = ANSWERED["masks"][0]
+    answer = {"prompts": [{"best": 0, "masks": [mask] * 3}], "result": None, "masks": [mask] * 3}
+    text = http_answer(200, json.dumps(answer).encode())
+    with answered_by(text, max_mask_bytes=3 * 2 * 3) as client:
+        ask(client)
+    monkeypatch.setattr(rle, "decode", lambda encoded: pytest.fail("decoded"))
+    message = r"unknown \(200\): 3 masks of 18 bytes in all, more than the limit of 17 "
+    with answered_by(text, max_mask_bytes=17) as client, pytest.raises(ServiceError, match=message):
+        ask(client)
+
+
+def test_masks_of_all_prompts_share_the_limit() -> None:
+    prompt = {"best": 0, "masks": [RECORD]}
+    text = http_answer(200, json.dumps({"prompts": [prompt] * 4, "result": None}).encode())
+    with answered_by(text, max_mask_bytes=23) as client, pytest.raises(ServiceError, match="4 masks of 24 bytes"):
+        client.segment(IMAGE, [{"points": [[1, 1]]}] * 4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (7, 5), (64, 64)])
+def test_no_mask_has_a_longer_string_than_its_pixels(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
+    """The busiest ones, and those whose counts change the most; a longer string is not decoded."""
+    pixels = size[0] * size[1]
+    columns = np.arange(pixels)
+    busy = [columns % 2 == 0, columns % 2 == 1, columns % 17 == 0, columns % 32 < 16, columns % 33 < 32, columns < 0]
+    busy += [columns % 18 > 0, columns == 0, columns < pixels, np.random.default_rng(0).random(pixels) < 0.5]
+    image = RemoteImage(HANDLE, *size)
+    for flat in busy:
+        mask = torch.from_numpy(flat.reshape(size[::-1]).T.copy())
+        counts = rle.compress(rle.encode(mask[None])[0]["counts"])
+        with answered_by(http_answer(200, one_mask(list(size), counts))) as client:
+            (masks,) = client.segment(image, [{"points": [[1, 1]]}])
+        assert (masks.masks[0] == mask.numpy()).all()
+    monkeypatch.setattr(rle, "decode", lambda encoded: pytest.fail("decoded"))
+    for counts in ("0" * (pixels + 2), [0] * (pixels + 2)):
+        with answered_by(http_answer(200, one_mask(list(size), counts))) as client, pytest.raises(ServiceError):
+            client.segment(image, [{"points": [[1, 1]]}])
 
 
 @pytest.mark.parametrize(
