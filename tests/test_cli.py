@@ -59,7 +59,67 @@ def test_segment(tmp_path: Path, image_file: Path, capsys: pytest.CaptureFixture
     assert overlay.size == (451, 300)
     assert sorted(path.name for path in out.iterdir()) == [
         "cat.json", "cat_mask_0.png", "cat_mask_1.png", "cat_mask_2.png", "cat_overlay.png",
+        "results.jsonl",
     ]  # fmt: skip
+
+
+def test_segment_replaces_only_results_of_the_image(
+    tmp_path: Path, image_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever its prompt was; what others made, or nobody knows who, is refused, and stays but for --force."""
+    out = tmp_path / "out"
+
+    def segment(*arguments: object, click: str = "170,115") -> int:
+        return main(["segment", "--point", click, "--image-size", "64", "--out", str(out), *map(str, arguments)])
+
+    def results() -> list[str]:
+        return sorted(path.name for path in out.iterdir())
+
+    twin = tmp_path / "elsewhere.png"  # of the same bytes, but with results of its own
+    twin.write_bytes(image_file.read_bytes())
+    assert segment(image_file) == segment(twin, "--single") == 0
+    (out / "cat_mask_3.png").write_text("somebody's")
+    capsys.readouterr()
+    assert segment(image_file, "--single", click="30,280") == 0
+    assert "wrote to " + str(out) + ": cat_overlay.png, cat_mask_0.png, cat.json" in capsys.readouterr().out
+    others = ["elsewhere.json", "elsewhere_mask_0.png", "elsewhere_overlay.png", "results.jsonl"]
+    assert results() == ["cat.json", "cat_mask_0.png", "cat_mask_3.png", "cat_overlay.png", *others]
+    assert json.loads((out / "cat.json").read_text())["prompt"]["points"] == [[30, 280]]
+
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / "cat.png"
+    Image.new("RGB", (40, 30)).save(other)
+    before = (out / "cat.json").read_text()
+    same_options = ("segment", other, "--point", "1,2", "--image-size", "64", "--out", out)
+    message = f"{out / 'cat_overlay.png'} was made from another file, cat.png; --force replaces it, another --out keeps"
+    assert message in run_bad(capsys, *same_options)
+    (out / "cat_overlay.png").unlink()
+    (out / "cat_mask_1.png").write_text("somebody's")
+    assert "cat_mask_0.png was made from another file" in run_bad(capsys, *same_options)
+    (out / "results.jsonl").unlink()
+    assert "cat_mask_0.png is not in results.jsonl" in run_bad(capsys, *same_options)
+    assert (out / "cat.json").read_text() == before
+    assert segment(other, "--single", "--force", click="1,2") == 0
+    assert json.loads((out / "cat.json").read_text())["image"]["height"] == 30
+    assert (out / "cat_mask_1.png").read_text() == (out / "cat_mask_3.png").read_text() == "somebody's"
+
+
+def test_segment_and_auto_keep_each_others_results(
+    tmp_path: Path, image_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for first, second in (("segment", "auto"), ("auto", "segment")):
+        out = ("--image-size", "64", "--out", str(tmp_path / first))
+        commands = {
+            "segment": ["segment", str(image_file), "--point", "1,2", *out],
+            "auto": ["auto", str(image_file), "--points-per-side", "1", "--overlay", *out],
+        }
+        assert main(commands[first]) == 0
+        assert main(commands[second]) != 0
+        if second == "auto":  # without an overlay it writes nothing of segment's names
+            assert main([argument for argument in commands[second] if argument != "--overlay"]) == 0
+        message = f"{tmp_path / first / 'cat_overlay.png'} was made by {first}; --force replaces it"
+        assert message in capsys.readouterr().err
+        assert main([*commands[second], "--force"]) == 0
 
 
 def test_segment_by_box_with_one_mask(tmp_path: Path, image_file: Path) -> None:

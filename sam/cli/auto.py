@@ -191,9 +191,7 @@ class _Target:
             ValueError: one is there that was made from something else, or nobody knows what from.
         """
         for path in self._replaced(record):
-            difference = origin.difference(record.get(path.name)) if path.exists() else None
-            if difference is not None:
-                raise ValueError(f"{path} {difference}; --force replaces it, another --out keeps it")
+            record.check(path, origin)
         return all(map(self._is_whole, self._wanted))
 
     def _is_whole(self, path: Path) -> bool:
@@ -205,9 +203,11 @@ class _Target:
     def _replaced(self, record: Record) -> list[Path]:
         """List what new results take the place of: those of their names, and an earlier overlay, of other masks.
 
-        An overlay that is not asked for and not in the record is somebody else's picture, and stays.
+        An overlay that is not asked for and not in the record as ours is somebody else's picture, and stays.
         """
-        if self._overlay in self._wanted or record.get(self._overlay.name) is None or not self._overlay.is_file():
+        made = record.get(self._overlay.name)
+        ours = made is not None and made.command == "auto"
+        if self._overlay in self._wanted or not ours or not self._overlay.is_file():
             return self._wanted
         return [*self._wanted, self._overlay]
 

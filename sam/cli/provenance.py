@@ -19,7 +19,7 @@ class Origin:
     Attributes:
         file: the image's name, for people; images of the same bytes are the same.
         sha256: of the image file.
-        settings: model and options that change results.
+        settings: model and options that change results; ``command`` if it was another than ``auto``.
     """
 
     file: str
@@ -34,17 +34,23 @@ class Origin:
                 digest.update(block)
         return cls(path.name, digest.hexdigest(), settings)
 
+    @property
+    def command(self) -> str:
+        return str(self.settings.get("command", "auto"))
+
     def difference(self, other: Origin | None) -> str | None:
         """Say how a result of origin ``other`` is none of this one; None if it is."""
         if other is None:
             return f"is not in {RECORD}, which says what results were made from"
+        if other.command != self.command:
+            return f"was made by {other.command}"
         if other.sha256 != self.sha256:
             return f"was made from another file, {other.file}"
         names = sorted({*self.settings, *other.settings})
         changed = [name for name in names if self.settings.get(name) != other.settings.get(name)]
         if changed:
-            was, now = ({name: origin.settings.get(name) for name in changed} for origin in (other, self))
-            return f"was made with other settings: {_listed(was)}, now {_listed(now)}"
+            before, after = ({name: origin.settings.get(name) for name in changed} for origin in (other, self))
+            return f"was made with other settings: {_listed(before)}, now {_listed(after)}"
         return None
 
 
@@ -81,6 +87,24 @@ class Record:
 
     def get(self, result: str) -> Origin | None:
         return self._origins.get(result)
+
+    def check(self, path: Path, origin: Origin) -> None:
+        """Check that a result may be replaced by one of ``origin``, or is not there.
+
+        Raises:
+            ValueError: it was made from something else, or nobody knows what from.
+        """
+        difference = origin.difference(self.get(path.name)) if path.exists() else None
+        if difference is not None:
+            raise ValueError(f"{path} {difference}; --force replaces it, another --out keeps it")
+
+    def results_of(self, file: str, command: str) -> list[str]:
+        """List the results that ``command`` made from images of this name."""
+        return [
+            result
+            for result, origin in self._origins.items()
+            if origin.file == file and origin.command == command
+        ]
 
     def add(self, results: Iterable[str], origin: Origin) -> None:
         """Note results before they appear under their names, so that none is ever of an origin it does not have."""

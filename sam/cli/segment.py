@@ -19,6 +19,7 @@ from ..overlay import draw_overlay
 from ..prompts import Prompt
 from ..results import MaskPrediction
 from .options import Steps, add_model_options, add_traceback_option, model_from
+from .provenance import Origin, Record
 
 
 def add_parser(commands: Any) -> None:
@@ -34,7 +35,13 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--box", type=_box, metavar="X0,Y0,X1,Y1", help="a box in pixels")
     parser.add_argument("--single", action="store_true", help="one mask in place of three alternatives")
-    parser.add_argument("--out", default="out", metavar="DIR", help="folder for the results (default: out)")
+    parser.add_argument(
+        "--out",
+        default="out",
+        metavar="DIR",
+        help="folder for the results (default: out); those of this image's last run are replaced",
+    )
+    parser.add_argument("--force", action="store_true", help="replace also what something else than this image made")
     parser.add_argument(
         "--max-megapixels",
         type=float,
@@ -56,7 +63,12 @@ def run(args: argparse.Namespace) -> None:
     prompt = Prompt(points, labels, args.box)
     image = read_image(args.image, args.max_megapixels or None)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    stem = Path(args.image).stem
+    mask_names = [f"{stem}_mask_{index}.png" for index in range(1 if args.single else 3)]
+    results = [f"{stem}_overlay.png", *mask_names, f"{stem}.json"]
+    origin, record = Origin.of(Path(args.image), {"command": "segment"}), Record(out)
+    for name in () if args.force else results:
+        record.check(out / name, origin)
 
     steps = Steps(total=4)
     try:
@@ -67,8 +79,12 @@ def run(args: argparse.Namespace) -> None:
         with steps.step("predict masks"):
             prediction = model.predict(embedding, [prompt], multimask_output=not args.single)
         with steps.step("write results"):
-            stem = Path(args.image).stem
-            records = _write_masks(prediction, out, stem)
+            out.mkdir(parents=True, exist_ok=True)
+            for name in record.results_of(origin.file, "segment"):
+                (out / name).unlink(missing_ok=True)
+                record.forget(name)
+            record.add(results, origin)
+            records = _write_masks(prediction, [out / name for name in mask_names])
             best = int(prediction.iou_predictions[0].argmax())
             overlay = draw_overlay(image, prediction.masks[0, best : best + 1].cpu().numpy(), [prompt])
             with write_atomically(out / f"{stem}_overlay.png") as partial:
@@ -84,22 +100,21 @@ def run(args: argparse.Namespace) -> None:
                 partial.write_text(json.dumps(document, indent=2) + "\n")
     finally:
         steps.close()
-    for index, record in enumerate(records):
+    for index, mask in enumerate(records):
         mark = "  <- overlay" if index == best else ""
-        print(f"mask {index}: predicted IoU {record['predicted_iou']:.3f}, {record['area']} px{mark}")
-    print(f"wrote {out / stem}_overlay.png, {stem}_mask_*.png and {stem}.json")
+        print(f"mask {index}: predicted IoU {mask['predicted_iou']:.3f}, {mask['area']} px{mark}")
+    print(f"wrote to {out}: {', '.join(results)}")
 
 
-def _write_masks(prediction: MaskPrediction, out: Path, stem: str) -> list[dict[str, Any]]:
+def _write_masks(prediction: MaskPrediction, paths: list[Path]) -> list[dict[str, Any]]:
     masks = prediction.masks[0].cpu()
     records = []
-    for index, (mask, encoded) in enumerate(zip(masks, rle.encode(masks), strict=True)):
-        name = f"{stem}_mask_{index}.png"
-        with write_atomically(out / name) as partial:
+    for index, (path, mask, encoded) in enumerate(zip(paths, masks, rle.encode(masks), strict=True)):
+        with write_atomically(path) as partial:
             Image.fromarray(mask.numpy().astype(np.uint8) * 255).save(partial)
         records.append(
             {
-                "file": name,
+                "file": path.name,
                 "predicted_iou": float(prediction.iou_predictions[0, index]),
                 "area": rle.area(encoded),
                 "bbox": rle.bounding_box(encoded),
