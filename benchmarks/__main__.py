@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from sam.hardware import usable_device
+
 from .measure import DTYPES
 from .provenance import CPU_RESULTS, RESULTS
 
@@ -100,7 +102,11 @@ def main() -> int:
     if args.command == "plot":
         from . import plot
 
-        return plot.run(args.results, args.out)
+        try:
+            return plot.run(args.results, args.out)
+        except ImportError as error:
+            print(error, file=sys.stderr)
+            return 2
     if args.command == "tables":
         from . import tables
 
@@ -108,12 +114,20 @@ def main() -> int:
     if args.command == "service":
         from . import service
 
-        if args.attacks:
-            return service.run_attacks(args.seconds, args.checkpoint)
-        return service.run(args.seconds, args.rounds, args.clients, args.checkpoint, args.json)
-    device = (
-        torch.device(args.device, torch.cuda.current_device()) if args.device == "cuda" else torch.device(args.device)
-    )
+        try:
+            if args.attacks:
+                return service.run_attacks(args.seconds, args.checkpoint)
+            return service.run(args.seconds, args.rounds, args.clients, args.checkpoint, args.json)
+        except service.NotStartedError as error:
+            print(error, file=sys.stderr)
+            return 2
+    try:
+        device = usable_device(args.device)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if device == torch.device("cuda"):
+        device = torch.device("cuda", torch.cuda.current_device())
     dtypes = [DTYPES[name] for name in args.dtype or (DTYPES if device.type == "cuda" else ["fp32"])]
     if args.command == "tune":
         return _tune(args, device, dtypes)

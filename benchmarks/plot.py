@@ -25,8 +25,11 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
         ValueError: no case has a peer.
         ImportError: matplotlib is not installed (the extra ``bench``).
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install 'fastsam-kernels[bench]'") from None
 
     cases: dict[str, list[dict[str, Any]]] = {}
     for row in rows:

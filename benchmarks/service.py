@@ -115,6 +115,10 @@ def run_attacks(seconds: float, checkpoint: str | None) -> int:
     return 0
 
 
+class NotStartedError(RuntimeError):
+    """The service did not start; the text is its own."""
+
+
 class _Server:
     """The service in a process of its own, with as many threads of torch as this one."""
 
@@ -130,13 +134,15 @@ class _Server:
     def __enter__(self) -> _Server:
         assert self._process.stderr is not None
         for line in self._process.stderr:
+            if not line.startswith("{"):  # no record of its log: why it did not start
+                raise NotStartedError((line + self._process.stderr.read()).strip())
             record = json.loads(line)
             if record["event"] == "listening":
                 self.port = int(record["url"].rsplit(":", 1)[1])
             if record["event"] == "ready":
                 break
         else:
-            raise RuntimeError("the service did not start")
+            raise NotStartedError(f"the service ended with status {self._process.wait()} before it was ready")
         threading.Thread(target=self._process.stderr.read, daemon=True).start()
         return self
 

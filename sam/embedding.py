@@ -70,7 +70,7 @@ class _Kept:
         return self.side
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageEmbedding:
     """The encoder's answer for one image and all that is needed to predict masks from it.
 
@@ -97,6 +97,14 @@ class ImageEmbedding:
         if self.features.ndim != 4 or self.features.shape[0] != 1:
             raise ValueError(f"features must be [1, C, h, w], got {list(self.features.shape)}")
         object.__setattr__(self, "_finish", _Finish.of(self.features))
+
+    def __repr__(self) -> str:
+        height, width = self.geometry.original_size
+        dtype = str(self.features.dtype).removeprefix("torch.")
+        return (
+            f"ImageEmbedding({height}x{width} image, model {self.model_name}, "
+            f"features {list(self.features.shape)} {dtype} on {self.device})"
+        )
 
     def ready_features(self) -> Tensor:
         """Return ``features`` after making the current stream of a GPU wait for the one that computes them."""
@@ -168,9 +176,12 @@ class ImageEmbedding:
         Raises:
             TypeError: no path, or no device.
             FileNotFoundError: no such file.
+            IsADirectoryError: a folder.
             ValueError: not a saved image embedding, or a damaged one; a device that torch cannot use here.
         """
         path, device = path_of("path", path), usable_device(device)
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder, not a saved image embedding")
         if not path.is_file():
             raise FileNotFoundError(f"no such embedding: {path}")
         try:

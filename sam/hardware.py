@@ -1,4 +1,4 @@
-"""What a device multiplies fast: the one place of the package that asks."""
+"""Devices: the one asked for, and what it multiplies fast; the one place of the package that asks."""
 
 from __future__ import annotations
 

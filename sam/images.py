@@ -66,6 +66,7 @@ def read_image(path: str | os.PathLike[str], max_megapixels: float | None = MAX_
     Raises:
         TypeError: no path, or a limit that is no number.
         FileNotFoundError: no such file.
+        IsADirectoryError: a folder.
         OSError: it cannot be read.
         ValueError: not an image in one of these formats, a damaged one, more than 8 bits per channel, or more pixels
             than ``max_megapixels`` (None lifts that). The limit is checked before anything is decoded.
@@ -73,6 +74,8 @@ def read_image(path: str | os.PathLike[str], max_megapixels: float | None = MAX_
     path = path_of("the image file", path)
     if max_megapixels is not None:
         require("max_megapixels", max_megapixels, Real, "a number, or None for no limit")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not an image")
     if not path.is_file():
         raise FileNotFoundError(f"no such image: {path}")
     if max_megapixels is not None and max_megapixels < 0:

@@ -73,8 +73,8 @@ def encode_stream(
         a handle an image, as :meth:`Sam.encode` makes it.
 
     Raises:
-        TypeError, ValueError, FileNotFoundError: of a bad image, with its place, when its turn comes: all before it
-            were yielded.
+        TypeError, ValueError, FileNotFoundError, IsADirectoryError: of a bad image, with its place, when its turn
+            comes: all before it were yielded.
     """
     if batch_size is None:
         batch_size = 1 if model.device.type == "cpu" else 8
@@ -162,7 +162,7 @@ def _prepare(model: Sam, index: int, source: ImageSource, resize_on_device: bool
         require("the image", source, (np.ndarray, str, os.PathLike), "a numpy array [H, W, 3] of uint8, or a file")
         image = preprocess.validate_image(source if isinstance(source, np.ndarray) else read_image(source))
         geometry = ImageGeometry.of(image.shape[0], image.shape[1], model.image_encoder.img_size)
-    except (TypeError, ValueError, FileNotFoundError) as error:
+    except (TypeError, ValueError, FileNotFoundError, IsADirectoryError) as error:
         raise type(error)(f"image {index}: {error}") from None
     if resize_on_device:
         return _Prepared(np.require(image, requirements=("C", "W")), geometry, None)

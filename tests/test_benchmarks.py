@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -435,6 +436,30 @@ def test_a_picture_of_results(tmp_path: Path) -> None:
         assert picture.width > 1000
     with pytest.raises(ValueError, match="no case was measured beside a peer; measure with --peers"):
         plot.draw(rows[:2], tmp_path / "nothing.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plot"], "pip install 'fastsam-kernels[bench]'"),
+        (["service", "--attacks"], "there is no fastapi: pip install 'fastsam-kernels[serve]'"),
+        (["kernels", "--device", "cuda:99"], "torch cannot use device 'cuda:99' here: "),
+    ],
+)
+def test_what_is_missing_is_named(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A part of the machine or an extra; the service says it from its own process."""
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    (tmp_path / "fastapi.py").write_text("raise ImportError('there is no fastapi')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+    assert main() == 2
+    assert message in capsys.readouterr().err
 
 
 def test_forms_have_names_that_say_whose_they_are() -> None:

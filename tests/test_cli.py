@@ -223,6 +223,7 @@ def test_names_with_a_minus(
 def test_unreadable_images(tmp_path: Path, image_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     click = ("--point", "1,2", "--out", tmp_path / "out")
     assert "no such image: " in run_bad(capsys, "segment", tmp_path / "none.png", *click)
+    assert f"error: {tmp_path} is a folder, not an image" in run_bad(capsys, "segment", tmp_path, *click)
     (tmp_path / "text.png").write_text("not a picture")
     assert "text.png is not an image in a known format" in run_bad(capsys, "segment", tmp_path / "text.png", *click)
     (tmp_path / "cut.png").write_bytes(image_file.read_bytes()[:20000])
@@ -284,6 +285,12 @@ def test_convert_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert str(next(iter(read_checkpoint(back).state_dict.values())).dtype) == "torch.float32"
     capsys.readouterr()
     assert "suffix must be" in run_bad(capsys, "convert", theirs, tmp_path / "a.onnx")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"fastsam {sam.__version__}\n")
 
 
 def test_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:

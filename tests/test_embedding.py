@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -183,3 +184,40 @@ def test_resizing_on_the_device(tiny: Sam) -> None:
         # A level of 8 bits is a fiftieth of the standard deviation that pixels are divided by.
         assert_close_l2(other.features, one.features, 0.05, "features")
     assert tiny.encode(images[0], resize_on_device=True).features.allclose(fast[0].features, atol=1e-5)
+
+
+def test_its_text_is_one_short_line() -> None:
+    embedding = random_model(TINY).encode(random_image(30, 40))
+    shape = list(embedding.features.shape)
+    expected = f"ImageEmbedding(30x40 image, model {embedding.model_name}, features {shape} float32 on cpu)"
+    assert repr(embedding) == str(embedding) == expected
+
+
+def test_files_that_cannot_be_written(tmp_path: Path) -> None:
+    """Are called as the caller called them, not by the name that is written first; nothing is left beside them."""
+    embedding = random_model(TINY).encode(random_image(30, 40))
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.safetensors").mkdir()
+    for path, kind in (
+        (tmp_path / "none" / "x.safetensors", FileNotFoundError),
+        (tmp_path / "file" / "x.safetensors", FileNotFoundError),
+        (tmp_path / "folder.safetensors", IsADirectoryError),
+    ):
+        with pytest.raises(kind, match=re.escape(str(path))) as refused:
+            embedding.save(path)
+        assert "partial" not in str(refused.value)
+    assert {each.name for each in tmp_path.iterdir()} == {"file", "folder.safetensors"}
+    with pytest.raises(IsADirectoryError, match="is a folder, not a saved image embedding"):
+        ImageEmbedding.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "abacus"])
+def test_devices_that_are_not_there(name: str, tmp_path: Path) -> None:
+    embedding = random_model(TINY).encode(random_image(30, 40))
+    embedding.save(tmp_path / "x")
+    message = f"torch cannot use device '{name}' here: "
+    with pytest.raises(ValueError, match=message):
+        embedding.to(name)
+    with pytest.raises(ValueError, match=message):
+        ImageEmbedding.load(tmp_path / "x", name)
+    assert embedding.to("meta").device == torch.device("meta")

@@ -81,7 +81,9 @@ def test_predictions_before_a_bad_image_arrive(model: Sam, images: list[np.ndarr
         next(stream)
 
 
-def test_a_missing_file_and_a_failing_source(model: Sam, images: list[np.ndarray]) -> None:
+def test_a_missing_file_and_a_failing_source(model: Sam, images: list[np.ndarray], tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match=r"image 0: .* is a folder, not an image"):
+        next(sam.encode_stream(model, [tmp_path]))
     with pytest.raises(FileNotFoundError, match=r"image 0: no such image: nowhere\.png"):
         next(sam.encode_stream(model, ["nowhere.png"]))
 

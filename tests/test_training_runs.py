@@ -138,6 +138,7 @@ def test_a_run_goes_on_with_as_many_processes() -> None:
         (["--resume"], "no run was saved in"),
         (["--init", "nowhere.safetensors"], "no such checkpoint: nowhere.safetensors"),
         (["--processes", "0"], "0 processes cannot train on cpu: 1 on a GPU, 1 to 256 on a CPU"),
+        (["--device", "abacus"], "torch cannot use device 'abacus' here: "),
     ],
 )
 def test_a_run_that_cannot_start_says_why_in_a_line(

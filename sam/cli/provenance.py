@@ -100,11 +100,7 @@ class Record:
 
     def results_of(self, file: str, command: str) -> list[str]:
         """List the results that ``command`` made from images of this name."""
-        return [
-            result
-            for result, origin in self._origins.items()
-            if origin.file == file and origin.command == command
-        ]
+        return [result for result, origin in self._origins.items() if origin.file == file and origin.command == command]
 
     def add(self, results: Iterable[str], origin: Origin) -> None:
         """Note results before they appear under their names, so that none is ever of an origin it does not have."""

@@ -12,6 +12,7 @@ import torch
 from torch.multiprocessing.spawn import ProcessException
 
 from ..build_sam import NANO_CHECKPOINT
+from ..hardware import usable_device
 from .evaluate import evaluate_checkpoint
 from .loop import run, stored_settings
 from .provenance import EMBEDDED, SCRATCH, origin
@@ -62,13 +63,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", type=torch.device, help="(default: cuda if there is one, else cpu)")
+    parser.add_argument("--device", help="(default: cuda if there is one, else cpu)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
-    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        device = usable_device(args.device)
         if args.command == "evaluate":
             workers = _cores() if args.workers is None else args.workers
             out = args.out or args.checkpoint.parent
