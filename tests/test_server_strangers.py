@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import errno
 import http.cookies
@@ -10,6 +11,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from tempfile import SpooledTemporaryFile
 from typing import Any
 
@@ -18,6 +20,7 @@ from models import TINY, random_image, random_model
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("httptools", reason="needs the extra serve")
+from fastapi import Request
 from local_service import Local
 from python_multipart.multipart import MultipartParser
 from serving import file_of, multipart
@@ -116,19 +119,123 @@ def test_a_long_content_type_is_not_taken_apart(local: Local) -> None:
 
 
 def test_forms_are_parsed_beside_the_event_loop(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A boundary over and over costs the parser microseconds each time."""
     threads: dict[int | None, int] = {}
+    feed = bodies._Form.feed
+
+    def noted(self: bodies._Form, piece: bytes) -> None:
+        thread = threading.current_thread().ident
+        threads[thread] = max(threads.get(thread, 0), len(piece))
+        feed(self, piece)
+
+    monkeypatch.setattr(bodies._Form, "feed", noted)
+    assert local.error("/v1/embed", b"\r\n--x" * 50_000) == (415, "unsupported_image")
+    assert threads.pop(local.thread.ident, 0) <= bodies._SMALL_PIECE
+    assert max(threads.values()) > bodies._SMALL_PIECE
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [HEAD, HEAD + b"x\r\n--b", HEAD + b"x\r\n--b\r\n", HEAD + b"x\r\n--b\r\nX:", b"", b"\r\n"],
+    ids=["data", "delimiter", "header", "value", "nothing", "preamble"],
+)
+@pytest.mark.parametrize("unit", [b"\r\n--b\r", b"\r\n--b-", b"\r\n--bx", b" ", b"\t", b"\r\n", b"\r\n--b \r"])
+@pytest.mark.parametrize("piece", [1000, 2**18])
+def test_what_costs_the_parser_much_is_refused_early(
+    monkeypatch: pytest.MonkeyPatch, begun: bytes, unit: bytes, piece: int
+) -> None:
+    """Look-alikes of delimiters, and their padding: it goes through them byte by byte."""
+    searched, parsed = 0, 0
     write = MultipartParser.write
 
     def noted(self: MultipartParser, data: bytes) -> int:
-        thread = threading.current_thread().ident
-        threads[thread] = max(threads.get(thread, 0), len(data))
+        nonlocal searched, parsed
+        parsed += len(data)
+        searched += data.count(b"\r\n--b")
         return write(self, data)
 
     monkeypatch.setattr(MultipartParser, "write", noted)
-    assert local.error("/v1/embed", b"\r\n--bx" * 50_000) == (415, "unsupported_image")
-    assert threads.pop(local.thread.ident, 0) <= bodies._SMALL_PIECE
-    assert max(threads.values()) > bodies._SMALL_PIECE
+    form = bodies._Form(b"b", Settings())
+    body = begun + (unit * 2**18)[: 2**18]
+    plain_data = begun == HEAD and b"b" not in unit
+    with nullcontext() if plain_data else pytest.raises(ApiError, match="bad_request"):
+        for start in range(0, len(body), piece):
+            form.feed(body[start : start + piece])
+    form.close()
+    assert searched <= bodies._MAX_DELIMITERS
+    assert plain_data or parsed <= len(begun) + 3 * bodies._MAX_NOTHING
+
+
+def test_what_follows_a_form_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    write = MultipartParser.write
+    monkeypatch.setattr(MultipartParser, "write", lambda self, data: (sizes.append(len(data)), write(self, data))[1])
+    form = bodies._Form(b"b", Settings())
+    body, _ = multipart(PNG, {"prompts": CLICK})
+    for piece in (body, *[b"\r\n--b\r" * 10_000] * 9):
+        form.feed(piece)
+    assert sum(sizes) == len(body)
+    image, texts = form.parts()
+    assert image is not None
+    assert (image.read(), json.loads(texts["prompts"])) == (PNG, CLICK)
+    form.close()
+
+
+class SkippingLoop(asyncio.SelectorEventLoop):
+    """Its clock can be put forward."""
+
+    skipped = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.skipped
+
+
+@pytest.mark.parametrize("queue", ["_parsing", "large"])
+def test_the_wait_for_the_server_is_not_the_clients(queue: str) -> None:
+    """For its parser as for a place: a body that lags behind by that alone is read."""
+    body, kind = multipart(NOISE, {})
+    half = len(body) // 2
+    messages = [
+        {"type": "http.request", "body": body[:half], "more_body": True},
+        {"type": "http.request", "body": body[half:], "more_body": False},
+    ]
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
+
+    async def read_while_others_wait() -> bytes:
+        reader = bodies.BodyReader(Settings(body_seconds=SECONDS, max_uploads=1))
+        scope = {"type": "http", "method": "POST", "headers": [(b"content-type", kind.encode())]}
+        limiter = getattr(reader, queue)
+        await limiter.acquire_on_behalf_of("another")
+        reading = asyncio.ensure_future(reader.read(Request(scope, receive), deadline=1e12))
+        while not limiter.statistics().tasks_waiting:
+            await asyncio.sleep(0)
+        loop.skipped += 100 * SECONDS
+        for _ in range(10):
+            await asyncio.sleep(0.001)
+        limiter.release_on_behalf_of("another")
+        with closing(await reading) as upload:
+            assert upload.image is not None
+            return upload.image.read()
+
+    loop = SkippingLoop()
+    try:
+        assert loop.run_until_complete(read_while_others_wait()) == NOISE
+    finally:
+        loop.close()
+
+
+def test_who_waits_too_long_for_the_parser_is_told_to_come_again() -> None:
+    """It is not the client that was slow."""
+    running = started(Settings(), deadline=0.3)
+    assert running.service._loop is not None
+
+    async def hold() -> None:
+        await running.service.bodies._parsing.acquire_on_behalf_of("another")
+
+    asyncio.run_coroutine_threadsafe(hold(), running.service._loop).result(SECONDS)
+    assert running.error("/v1/embed", NOISE[: bodies.SMALL_BODY // 2]) == (503, "queue_full")
+    running.close()
 
 
 # Places only for who has something to compute -----------------------------------------------------------------
@@ -272,6 +379,13 @@ def test_a_form_that_ends_too_early(local: Local, cut: int, chunked: bool) -> No
     assert local.request("POST", "/v1/segment", whole + b"\r\nmore", {"Content-Type": kind})[0] == 200
     rest: Any = iter([whole[:-cut]]) if chunked else whole[:-cut]
     assert answer_to(local, rest, kind) == (400, "bad_request")
+
+
+def test_a_byte_order_mark_of_a_field_is_none_of_its_text(local: Local) -> None:
+    """As of a document."""
+    for mark in ("", "\ufeff"):
+        fields = {"prompts": mark + json.dumps(CLICK), "output": mark + "png", "multimask": mark + "false"}
+        assert local.post("/v1/segment", PNG, **fields)[0] == 200
 
 
 @pytest.mark.parametrize("body", [b"", b"--b", b"\r\n\r\n", b"preamble only\r\n", HEAD[:-2], HEAD])

@@ -24,8 +24,11 @@ SMALL_BODY = 2**16
 LEAST_RATE = 2**15
 _MAX_FIELDS = 8
 _MAX_CONTENT_TYPE = 512
-# Larger pieces are parsed in a thread: a boundary over and over costs the parser microseconds each time.
+# Larger pieces are parsed in a thread, and so many bytes at a time.
 _SMALL_PIECE = 2**13
+# What the parser goes through byte by byte, in Python: delimiters, of which a form has one a part and data none
+# (RFC 2046, 5.1.1), and bytes in a row that are nothing, such as a delimiter's padding.
+_MAX_DELIMITERS, _MAX_NOTHING = 4 * _MAX_FIELDS, 2**13
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -87,21 +90,22 @@ class BodyReader:
 
     async def _receive(self, request: Request, body: _Document | _Form, deadline: float) -> None:
         clock = asyncio.get_running_loop().time
-        begun, large = clock(), False
+        begun, large, waiting = clock(), False, False
         try:
             with anyio.fail_after(None) as scope:
                 scope.deadline = min(deadline, begun + self.settings.body_seconds)
                 async for piece in request.stream():
                     self._count(body, len(piece))
+                    # What it waits for a place and for the parser is not the client's time.
+                    before, scope.deadline, waiting = clock(), deadline, True
                     if body.received > SMALL_BODY and not large:
-                        before, scope.deadline = clock(), deadline
                         await self.large.acquire_on_behalf_of(request)
-                        large, begun = True, begun + clock() - before
+                        large = True
                     await self._feed(body, piece)
+                    begun, waiting = begun + clock() - before, False
                     grace = self.settings.body_seconds + body.received / LEAST_RATE
                     scope.deadline = min(deadline, begun + grace)
         except TimeoutError:
-            waiting = body.received > SMALL_BODY and not large
             raise ApiError("queue_full" if waiting else "request_timeout") from None
         finally:
             if large:
@@ -178,13 +182,14 @@ class _Form:
         self._headers: dict[bytes, bytearray] = {}
         self._name, self._value = bytearray(), bytearray()
         self._complete = False
+        self._delimiter, self._delimiters, self._nothing = b"\r\n--" + boundary, 0, 0
         try:
             if not boundary:
                 raise FormParserError
             self._parser = MultipartParser(boundary, {
                 "on_part_begin": self._on_part_begin,
-                "on_header_field": lambda data, start, end: self._name.extend(data[start:end]),
-                "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
+                "on_header_field": lambda data, start, end: self._extend(self._name, data[start:end]),
+                "on_header_value": lambda data, start, end: self._extend(self._value, data[start:end]),
                 "on_header_end": self._on_header_end,
                 "on_headers_finished": self._on_headers_finished,
                 "on_part_data": self._on_part_data,
@@ -194,6 +199,15 @@ class _Form:
             raise ApiError("bad_request") from None
 
     def feed(self, piece: bytes) -> None:
+        for start in range(0, len(piece), _SMALL_PIECE):
+            if not self._complete:  # what follows the end is none of the form's
+                self._parse(piece[start : start + _SMALL_PIECE])
+
+    def _parse(self, piece: bytes) -> None:
+        self._delimiters += piece.count(self._delimiter)
+        if self._delimiters > _MAX_DELIMITERS:
+            raise ApiError("bad_request")
+        self._nothing += len(piece)
         try:
             self._parser.write(piece)
         except FormParserError:
@@ -202,6 +216,8 @@ class _Form:
             if error.errno in _NO_SPACE:
                 raise ApiError("storage_full") from None
             raise
+        if self._nothing > _MAX_NOTHING:
+            raise ApiError("bad_request")
 
     def parts(self) -> tuple[BinaryIO | None, dict[str, str]]:
         if not self._complete:  # cut off: the parts behind the cut are missing
@@ -209,7 +225,7 @@ class _Form:
         if self._image is not None:
             self._image.seek(0)
         try:
-            texts = {name: text.decode() for name, text in self._texts.items()}
+            texts = {name: text.decode("utf-8-sig") for name, text in self._texts.items()}
         except UnicodeDecodeError:
             raise ApiError("bad_request") from None
         return cast("BinaryIO | None", self._image), texts
@@ -219,7 +235,11 @@ class _Form:
             self._image.close()
 
     def _on_part_begin(self) -> None:
-        self._headers = {}
+        self._headers, self._nothing = {}, 0
+
+    def _extend(self, text: bytearray, more: bytes) -> None:
+        self._nothing = 0
+        text += more
 
     def _on_header_end(self) -> None:
         self._headers[bytes(self._name).lower()] = self._value
@@ -241,6 +261,7 @@ class _Form:
             self._part = self._texts[name] = bytearray()
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        self._nothing = 0
         if isinstance(self._part, bytearray):
             self._text_left -= end - start
             if self._text_left < 0:
