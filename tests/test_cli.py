@@ -194,7 +194,10 @@ def test_segment_errors(
         (["segment", "x.png", "--point", "1,1", "--checkpoint", ""], "it"),
         *(([command, ""], "it") for command in ("auto", "info", "verify")),
         *((["convert", *names], "it") for names in (("", "a.pth"), ("a.pth", ""))),
-        *(([*command, "--out", ""], "it") for command in (["auto", "x.png"], ["demo"])),
+        *(
+            ([*command, "--out", ""], "it")
+            for command in (["auto", "x.png"], ["segment", "x.png", "--point", "1,1"], ["demo"])
+        ),
         *((["verify", option, ""], "it") for option in ("--image", "--json")),
     ],
 )

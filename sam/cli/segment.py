@@ -18,7 +18,7 @@ from ..modeling import Sam
 from ..overlay import draw_overlay
 from ..prompts import Prompt
 from ..results import MaskPrediction
-from .options import Steps, add_model_options, add_traceback_option, model_from
+from .options import Steps, add_model_options, add_traceback_option, file_name, model_from
 from .provenance import Origin, Record
 
 
@@ -37,6 +37,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--single", action="store_true", help="one mask in place of three alternatives")
     parser.add_argument(
         "--out",
+        type=file_name,
         default="out",
         metavar="DIR",
         help="folder for the results (default: out); those of this image's last run are replaced",
