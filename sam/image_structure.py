@@ -17,8 +17,9 @@ from typing import BinaryIO
 # A photograph has tens of segments; depth maps and thermal data are hundreds of 64 KiB.
 MAX_JPEG_SEGMENTS = 4096
 # Each pass over a component costs time for all of its blocks, with next to no bytes. libjpeg's own script has 14
-# passes, in 10 scans.
-MAX_JPEG_PASSES = 40
+# passes, in 10 scans, and those of optimisers a few more. Of pictures of more than 25 megapixels half as many are read,
+# so that those of 50 take no longer than these, which are a second or two of one core.
+MAX_JPEG_PASSES, MAX_JPEG_PASSES_OF_LARGE, LARGE_JPEG_PIXELS = 40, 20, 25_000_000
 # libpng writes chunks of 8 KiB, and an animation has a few a frame.
 MAX_CHUNKS = 2**16
 # The orientation stands among the first tags.
@@ -142,8 +143,9 @@ def _walk_jpeg(source: _Source) -> ImageStructure:
             if stop - start < 3:
                 raise DamagedImageError(f"has a scan whose header is {stop - start} bytes long")
             passes += source.read_whole(start + 2, 1)[0]
-            if passes > MAX_JPEG_PASSES:
-                raise DamagedImageError(f"has scans of more than {MAX_JPEG_PASSES} components in all")
+            most = MAX_JPEG_PASSES if size[0] * size[1] <= LARGE_JPEG_PIXELS else MAX_JPEG_PASSES_OF_LARGE
+            if passes > most:
+                raise DamagedImageError(f"has scans of more than {most} components in all")
             place = source.find(_MARKER_IN_SCAN, stop)
             pieces += [b"\xff\xda", range(start, source.size if place is None else place)]
             continue

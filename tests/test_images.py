@@ -499,6 +499,18 @@ def test_scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read(tmp_path, data[:-2] + last_scan * (most + 1) + data[-2:])
 
 
+@pytest.mark.parametrize(("height", "most"), [(5000, 40), (5001, 20), (60_000, 20)])
+def test_large_pictures_have_fewer_scans(height: int, most: int) -> None:
+    """A pass takes as long as the picture is large; libjpeg's own 14 are read of every size."""
+    data = file_of(RGB, "JPEG", progressive=True)
+    size = data.index(b"\xff\xc2") + 5
+    data = data[:size] + struct.pack(">HH", height, 5000) + data[size + 4 :]
+    last_scan = data[data.rfind(b"\xff\xc4") : -2]
+    assert walk(io.BytesIO(data[:-2] + last_scan * (most - 14) + data[-2:])) is not None
+    with pytest.raises(DamagedImageError, match=f"has scans of more than {most} components in all"):
+        walk(io.BytesIO(data[:-2] + last_scan * (most - 13) + data[-2:]))
+
+
 def test_what_is_no_picture_does_not_reach_the_decoder() -> None:
     """Bombs of text and profiles, tags, later frames: a decoder gets about as much as of the file without them."""
     bomb = zlib.compress(bytes(10**7))

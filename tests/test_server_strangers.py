@@ -411,6 +411,7 @@ def test_content_encodings(local: Local, encoding: str, status: int) -> None:
         "[" + "{}," * 9_000 + "{}]",
         "[" + "1," * 270_000 + "1]",
         '{"' + '":1,"'.join(map(str, range(17_000))) + '":1}',
+        '[{"points":[[1,1]],"' + '":1,"'.join(map(str, range(9_000))) + '":1}]',
         "[" * 140_000,
     ],
 )
