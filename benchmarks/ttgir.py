@@ -35,7 +35,11 @@ def overwrites(ttgir: str) -> list[str]:
     for around, begin, end in _loops(lines):  # inner ones first
         body = [step for step in steps if begin < step.line < end]
         for ring in {step.operands[1] for step in body if step.name == _COPY} & rings.keys():
-            ahead = sum(_copies(step, ring) for step in steps if around < step.line < begin)
+            before = [step for step in steps if around < step.line < begin]
+            # A first round may stand before the loop with its reads; a load into registers is done where it stands.
+            readers = sum(_reads(step, ring) for step in body)
+            loads = sum(_reads(step, ring) and step.name == "local_load" for step in before)
+            ahead = sum(_copies(step, ring) for step in before) - loads // max(1, readers)
             # What copies ahead of a loop belongs to it, and is no copy of the loop around it.
             found.update(_overwrites(body, ring, rings.pop(ring), ahead))
     return [f"line {line + 1}: {lines[line].strip()}" for line in sorted(found)]

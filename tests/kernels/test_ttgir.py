@@ -23,14 +23,18 @@ MMA_WAIT = "ttng.wait_barrier %barrier, %phase, %true : !ttg.memdesc<1xi64, #sha
 IF = ("%r = scf.if %t -> (tensor<64x64xf32>) {", "} else {", "}")
 
 
-def found(*body: str, buffers: int = 2, ahead: int = 2) -> list[str]:
-    """What is said of a loop over ``body`` and tiles in ``buffers``, of which ``ahead`` are copied before it."""
+def found(*body: str, buffers: int = 2, ahead: int = 2, first: tuple[str, ...] = ()) -> list[str]:
+    """What is said of a loop over ``body`` and tiles in ``buffers``, of which ``ahead`` are copied before it.
+
+    ``first`` stands behind these copies, as the rounds that a pipeliner takes out of the loop.
+    """
     text = [
         'module attributes {"ttg.num-warps" = 4 : i32} {',
         "tt.func public @kernel(%p: !tt.ptr<bf16>) {",
         f"%ring = ttg.local_alloc : () -> !ttg.memdesc<{buffers}x32x64xbf16, #shared, #smem, mutable>",
         f"%next = ttg.memdesc_index %ring[%j] : !ttg.memdesc<{buffers}x32x64xbf16> -> {TILE}",
         *[COPY] * ahead,
+        *first,
         "%l:2 = scf.for %i = %zero to %n step %one iter_args(%acc = %none) -> (tensor<64x64xf32>)  : i32 {",
         "%w = ttg.async_wait %c {num = 1 : i32}",
         AT,
@@ -60,6 +64,13 @@ def test_a_copy_over_the_tile_at_hand_comes_after_its_last_read(reads: tuple[str
     assert found(COPY, *reads, buffers=buffers, ahead=buffers) == [COPY]
     assert found(LOAD, COPY, *reads, buffers=buffers, ahead=buffers) == [COPY]
     assert found(COPY, *reads, buffers=buffers + 1, ahead=buffers) == [], "it goes to a buffer of its own"
+
+
+def test_a_first_round_before_the_loop_has_read_its_tile() -> None:
+    first = (AT.replace("[%i]", "[%zero]"), LOAD, COPY)
+    assert found(LOAD, COPY, buffers=1, ahead=1, first=first) == []
+    assert found(COPY, LOAD, buffers=1, ahead=1, first=first) == [COPY]
+    assert found(LOAD, COPY, buffers=1, ahead=1, first=first[2:]) == [COPY], "nobody has read the first tile"
 
 
 @pytest.mark.parametrize(("issue", "wait"), [(DOT, WAIT), (MMA, MMA_WAIT)], ids=["wgmma", "tcgen05"])
