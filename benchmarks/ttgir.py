@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 _OPERATION = re.compile(r"\s*(?:(%[\w#]+)(?::\d+)? = )?\"?(?:\w+\.)+(\w+)\"?(.*)")
 _COPY = "async_copy_global_to_local"
-_NO_READ = {"async_wait", "warp_group_dot_wait", "local_dealloc", "async_commit_group"}
+_NO_READ = {"async_wait", "warp_group_dot_wait", "wait_barrier", "local_dealloc", "async_commit_group", "for", "yield"}
 
 
 @dataclass
@@ -36,23 +36,25 @@ def overwrites(ttgir: str) -> list[str]:
         body = [step for step in steps if begin < step.line < end]
         for ring in {step.operands[1] for step in body if step.name == _COPY} & rings.keys():
             before = [step for step in steps if around < step.line < begin]
-            # A first round may stand before the loop with its reads; a load into registers is done where it stands.
-            readers = sum(_reads(step, ring) for step in body)
-            loads = sum(_reads(step, ring) and step.name == "local_load" for step in before)
-            ahead = sum(_copies(step, ring) for step in before) - loads // max(1, readers)
             # What copies ahead of a loop belongs to it, and is no copy of the loop around it.
-            found.update(_overwrites(body, ring, rings.pop(ring), ahead))
+            found.update(_overwrites(before, body, ring, rings.pop(ring)))
     return [f"line {line + 1}: {lines[line].strip()}" for line in sorted(found)]
 
 
-def _overwrites(body: list[_Step], ring: str, buffers: int, copied: int) -> Iterator[int]:
-    """Run a loop on a ring into which ``copied`` tiles were copied before; the lines of copies that come too early."""
+def _overwrites(before: list[_Step], body: list[_Step], ring: str, buffers: int) -> Iterator[int]:
+    """Run a loop on a ring, behind what stands before it; the lines of copies that come too early.
+
+    A pipeliner takes first rounds out of the loop, with their copies and reads.
+    """
     done = {step.line: 0 for step in body if _reads(step, ring)}  # tiles that were read
+    copied = first = 0  # tiles copied; reads that stand before the loop
     flying: list[tuple[int, str]] = []  # products not waited for, the oldest first: their line and barrier
-    for step in body * (buffers + 2):
-        landed: list[tuple[int, str]] = []
+    reading = {step.line for step in (*before, *body) if _reads(step, ring)}
+    for step in before + body * (buffers + 2):
+        landed: list[int] = []
         if _copies(step, ring):
-            if min(done.values(), default=copied) <= copied - buffers:
+            read = min(done.values(), default=copied) + first // max(1, len(done))
+            if step.line >= body[0].line and read <= copied - buffers:
                 yield step.line
             copied += 1
         elif step.name == "warp_group_dot" and "isAsync = true" in step.text:
@@ -61,15 +63,20 @@ def _overwrites(body: list[_Step], ring: str, buffers: int, copied: int) -> Iter
             flying.append((step.line, step.operands[-2]))  # before its predicate
         elif step.name == "warp_group_dot_wait":
             pending = re.search(r"pendings = (\d+)", step.text)
-            landed = flying[: len(flying) - int(pending[1] if pending else 0)]
+            landed = [line for line, _ in flying[: len(flying) - int(pending[1] if pending else 0)]]
+            del flying[: len(landed)]
         elif step.name == "wait_barrier":
-            landed = [flight for flight in flying if flight[1] == step.operands[0]][:1]
-        elif step.line in done:
-            done[step.line] += 1
-        for flight in landed:
-            flying.remove(flight)
-            if flight[0] in done:
-                done[flight[0]] += 1
+            flight = next((flight for flight in flying if flight[1] == step.operands[0]), None)
+            if flight is not None:
+                flying.remove(flight)
+                landed = [flight[0]]
+        else:
+            landed = [step.line]
+        for line in landed:
+            if line in done:
+                done[line] += 1
+            elif line in reading:
+                first += 1
 
 
 def _copies(step: _Step, ring: str) -> bool:
@@ -88,6 +95,10 @@ def _read(lines: list[str]) -> tuple[list[_Step], dict[str, int]]:
         if match is None:
             continue
         result, name, rest = match.groups()
+        if name == "for":  # what a loop carries begins as a view of the same allocation
+            for carried, start in re.findall(r"(%\w+) = (%\w+)", rest.partition("iter_args(")[2]):
+                if start in roots:
+                    roots[carried] = roots[start]
         operands = [roots.get(operand, operand) for operand in re.findall(r"%\w+", rest)]
         size = re.search(r"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x", text)
         if size is not None:

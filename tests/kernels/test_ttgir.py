@@ -23,7 +23,9 @@ MMA_WAIT = "ttng.wait_barrier %barrier, %phase, %true : !ttg.memdesc<1xi64, #sha
 IF = ("%r = scf.if %t -> (tensor<64x64xf32>) {", "} else {", "}")
 
 
-def found(*body: str, buffers: int = 2, ahead: int = 2, first: tuple[str, ...] = ()) -> list[str]:
+def found(
+    *body: str, buffers: int = 2, ahead: int = 2, first: tuple[str, ...] = (), carried: str = "%none"
+) -> list[str]:
     """What is said of a loop over ``body`` and tiles in ``buffers``, of which ``ahead`` are copied before it.
 
     ``first`` stands behind these copies, as the rounds that a pipeliner takes out of the loop.
@@ -35,7 +37,7 @@ def found(*body: str, buffers: int = 2, ahead: int = 2, first: tuple[str, ...] =
         f"%next = ttg.memdesc_index %ring[%j] : !ttg.memdesc<{buffers}x32x64xbf16> -> {TILE}",
         *[COPY] * ahead,
         *first,
-        "%l:2 = scf.for %i = %zero to %n step %one iter_args(%acc = %none) -> (tensor<64x64xf32>)  : i32 {",
+        f"%l:2 = scf.for %i = %zero to %n step %one iter_args(%acc = {carried}) -> (tensor<64x64xf32>)  : i32 {{",
         "%w = ttg.async_wait %c {num = 1 : i32}",
         AT,
         *body,
@@ -71,6 +73,23 @@ def test_a_first_round_before_the_loop_has_read_its_tile() -> None:
     assert found(LOAD, COPY, buffers=1, ahead=1, first=first) == []
     assert found(COPY, LOAD, buffers=1, ahead=1, first=first) == [COPY]
     assert found(LOAD, COPY, buffers=1, ahead=1, first=first[2:]) == [COPY], "nobody has read the first tile"
+
+
+def test_a_product_that_is_waited_for_in_the_next_round() -> None:
+    """Its barrier is carried over the end of the round, and what it has read stands among the wait's ``deps``."""
+    bar = "!ttg.memdesc<1xi64, #shared2, #smem, mutable>"
+    at = f"%barrier = ttg.memdesc_index %bars[%i] : !ttg.memdesc<2x1xi64> -> {bar}"
+    bars = f"%b0 = ttg.memdesc_index %bars[%zero] : !ttg.memdesc<2x1xi64> -> {bar}"
+    first = (
+        "%bars = ttg.local_alloc : () -> !ttg.memdesc<2x1xi64, #shared2>",
+        bars,
+        AT,
+        MMA.replace("%barrier", "%b0"),
+    )
+    wait = f"ttng.wait_barrier %acc, %phase deps %a, %now : {bar}, {TILE}, {TILE}"
+    assert found(wait, at, MMA, COPY, first=first, carried="%b0") == []
+    assert found(COPY, wait, at, MMA, first=first, carried="%b0") == [COPY]
+    assert found(at, MMA, COPY, first=first, carried="%b0") == [COPY], "nobody waits for it"
 
 
 @pytest.mark.parametrize(("issue", "wait"), [(DOT, WAIT), (MMA, MMA_WAIT)], ids=["wgmma", "tcgen05"])
