@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sam.hardware import usable_device
+from sam.system.hardware import usable_device
 
 from .measure import DTYPES
 from .provenance import CPU_RESULTS, RESULTS

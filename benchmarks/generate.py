@@ -38,7 +38,7 @@ from torch import Tensor
 import sam
 from sam import ImageEmbedding, Sam, SamAutomaticMaskGenerator
 from sam.modeling.mask_decoder import DecodedPrompts
-from sam.prompts import PromptBatch
+from sam.prompts.batch import PromptBatch
 
 from .model.automatic_masks import Tail
 from .operations.mask_postprocess import discs

@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 import sam
-from sam import rle
 from sam.automatic_mask_generator import NANO_THRESHOLDS
+from sam.masks import rle
 
 from .peers import import_segment_anything, official_copy
 

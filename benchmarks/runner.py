@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from sam.files import write_atomically
+from sam.system.atomic_write import write_atomically
 
 from .case import Case, Problem, Result, parts, relative_error, rows_of
 from .cases import jobs

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from fastsam_kernels.tile_config import TileConfig, arch_of
-from sam.files import write_atomically
+from sam.system.atomic_write import write_atomically
 
 from .case import Result, TuneProblem, parts, relative_error, rows_of
 from .measure import time_forms

@@ -15,13 +15,13 @@ from .checkpoint import CheckpointError, save_checkpoint
 from .config import VARIANTS, SamConfig
 from .drop_in import as_segment_anything
 from .embedding import ImageEmbedding
-from .interactive import InteractiveSession
+from .masks.results import MaskPrediction
 from .modeling import Sam
 from .modeling.build import build_from_config
 from .predictor import SamPredictor
-from .prompts import Prompt
-from .results import MaskPrediction
-from .stream import encode_stream, predict_stream
+from .prompts.prompt import Prompt
+from .sessions.interactive import InteractiveSession
+from .sessions.stream import encode_stream, predict_stream
 
 __version__ = "0.1.0"
 

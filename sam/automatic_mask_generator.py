@@ -13,16 +13,17 @@ from tqdm import tqdm
 
 from fastsam_kernels import nms
 
-from . import rle as run_lengths
+from .amg.crop_pipeline import Criteria, Crop, masks_of_crop
+from .amg.memory_plan import MaskMemory, parse_bytes
 from .checks import require
-from .crop_masks import Criteria, Crop, masks_of_crop
 from .embedding import ImageEmbedding
-from .memory import MaskMemory, parse_bytes
+from .images.geometry import ImageGeometry, resized_size
+from .images.prepare import validate_image
+from .masks import rle as run_lengths
+from .masks.upscale import remove_small_regions
 from .modeling import Sam
-from .modeling.prompt_encoder import check_finite
-from .postprocess import remove_small_regions
 from .predictor import SamPredictor
-from .preprocess import ImageGeometry, resized_size, validate_image
+from .prompts.checks import check_finite
 from .utils.amg import (
     MaskData,
     area_from_rle,

@@ -11,11 +11,11 @@ import torch
 
 from .checkpoint import read_checkpoint
 from .config import SamConfig, variant_config
-from .hardware import usable_device
 from .modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer  # noqa: F401
 from .modeling.build import build_empty, build_from_config
+from .system.hardware import usable_device
 
-NANO_CHECKPOINT = Path(__file__).parent / "checkpoints" / "nano.safetensors"
+NANO_CHECKPOINT = Path(__file__).parent / "assets" / "nano.safetensors"
 
 
 def load_model(
@@ -39,7 +39,7 @@ def load_model(
         kernels: "auto", "reference", "torch" or "triton"; resolved for the model's device at every call.
         image_size: side of the padded square input in pixels; None takes the checkpoint's.
         compile: run the encoder through ``torch.compile``, and the decoder too or, on a CUDA device, as CUDA graphs;
-            a shape at its first use or all of them by ``model.runtime.warmup()``; see :mod:`sam.runtime`.
+            a shape at its first use or all of them by ``model.runtime.warmup()``; see :mod:`sam.inference`.
         cuda_graphs: the decoder, and the encoder of one image, as CUDA graphs without compiling anything.
 
     Raises:
@@ -74,7 +74,7 @@ def load_model(
     model.kernels = kernels
     model = model.to(device=device, dtype=dtype).eval()
     if compile or cuda_graphs:
-        from .runtime import Runtime
+        from .inference import Runtime
 
         model.runtime = Runtime(model, compile_encoder=compile)
     return model

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from . import rle
+from .masks import rle
 
 T = TypeVar("T")
 _HANDLE = re.compile("[0-9a-f]{32}")

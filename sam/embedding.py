@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .checks import path_of
-from .files import write_atomically
-from .hardware import usable_device
-from .preprocess import ImageGeometry
-from .results import compact
+from .images.geometry import ImageGeometry
+from .system.atomic_write import write_atomically
+from .system.hardware import usable_device
+from .system.tensors import compact
 
 if TYPE_CHECKING:
     from .modeling.transformer import SharedImageSide

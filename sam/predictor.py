@@ -13,10 +13,12 @@ from torch import Tensor
 
 from .checks import require, require_model
 from .embedding import ImageEmbedding
+from .images.geometry import ImageGeometry
+from .images.prepare import validate_image
 from .modeling import Sam
-from .modeling.prompt_encoder import check_finite, check_labels, check_mask_inputs
-from .preprocess import ImageGeometry, validate_image
-from .prompts import OfficialPrompt, PromptBatch
+from .prompts.batch import PromptBatch
+from .prompts.checks import check_finite, check_labels, check_mask_inputs
+from .prompts.prompt import OfficialPrompt
 from .utils.transforms import ResizeLongestSide
 
 _SHARED = (

@@ -21,7 +21,8 @@ from .modeling import Sam
 from .modeling.common import is_ours
 from .modeling.image_encoder import Block, ImageEncoderViT
 from .modeling.mask_decoder import DecodedPrompts, MaskDecoder
-from .prompts import Prompt, ragged_chunks
+from .prompts.batch import ragged_chunks
+from .prompts.prompt import Prompt
 
 
 @dataclass(frozen=True)

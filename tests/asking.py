@@ -10,8 +10,8 @@ from comparison import assert_close_l2
 from models import random_image
 
 from sam import ImageEmbedding, MaskPrediction, Prompt, Sam
-from sam.interactive import Answer
-from sam.runtime import Graphs
+from sam.inference import Graphs
+from sam.sessions.interactive import Answer
 
 _run = Graphs.run
 

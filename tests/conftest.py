@@ -25,7 +25,8 @@ from hypothesis import settings
 from models import TINY, random_model
 
 import sam
-from sam import Sam, hardware
+from sam import Sam
+from sam.system import hardware
 
 torch.backends.cudnn.allow_tf32 = False  # or fp32 convolutions on a GPU, and the budgets that they give, have 10 bits
 

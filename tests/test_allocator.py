@@ -15,6 +15,7 @@ import torch
 import sam, sam.modeling.sam
 from sam.checkpoint import write_checkpoint
 from sam import Prompt, SamConfig
+from sam.images.geometry import ImageGeometry
 
 torch.set_num_threads(1)
 keep, sam.modeling.sam.keep_freed_memory = sam.modeling.sam.keep_freed_memory, lambda: None
@@ -25,7 +26,7 @@ with tempfile.TemporaryDirectory() as folder:
     if "returned" not in sys.argv:
         sam.modeling.sam.keep_freed_memory = keep
     model = sam.load_model(folder + "/model.safetensors", device="cpu")
-embedding = sam.ImageEmbedding(torch.randn(1, 256, 64, 64), sam.preprocess.ImageGeometry.of(1024, 1024, 1024))
+embedding = sam.ImageEmbedding(torch.randn(1, 256, 64, 64), ImageGeometry.of(1024, 1024, 1024))
 
 def click():
     model.predict(embedding, [Prompt([(500, 400)], [1])])
@@ -41,7 +42,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc decides otherwise")
 def test_clicks_touch_no_new_memory() -> None:
-    """Some 1,400 to 3,500 pages a click without :func:`sam.allocator.keep_freed_memory` (run it with ``returned``)."""
+    """Some 1,400 to 3,500 pages per click without ``keep_freed_memory`` (run it with ``returned``)."""
     # Without the thresholds that some environments set for all processes.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     command = [sys.executable, "-c", CLICKS]

@@ -16,7 +16,7 @@ from sam import InteractiveSession, Prompt, Sam, SamAutomaticMaskGenerator, SamP
 from sam.build_sam import NANO_CHECKPOINT
 from sam.checkpoint import read_checkpoint, write_checkpoint
 from sam.engine import Engine
-from sam.images import read_image
+from sam.images.read import read_image
 from sam.utils import amg
 from sam.utils.transforms import ResizeLongestSide
 

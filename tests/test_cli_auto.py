@@ -17,7 +17,7 @@ import sam
 from sam import SamAutomaticMaskGenerator
 from sam.automatic_mask_generator import NANO_THRESHOLDS
 from sam.cli import auto, main
-from sam.files import partial_folder
+from sam.system.atomic_write import partial_folder
 
 QUICK = ("--image-size", "256", "--points-per-side", "5", "--pred-iou-thresh", "0.3", "--stability-score-thresh", "0.6")
 

@@ -18,8 +18,8 @@ from models import random_image
 from serving import file_of
 from waiting import SECONDS
 
-from sam import rle
 from sam.client import Client, RemoteImage, ServiceError
+from sam.masks import rle
 
 HANDLE = "0" * 32
 IMAGE = RemoteImage(HANDLE, 2, 3)

@@ -18,9 +18,9 @@ from models import TINY, random_image, random_model
 
 import sam.embedding
 from sam import ImageEmbedding, MaskPrediction, Prompt
-from sam.runtime import Graphs, Rows
-from sam.runtime.graphs import CudaRecorder, empty_cache
-from sam.stream import _Copied
+from sam.inference import Graphs, Rows
+from sam.inference.graphs import CudaRecorder, empty_cache
+from sam.sessions.stream import _Copied
 
 Log = list[tuple[str, ...]]
 

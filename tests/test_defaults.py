@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 import sam
 from fastsam_kernels import Resizing, mask_statistics, packed_masks, preprocess_image
 from sam import Prompt, Sam
-from sam.crop_masks import _prompts
+from sam.amg.crop_pipeline import _prompts
 from sam.engine import Engine
 from sam.modeling.build import build_empty
 from sam.modeling.image_encoder import get_rel_pos

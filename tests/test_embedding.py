@@ -20,6 +20,7 @@ from waiting import SECONDS
 import sam
 from sam import ImageEmbedding, Prompt, Sam
 from sam.build_sam import NANO_CHECKPOINT
+from sam.images.geometry import ImageGeometry
 
 PROMPTS = [Prompt([(170, 115)], [1]), Prompt(box=(135, 85, 208, 148)), Prompt([(30, 40), (9, 9)], [1, 0])]
 
@@ -27,7 +28,7 @@ PROMPTS = [Prompt([(170, 115)], [1]), Prompt(box=(135, 85, 208, 148)), Prompt([(
 def test_encode_keeps_geometry_and_hashes(nano: Sam, photo: np.ndarray) -> None:
     embedding = nano.encode(photo)
     assert embedding.features.shape == (1, 256, 32, 32)
-    assert embedding.geometry == sam.preprocess.ImageGeometry((300, 451), (341, 512), 512)
+    assert embedding.geometry == ImageGeometry((300, 451), (341, 512), 512)
     assert embedding.model_hash == nano.model_hash
     assert embedding.model_name == "nano"
     assert embedding.image_hash == nano.encode(photo).image_hash
@@ -122,7 +123,7 @@ def test_features_of_unknown_origin_must_fit(nano: Sam, photo: np.ndarray) -> No
     wrong = ImageEmbedding(torch.zeros(1, 256, 64, 64), embedding.geometry)
     with pytest.raises(ValueError, match=r"features are \[1, 256, 32, 32\], got \[1, 256, 64, 64\]"):
         nano.predict(wrong, PROMPTS)
-    square = sam.preprocess.ImageGeometry((300, 451), (682, 1024), 1024)
+    square = ImageGeometry((300, 451), (682, 1024), 1024)
     with pytest.raises(ValueError, match=r"image of 1024 px, the model takes 512 px"):
         nano.predict(ImageEmbedding(embedding.features, square), PROMPTS)
     with pytest.raises(ValueError, match=r"features must be \[1, C, h, w\], got \[256, 32, 32\]"):

@@ -10,7 +10,7 @@ from asking import Rerun, run_into_poisoned_outputs
 from models import TINY, random_image, random_model
 
 from sam import Sam
-from sam.runtime import Graphs, Runtime
+from sam.inference import Graphs, Runtime
 
 
 @pytest.fixture

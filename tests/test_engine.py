@@ -18,7 +18,7 @@ from models import TINY, random_image, random_model
 from waiting import SECONDS, wait_until
 
 import sam
-from sam import Prompt, Sam, SamAutomaticMaskGenerator, rle
+from sam import Prompt, Sam, SamAutomaticMaskGenerator
 from sam.engine import (
     AutomaticOptions,
     DeadlineExceededError,
@@ -30,6 +30,7 @@ from sam.engine import (
 )
 from sam.engine.core import _fair_shares
 from sam.engine.errors import EngineError, is_out_of_memory
+from sam.masks import rle
 
 CLICK = Prompt([(5, 5)], [1])
 

@@ -13,48 +13,36 @@ ROOT = Path(__file__).parent.parent
 # (floor, room) of each module, by the longest prefix of its name that stands here.
 FLOORS = {
     "fastsam_kernels": (0, "kernels"),
-    "sam.allocator": (1, "system"),
-    "sam.channel_depth": (1, "images"),
-    "sam.checkpoints": (1, "assets"),
+    "sam.assets": (0, "assets"),
     "sam.checks": (0, "checks"),
+    "sam.system": (1, "system"),
     "sam.config": (1, "config"),
-    "sam.decode_apart": (1, "images"),
-    "sam.drop_in": (8, "front"),
-    "sam.files": (1, "system"),
-    "sam.hardware": (1, "system"),
-    "sam.image_structure": (1, "images"),
-    "sam.images": (1, "images"),
-    "sam.preprocess": (1, "images"),
-    "sam.prompts": (2, "prompts"),
-    "sam.embedding": (3, "embedding"),
-    "sam.overlay": (3, "masks"),
-    "sam.polygons": (3, "masks"),
-    "sam.postprocess": (3, "masks"),
-    "sam.results": (2, "results"),
-    "sam.rle": (3, "masks"),
-    "sam.modeling.common": (4, "parts"),
-    "sam.modeling.image_encoder": (4, "parts"),
-    "sam.modeling.mask_decoder": (4, "parts"),
-    "sam.modeling.prompt_encoder": (4, "parts"),
-    "sam.modeling.transformer": (4, "parts"),
-    "sam.utils": (4, "utils"),
-    "sam.runtime": (5, "inference"),
-    "sam.modeling": (6, "model"),
-    "sam.checkpoint": (7, "checkpoint"),
-    "sam.crop_masks": (7, "amg"),
-    "sam.interactive": (7, "sessions"),
-    "sam.memory": (7, "amg"),
-    "sam.predictor": (7, "predictor"),
-    "sam.stream": (7, "sessions"),
-    "sam.utils.onnx": (7, "onnx"),
-    "sam.verify": (7, "verify"),
-    "sam": (8, "front"),
-    "sam.automatic_mask_generator": (8, "front"),
-    "sam.build_sam": (8, "front"),
-    "sam.engine": (9, "engine"),
-    "sam.training": (9, "training"),
-    "sam.client": (10, "client"),
-    "sam.server": (10, "server"),
+    "sam.images": (2, "images"),
+    "sam.prompts": (3, "prompts"),
+    "sam.masks": (4, "masks"),
+    "sam.embedding": (4, "embedding"),
+    "sam.modeling.common": (5, "parts"),
+    "sam.modeling.image_encoder": (5, "parts"),
+    "sam.modeling.mask_decoder": (5, "parts"),
+    "sam.modeling.prompt_encoder": (5, "parts"),
+    "sam.modeling.transformer": (5, "parts"),
+    "sam.utils": (5, "utils"),
+    "sam.inference": (6, "inference"),
+    "sam.modeling": (7, "model"),
+    "sam.amg": (8, "amg"),
+    "sam.checkpoint": (8, "checkpoint"),
+    "sam.predictor": (8, "predictor"),
+    "sam.sessions": (8, "sessions"),
+    "sam.utils.onnx": (8, "onnx"),
+    "sam.verify": (8, "verify"),
+    "sam": (9, "front"),
+    "sam.automatic_mask_generator": (9, "front"),
+    "sam.build_sam": (9, "front"),
+    "sam.drop_in": (9, "front"),
+    "sam.engine": (10, "engine"),
+    "sam.training": (10, "training"),
+    "sam.client": (11, "client"),
+    "sam.server": (11, "server"),
     "sam.__main__": (12, "cli"),
     "sam.cli": (12, "cli"),
     "benchmarks": (12, "benchmarks"),
@@ -62,8 +50,7 @@ FLOORS = {
 # What still goes the wrong way. Entries leave this list and none join it.
 VIOLATIONS = {
     ("sam.embedding", "sam.modeling.transformer"),
-    ("sam.prompts", "sam.modeling.prompt_encoder"),
-    ("sam.runtime.runtime", "sam.modeling"),
+    ("sam.inference.runtime", "sam.modeling"),
 }
 
 
@@ -121,12 +108,12 @@ def test_the_fence_sees_every_kind_of_import(tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "rle.py"
     path.write_text(
         "from typing import TYPE_CHECKING\n"
-        "if TYPE_CHECKING:\n    from .engine import Engine\n"
-        "def late():\n    import sam.server\n    from . import predictor\n    from .modeling import common\n"
-        "from .postprocess import upscale_masks\nimport numpy\n"
+        "if TYPE_CHECKING:\n    from ..engine import Engine\n"
+        "def late():\n    import sam.server\n    from .. import predictor\n    from ..modeling import common\n"
+        "from .upscale import upscale_masks\nimport numpy\n"
     )
-    known = {**modules(), "sam.rle": path}
-    assert {other for name, other in wrong_ways(known) if name == "sam.rle"} == {
+    known = {**modules(), "sam.masks.rle": path}
+    assert {other for name, other in wrong_ways(known) if name == "sam.masks.rle"} == {
         "sam.engine",
         "sam.server",
         "sam.predictor",

@@ -16,8 +16,9 @@ from models import TINY, random_image, random_model
 from torch import Tensor
 
 import sam
-from sam import Prompt, Sam, preprocess
-from sam.runtime import Graphs, Runtime
+from sam import Prompt, Sam
+from sam.images import prepare
+from sam.inference import Graphs, Runtime
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -204,7 +205,7 @@ def test_features_are_waited_for_by_another_stream() -> None:
     embedding = model.encode(image)
     expected = model.predict(embedding, prompts()).low_res_logits
     geometry = embedding.geometry
-    there = torch.from_numpy(preprocess.resize_image(image, geometry.input_size)).cuda()
+    there = torch.from_numpy(prepare.resize_image(image, geometry.input_size)).cuda()
     pixels = model.preprocess(there.permute(2, 0, 1))[None]
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):

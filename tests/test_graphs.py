@@ -23,8 +23,8 @@ from models import TINY, random_image, random_model
 from torch import Tensor
 
 from sam import Prompt, Sam, load_model
-from sam.interactive import InteractiveSession
-from sam.runtime import Bucket, Graphs, Rows, Runtime
+from sam.inference import Bucket, Graphs, Rows, Runtime
+from sam.sessions.interactive import InteractiveSession
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_results_that_are_fed_back_are_copied_each_time() -> None:
 
 
 def _batch_on(images: range | list[int]) -> object:
-    from sam.prompts import PromptBatch
+    from sam.prompts.batch import PromptBatch
 
     count = len(images)
     return PromptBatch(torch.ones(count, 2, 2), torch.ones(count, 2, dtype=torch.int64), None, torch.tensor(images))

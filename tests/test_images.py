@@ -19,9 +19,9 @@ from models import random_image
 from PIL import Image, ImageOps
 from serving import file_of, jpeg_with_an_odd_tag
 
-from sam import image_structure
-from sam.image_structure import DamagedImageError, UnsupportedImageError, walk
-from sam.images import ImageTooLargeError, decode, is_image_name, read_image
+from sam.images import structure as image_structure
+from sam.images.read import ImageTooLargeError, decode, is_image_name, read_image
+from sam.images.structure import DamagedImageError, UnsupportedImageError, walk
 
 SIZE = (61, 97)
 RGB = Image.fromarray(random_image(*SIZE)).resize(SIZE[::-1], Image.Resampling.BOX)
@@ -101,7 +101,7 @@ def test_pixels_are_those_of_the_first_picture(tmp_path: Path, kind: str, mode: 
 
 def test_strips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An image is converted in strips, of which the last may be lower."""
-    monkeypatch.setattr("sam.images._PIXELS_PER_STRIP", 10 * SIZE[1])
+    monkeypatch.setattr("sam.images.read._PIXELS_PER_STRIP", 10 * SIZE[1])
     for value in range(1, 9):
         data = file_of(RGB, "PNG", exif=orientation(value))
         np.testing.assert_array_equal(read(tmp_path, data), decoded_by_pil(data))

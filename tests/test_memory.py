@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sam import memory
-from sam.memory import MaskMemory
+from sam.amg import memory_plan as memory
+from sam.amg.memory_plan import MaskMemory
 
 GB = 10**9
 

@@ -28,7 +28,8 @@ from sam.modeling.image_encoder import (
     window_partition,
     window_unpartition,
 )
-from sam.modeling.prompt_encoder import LABEL_ABSENT, PromptEncoder
+from sam.modeling.prompt_encoder import PromptEncoder
+from sam.prompts.labels import LABEL_ABSENT
 
 
 @pytest.mark.parametrize(("height", "width", "window"), [(8, 8, 3), (6, 9, 3), (5, 7, 14), (14, 14, 14)])

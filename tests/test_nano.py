@@ -102,7 +102,7 @@ def test_different_pictures_embed_differently(nano: Sam, photo: np.ndarray) -> N
 
 
 def test_the_package_stays_small() -> None:
-    folder = Path(sam.__file__).parent / "checkpoints"
+    folder = Path(sam.__file__).parent / "assets"
     packaged = [*folder.glob("*.safetensors"), *folder.glob("*.md")]
     assert len(packaged) >= 2
     assert sum(path.stat().st_size for path in packaged) <= 16e6

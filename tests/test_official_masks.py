@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from benchmarks.official_masks import coco_counts, photographs
-from sam import Sam, SamAutomaticMaskGenerator, SamPredictor, rle
+from sam import Sam, SamAutomaticMaskGenerator, SamPredictor
+from sam.masks import rle
 
 OFFICIAL = json.loads((Path(__file__).parent / "official_automatic_masks.json").read_text())
 FEW_CLICKS = "lenient, all at once"

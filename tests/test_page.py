@@ -24,7 +24,7 @@ pytest.importorskip("httptools", reason="needs the extra serve")
 client = pytest.importorskip("websockets.sync.client")
 from serving import Server  # noqa: E402
 
-from sam import rle  # noqa: E402
+from sam.masks import rle  # noqa: E402
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from polygons import fill
 from scipy import ndimage
 
-from sam.polygons import multipolygon
+from sam.masks.polygons import multipolygon
 
 
 @settings(max_examples=300, deadline=None)
@@ -58,7 +58,7 @@ def test_large_and_noisy() -> None:
 
 
 def steps_of(mask: np.ndarray) -> tuple[int, int]:
-    """The corners of a mask, and how many lines of ``sam.polygons`` and calls to C were executed to find them."""
+    """The corners of a mask, and how many lines of ``sam.masks.polygons`` and calls to C were executed to find them."""
     steps = 0
 
     def count(frame: FrameType, event: str, argument: object) -> Callable[..., object]:

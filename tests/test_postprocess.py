@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sam.postprocess import masks_from_logits, upscale_masks
-from sam.preprocess import ImageGeometry
+from sam.images.geometry import ImageGeometry
+from sam.masks.upscale import masks_from_logits, upscale_masks
 
 GEOMETRIES = {
     "as large as the model's picture": ImageGeometry.of(512, 512, 512),

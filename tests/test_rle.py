@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco
 
 from fastsam_kernels import pack_masks
-from sam import rle
+from sam.masks import rle
 from sam.utils import amg
 
 masks_strategy = st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 20)).flatmap(

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 import sam
 from sam import Prompt, Sam
-from sam.runtime import TOKENS, Bucket, Runtime
+from sam.inference import TOKENS, Bucket, Runtime
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,9 @@ from local_service import Local
 from serving import TOKEN, file_of, jpeg_with_an_odd_tag, multipart
 from waiting import SECONDS
 
-from sam import Prompt, Sam, rle
+from sam import Prompt, Sam
 from sam.engine import Engine
+from sam.masks import rle
 from sam.server import Settings, app
 from sam.server.errors import KINDS
 

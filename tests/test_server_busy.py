@@ -24,8 +24,8 @@ from local_service import Local
 from serving import file_of, multipart
 from waiting import SECONDS, wait_until
 
-from sam import rle
 from sam.engine import Engine
+from sam.masks import rle
 from sam.server import Settings, app, outputs
 from sam.server.connections import Connection
 from sam.server.service import warm_up

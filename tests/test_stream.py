@@ -15,7 +15,7 @@ from PIL import Image
 
 import sam
 from sam import Prompt, Sam
-from sam.stream import default_workers
+from sam.sessions.stream import default_workers
 
 SIZES = ((40, 60), (60, 40), (48, 48), (33, 90), (20, 21))
 

@@ -14,7 +14,7 @@ from models import TINY
 
 import sam
 from sam import Sam
-from sam.hardware import multiplies_bf16_fast
+from sam.system.hardware import multiplies_bf16_fast
 from sam.training import evaluate, helper, losses, prompts, provenance, schedule
 from sam.training.crops import CropModel
 from sam.training.helper import SameObjectHead
@@ -404,7 +404,7 @@ def test_prompts_are_decoded_by_whole_pictures(monkeypatch: pytest.MonkeyPatch) 
 def test_a_step_is_in_what_the_device_multiplies_fast(
     fast: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sam.hardware._cpu_has_bf16_products", lambda: fast)
+    monkeypatch.setattr("sam.system.hardware._cpu_has_bf16_products", lambda: fast)
     assert multiplies_bf16_fast(CPU) is fast
     assert trainer().dtype == dtype
     assert not multiplies_bf16_fast(torch.device("meta"))

@@ -19,10 +19,10 @@ from local_service import Local
 from serving import file_of
 from waiting import SECONDS, wait_until
 
-from sam import decode_apart
 from sam.engine import Engine
-from sam.image_structure import walk
-from sam.images import decode
+from sam.images import decode_apart
+from sam.images.read import decode
+from sam.images.structure import walk
 from sam.server import Settings
 from sam.server.errors import ApiError
 from sam.server.uploads import decode_image

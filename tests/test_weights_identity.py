@@ -19,7 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import sam
 from sam import Prompt, Sam
 from sam.engine import Engine
-from sam.runtime import Runtime
+from sam.inference import Runtime
 
 PROMPTS = [Prompt([(40, 40)], [1]), Prompt([(9, 9), (30, 50)], [0, 1], box=(2, 3, 60, 70)), Prompt(box=(4, 4, 99, 50))]
 

@@ -19,9 +19,9 @@ import sam
 from fastsam_kernels import nms
 from sam import SamAutomaticMaskGenerator
 from sam.embedding import ImageEmbedding
+from sam.images.geometry import ImageGeometry
 from sam.modeling.mask_decoder import DecodedPrompts
-from sam.preprocess import ImageGeometry
-from sam.prompts import PromptBatch
+from sam.prompts.batch import PromptBatch
 from sam.utils import amg
 
 from ..case import Case, Problem

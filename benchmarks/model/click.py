@@ -11,9 +11,9 @@ from torch import Tensor
 
 import sam
 from sam.embedding import ImageEmbedding
-from sam.preprocess import ImageGeometry
-from sam.prompts import PromptBatch
-from sam.runtime import Runtime
+from sam.images.geometry import ImageGeometry
+from sam.inference import Runtime
+from sam.prompts.batch import PromptBatch
 
 from ..case import Case, Problem, draw, few_rows
 from ..measure import Form, Work

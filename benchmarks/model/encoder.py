@@ -10,7 +10,7 @@ from torch import Tensor
 
 import sam
 from sam import Sam
-from sam.runtime import Runtime
+from sam.inference import Runtime
 
 from ..case import Case, Problem, draw
 from ..measure import Form, Work

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import sam
 from sam import Prompt
-from sam.preprocess import image_to_tensor, resize_image
+from sam.images.geometry import ImageGeometry
+from sam.images.prepare import image_to_tensor, resize_image
 
 from ..case import Case, Problem
 from ..measure import Form, Work
@@ -58,7 +59,7 @@ def _case(variant: str, count: int) -> Callable[[torch.device, torch.dtype], Pro
             def form() -> Tensor:
                 logits = []
                 for image in images:
-                    geometry = sam.preprocess.ImageGeometry.of(*image.shape[:2], 1024)
+                    geometry = ImageGeometry.of(*image.shape[:2], 1024)
                     resized = resize_image(image, geometry.input_size)
                     pixels = model.preprocess(image_to_tensor(resized, device))[None]
                     coords = torch.tensor([[_CLICK]], device=device) * torch.tensor(geometry.scale, device=device)

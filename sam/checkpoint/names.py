@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config import VARIANTS, SamConfig
 from ..modeling.build import build_empty
-from ..modeling.common import is_counter, is_plain
+from ..system.tensors import is_counter, is_plain
 from .errors import CheckpointError, listing
 from .layouts import LAYOUTS, Layout, transformers_names
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..checks import path_of, require
 from ..config import SamConfig
-from ..files import write_atomically
 from ..modeling import Sam
+from ..system.atomic_write import write_atomically
 from .errors import CheckpointError
 from .layouts import LAYOUTS, Layout, infer_config, transformers_config, transformers_names
 from .names import find_weights, is_weight_dtype

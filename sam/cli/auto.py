@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .. import rle
 from ..automatic_mask_generator import NANO_THRESHOLDS, SamAutomaticMaskGenerator
-from ..files import new_folder, write_atomically
-from ..images import MAX_MEGAPIXELS, is_image_name, read_image
-from ..overlay import draw_overlay
+from ..images.read import MAX_MEGAPIXELS, is_image_name, read_image
+from ..masks import rle
+from ..masks.overlay import draw_overlay
+from ..system.atomic_write import new_folder, write_atomically
 from .options import add_model_options, add_traceback_option, file_name, model_from
 from .provenance import RECORD, Origin, Record
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from ..embedding import ImageEmbedding
-from ..files import write_atomically
+from ..masks.overlay import draw_overlay
 from ..modeling import Sam
-from ..overlay import draw_overlay
-from ..prompts import Prompt
+from ..prompts.prompt import Prompt
+from ..system.atomic_write import write_atomically
 from .options import add_model_options, add_traceback_option, file_name, model_from
 
 _COINS = [(44, 54), (101, 57), (341, 43), (211, 192), (171, 262), (345, 189)]

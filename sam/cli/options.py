@@ -14,8 +14,8 @@ from fastsam_kernels import KERNELS
 
 from ..build_sam import load_model
 from ..checks import path_of
-from ..hardware import usable_device
 from ..modeling import Sam
+from ..system.hardware import usable_device
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import rle
-from ..files import write_atomically
-from ..images import MAX_MEGAPIXELS, read_image
+from ..images.read import MAX_MEGAPIXELS, read_image
+from ..masks import rle
+from ..masks.overlay import draw_overlay
+from ..masks.results import MaskPrediction
 from ..modeling import Sam
-from ..overlay import draw_overlay
-from ..prompts import Prompt
-from ..results import MaskPrediction
+from ..prompts.prompt import Prompt
+from ..system.atomic_write import write_atomically
 from .options import Steps, add_model_options, add_traceback_option, file_name, model_from
 from .provenance import Origin, Record
 

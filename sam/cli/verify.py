@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..files import write_atomically
-from ..images import read_image
+from ..images.read import read_image
 from ..modeling import Sam
+from ..system.atomic_write import write_atomically
 from ..verify import Check, verify
 from .options import add_model_options, add_traceback_option, file_name, model_from
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from .. import preprocess
 from ..checks import require_model
 from ..embedding import ImageEmbedding, hash_image
+from ..images import prepare
+from ..images.geometry import ImageGeometry
 from ..modeling import Sam
-from ..modeling.prompt_encoder import check_mask_inputs
-from ..preprocess import ImageGeometry
-from ..prompts import Prompt
+from ..prompts.checks import check_mask_inputs
+from ..prompts.prompt import Prompt
 from .cache import EmbeddingCache
 from .errors import (
     DeadlineExceededError,
@@ -120,9 +120,9 @@ class Engine:
         Raises:
             TypeError, ValueError: as :meth:`sam.modeling.Sam.encode`.
         """
-        image = preprocess.validate_image(image)
+        image = prepare.validate_image(image)
         geometry = ImageGeometry.of(image.shape[0], image.shape[1], self.model.image_encoder.img_size)
-        resized = preprocess.resize_image(image, geometry.input_size)
+        resized = prepare.resize_image(image, geometry.input_size)
         image_hash = hash_image(resized, geometry)
         content = f"{image_hash} {self._model_hash}".encode()
         key = hashlib.blake2b(content, digest_size=16, key=self._handle_secret).hexdigest()

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..embedding import ImageEmbedding
-from ..preprocess import ImageGeometry
-from ..prompts import Prompt
+from ..images.geometry import ImageGeometry
+from ..prompts.prompt import Prompt
 
 _MOST_POINTS_PER_SIDE = 1024  # a million clicks
 
@@ -39,7 +39,7 @@ class PromptMasks:
     """The C masks of one prompt.
 
     Attributes:
-        rles: uncompressed COCO run-length encodings at the original image's size, see :mod:`sam.rle`.
+        rles: uncompressed COCO run-length encodings at the original image's size, see :mod:`sam.masks.rle`.
         predicted_iou: [C] fp32.
         low_res_logits: [C, h, w] fp32 if they were asked for; each can be a next prompt's ``mask_input``.
     """

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from fastsam_kernels import Resizing, packed_masks
 
-from .. import rle
+from ..amg.memory_plan import usual_memory
 from ..automatic_mask_generator import SamAutomaticMaskGenerator
 from ..embedding import ImageEmbedding
-from ..memory import usual_memory
+from ..images.geometry import ImageGeometry
+from ..inference.graphs import empty_cache
+from ..masks import rle
 from ..modeling import Sam
-from ..preprocess import ImageGeometry
-from ..prompts import Prompt, ragged_chunks
-from ..runtime.graphs import empty_cache
+from ..prompts.batch import ragged_chunks
+from ..prompts.prompt import Prompt
 from .errors import OutOfMemoryError, is_out_of_memory
 from .jobs import AutomaticJob, PreparedImage, PromptMasks, SegmentJob
 

@@ -15,6 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastsam_kernels.dispatch import recording
 
+from ..system.tensors import is_plain
+
 T = TypeVar("T")
 
 _MAKING = threading.RLock()  # of values derived from weights; some are made of others
@@ -70,32 +72,6 @@ _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_chec
 def unwrapped_name(name: str) -> str:
     """The name of a weight in the model as it was before torch compiled or wrapped it or parts of it."""
     return _WRAPPERS.sub("", name)
-
-
-def is_making_graph() -> bool:
-    """True while torch traces, exports or compiles, when shapes and values may be symbols."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether it has memory of its own: no fake, no part of a distributed one, no quantised numbers behind a class."""
-    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-
-
-def has_bytes(value: Any) -> bool:
-    """Tell whether ``value`` is a tensor whose bytes are its values."""
-    return (
-        isinstance(value, Tensor)
-        and is_plain(value)
-        and value.layout == torch.strided
-        and not value.is_quantized
-        and not value.is_meta
-    )
-
-
-def is_counter(tensor: Tensor) -> bool:
-    """Tell whether ``tensor`` is one integer: a count that a wrapper keeps beside weights, as averages of them do."""
-    return tensor.ndim == 0 and not tensor.is_floating_point() and not tensor.is_complex()
 
 
 def is_ours(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .common import has_bytes, is_counter, unwrapped_name
+from ..system.tensors import has_bytes, is_counter
+from .common import unwrapped_name
 
 
 def hash_of_model(model: nn.Module) -> str | None:

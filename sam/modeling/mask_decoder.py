@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fastsam_kernels import UnsupportedKernelError, UpscalingWeights, hypernetwork_masks, pack_upscaling
 
-from .common import DerivedWeights, LayerNorm2d, is_as_written, is_making_graph
+from ..system.tensors import is_making_graph
+from .common import DerivedWeights, LayerNorm2d, is_as_written
 from .transformer import SharedImageSide, TwoWayTransformer
 
 

@@ -8,24 +8,13 @@ model's dtype: bf16 coordinates are 4 px apart at 512..1024.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .common import DerivedWeights, Fp32Buffers, LayerNorm2d, is_as_written, is_making_graph, is_plain
-
-LABEL_ABSENT = -2  # fills the token list of a shorter prompt; masked out of every attention
-LABEL_PADDING = -1  # the "not a point" token
-LABEL_BACKGROUND = 0
-LABEL_FOREGROUND = 1
-LABEL_BOX_TOP_LEFT = 2
-LABEL_BOX_BOTTOM_RIGHT = 3
-
-MAX_COORDINATE = 1e30  # pixels; what fp32 makes of them on the way to a token is finite
-_POINT_LABELS = (LABEL_PADDING, LABEL_BACKGROUND, LABEL_FOREGROUND)
+from ..prompts.checks import check_mask_inputs, check_prompts
+from ..prompts.labels import LABEL_PADDING, append_padding_point, box_labels
+from .common import DerivedWeights, Fp32Buffers, LayerNorm2d, is_as_written
 
 
 class PromptEncoder(DerivedWeights):
@@ -145,88 +134,6 @@ class PromptEncoder(DerivedWeights):
         if masks is not None:
             return sparse, self._embed_masks(masks)
         return sparse, self.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(prompts, -1, *self.image_embedding_size)
-
-
-def append_padding_point(points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Points [P, N, 2] and labels [P, N] with the one padding point that a prompt without a box ends with."""
-    padded_points = torch.cat([points, points.new_zeros(points.shape[0], 1, 2)], dim=1)
-    padding = labels.new_full((labels.shape[0], 1), LABEL_PADDING)
-    return padded_points, torch.cat([labels, padding], dim=1)
-
-
-def box_labels(corners: Tensor) -> Tensor:
-    """Labels [P, 2] of box corners [P, 2, 2]."""
-    pair = torch.arange(LABEL_BOX_TOP_LEFT, LABEL_BOX_BOTTOM_RIGHT + 1, device=corners.device)
-    return pair.expand(corners.shape[0], 2)
-
-
-def as_array(values: Any) -> np.ndarray:
-    """``values`` on the host, without a copy where there can be."""
-    if not isinstance(values, Tensor):
-        return np.asarray(values)
-    values = values.detach().cpu()
-    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # numpy has no bf16
-
-
-def check_finite(name: str, values: np.ndarray | Tensor) -> None:
-    """Raise ``ValueError`` naming the first value of ``values`` that is NaN or infinite."""
-    array = as_array(values)
-    _check(name, "be finite", array, np.isfinite(array))
-
-
-def check_coordinates(name: str, values: np.ndarray | Tensor) -> None:
-    """Raise ``ValueError`` naming the first of ``values`` that is no finite number within ``MAX_COORDINATE`` of 0."""
-    check_finite(name, values)
-    array = np.asarray(as_array(values), np.float64)  # fp16 cannot be compared with the limit
-    _check(name, f"lie within {MAX_COORDINATE:g} px of 0", array, np.abs(array) <= MAX_COORDINATE)
-
-
-def _check(name: str, rule: str, array: np.ndarray, good: np.ndarray) -> None:
-    if not good.all():
-        where = tuple(int(i) for i in np.argwhere(~good)[0])
-        raise ValueError(f"{name} must {rule}, got {array[where]} at index {list(where)}")
-
-
-def check_labels(labels: np.ndarray | Tensor) -> None:
-    """Raise ``ValueError`` naming the first label outside {-1, 0, 1}."""
-    array = as_array(labels)
-    bad = np.logical_and.reduce([array != label for label in _POINT_LABELS])
-    if bad.any():
-        raise ValueError(f"labels must be 1 (object), 0 (background) or -1 (padding), got {array[bad].flat[0]}")
-
-
-def check_mask_inputs(shape: Sequence[int], low_res_size: tuple[int, int]) -> None:
-    """Raise ``ValueError`` unless masks of ``shape`` [..., h, w] are what the model takes."""
-    height, width = low_res_size
-    if tuple(shape[-2:]) != (height, width):
-        raise ValueError(
-            f"mask_input must be low-resolution logits of {height}x{width} px for this model, "
-            f"got {'x'.join(map(str, shape[-2:]))}"
-        )
-
-
-def check_prompts(points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None) -> None:
-    """Raise ``ValueError`` for prompts of values that no model takes.
-
-    Values elsewhere than on the CPU are not read back; those of a graph that is made or of ``torch.func`` cannot be.
-    """
-    for name, values, check in (
-        ("points", points and points[0], check_coordinates),
-        ("boxes", boxes, check_coordinates),
-        ("mask_inputs", masks, check_finite),
-    ):
-        if values is not None and _readable(values):
-            check(name, values)
-    if points is not None and _readable(points[1]):
-        check_labels(points[1])
-
-
-def _readable(values: Tensor) -> bool:
-    if is_making_graph():
-        return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(values):
-        return False
-    return is_plain(values) and values.device.type == "cpu"
 
 
 class PositionEmbeddingRandom(Fp32Buffers):

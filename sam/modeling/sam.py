@@ -13,14 +13,18 @@ from torch import Tensor, nn  # noqa: F401
 from fastsam_kernels import check_kernels, preprocess_image, resolve_kernels
 from fastsam_kernels.dispatch import recording
 
-from .. import postprocess, preprocess
-from ..allocator import keep_freed_memory
 from ..checks import require
 from ..config import SamConfig
 from ..embedding import ImageEmbedding, hash_image
-from ..preprocess import ImageGeometry
-from ..prompts import Prompt, PromptBatch, ragged_chunks
-from ..results import MaskPrediction
+from ..images import prepare
+from ..images.geometry import ImageGeometry
+from ..masks import upscale
+from ..masks.results import MaskPrediction
+from ..prompts.batch import PromptBatch, ragged_chunks
+from ..prompts.checks import check_mask_inputs
+from ..prompts.labels import LABEL_ABSENT
+from ..prompts.prompt import Prompt
+from ..system.malloc import keep_freed_memory
 from .common import (
     DerivedWeights,
     Fp32Buffers,
@@ -33,11 +37,11 @@ from .common import (
 from .identity import hash_of_model
 from .image_encoder import ImageEncoderViT
 from .mask_decoder import AnsweredPrompts, DecodedPrompts, MaskDecoder
-from .prompt_encoder import LABEL_ABSENT, PromptEncoder, check_mask_inputs
+from .prompt_encoder import PromptEncoder
 from .transformer import SharedImageSide
 
 if TYPE_CHECKING:
-    from ..runtime import Runtime
+    from ..inference import Runtime
 
 
 class Sam(DerivedWeights, Fp32Buffers):
@@ -163,7 +167,7 @@ class Sam(DerivedWeights, Fp32Buffers):
         checked, geometries = [], []
         for index, image in enumerate(images):
             try:
-                checked.append(preprocess.validate_image(image))
+                checked.append(prepare.validate_image(image))
                 geometries.append(self._geometry(checked[-1]))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"image {index}: {error}" if len(images) > 1 else str(error)) from None
@@ -200,8 +204,8 @@ class Sam(DerivedWeights, Fp32Buffers):
         if on_device:
             there = torch.from_numpy(np.require(image, requirements=("C", "W"))).to(self.device)
             return self.pixels_of(there, geometry), None
-        resized = preprocess.resize_image(image, geometry.input_size)
-        pixels = self.preprocess(preprocess.image_to_tensor(resized, self.device))
+        resized = prepare.resize_image(image, geometry.input_size)
+        pixels = self.preprocess(prepare.image_to_tensor(resized, self.device))
         return pixels, hash_image(resized, geometry)
 
     def pixels_of(self, image: Tensor, geometry: ImageGeometry) -> Tensor:
@@ -431,8 +435,8 @@ class Sam(DerivedWeights, Fp32Buffers):
 
     def masks(self, low_res: Tensor, geometry: ImageGeometry, return_logits: bool) -> Tensor:
         if return_logits:
-            return postprocess.upscale_masks(low_res, geometry)
-        return postprocess.masks_from_logits(low_res, geometry, self.mask_threshold)
+            return upscale.upscale_masks(low_res, geometry)
+        return upscale.masks_from_logits(low_res, geometry, self.mask_threshold)
 
     def check_embedding(self, embedding: ImageEmbedding) -> None:
         """Raise ``ValueError`` unless this model can decode ``embedding``."""
@@ -534,13 +538,13 @@ class Sam(DerivedWeights, Fp32Buffers):
         side = self.image_encoder.img_size
         height, width = input_size
         geometry = ImageGeometry(original_size, (min(height, side), min(width, side)), side)
-        return postprocess.upscale_masks(masks, geometry)
+        return upscale.upscale_masks(masks, geometry)
 
     def preprocess(self, x: Tensor) -> Tensor:
         """Normalise resized pixels [..., 3, h, w] in 0..255 and pad them to the encoder's square."""
         require("x", x, Tensor, "a torch.Tensor [..., 3, h, w] in 0..255")
         image_size = self.image_encoder.img_size
-        return preprocess.normalize_and_pad(x, self.pixel_mean, self.pixel_std, image_size).to(self.dtype)
+        return prepare.normalize_and_pad(x, self.pixel_mean, self.pixel_std, image_size).to(self.dtype)
 
 
 def _rows(tensors: Sequence[Tensor]) -> Tensor:

@@ -24,7 +24,7 @@ from .. import __version__
 from .. import engine as engines
 from ..embedding import ImageEmbedding
 from ..engine import AutomaticOptions, Engine, PreparedImage, PromptMasks
-from ..prompts import Prompt
+from ..prompts.prompt import Prompt
 from . import openapi, outputs
 from .bodies import Upload
 from .errors import ApiError

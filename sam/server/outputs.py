@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .. import rle
 from ..engine import PromptMasks
-from ..polygons import multipolygon
+from ..masks import rle
+from ..masks.polygons import multipolygon
 from .errors import ApiError
 
 Check = Callable[[], None]

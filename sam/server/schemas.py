@@ -19,8 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from ..modeling.prompt_encoder import MAX_COORDINATE
-from ..prompts import check_corners
+from ..prompts.checks import MAX_COORDINATE
+from ..prompts.prompt import check_corners
 from .errors import ApiError
 
 MAX_PROMPTS = 1024

@@ -17,9 +17,9 @@ import anyio.lowlevel
 import anyio.to_thread
 import numpy as np
 
-from ..allocator import return_freed_memory
 from ..engine import AutomaticOptions, Engine, EngineClosedError
-from ..prompts import Prompt
+from ..prompts.prompt import Prompt
+from ..system.malloc import return_freed_memory
 from .bodies import BodyReader
 from .errors import ApiError
 from .metrics import Metrics

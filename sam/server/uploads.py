@@ -7,9 +7,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ..decode_apart import decode_apart
-from ..image_structure import DamagedImageError, UnsupportedImageError, walk
-from ..images import ImageTooLargeError, decode
+from ..images.decode_apart import decode_apart
+from ..images.read import ImageTooLargeError, decode
+from ..images.structure import DamagedImageError, UnsupportedImageError, walk
 from .errors import ApiError
 
 

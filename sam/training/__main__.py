@@ -12,7 +12,7 @@ import torch
 from torch.multiprocessing.spawn import ProcessException
 
 from ..build_sam import NANO_CHECKPOINT
-from ..hardware import usable_device
+from ..system.hardware import usable_device
 from .evaluate import evaluate_checkpoint
 from .loop import run, stored_settings
 from .provenance import EMBEDDED, SCRATCH, origin

@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from ..build_sam import load_model
 from ..checkpoint import read_checkpoint
-from ..files import write_atomically
+from ..images.prepare import resize_image
+from ..masks.overlay import draw_overlay
 from ..modeling import Sam
-from ..modeling.prompt_encoder import LABEL_FOREGROUND, LABEL_PADDING, box_labels
-from ..overlay import draw_overlay
-from ..preprocess import resize_image
-from ..prompts import Prompt
+from ..prompts.labels import LABEL_FOREGROUND, LABEL_PADDING, box_labels
+from ..prompts.prompt import Prompt
+from ..system.atomic_write import write_atomically
 from .crops import CropModel
 from .losses import mask_iou
 from .prompts import append_clicks, random_clicks, tight_boxes, upsample

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import write_checkpoint
-from ..files import write_atomically
 from ..modeling import Sam
+from ..system.atomic_write import write_atomically
 from .provenance import machine, origin
 from .schedule import Schedule, Stage, stage_at
 from .team import ALONE, Team

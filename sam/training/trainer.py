@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..build_sam import NANO_CHECKPOINT, load_model
 from ..config import variant_config
-from ..hardware import multiplies_bf16_fast
 from ..modeling import Sam
 from ..modeling.build import build_from_config
+from ..system.hardware import multiplies_bf16_fast
 from .batches import Batch, ScenePool
 from .crops import CropModel
 from .helper import SameObjectHead

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from ..checks import require
-from ..preprocess import resize, resized_size, to_pil_image
+from ..images.geometry import resized_size
+from ..images.prepare import resize, to_pil_image
 
 
 class ResizeLongestSide:

@@ -17,9 +17,9 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from ..checks import path_of, require
 from .channel_depth import bits_per_channel
-from .checks import path_of, require
-from .image_structure import DamagedImageError, ImageStructure, UnsupportedImageError, walk
+from .structure import DamagedImageError, ImageStructure, UnsupportedImageError, walk
 
 MAX_MEGAPIXELS = 50.0
 # PIL's formats of single photographs; those of icons, documents, films and measurements are none. TGA has no signature.

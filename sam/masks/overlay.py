@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .prompts import Prompt
+from ..prompts.prompt import Prompt
 
 # Okabe and Ito's colours, distinct to colour-blind eyes too.
 _COLORS = np.array(

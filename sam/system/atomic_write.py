@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .checks import path_of
+from ..checks import path_of
 
 
 @contextmanager

@@ -19,9 +19,10 @@ from torch import Tensor
 from ..modeling.common import DerivedWeights, fingerprint, is_ours, steps_at
 from ..modeling.image_encoder import Block, ImageEncoderViT
 from ..modeling.mask_decoder import MaskDecoder
-from ..modeling.prompt_encoder import LABEL_ABSENT, PromptEncoder
+from ..modeling.prompt_encoder import PromptEncoder
 from ..modeling.transformer import SharedImageSide
-from ..prompts import PromptBatch
+from ..prompts.batch import PromptBatch
+from ..prompts.labels import LABEL_ABSENT
 from .buckets import TOKENS, Bucket, Limits, as_table
 from .graphs import Graphs, Recorder, Rows
 
@@ -151,7 +152,7 @@ class Runtime:
             what was made ready and how long it took; nothing twice.
         """
         from ..embedding import ImageEmbedding
-        from ..preprocess import ImageGeometry
+        from ..images.geometry import ImageGeometry
 
         model, done = self._model, []
         size, grid = model.image_encoder.img_size, model.prompt_encoder.image_embedding_size

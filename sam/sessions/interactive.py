@@ -10,12 +10,13 @@ from torch import Tensor
 
 from fastsam_kernels import Resizing, packed_masks
 
-from .checks import require, require_model
-from .embedding import ImageEmbedding
-from .modeling import Sam
-from .modeling.prompt_encoder import LABEL_ABSENT
-from .prompts import Prompt, PromptBatch
-from .runtime import TOKENS
+from ..checks import require, require_model
+from ..embedding import ImageEmbedding
+from ..inference import TOKENS
+from ..modeling import Sam
+from ..prompts.batch import PromptBatch
+from ..prompts.labels import LABEL_ABSENT
+from ..prompts.prompt import Prompt
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastsam_kernels import connected_components
 from fastsam_kernels.dispatch import recording
 
-from .preprocess import ImageGeometry
+from ..images.geometry import ImageGeometry
 
 # Masks upscaled at once: the padded-square logits of one are 4 MiB at 1024 px, and should stay near a CPU's cache.
 _MASKS_AT_ONCE = {"cpu": 1}

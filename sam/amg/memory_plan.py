@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .modeling import Sam
+from ..modeling import Sam
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _CLICKS_ON_A_GPU = 1024  # of a batch: the usual grid, so that the host waits once for all

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import preprocess
-from .checks import require
-from .embedding import ImageEmbedding, hash_image
-from .images import read_image
-from .modeling import Sam
-from .preprocess import ImageGeometry
-from .prompts import Prompt
-from .results import MaskPrediction
+from ..checks import require
+from ..embedding import ImageEmbedding, hash_image
+from ..images import prepare
+from ..images.geometry import ImageGeometry
+from ..images.read import read_image
+from ..masks.results import MaskPrediction
+from ..modeling import Sam
+from ..prompts.prompt import Prompt
 
 ImageSource = np.ndarray | str | os.PathLike[str]
 S = TypeVar("S")
@@ -160,13 +160,13 @@ def predict_stream(
 def _prepare(model: Sam, index: int, source: ImageSource, resize_on_device: bool) -> _Prepared:
     try:
         require("the image", source, (np.ndarray, str, os.PathLike), "a numpy array [H, W, 3] of uint8, or a file")
-        image = preprocess.validate_image(source if isinstance(source, np.ndarray) else read_image(source))
+        image = prepare.validate_image(source if isinstance(source, np.ndarray) else read_image(source))
         geometry = ImageGeometry.of(image.shape[0], image.shape[1], model.image_encoder.img_size)
     except (TypeError, ValueError, FileNotFoundError, IsADirectoryError) as error:
         raise type(error)(f"image {index}: {error}") from None
     if resize_on_device:
         return _Prepared(np.require(image, requirements=("C", "W")), geometry, None)
-    resized = preprocess.resize_image(image, geometry.input_size)
+    resized = prepare.resize_image(image, geometry.input_size)
     return _Prepared(resized, geometry, hash_image(resized, geometry))
 
 

@@ -20,8 +20,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .image_structure import DamagedImageError, ImageStructure, walk
-from .images import Pieces, check_size, decode
+from .read import Pieces, check_size, decode
+from .structure import DamagedImageError, ImageStructure, walk
 
 # libwebp and PIL hold three copies of the pixels, of 4 bytes each; libwebp's encoder makes 2,600 groups at most.
 _BYTES_PER_PIXEL, _BYTES_OF_TABLES = 16, 64 * 2**20
@@ -33,7 +33,7 @@ sys.path[:] = json.loads(sys.argv[1])
 package = types.ModuleType("sam")
 package.__path__ = [sys.argv[2]]
 sys.modules["sam"] = package
-from sam.decode_apart import write_pixels
+from sam.images.decode_apart import write_pixels
 write_pixels(int(sys.argv[3]), int(sys.argv[4]))
 """
 
@@ -41,7 +41,7 @@ write_pixels(int(sys.argv[3]), int(sys.argv[4]))
 def decode_apart(
     file: BinaryIO, structure: ImageStructure, max_pixels: float | None, check_cancelled: Callable[[], None]
 ) -> np.ndarray:
-    """Decode an image as :func:`sam.images.decode` does, but in another process, which is gone afterwards.
+    """Decode an image as :func:`sam.images.read.decode` does, but in another process, which is gone afterwards.
 
     Raises:
         ImageTooLargeError: more pixels than ``max_pixels``.
@@ -52,7 +52,12 @@ def decode_apart(
     with tempfile.TemporaryFile() as needed, tempfile.TemporaryFile() as pixels:
         shutil.copyfileobj(io.BufferedReader(Pieces(file, structure.pieces, check_cancelled)), needed)
         needed.seek(0)
-        arguments = [json.dumps(sys.path), str(Path(__file__).parent), memory + _BYTES_OF_TABLES, structure.orientation]
+        arguments = [
+            json.dumps(sys.path),
+            str(Path(__file__).parent.parent),
+            memory + _BYTES_OF_TABLES,
+            structure.orientation,
+        ]
         process = subprocess.Popen(
             [sys.executable, "-I", "-c", _CHILD, *map(str, arguments)],
             stdin=needed,

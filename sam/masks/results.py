@@ -7,10 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-
-def compact(tensor: Tensor) -> Tensor:
-    """Return ``tensor``, or a copy where it is a view: pickled, a view takes all along that it is a view of."""
-    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+from ..system.tensors import compact
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from fastsam_kernels import Resizing, mask_statistics, packed_masks, ranked_nms
 
-from . import rle
-from .embedding import ImageEmbedding
-from .memory import MaskMemory
-from .modeling import Sam
-from .modeling.mask_decoder import MaskDecoder
-from .prompts import PromptBatch, coordinates_on, upload
-from .utils.amg import MaskData, is_box_near_crop_edge, uncrop_boxes_xyxy, uncrop_points
-from .utils.transforms import ResizeLongestSide
+from ..embedding import ImageEmbedding
+from ..masks import rle
+from ..modeling import Sam
+from ..modeling.mask_decoder import MaskDecoder
+from ..prompts.batch import PromptBatch, coordinates_on, upload
+from ..utils.amg import MaskData, is_box_near_crop_edge, uncrop_boxes_xyxy, uncrop_points
+from ..utils.transforms import ResizeLongestSide
+from .memory_plan import MaskMemory
 
 
 @dataclass(frozen=True)

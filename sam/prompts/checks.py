@@ -1,0 +1,84 @@
+"""Checks of the values of prompts, each with an error that names the value and the limit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..system.tensors import is_making_graph, is_plain
+from .labels import POINT_LABELS
+
+MAX_COORDINATE = 1e30  # pixels; what fp32 makes of them on the way to a token is finite
+
+
+def as_array(values: Any) -> np.ndarray:
+    """``values`` on the host, without a copy where there can be."""
+    if not isinstance(values, Tensor):
+        return np.asarray(values)
+    values = values.detach().cpu()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # numpy has no bf16
+
+
+def check_finite(name: str, values: np.ndarray | Tensor) -> None:
+    """Raise ``ValueError`` naming the first value of ``values`` that is NaN or infinite."""
+    array = as_array(values)
+    _check(name, "be finite", array, np.isfinite(array))
+
+
+def check_coordinates(name: str, values: np.ndarray | Tensor) -> None:
+    """Raise ``ValueError`` naming the first of ``values`` that is no finite number within ``MAX_COORDINATE`` of 0."""
+    check_finite(name, values)
+    array = np.asarray(as_array(values), np.float64)  # fp16 cannot be compared with the limit
+    _check(name, f"lie within {MAX_COORDINATE:g} px of 0", array, np.abs(array) <= MAX_COORDINATE)
+
+
+def _check(name: str, rule: str, array: np.ndarray, good: np.ndarray) -> None:
+    if not good.all():
+        where = tuple(int(i) for i in np.argwhere(~good)[0])
+        raise ValueError(f"{name} must {rule}, got {array[where]} at index {list(where)}")
+
+
+def check_labels(labels: np.ndarray | Tensor) -> None:
+    """Raise ``ValueError`` naming the first label outside {-1, 0, 1}."""
+    array = as_array(labels)
+    bad = np.logical_and.reduce([array != label for label in POINT_LABELS])
+    if bad.any():
+        raise ValueError(f"labels must be 1 (object), 0 (background) or -1 (padding), got {array[bad].flat[0]}")
+
+
+def check_mask_inputs(shape: Sequence[int], low_res_size: tuple[int, int]) -> None:
+    """Raise ``ValueError`` unless masks of ``shape`` [..., h, w] are what the model takes."""
+    height, width = low_res_size
+    if tuple(shape[-2:]) != (height, width):
+        raise ValueError(
+            f"mask_input must be low-resolution logits of {height}x{width} px for this model, "
+            f"got {'x'.join(map(str, shape[-2:]))}"
+        )
+
+
+def check_prompts(points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None) -> None:
+    """Raise ``ValueError`` for prompts of values that no model takes.
+
+    Values elsewhere than on the CPU are not read back; those of a graph that is made or of ``torch.func`` cannot be.
+    """
+    for name, values, check in (
+        ("points", points and points[0], check_coordinates),
+        ("boxes", boxes, check_coordinates),
+        ("mask_inputs", masks, check_finite),
+    ):
+        if values is not None and _readable(values):
+            check(name, values)
+    if points is not None and _readable(points[1]):
+        check_labels(points[1])
+
+
+def _readable(values: Tensor) -> bool:
+    if is_making_graph():
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(values):
+        return False
+    return is_plain(values) and values.device.type == "cpu"

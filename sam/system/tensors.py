@@ -1,0 +1,39 @@
+"""What kind of tensor one is, and whether torch is making a graph of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_making_graph() -> bool:
+    """True while torch traces, exports or compiles, when shapes and values may be symbols."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it has memory of its own: no fake, no part of a distributed one, no quantised numbers behind a class."""
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def has_bytes(value: Any) -> bool:
+    """Tell whether ``value`` is a tensor whose bytes are its values."""
+    return (
+        isinstance(value, Tensor)
+        and is_plain(value)
+        and value.layout == torch.strided
+        and not value.is_quantized
+        and not value.is_meta
+    )
+
+
+def is_counter(tensor: Tensor) -> bool:
+    """Tell whether ``tensor`` is one integer: a count that a wrapper keeps beside weights, as averages of them do."""
+    return tensor.ndim == 0 and not tensor.is_floating_point() and not tensor.is_complex()
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """Return ``tensor``, or a copy where it is a view: pickled, a view takes all along that it is a view of."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
