@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import sam
 from sam.automatic_mask_generator import NANO_THRESHOLDS
-from sam.masks import rle
+from sam.masks import rle, rle_encode
 
 from .peers import import_segment_anything, official_copy
 
@@ -69,7 +69,7 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
 def coco_counts(segmentation: Any) -> str:
     """The compressed counts of a segmentation of any output mode."""
     if isinstance(segmentation, np.ndarray):
-        (segmentation,) = rle.encode(torch.from_numpy(np.ascontiguousarray(segmentation))[None])
+        (segmentation,) = rle_encode.encode(torch.from_numpy(np.ascontiguousarray(segmentation))[None])
     counts = segmentation["counts"]
     return counts if isinstance(counts, str) else rle.compress(counts)
 

@@ -19,7 +19,7 @@ from serving import file_of
 from waiting import SECONDS
 
 from sam.client import Client, RemoteImage, ServiceError
-from sam.masks import rle
+from sam.masks import rle, rle_encode
 
 HANDLE = "0" * 32
 IMAGE = RemoteImage(HANDLE, 2, 3)
@@ -263,7 +263,7 @@ def test_no_mask_has_a_longer_string_than_its_pixels(monkeypatch: pytest.MonkeyP
     image = RemoteImage(HANDLE, *size)
     for flat in busy:
         mask = torch.from_numpy(flat.reshape(size[::-1]).T.copy())
-        counts = rle.compress(rle.encode(mask[None])[0]["counts"])
+        counts = rle.compress(rle_encode.encode(mask[None])[0]["counts"])
         with answered_by(http_answer(200, one_mask(list(size), counts))) as client:
             (masks,) = client.segment(image, [{"points": [[1, 1]]}])
         assert (masks.masks[0] == mask.numpy()).all()

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco
 
 from fastsam_kernels import pack_masks
-from sam.masks import rle
+from sam.masks import rle, rle_encode
 from sam.utils import amg
 
 masks_strategy = st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 20)).flatmap(
@@ -22,7 +22,7 @@ masks_strategy = st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1,
 @settings(deadline=None)
 @given(masks_strategy)
 def test_encoding_equals_pycocotools(masks: np.ndarray) -> None:
-    for mask, encoded in zip(masks, rle.encode(torch.from_numpy(masks)), strict=True):
+    for mask, encoded in zip(masks, rle_encode.encode(torch.from_numpy(masks)), strict=True):
         theirs = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
         assert rle.compress(encoded["counts"]) == theirs["counts"].decode()
         assert sum(encoded["counts"]) == mask.size
@@ -62,10 +62,10 @@ def test_words_that_come_in_one_copy() -> None:
     """A device is not asked how many words have an edge; those that do not fit come in a second copy."""
     changes = torch.zeros(500, dtype=torch.int32)
     changes[[3, 77, 300, 499]] = torch.tensor([1, -1, 2**31 - 1, -(2**31)], dtype=torch.int32)
-    expected = rle._nonzero_words(changes)
+    expected = rle_encode._nonzero_words(changes)
     assert expected.tolist() == [3 << 32 | 1, 77 << 32 | 2**32 - 1, 300 << 32 | 2**31 - 1, 499 << 32 | 2**31]
     for room in (0, 3, 4, 500):
-        assert rle._copy_nonzero_words(changes, room).equal(expected)
+        assert rle_encode._copy_nonzero_words(changes, room).equal(expected)
 
 
 def test_a_large_noisy_mask() -> None:
@@ -205,7 +205,7 @@ def test_packed_masks_of_crops_equal_pycocotools(
     left, top, right, bottom = border
     full = np.pad(masks, ((0, 0), (top, bottom), (left, right)))
     size = (full.shape[1], full.shape[2])
-    encoded = rle.encode_packed(pack_masks(torch.from_numpy(masks)), (height, width), (left, top), size)
+    encoded = rle_encode.encode_packed(pack_masks(torch.from_numpy(masks)), (height, width), (left, top), size)
     strings = rle.compress_all([mask["counts"] for mask in encoded])
     assert len(encoded) == len(strings) == count
     for mask, runs, string in zip(full, encoded, strings, strict=True):

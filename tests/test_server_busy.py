@@ -25,7 +25,7 @@ from serving import file_of, multipart
 from waiting import SECONDS, wait_until
 
 from sam.engine import Engine
-from sam.masks import rle
+from sam.masks import rle, rle_encode
 from sam.server import Settings, app, outputs
 from sam.server.connections import Connection
 from sam.server.service import warm_up
@@ -230,7 +230,7 @@ def test_a_large_npz_is_written_in_strips(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(outputs, "_STRIP_BYTES", 60)
     masks = np.random.default_rng(0).random((3, 17, 29)) < 0.5
     checks: list[None] = []
-    encoded = rle.encode(torch.from_numpy(masks))
+    encoded = rle_encode.encode(torch.from_numpy(masks))
     data = outputs.npz(encoded, (17, 29), 10**6, lambda: checks.append(None), scores=np.arange(3.0))
     loaded = np.load(io.BytesIO(data), allow_pickle=False)
     np.testing.assert_array_equal(loaded["masks"], masks)
@@ -241,7 +241,7 @@ def test_a_large_npz_is_written_in_strips(monkeypatch: pytest.MonkeyPatch) -> No
 def test_many_runs_are_compressed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     masks = torch.rand(7, 20, 20, generator=torch.Generator().manual_seed(0)) < 0.5
     masks[3] = False
-    encoded = rle.encode(masks)
+    encoded = rle_encode.encode(masks)
     whole = outputs.segmentations(encoded, "rle", lambda: None)
     monkeypatch.setattr(outputs, "_MANY_RUNS", 300)
     checks: list[None] = []

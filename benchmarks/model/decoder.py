@@ -11,7 +11,7 @@ from torch import Tensor
 import sam
 from fastsam_kernels import hypernetwork_masks
 from sam.modeling.mask_decoder import MaskDecoder
-from sam.prompts.labels import append_padding_point
+from sam.prompts.tensors import append_padding_point
 
 from ..case import Case, Problem, draw, few_rows
 from ..measure import Form, Work

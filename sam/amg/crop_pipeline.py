@@ -23,7 +23,7 @@ from torch import Tensor
 from fastsam_kernels import Resizing, mask_statistics, packed_masks, ranked_nms
 
 from ..embedding import ImageEmbedding
-from ..masks import rle
+from ..masks.rle_encode import encode_packed
 from ..modeling import Sam
 from ..modeling.mask_decoder import MaskDecoder
 from ..prompts.batch import PromptBatch, coordinates_on, upload
@@ -220,5 +220,5 @@ class _Waiting:
                 threshold=self._model.mask_threshold,
                 kernels=self._model.kernels,
             )
-            runs += rle.encode_packed(packed, resizing.output_size, (crop.box[0], crop.box[1]), crop.image_size)
+            runs += encode_packed(packed, resizing.output_size, (crop.box[0], crop.box[1]), crop.image_size)
         return runs

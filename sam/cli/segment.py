@@ -15,6 +15,7 @@ from ..images.read import MAX_MEGAPIXELS, read_image
 from ..masks import rle
 from ..masks.overlay import draw_overlay
 from ..masks.results import MaskPrediction
+from ..masks.rle_encode import encode
 from ..modeling import Sam
 from ..prompts.prompt import Prompt
 from ..system.atomic_write import write_atomically
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
 def _write_masks(prediction: MaskPrediction, paths: list[Path]) -> list[dict[str, Any]]:
     masks = prediction.masks[0].cpu()
     records = []
-    for index, (path, mask, encoded) in enumerate(zip(paths, masks, rle.encode(masks), strict=True)):
+    for index, (path, mask, encoded) in enumerate(zip(paths, masks, encode(masks), strict=True)):
         with write_atomically(path) as partial:
             Image.fromarray(mask.numpy().astype(np.uint8) * 255).save(partial)
         records.append(

@@ -16,7 +16,7 @@ from ..automatic_mask_generator import SamAutomaticMaskGenerator
 from ..embedding import ImageEmbedding
 from ..images.geometry import ImageGeometry
 from ..inference.graphs import empty_cache
-from ..masks import rle
+from ..masks.rle_encode import encode_packed
 from ..modeling import Sam
 from ..prompts.batch import ragged_chunks
 from ..prompts.prompt import Prompt
@@ -84,7 +84,7 @@ class Passes:
             packed = packed_masks(
                 logits[rows].flatten(0, 1), resizing, threshold=self.model.mask_threshold, kernels=self.model.kernels
             )
-            encoded = rle.encode_packed(packed, geometry.original_size)
+            encoded = encode_packed(packed, geometry.original_size)
             for place, row in enumerate(rows):
                 rles[row] = encoded[place * logits.shape[1] : (place + 1) * logits.shape[1]]
         return rles

@@ -1,5 +1,1 @@
 """Masks: from logits to pixels, and the forms in which they are kept: run lengths, polygons, overlays."""
-
-from .results import MaskPrediction
-
-__all__ = ["MaskPrediction"]

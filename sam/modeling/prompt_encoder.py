@@ -12,8 +12,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..prompts.checks import check_mask_inputs, check_prompts
-from ..prompts.labels import LABEL_PADDING, append_padding_point, box_labels
+from ..prompts.checks import check_mask_inputs
+from ..prompts.labels import LABEL_PADDING
+from ..prompts.tensors import append_padding_point, box_labels, check_prompts
 from .common import DerivedWeights, Fp32Buffers, LayerNorm2d, is_as_written
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..images.geometry import ImageGeometry
-from .checks import check_prompts
-from .labels import LABEL_ABSENT, LABEL_BOX_BOTTOM_RIGHT, append_padding_point, box_labels
+from .labels import LABEL_ABSENT, LABEL_BOX_BOTTOM_RIGHT
 from .prompt import Prompt
+from .tensors import append_padding_point, box_labels, check_prompts
 
 
 def coordinates_on(values: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ..system.tensors import is_making_graph, is_plain
 from .labels import POINT_LABELS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_COORDINATE = 1e30  # pixels; what fp32 makes of them on the way to a token is finite
 
 
 def as_array(values: Any) -> np.ndarray:
-    """``values`` on the host, without a copy where there can be."""
-    if not isinstance(values, Tensor):
+    """Return ``values`` on the host, without a copy where there can be."""
+    torch = sys.modules.get("torch")  # where nobody has imported it, nothing is a tensor
+    if torch is None or not isinstance(values, torch.Tensor):
         return np.asarray(values)
     values = values.detach().cpu()
-    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # numpy has no bf16
+    array: np.ndarray = (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # numpy has no bf16
+    return array
 
 
 def check_finite(name: str, values: np.ndarray | Tensor) -> None:
@@ -58,27 +61,3 @@ def check_mask_inputs(shape: Sequence[int], low_res_size: tuple[int, int]) -> No
             f"mask_input must be low-resolution logits of {height}x{width} px for this model, "
             f"got {'x'.join(map(str, shape[-2:]))}"
         )
-
-
-def check_prompts(points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None) -> None:
-    """Raise ``ValueError`` for prompts of values that no model takes.
-
-    Values elsewhere than on the CPU are not read back; those of a graph that is made or of ``torch.func`` cannot be.
-    """
-    for name, values, check in (
-        ("points", points and points[0], check_coordinates),
-        ("boxes", boxes, check_coordinates),
-        ("mask_inputs", masks, check_finite),
-    ):
-        if values is not None and _readable(values):
-            check(name, values)
-    if points is not None and _readable(points[1]):
-        check_labels(points[1])
-
-
-def _readable(values: Tensor) -> bool:
-    if is_making_graph():
-        return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(values):
-        return False
-    return is_plain(values) and values.device.type == "cpu"

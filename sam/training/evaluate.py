@@ -23,8 +23,9 @@ from ..checkpoint import read_checkpoint
 from ..images.prepare import resize_image
 from ..masks.overlay import draw_overlay
 from ..modeling import Sam
-from ..prompts.labels import LABEL_FOREGROUND, LABEL_PADDING, box_labels
+from ..prompts.labels import LABEL_FOREGROUND, LABEL_PADDING
 from ..prompts.prompt import Prompt
+from ..prompts.tensors import box_labels
 from ..system.atomic_write import write_atomically
 from .crops import CropModel
 from .losses import mask_iou

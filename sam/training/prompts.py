@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from ..prompts.labels import LABEL_BACKGROUND, LABEL_FOREGROUND, LABEL_PADDING, box_labels
+from ..prompts.labels import LABEL_BACKGROUND, LABEL_FOREGROUND, LABEL_PADDING
+from ..prompts.tensors import box_labels
 
 BOX_NOISE = 0.1  # standard deviation of a box's sides, as a share of its width or height
 BOX_NOISE_LIMIT = 20.0  # pixels of a 1024 px picture

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checks import require
 from ..masks import rle as run_lengths
-from ..masks import upscale
+from ..masks import rle_encode, upscale
 
 
 class MaskData:
@@ -104,7 +104,7 @@ def batch_iterator(batch_size: int, *args: Any) -> Generator[list[Any], None, No
 def mask_to_rle_pytorch(tensor: Tensor) -> list[dict[str, Any]]:
     """[N, H, W] bool -> uncompressed COCO RLEs."""
     require("masks", tensor, Tensor, "a torch.Tensor [N, H, W] of bool")
-    return run_lengths.encode(tensor)
+    return rle_encode.encode(tensor)
 
 
 def rle_to_mask(rle: dict[str, Any]) -> np.ndarray:

@@ -1,0 +1,77 @@
+"""COCO run lengths of masks that lie in tensors, found on the masks' device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsam_kernels import pack_masks
+
+
+def encode(masks: Tensor) -> list[dict[str, Any]]:
+    """[N, H, W] bool -> uncompressed RLEs, ``{"size": [H, W], "counts": [int, ...]}``."""
+    return encode_packed(pack_masks(masks), (masks.shape[1], masks.shape[2]))
+
+
+def encode_packed(
+    packed: Tensor, size: tuple[int, int], corner: tuple[int, int] = (0, 0), full_size: tuple[int, int] | None = None
+) -> list[dict[str, Any]]:
+    """Masks as words along their columns -> uncompressed RLEs.
+
+    The words in which a run begins or ends are found where the masks are, and come over in one copy.
+
+    Args:
+        packed: [N, width, ceil(height / 32)] int32, of ``fastsam_kernels.packed_masks``.
+        size: (height, width) of the masks.
+        corner: (x, y) of their first pixel in the image.
+        full_size: (height, width) of the image; None when the masks cover it.
+    """
+    height, width = full_size or size
+    words = F.pad(packed, (0, 1))  # a run that reaches the last row ends in a word of its own
+    above = F.pad(words[..., :-1] >> 31 & 1, (1, 0))
+    changes = (words ^ (words << 1 | above)).flatten()  # a bit for each pixel unlike the one above it
+    if packed.device.type == "cpu":
+        found = _nonzero_words(changes).numpy()
+    else:  # smooth masks have an edge above and one below in some columns
+        found = _copy_nonzero_words(changes, 2 * len(packed) * packed.shape[1]).numpy()
+    bits = np.unpackbits(found.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :4], axis=1, bitorder="little")
+    entry, bit = np.nonzero(bits)
+    column, word = np.divmod(found[entry] >> 32, words.shape[2])
+    mask, column = np.divmod(column, max(packed.shape[1], 1))
+    edges = (corner[0] + column) * height + corner[1] + 32 * word + bit
+    # A run over the end of a column ends there and begins anew at the same place: neither is an edge.
+    again = (edges[1:] == edges[:-1]) & (mask[1:] == mask[:-1])
+    real = ~(np.append(again, False) | np.insert(again, 0, False)) if len(edges) else np.ones(0, bool)
+    edges, mask = edges[real], mask[real]
+
+    encoded = []
+    for inner in np.split(edges, np.searchsorted(mask, np.arange(1, len(packed)))) if len(packed) else []:
+        ends_inside = len(inner) > 0 and inner[-1] == height * width
+        counts = np.diff(inner, prepend=0) if ends_inside else np.diff(inner, prepend=0, append=height * width)
+        encoded.append({"size": [height, width], "counts": counts.tolist()})
+    return encoded
+
+
+def _nonzero_words(words: Tensor) -> Tensor:
+    """Each word that is not 0, with its place in the upper half of 64 bits."""
+    places = words.nonzero()[:, 0]
+    return places << 32 | words[places].long() & 0xFFFFFFFF
+
+
+def _copy_nonzero_words(words: Tensor, room: int) -> Tensor:
+    """As ``_nonzero_words``, on the host, in one copy that a device is not first asked the size of.
+
+    It has ``room`` for so many; when there are more, a second copy brings all.
+    """
+    while True:
+        places = torch.nonzero_static(words, size=room, fill_value=0)[:, 0]
+        found = places << 32 | words[places].long() & 0xFFFFFFFF
+        counted = torch.cat([words.count_nonzero()[None], found]).cpu()
+        count = int(counted[0])
+        if count <= room:
+            return counted[1 : count + 1]
+        room = count
