@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastsam_kernels.dispatch import interpreting
+from fastsam_kernels.dispatch import is_triton_interpreter
 from fastsam_kernels.launch import Launch
 from fastsam_kernels.tile_config import SHARED_MEMORY
 
@@ -139,7 +139,7 @@ def pretend(arch: int | str) -> None:
     Raises:
         RuntimeError: this process interprets.
     """
-    if interpreting():
+    if is_triton_interpreter():
         raise RuntimeError("TRITON_INTERPRET=1: the interpreter cannot compile; run without it")
     from triton.runtime import driver
 

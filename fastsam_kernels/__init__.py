@@ -1,17 +1,17 @@
 """Operations of Segment Anything that are worth a kernel, each checked against a plain PyTorch reference."""
 
 from .connected_components import connected_components
-from .dispatch import KERNELS, UnsupportedKernelError, check_kernels, resolve_kernels
+from .dispatch import KERNELS, UnsupportedKernelError, check_kernels, requires_autograd, resolve_kernels
 from .hypernetwork_masks import UpscalingWeights, hypernetwork_masks, pack_upscaling
 from .mask_postprocess import MaskStatistics, Resizing, mask_statistics, pack_masks, packed_masks, unpack_masks
 from .nms import nms, ranked_nms
 from .preprocess_image import preprocess_image
 from .rel_pos_attention import rel_pos_attention
-from .two_way_attention import MOST_TOKENS, image_to_token_attention, token_to_image_attention, two_way_attention
+from .two_way_attention import MAX_TOKENS, image_to_token_attention, token_to_image_attention, two_way_attention
 
 __all__ = [
     "KERNELS",
-    "MOST_TOKENS",
+    "MAX_TOKENS",
     "MaskStatistics",
     "Resizing",
     "UnsupportedKernelError",
@@ -28,6 +28,7 @@ __all__ = [
     "preprocess_image",
     "ranked_nms",
     "rel_pos_attention",
+    "requires_autograd",
     "resolve_kernels",
     "token_to_image_attention",
     "two_way_attention",

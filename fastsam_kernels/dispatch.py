@@ -49,10 +49,10 @@ def resolve_kernels(kernels: str, device: torch.device, dtype: torch.dtype | Non
         ValueError: not one of :data:`KERNELS`.
         UnsupportedKernelError: "triton" on a device that has no Triton forms.
     """
-    return choose("every operation", check_kernels(kernels), device, None, products=dtype)
+    return select_implementation("every operation", check_kernels(kernels), device, None, products=dtype)
 
 
-def choose(
+def select_implementation(
     operation: str,
     kernels: str,
     device: torch.device,
@@ -76,7 +76,7 @@ def choose(
     check_kernels(kernels)
     if kernels in ("reference", "torch"):
         return kernels
-    if recording(*inputs):
+    if requires_autograd(*inputs):
         constraint = constraint or "it has no backward; 'torch' and 'reference' differentiate"
     problem = _device_constraint(device) or constraint
     if kernels == "triton":
@@ -85,18 +85,18 @@ def choose(
         return "triton"
     if products == torch.float32:
         problem = problem or "products in fp32 are torch's, which follow its fp32_precision"
-    chosen = "torch" if problem is not None or interpreting() else "triton"
+    chosen = "torch" if problem is not None or is_triton_interpreter() else "triton"
     if not torch.compiler.is_compiling():
         _log_once(operation, str(device), chosen, problem)
     return chosen
 
 
-def recording(*tensors: Tensor) -> bool:
+def requires_autograd(*tensors: Tensor) -> bool:
     """Whether autograd records what is done to any of ``tensors``."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def interpreting() -> bool:
+def is_triton_interpreter() -> bool:
     """Whether Triton kernels run in its interpreter, on the CPU: exact in fp32 and fp16, slow, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -104,7 +104,7 @@ def interpreting() -> bool:
 def _device_constraint(device: torch.device) -> str | None:
     if not _HAS_TRITON:
         return "triton is not installed"
-    if device.type == "cpu" and interpreting():
+    if device.type == "cpu" and is_triton_interpreter():
         return None
     if device.type != "cuda":
         return f"it needs a CUDA device, got {device}"

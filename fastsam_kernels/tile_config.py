@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .dispatch import interpreting
+from .dispatch import is_triton_interpreter
 
 # Bytes of shared memory a block may have, by architecture (CUDA programming guide, technical specifications).
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -49,7 +49,7 @@ def arch_of(device: torch.device) -> int:
     Raises:
         ValueError: older than any.
     """
-    if device.type == "cpu" and interpreting():
+    if device.type == "cpu" and is_triton_interpreter():
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     properties = torch.cuda.get_device_properties(device)

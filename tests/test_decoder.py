@@ -13,7 +13,7 @@ from models import TINY, random_image, random_model
 from torch import Tensor
 
 import sam
-from fastsam_kernels import MOST_TOKENS
+from fastsam_kernels import MAX_TOKENS
 from sam import ImageEmbedding, Prompt, Sam
 from sam.modeling.mask_decoder import MaskDecoder
 
@@ -195,9 +195,9 @@ def test_folding_is_used_up_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(transformer, "two_way_attention", counted)
     model = random_model(TINY)
     embedding = model.encode(random_image(48, 60))
-    most = MOST_TOKENS - OUTPUT_TOKENS - 1  # a padding point goes with points
+    most = MAX_TOKENS - OUTPUT_TOKENS - 1  # a padding point goes with points
     model.predict(embedding, some_prompts(1, most))
-    assert calls == [MOST_TOKENS] * 2  # one of each block
+    assert calls == [MAX_TOKENS] * 2  # one of each block
     calls.clear()
     model.predict(embedding, some_prompts(1, most + 1))
     assert calls == []

@@ -11,7 +11,7 @@ from models import TINY, random_image, random_model
 from torch import Tensor
 
 from fastsam_kernels import dispatch
-from fastsam_kernels.dispatch import choose, resolve_kernels
+from fastsam_kernels.dispatch import resolve_kernels, select_implementation
 from sam import Prompt
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def test_products_in_fp32_are_torch_s(
     as_on_a_gpu: None, caplog: pytest.LogCaptureFixture, kernels: str, products: torch.dtype | None, expected: str
 ) -> None:
     with caplog.at_level(logging.INFO, "fastsam_kernels"):
-        assert choose("an operation", kernels, CPU, None, products=products) == expected
+        assert select_implementation("an operation", kernels, CPU, None, products=products) == expected
     assert resolve_kernels(kernels, CPU, products) == expected
     said = "kernels='auto' is 'torch' (products in fp32 are torch's, which follow its fp32_precision)" in caplog.text
     assert said == (expected == "torch")
@@ -51,12 +51,15 @@ def test_a_model_in_fp32_multiplies_with_torch(as_on_a_gpu: None, monkeypatch: p
     chosen: dict[str, str] = {}
 
     def noting(operation: str, *arguments: object, **options: object) -> str:
-        chosen[operation] = choose(operation, *arguments, **options)  # type: ignore[arg-type]
+        chosen[operation] = select_implementation(operation, *arguments, **options)  # type: ignore[arg-type]
         return chosen[operation]
 
     for name, module in list(sys.modules.items()):
-        if name.startswith("fastsam_kernels.") and getattr(module, "choose", None) is choose:
-            monkeypatch.setattr(module, "choose", noting)
+        if (
+            name.startswith("fastsam_kernels.")
+            and getattr(module, "select_implementation", None) is select_implementation
+        ):
+            monkeypatch.setattr(module, "select_implementation", noting)
     model = random_model(TINY)
     with torch.no_grad():
         model.predict(model.encode(random_image(40, 60)), [Prompt([[9, 9]], [1])])
@@ -72,7 +75,7 @@ def test_a_choice_can_be_compiled() -> None:
     """``kernels="auto"`` in a compiled block: no search of the disk, no message."""
 
     def chosen(x: Tensor) -> Tensor:
-        return x + {"torch": 1, "triton": 2}[choose("an operation of its own", "auto", x.device, None)]
+        return x + {"torch": 1, "triton": 2}[select_implementation("an operation of its own", "auto", x.device, None)]
 
     compiled = torch.compile(chosen, fullgraph=True, backend="eager")
     assert compiled(torch.zeros(2)).tolist() == [1, 1]

@@ -22,15 +22,18 @@ pytest.importorskip("scipy")
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, set[str]]]:
     """The ``kernels`` that each operation was called with."""
     seen: dict[str, set[str]] = {}
-    choose = dispatch.choose
+    select_implementation = dispatch.select_implementation
 
     def noting(operation: str, kernels: str, *arguments: object, **options: object) -> str:
         seen.setdefault(operation, set()).add(kernels)
-        return choose(operation, kernels, *arguments, **options)  # type: ignore[arg-type]
+        return select_implementation(operation, kernels, *arguments, **options)  # type: ignore[arg-type]
 
     for name, module in list(sys.modules.items()):
-        if name.startswith("fastsam_kernels.") and getattr(module, "choose", None) is choose:
-            monkeypatch.setattr(module, "choose", noting)
+        if (
+            name.startswith("fastsam_kernels.")
+            and getattr(module, "select_implementation", None) is select_implementation
+        ):
+            monkeypatch.setattr(module, "select_implementation", noting)
     return seen
 
 

@@ -15,7 +15,7 @@ from fastsam_kernels.two_way_attention import image_to_token_reference
 
 from ..case import Case, Problem, TuneProblem, candidates, draw, few_rows, meta
 from ..measure import Form, Work
-from .token_to_image_attention import CHANNELS, CLICK_TOKENS, HEADS, MOST_TOKENS
+from .token_to_image_attention import CHANNELS, CLICK_TOKENS, HEADS, MAX_TOKENS
 
 EPS = 1e-5
 
@@ -83,7 +83,7 @@ def _launches(tokens: int, dtype: torch.dtype, tile: TileConfig) -> Iterator[tup
 
 
 TESTS = "test_two_way_attention.py"
-LAUNCHES = {"8 tokens": partial(_launches, CLICK_TOKENS), "16 tokens": partial(_launches, MOST_TOKENS)}
+LAUNCHES = {"8 tokens": partial(_launches, CLICK_TOKENS), "16 tokens": partial(_launches, MAX_TOKENS)}
 
 
 def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProblem:
@@ -110,4 +110,4 @@ def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProble
     )
 
 
-TUNING = {"8 tokens": partial(_tuning, CLICK_TOKENS), "16 tokens": partial(_tuning, MOST_TOKENS)}
+TUNING = {"8 tokens": partial(_tuning, CLICK_TOKENS), "16 tokens": partial(_tuning, MAX_TOKENS)}

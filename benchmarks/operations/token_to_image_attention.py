@@ -17,7 +17,7 @@ from ..case import Case, Problem, TuneProblem, candidates, draw, few_rows, meta
 from ..measure import Form, Work
 
 HEADS, CHANNELS, HEAD_CHANNELS = 8, 256, 16
-CLICK_TOKENS, MOST_TOKENS = 7, 16
+CLICK_TOKENS, MAX_TOKENS = 7, 16
 
 
 def _inputs(prompts: int, image_tokens: int, tokens: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
@@ -81,7 +81,7 @@ def _launches(tokens: int, dtype: torch.dtype, tile: TileConfig) -> Iterator[tup
 
 
 TESTS = "test_two_way_attention.py"
-LAUNCHES = {"8 tokens": partial(_launches, CLICK_TOKENS), "16 tokens": partial(_launches, MOST_TOKENS)}
+LAUNCHES = {"8 tokens": partial(_launches, CLICK_TOKENS), "16 tokens": partial(_launches, MAX_TOKENS)}
 
 
 def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProblem:
@@ -106,4 +106,4 @@ def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProble
     )
 
 
-TUNING = {"8 tokens": partial(_tuning, CLICK_TOKENS), "16 tokens": partial(_tuning, MOST_TOKENS)}
+TUNING = {"8 tokens": partial(_tuning, CLICK_TOKENS), "16 tokens": partial(_tuning, MAX_TOKENS)}

@@ -15,7 +15,7 @@ from fastsam_kernels.tile_config import TileConfig
 from ..case import Case, Problem, Result, TuneProblem, candidates, draw, few_rows, meta
 from ..measure import Form, Work
 from . import image_to_token_attention as to_token
-from .token_to_image_attention import CHANNELS, CLICK_TOKENS, HEAD_CHANNELS, HEADS, MOST_TOKENS
+from .token_to_image_attention import CHANNELS, CLICK_TOKENS, HEAD_CHANNELS, HEADS, MAX_TOKENS
 
 EPS = 1e-5
 
@@ -98,7 +98,7 @@ def _launches(tokens: int, dtype: torch.dtype, tile: TileConfig) -> Iterator[tup
 
 
 TESTS = "test_two_way_pass.py"
-LAUNCHES = {"8 tokens": partial(_launches, CLICK_TOKENS), "16 tokens": partial(_launches, MOST_TOKENS)}
+LAUNCHES = {"8 tokens": partial(_launches, CLICK_TOKENS), "16 tokens": partial(_launches, MAX_TOKENS)}
 
 
 def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProblem:
@@ -128,4 +128,4 @@ def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProble
     )
 
 
-TUNING = {"8 tokens": partial(_tuning, CLICK_TOKENS), "16 tokens": partial(_tuning, MOST_TOKENS)}
+TUNING = {"8 tokens": partial(_tuning, CLICK_TOKENS), "16 tokens": partial(_tuning, MAX_TOKENS)}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import choose
+from ..dispatch import select_implementation
 
 _LARGEST = 2**31 - 2  # pixels of a mask, whose labels are int32
 
@@ -36,11 +36,11 @@ def connected_components(masks: Tensor, *, kernels: str = "auto") -> Tensor:
         raise ValueError(f"masks must be [N, H, W] bool, got {list(masks.shape)} of {masks.dtype}")
     if masks[:1].numel() > _LARGEST:
         raise ValueError(f"a mask may have at most {_LARGEST} pixels, got {masks[:1].numel()}")
-    chosen = choose("connected_components", kernels, masks.device, _constraint(masks))
+    chosen = select_implementation("connected_components", kernels, masks.device, _constraint(masks))
     if chosen == "reference":
         return reference(masks)
     if chosen == "torch":
-        return torch_form(masks)
+        return eager(masks)
     from .kernel import connected_components_triton
 
     return connected_components_triton(masks)
@@ -61,7 +61,7 @@ def reference(masks: Tensor) -> Tensor:
     return labels.where(masks, 0)
 
 
-def torch_form(masks: Tensor) -> Tensor:
+def eager(masks: Tensor) -> Tensor:
     """SciPy's labels on the host, renamed."""
     try:
         from scipy import ndimage

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import choose, recording
+from ..dispatch import requires_autograd, select_implementation
 
 # Prompts, and image tokens of each, whose 16 * C2 channels are alive at once in the torch form. On a CPU they should
 # stay in the cache: 2 MB in fp32 for 1024 tokens.
 _AT_ONCE = {"cpu": (1, 1024)}
 _AT_ONCE_ELSEWHERE = (32, 2**31)
-_MOST_MASKS = 4  # a prompt, in the Triton form
+MAX_MASKS = 4  # a prompt, in the Triton form
 _PAIR_OF = {torch.float16: torch.int32, torch.bfloat16: torch.int32, torch.float32: torch.int64}
 
 
@@ -88,11 +88,11 @@ def hypernetwork_masks(
     _check(keys, weights, hyper, grid)
     out_dtype = keys.dtype if out_dtype is None else out_dtype
     inputs, constraint = (keys, *weights, hyper), _constraint(keys, hyper, out_dtype)
-    chosen = choose("hypernetwork_masks", kernels, keys.device, constraint, *inputs, products=keys.dtype)
+    chosen = select_implementation("hypernetwork_masks", kernels, keys.device, constraint, *inputs, products=keys.dtype)
     if chosen == "reference":
         return reference(keys, weights, hyper, grid, eps).to(out_dtype)
     if chosen == "torch":
-        return torch_form(keys, weights, hyper, grid, eps).to(out_dtype)
+        return eager(keys, weights, hyper, grid, eps).to(out_dtype)
     from .kernel import hypernetwork_masks_triton
 
     return hypernetwork_masks_triton(keys, *weights, hyper, *grid, eps, out_dtype)
@@ -113,7 +113,7 @@ def reference(keys: Tensor, weights: UpscalingWeights, hyper: Tensor, grid: tupl
     return (hyper @ x.flatten(2)).unflatten(2, x.shape[2:])
 
 
-def torch_form(keys: Tensor, weights: UpscalingWeights, hyper: Tensor, grid: tuple[int, int], eps: float) -> Tensor:
+def eager(keys: Tensor, weights: UpscalingWeights, hyper: Tensor, grid: tuple[int, int], eps: float) -> Tensor:
     """Two matrix products a token and one with the vectors; the pixels are put in place at the end."""
     prompts_at_once, tokens_at_once = _AT_ONCE.get(keys.device.type, _AT_ONCE_ELSEWHERE)
     if torch.compiler.is_compiling():
@@ -142,7 +142,7 @@ def _in_place(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     """[P, M, h * w * 4 (ab) * 4 (cd)] -> [P, M, 4h, 4w]"""
     prompts, masks = pixels.shape[:2]
     pair = _PAIR_OF.get(pixels.dtype)
-    if pair is not None and not (recording(pixels) or torch.compiler.is_compiling()):
+    if pair is not None and not (requires_autograd(pixels) or torch.compiler.is_compiling()):
         # Two pixels that stay neighbours (d) move as one: a copy of single ones takes six times as long on a CPU.
         pairs = pixels.view(pair).view(prompts * masks, *grid, 2, 2, 2).permute(0, 1, 3, 5, 2, 4)
         return pairs.reshape(prompts, masks, 4 * grid[0], 2 * grid[1]).view(pixels.dtype)
@@ -153,7 +153,7 @@ def _in_place(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def _gelu(x: Tensor) -> Tensor:
     """In place unless gradients are recorded."""
-    return F.gelu(x) if recording(x) else torch.ops.aten.gelu_(x)
+    return F.gelu(x) if requires_autograd(x) else torch.ops.aten.gelu_(x)
 
 
 def _check(keys: Tensor, weights: UpscalingWeights, hyper: Tensor, grid: tuple[int, int]) -> None:
@@ -183,6 +183,6 @@ def _constraint(keys: Tensor, hyper: Tensor, out_dtype: torch.dtype) -> str | No
         return f"the channels must be a power of two of at least 64, got {channels}"
     if keys.shape[0] == 0:
         return "there are no prompts"
-    if hyper.shape[1] > _MOST_MASKS:
-        return f"it makes at most {_MOST_MASKS} masks a prompt, got {hyper.shape[1]}"
+    if hyper.shape[1] > MAX_MASKS:
+        return f"it makes at most {MAX_MASKS} masks a prompt, got {hyper.shape[1]}"
     return None

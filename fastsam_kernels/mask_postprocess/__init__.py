@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import choose
+from ..dispatch import select_implementation
 from . import tiles
 from .resize_map import TILE, Resizing
 
@@ -67,7 +67,7 @@ def mask_statistics(
         UnsupportedKernelError: "triton" where it cannot run; the message says why.
     """
     low_res, resizing = low_res.detach(), _check(low_res, resizing)
-    chosen = choose("mask_statistics", kernels, low_res.device, _constraint(low_res))
+    chosen = select_implementation("mask_statistics", kernels, low_res.device, _constraint(low_res))
     if chosen == "reference":
         parts = [_statistics_of(reference(part, resizing), threshold, offset) for part in low_res.split(_MASKS_AT_ONCE)]
         return MaskStatistics(*(torch.cat(values) for values in zip(*parts, strict=True)))
@@ -93,7 +93,7 @@ def packed_masks(low_res: Tensor, resizing: Resizing, *, threshold: float = 0.0,
         the last row are 0.
     """
     low_res, resizing = low_res.detach(), _check(low_res, resizing)
-    chosen = choose("packed_masks", kernels, low_res.device, _constraint(low_res))
+    chosen = select_implementation("packed_masks", kernels, low_res.device, _constraint(low_res))
     if chosen == "reference":
         parts = [pack_masks(reference(part, resizing) > threshold) for part in low_res.split(_MASKS_AT_ONCE)]
         return torch.cat(parts)

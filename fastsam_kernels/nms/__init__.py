@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..dispatch import choose
+from ..dispatch import select_implementation
 
 _BOXES_AT_ONCE = 256
-_MOST_BOXES = 16384  # of the Triton form: its one program holds a bit for each
+MAX_BOXES = 16384  # of the Triton form: its one program holds a bit for each
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, kernels: str = "auto") -> Tensor:
@@ -49,14 +49,14 @@ def ranked_nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, kernels: 
     """
     if boxes.ndim != 2 or boxes.shape[1] != 4 or scores.shape != boxes.shape[:1]:
         raise ValueError(f"nms takes boxes [N, 4] and scores [N], got {list(boxes.shape)} and {list(scores.shape)}")
-    chosen = choose("nms", kernels, boxes.device, _constraint(boxes))
+    chosen = select_implementation("nms", kernels, boxes.device, _constraint(boxes))
     order = scores.sort(descending=True, stable=True).indices
     ranked, threshold = boxes.detach()[order].float(), _fp32_not_above(iou_threshold)
     if chosen == "triton":
         from .kernel import nms_triton
 
         return order, nms_triton(ranked, threshold)
-    form = reference if chosen == "reference" else torch_form
+    form = reference if chosen == "reference" else eager
     return order, form(ranked, threshold)
 
 
@@ -68,7 +68,7 @@ def reference(boxes: Tensor, threshold: float) -> Tensor:
     return keep
 
 
-def torch_form(boxes: Tensor, threshold: float) -> Tensor:
+def eager(boxes: Tensor, threshold: float) -> Tensor:
     """A block of boxes at a time: against those kept before it, then among themselves.
 
     Among themselves, all decisions are made anew from the previous ones until none changes. The first i boxes are
@@ -104,6 +104,6 @@ def _fp32_not_above(value: float) -> float:
 
 def _constraint(boxes: Tensor) -> str | None:
     """What keeps the Triton form from these inputs."""
-    if len(boxes) > _MOST_BOXES:
-        return f"it takes up to {_MOST_BOXES} boxes, got {len(boxes)}"
+    if len(boxes) > MAX_BOXES:
+        return f"it takes up to {MAX_BOXES} boxes, got {len(boxes)}"
     return None

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import choose
+from ..dispatch import select_implementation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -56,11 +56,11 @@ def preprocess_image(
     if not 1 <= min(size) <= max(size) <= image_size:
         raise ValueError(f"size must be between 1x1 and {image_size}x{image_size}, got {height}x{width}")
     mean, std = mean.detach().reshape(3), std.detach().reshape(3)
-    chosen = choose("preprocess_image", kernels, image.device, _constraint(dtype))
+    chosen = select_implementation("preprocess_image", kernels, image.device, _constraint(dtype))
     if chosen == "reference":
         return reference(image, size, image_size, mean, std).to(dtype)
     if chosen == "torch":
-        return torch_form(image, size, image_size, mean, std).to(dtype)
+        return eager(image, size, image_size, mean, std).to(dtype)
     from .kernel import preprocess_image_triton
 
     return preprocess_image_triton(image, height, width, image_size, mean.float(), std.float(), dtype)
@@ -73,7 +73,7 @@ def reference(image: Tensor, size: tuple[int, int], image_size: int, mean: Tenso
     return _normalize_and_pad(resized, image_size, mean, std)
 
 
-def torch_form(image: Tensor, size: tuple[int, int], image_size: int, mean: Tensor, std: Tensor) -> Tensor:
+def eager(image: Tensor, size: tuple[int, int], image_size: int, mean: Tensor, std: Tensor) -> Tensor:
     """An axis after the other, tap by tap."""
     pixels = image.permute(2, 0, 1).float()
     for dim, outputs in ((1, size[0]), (2, size[1])):

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import choose, recording
+from ..dispatch import requires_autograd, select_implementation
 
 # Biases alive at once in the torch form: on a CPU 4 MB in fp32 for a thread, a GPU wants larger products.
 _SCORES_A_THREAD = 2**20
@@ -68,11 +68,11 @@ def rel_pos_attention(
         qkv_bias = qkv.new_zeros(qkv.shape[3])
     inputs = (qkv, rel_pos_h, rel_pos_w, qkv_bias)
     constraint = _constraint(qkv, num_heads, window_size)
-    chosen = choose("rel_pos_attention", kernels, qkv.device, constraint, *inputs, products=qkv.dtype)
+    chosen = select_implementation("rel_pos_attention", kernels, qkv.device, constraint, *inputs, products=qkv.dtype)
     if chosen == "reference":
         return reference(*inputs, num_heads, window_size)
     if chosen == "torch":
-        return torch_form(*inputs, num_heads, window_size)
+        return eager(*inputs, num_heads, window_size)
     from .kernel import rel_pos_attention_triton
 
     return rel_pos_attention_triton(*inputs, num_heads, window_size)
@@ -106,7 +106,7 @@ def gather_rel_pos(table: Tensor) -> Tensor:
     return table[position[:, None] - position[None, :] + size - 1]
 
 
-def torch_form(
+def eager(
     qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, qkv_bias: Tensor, num_heads: int, window_size: int
 ) -> Tensor:
     """PyTorch's fused attention on real tokens only, the windows of a region at once, a block of biases at a time."""
@@ -193,7 +193,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, paddi
     some_heads = min(max(limit // (some_rows * columns * k.shape[2]), 1), heads)
     some = max(limit // (heads * rows * columns * k.shape[2]), 1)
     out = q.new_empty(q.shape)
-    recorded = recording(q, k, v, rel_h, rel_w)
+    recorded = requires_autograd(q, k, v, rel_h, rel_w)
     # Memory fresh from the system for every block would cost a CPU as much as the attention itself.
     block_shape = (min(some, count), some_heads, some_rows, columns, rel_h.shape[4], rel_w.shape[5])
     buffer = None if recorded or torch.compiler.is_compiling() else q.new_empty(block_shape)

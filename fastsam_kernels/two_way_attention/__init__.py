@@ -26,11 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import choose, recording
+from ..dispatch import requires_autograd, select_implementation
 
 _BLOCKS = 8  # of a lone prompt's image tokens: a BLAS shares a batch among its threads, but not a product so narrow
 _KEPT_QUERIES = "it folds the queries of the image, and image_queries is given"
-MOST_TOKENS = 16  # for which folding saves work, and which the Triton forms hold in registers
+MAX_TOKENS = 16  # for which folding saves work, and which the Triton forms hold in registers
 
 
 def token_to_image_attention(
@@ -65,7 +65,9 @@ def token_to_image_attention(
     _check_values(queries, value_weight, value_bias)
     _check_dtypes(queries, key_pe=key_pe, keys=keys, value_weight=value_weight, value_bias=value_bias)
     constraint = _constraint(queries, value_weight.shape[0] // queries.shape[1])
-    chosen = choose("token_to_image_attention", kernels, keys.device, constraint, *inputs, products=keys.dtype)
+    chosen = select_implementation(
+        "token_to_image_attention", kernels, keys.device, constraint, *inputs, products=keys.dtype
+    )
     if chosen == "reference":
         return token_to_image_reference(*inputs, image_index)
     if chosen == "torch":
@@ -113,7 +115,9 @@ def image_to_token_attention(
     inputs = (keys, key_pe, token_keys, token_bias, token_values, norm_weight, norm_bias)
     _check_update(*inputs, image_index, image_queries)
     constraint = _constraint(token_values, 16) if image_queries is None else _KEPT_QUERIES
-    chosen = choose("image_to_token_attention", kernels, keys.device, constraint, *inputs, products=keys.dtype)
+    chosen = select_implementation(
+        "image_to_token_attention", kernels, keys.device, constraint, *inputs, products=keys.dtype
+    )
     if chosen == "reference":
         return image_to_token_reference(*inputs, eps, image_index, image_queries)
     if chosen == "torch":
@@ -172,7 +176,9 @@ def two_way_attention(
     _check_dtypes(keys, queries=queries, value_weight=value_weight, value_bias=value_bias)
     head_dim = len(value_weight) // heads
     constraint = _constraint(token_values, head_dim) if image_queries is None else _KEPT_QUERIES
-    chosen = choose("two_way_attention", kernels, keys.device, constraint, *update, *ask, products=keys.dtype)
+    chosen = select_implementation(
+        "two_way_attention", kernels, keys.device, constraint, *update, *ask, products=keys.dtype
+    )
     if chosen == "triton":
         from .two_way_kernel import two_way_triton
 
@@ -237,7 +243,7 @@ def token_to_image_torch(
 ) -> Tensor:
     """Two batched products over the image tokens, the scores overwritten by their softmax."""
     keys = _of_prompts(keys, image_index, len(queries))
-    (prompts, heads, tokens, _), recorded = queries.shape, recording(queries, keys)
+    (prompts, heads, tokens, _), recorded = queries.shape, requires_autograd(queries, keys)
     blocks = _blocks(keys)
     located = _split(keys + key_pe, blocks)
     scores = _shared(queries.flatten(1, 2), blocks) @ located.transpose(1, 2)
@@ -272,7 +278,7 @@ def image_to_token_torch(
     else:
         room = None
         scores = _kept_scores(image_queries, token_keys, image_index).add_(token_bias[..., None])
-    recorded = recording(scores, token_values)
+    recorded = requires_autograd(scores, token_values)
     weights = torch.softmax(scores, 2, out=scores if scores.is_contiguous() and not recorded else None).flatten(1, 2)
     if image_queries is not None and blocks > 1:
         weights = weights[0].unflatten(1, (blocks, -1)).transpose(0, 1)
@@ -380,8 +386,8 @@ def _constraint(tokens: Tensor, head_dim: int) -> str | None:
     prompts, heads, count, channels = tokens.shape
     if tokens.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the tensors must be fp32, fp16 or bf16, got {tokens.dtype}"
-    if count > MOST_TOKENS:
-        return f"a prompt may have up to {MOST_TOKENS} tokens, got {count}"
+    if count > MAX_TOKENS:
+        return f"a prompt may have up to {MAX_TOKENS} tokens, got {count}"
     for what, number, least in (("channels", channels, 64), ("heads", heads, 2), ("channels a head", head_dim, 1)):
         if number < least or number & (number - 1):
             return f"the {what} must be a power of two of at least {least}, got {number}"

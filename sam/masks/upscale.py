@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsam_kernels import connected_components
-from fastsam_kernels.dispatch import recording
+from fastsam_kernels import connected_components, requires_autograd
 
 from ..images.geometry import ImageGeometry
 
@@ -44,7 +43,7 @@ def _resize_to_square(logits: Tensor, size: int) -> Tensor:
     """Bilinear, [P, M, h, w] -> [P, M, size, size]."""
     height, width = logits.shape[-2:]
     whole = height == width and size % height == 0 and logits.dtype in (torch.float32, torch.float64)
-    if logits.device.type != "cpu" or not whole or recording(logits):
+    if logits.device.type != "cpu" or not whole or requires_autograd(logits):
         return F.interpolate(logits, (size, size), mode="bilinear", align_corners=False)
     out = logits.new_empty((*logits.shape[:2], size, size))
     for small, large in zip(logits.flatten(0, 1), out.flatten(0, 1), strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fastsam_kernels.dispatch import recording
+from fastsam_kernels import requires_autograd
 
 from ..system.tensors import is_plain
 
@@ -214,7 +214,7 @@ class DerivedWeights(nn.Module):
 
     def derived(self, name: str, make: Callable[[], T], *sources: Tensor) -> T:
         """The value of ``make()``, a function of ``sources`` alone, computed once for their present values."""
-        if torch.compiler.is_compiling() or recording(*sources):
+        if torch.compiler.is_compiling() or requires_autograd(*sources):
             return make()
         if not all(map(is_plain, sources)):
             self._derived.pop(name, None)

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsam_kernels import rel_pos_attention
-from fastsam_kernels.dispatch import recording
+from fastsam_kernels import rel_pos_attention, requires_autograd
 
 from .common import LayerNorm2d, MLPBlock, is_as_written, is_ours
 
@@ -157,7 +156,7 @@ class Block(nn.Module):
         plain = type(self.norm2) is nn.LayerNorm and type(self.mlp) is MLPBlock and self.mlp.is_plain
         if not plain or not is_as_written(self.norm2) or not is_as_written(self.mlp):
             return x + self.mlp(self.norm2(x))  # a stand-in or a hook gets the grid, as officially
-        if recording(x, *weights) or torch.is_autocast_enabled(x.device.type):
+        if requires_autograd(x, *weights) or torch.is_autocast_enabled(x.device.type):
             return x + self.mlp(self.norm2(x))
         tokens = x.reshape(-1, x.shape[-1])
         for some in tokens.split(_TOKENS_AT_ONCE.get(x.device.type, len(tokens))):

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: F401 - as above
 from torch import Tensor, nn  # noqa: F401
 
-from fastsam_kernels import check_kernels, preprocess_image, resolve_kernels
-from fastsam_kernels.dispatch import recording
+from fastsam_kernels import check_kernels, preprocess_image, requires_autograd, resolve_kernels
 
 from ..checks import require
 from ..config import SamConfig
@@ -421,7 +420,7 @@ class Sam(DerivedWeights, Fp32Buffers):
                     embedding.ready_features(), prompt_encoder.get_dense_pe(), prompt_encoder.no_mask_embed.weight
                 )
 
-            if not block.is_official or recording(embedding.features, *weights):
+            if not block.is_official or requires_autograd(embedding.features, *weights):
                 return make()  # an adapter may be turned on and off, and a graph serves one backward pass
             key = (weights_key(embedding.features, *weights), *how)
             return embedding.shared_image_side(key, lambda: (make(), memory_of(weights)))

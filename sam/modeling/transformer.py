@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsam_kernels import MOST_TOKENS, token_to_image_attention, two_way_attention
+from fastsam_kernels import MAX_TOKENS, token_to_image_attention, two_way_attention
 from fastsam_kernels.dispatch import resolve_kernels
 
 from .common import MLPBlock
@@ -338,12 +338,12 @@ class TwoWayTransformer(nn.Module):
     def _folds(self, tokens: Tensor, kernels: str) -> bool:
         """Whether the projections of the image are folded into these tokens [P, T, C].
 
-        Beyond :data:`MOST_TOKENS` tokens it would cost more than it saves; autocast would mix dtypes; and what a
+        Beyond :data:`MAX_TOKENS` tokens it would cost more than it saves; autocast would mix dtypes; and what a
         fine-tune put in place of a projection, a norm or a block runs as it is.
         """
         return (
             kernels != "reference"
-            and tokens.shape[1] <= MOST_TOKENS
+            and tokens.shape[1] <= MAX_TOKENS
             and not torch.is_autocast_enabled(tokens.device.type)
             and all(type(layer) is TwoWayAttentionBlock and layer.is_official for layer in self.layers)
             and self.final_attn_token_to_image.is_official

@@ -10,13 +10,13 @@ import torch
 from kernels.foundation import needed_memory, skip_without_memory
 from kernels.interpreter_bf16 import bf16_in_the_interpreter
 
-from fastsam_kernels.dispatch import interpreting
+from fastsam_kernels.dispatch import is_triton_interpreter
 
 
 @pytest.fixture(scope="package", autouse=True)
 def bf16() -> Iterator[None]:
     """The dtype that users run is interpreted too, while tests of this folder run."""
-    with bf16_in_the_interpreter() if interpreting() else nullcontext():
+    with bf16_in_the_interpreter() if is_triton_interpreter() else nullcontext():
         yield
 
 

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from kernels.interpreter_bf16 import bf16_in_the_interpreter, narrow
 
-from fastsam_kernels.dispatch import interpreting
+from fastsam_kernels.dispatch import is_triton_interpreter
 
-pytestmark = pytest.mark.skipif(not interpreting(), reason="a GPU has bf16 of its own")
+pytestmark = pytest.mark.skipif(not is_triton_interpreter(), reason="a GPU has bf16 of its own")
 
 
 @triton.jit

@@ -115,11 +115,11 @@ def test_products_are_rounded_before_they_are_added(device: torch.device) -> Non
 
 def test_offsets_are_64_bit(device: torch.device) -> None:
     """The most boxes have 2^23 words: no offset needs more than 32 bits, and the limit keeps it so."""
-    from fastsam_kernels.nms import _MOST_BOXES
+    from fastsam_kernels.nms import MAX_BOXES
     from fastsam_kernels.nms.kernel import words_of
 
-    assert words_of(_MOST_BOXES) * _MOST_BOXES < 2**31
-    boxes = torch.zeros(_MOST_BOXES + 1, 4, device=device)
+    assert words_of(MAX_BOXES) * MAX_BOXES < 2**31
+    boxes = torch.zeros(MAX_BOXES + 1, 4, device=device)
     with pytest.raises(UnsupportedKernelError, match=r"nms cannot run here: it takes up to 16384 boxes, got 16385"):
         nms(boxes, boxes[:, 0], 0.5, kernels="triton")
 
