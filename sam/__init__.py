@@ -1,27 +1,39 @@
-"""Segment Anything, a drop-in for ``segment_anything``: the model, the predictor, batches, a command line."""
+"""Segment Anything, a drop-in for ``segment_anything``: the model, the predictor, batches, a command line.
 
-from . import automatic_mask_generator, modeling, predictor, utils
-from .automatic_mask_generator import SamAutomaticMaskGenerator
-from .build_sam import (
-    build_sam,
-    build_sam_nano,
-    build_sam_vit_b,
-    build_sam_vit_h,
-    build_sam_vit_l,
-    load_model,
-    sam_model_registry,
-)
-from .checkpoint import CheckpointError, save_checkpoint
-from .config import VARIANTS, SamConfig
-from .drop_in import as_segment_anything
-from .embedding import ImageEmbedding
-from .masks.results import MaskPrediction
-from .modeling import Sam
-from .modeling.build import build_from_config
-from .predictor import SamPredictor
-from .prompts.prompt import Prompt
-from .sessions.interactive import InteractiveSession
-from .sessions.stream import encode_stream, predict_stream
+``import sam`` imports none of its modules: a name brings its module along when it is first used, so that parts which
+need no torch (the client, reading images, run lengths) run where there is none.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers and editors: what ``_HOMES`` says
+    from . import automatic_mask_generator, modeling, predictor, utils
+    from .automatic_mask_generator import SamAutomaticMaskGenerator
+    from .build_sam import (
+        build_sam,
+        build_sam_nano,
+        build_sam_vit_b,
+        build_sam_vit_h,
+        build_sam_vit_l,
+        load_model,
+        sam_model_registry,
+    )
+    from .checkpoint import CheckpointError, save_checkpoint
+    from .config import VARIANTS, SamConfig
+    from .drop_in import as_segment_anything
+    from .embedding import ImageEmbedding
+    from .masks.results import MaskPrediction
+    from .modeling import Sam
+    from .modeling.build import build_from_config
+    from .predictor import SamPredictor
+    from .prompts.prompt import Prompt
+    from .sessions.interactive import InteractiveSession
+    from .sessions.stream import encode_stream, predict_stream
 
 __version__ = "0.1.0"
 
@@ -53,3 +65,73 @@ __all__ = [
     "save_checkpoint",
     "utils",
 ]
+
+_NAMES = {
+    "automatic_mask_generator": ("SamAutomaticMaskGenerator",),
+    "build_sam": (
+        "build_sam",
+        "build_sam_nano",
+        "build_sam_vit_b",
+        "build_sam_vit_h",
+        "build_sam_vit_l",
+        "load_model",
+        "sam_model_registry",
+    ),
+    "checkpoint": ("CheckpointError", "save_checkpoint"),
+    "config": ("VARIANTS", "SamConfig"),
+    "drop_in": ("as_segment_anything",),
+    "embedding": ("ImageEmbedding",),
+    "masks.results": ("MaskPrediction",),
+    "modeling": ("Sam",),
+    "modeling.build": ("build_from_config",),
+    "predictor": ("SamPredictor",),
+    "prompts.prompt": ("Prompt",),
+    "sessions.interactive": ("InteractiveSession",),
+    "sessions.stream": ("encode_stream", "predict_stream"),
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+_SUBMODULES = {
+    "amg",
+    "automatic_mask_generator",
+    "checkpoint",
+    "client",
+    "config",
+    "embedding",
+    "engine",
+    "images",
+    "inference",
+    "masks",
+    "modeling",
+    "predictor",
+    "prompts",
+    "sessions",
+    "utils",
+    "verify",
+}
+
+if not TYPE_CHECKING:  # a checker that sees __getattr__ takes every misspelt name
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        elif name in _SUBMODULES:
+            value = import_module(f".{name}", __name__)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBMODULES})
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: object) -> None:
+        """Keep ``build_sam`` the function, as officially, when the import of the module of that name sets it."""
+        if name == "build_sam" and isinstance(value, ModuleType):
+            value = value.build_sam
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -26,15 +26,11 @@ from .structure import DamagedImageError, ImageStructure, walk
 # libwebp and PIL hold three copies of the pixels, of 4 bytes each; libwebp's encoder makes 2,600 groups at most.
 _BYTES_PER_PIXEL, _BYTES_OF_TABLES = 16, 64 * 2**20
 _POLL_SECONDS = 0.02
-# The package without its __init__, which loads torch.
 _CHILD = """
-import json, sys, types
+import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-package = types.ModuleType("sam")
-package.__path__ = [sys.argv[2]]
-sys.modules["sam"] = package
 from sam.images.decode_apart import write_pixels
-write_pixels(int(sys.argv[3]), int(sys.argv[4]))
+write_pixels(int(sys.argv[2]), int(sys.argv[3]))
 """
 
 
@@ -52,12 +48,8 @@ def decode_apart(
     with tempfile.TemporaryFile() as needed, tempfile.TemporaryFile() as pixels:
         shutil.copyfileobj(io.BufferedReader(Pieces(file, structure.pieces, check_cancelled)), needed)
         needed.seek(0)
-        arguments = [
-            json.dumps(sys.path),
-            str(Path(__file__).parent.parent),
-            memory + _BYTES_OF_TABLES,
-            structure.orientation,
-        ]
+        ours = str(Path(__file__).parents[2])  # first: this process may have another ``sam`` on its path
+        arguments = [json.dumps([ours, *sys.path]), memory + _BYTES_OF_TABLES, structure.orientation]
         process = subprocess.Popen(
             [sys.executable, "-I", "-c", _CHILD, *map(str, arguments)],
             stdin=needed,

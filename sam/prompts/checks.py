@@ -18,8 +18,10 @@ MAX_COORDINATE = 1e30  # pixels; what fp32 makes of them on the way to a token i
 
 def as_array(values: Any) -> np.ndarray:
     """Return ``values`` on the host, without a copy where there can be."""
-    torch = sys.modules.get("torch")  # where nobody has imported it, nothing is a tensor
-    if torch is None or not isinstance(values, torch.Tensor):
+    # Where nobody has imported torch, or another thread is just doing so, nothing is a tensor.
+    torch: Any = sys.modules.get("torch")
+    tensors: Any = getattr(torch, "Tensor", ())
+    if not isinstance(values, tensors):
         return np.asarray(values)
     values = values.detach().cpu()
     array: np.ndarray = (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # numpy has no bf16
