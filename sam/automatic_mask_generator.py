@@ -15,10 +15,10 @@ from fastsam_kernels import nms
 
 from .amg.crop_pipeline import Criteria, Crop, masks_of_crop
 from .amg.memory_plan import MaskMemory, parse_bytes
-from .checks import require
+from .checks import naming, require
 from .embedding import ImageEmbedding
-from .images.geometry import ImageGeometry, resized_size
-from .images.prepare import validate_image
+from .images.geometry import resized_size
+from .images.prepare import CheckedImage
 from .masks import rle as run_lengths
 from .masks.upscale import remove_small_regions
 from .modeling import Sam
@@ -175,11 +175,9 @@ class SamAutomaticMaskGenerator:
         require("images", images, (Sequence, np.ndarray), "a list of arrays [H, W, 3]")
         checked, plans = [], []
         for index, image in enumerate(images):
-            try:
+            with naming(f"image {index}" if len(images) > 1 else None):
                 checked.append(self._checked(image))
                 plans.append(self._crop_boxes(checked[-1].shape[:2]))
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"image {index}: {error}" if len(images) > 1 else str(error)) from None
         images = checked
         parts = [image[y0:y1, x0:x1] for image, plan in zip(images, plans, strict=True) for (x0, y0, x1, y1), _ in plan]
         embeddings = self._embeddings(parts)
@@ -213,9 +211,7 @@ class SamAutomaticMaskGenerator:
 
     def _checked(self, image: np.ndarray) -> np.ndarray:
         """Return an image that can be embedded as uint8; ``TypeError`` or ``ValueError`` of another."""
-        image = validate_image(image)
-        ImageGeometry.of(image.shape[0], image.shape[1], self.predictor.model.image_encoder.img_size)
-        return image
+        return CheckedImage.of(image, self.predictor.model.image_geometry).pixels
 
     def _crop_boxes(self, size: tuple[int, ...]) -> list[tuple[tuple[int, int, int, int], int]]:
         """Boxes in an image of ``size`` that clicks are made in, and the layer of each.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +35,12 @@ def require_model(model: Any) -> None:
     """Raise ``TypeError`` unless ``model`` has an image encoder, as a SAM model or a user's own has."""
     if not hasattr(model, "image_encoder"):
         raise TypeError(f"model must be a sam.Sam, got {type(model).__name__}")
+
+
+@contextmanager
+def naming(name: str | None) -> Iterator[None]:
+    """Put ``name`` before the message of a bad value, or of a file that is not there; None leaves it."""
+    try:
+        yield
+    except (TypeError, ValueError, FileNotFoundError, IsADirectoryError) as error:
+        raise type(error)(str(error) if name is None else f"{name}: {error}") from None

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
@@ -207,10 +205,3 @@ def _read_geometry(text: str) -> ImageGeometry:
     if any(type(size) is not int for size in sizes):
         raise ValueError(f"the sizes of its geometry must be integers, got {sizes}")
     return ImageGeometry(tuple(original_size), tuple(input_size), image_size)
-
-
-def hash_image(resized: np.ndarray, geometry: ImageGeometry) -> str:
-    """Content hash of an image as a model of this input size sees it: 32 hex digits."""
-    digest = hashlib.blake2b(repr(geometry).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(resized).data)
-    return digest.hexdigest()

@@ -14,7 +14,7 @@ from torch import Tensor
 from .checks import require, require_model
 from .embedding import ImageEmbedding
 from .images.geometry import ImageGeometry
-from .images.prepare import validate_image
+from .images.prepare import CheckedImage
 from .modeling import Sam
 from .prompts.batch import PromptBatch
 from .prompts.checks import check_finite, check_labels, check_mask_inputs
@@ -66,14 +66,11 @@ class SamPredictor:
         """
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"image_format must be 'RGB' or 'BGR', got {image_format!r}")
-        image = validate_image(image)
-        height, width = image.shape[:2]
-        ImageGeometry.of(height, width, self.model.image_encoder.img_size)
-        if image_format != self.model.image_format:
-            image = image[..., ::-1]
+        checked = CheckedImage.of(image, self.model.image_geometry)
+        image = checked.pixels if image_format == self.model.image_format else checked.pixels[..., ::-1]
         resized = np.ascontiguousarray(self.transform.apply_image(image))
         pixels = torch.as_tensor(resized, device=self.device).permute(2, 0, 1).contiguous()
-        self.set_torch_image(pixels[None], (height, width))
+        self.set_torch_image(pixels[None], checked.geometry.original_size)
 
     @torch.no_grad()
     def set_torch_image(self, transformed_image: Tensor, original_image_size: tuple[int, int]) -> None:

@@ -26,7 +26,7 @@ with tempfile.TemporaryDirectory() as folder:
     if "returned" not in sys.argv:
         sam.modeling.sam.keep_freed_memory = keep
     model = sam.load_model(folder + "/model.safetensors", device="cpu")
-embedding = sam.ImageEmbedding(torch.randn(1, 256, 64, 64), ImageGeometry.of(1024, 1024, 1024))
+embedding = sam.ImageEmbedding(torch.randn(1, 256, 64, 64), ImageGeometry.longest_side(1024, 1024, 1024))
 
 def click():
     model.predict(embedding, [Prompt([(500, 400)], [1])])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import sam
 from sam import Prompt, Sam
-from sam.images import prepare
+from sam.images.prepare import prepare_image
 from sam.inference import Graphs, Runtime
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -204,13 +204,12 @@ def test_features_are_waited_for_by_another_stream() -> None:
     model, image = sam.load_model(device="cuda"), random_image(48, 64)
     embedding = model.encode(image)
     expected = model.predict(embedding, prompts()).low_res_logits
-    geometry = embedding.geometry
-    there = torch.from_numpy(prepare.resize_image(image, geometry.input_size)).cuda()
-    pixels = model.preprocess(there.permute(2, 0, 1))[None]
+    prepared = prepare_image(image, model.image_geometry)
+    pixels = model.encoder_input(torch.from_numpy(prepared.pixels).cuda(), prepared)[None]
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(10**9)  # after everything that the host waits for
-        (late,) = model.embed(pixels, [geometry], [None])
+        (late,) = model.embed(pixels, [prepared])
     with torch.cuda.stream(torch.cuda.Stream()):
         found = model.predict(late, prompts()).low_res_logits
         torch.cuda.current_stream().synchronize()

@@ -10,10 +10,10 @@ from sam.images.geometry import ImageGeometry
 from sam.masks.upscale import masks_from_logits, upscale_masks
 
 GEOMETRIES = {
-    "as large as the model's picture": ImageGeometry.of(512, 512, 512),
-    "padded below": ImageGeometry.of(300, 512, 512),
-    "enlarged from it, portrait": ImageGeometry.of(901, 640, 512),
-    "reduced from it": ImageGeometry.of(37, 100, 512),
+    "as large as the model's picture": ImageGeometry.longest_side(512, 512, 512),
+    "padded below": ImageGeometry.longest_side(300, 512, 512),
+    "enlarged from it, portrait": ImageGeometry.longest_side(901, 640, 512),
+    "reduced from it": ImageGeometry.longest_side(37, 100, 512),
 }
 
 

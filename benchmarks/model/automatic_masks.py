@@ -56,7 +56,7 @@ class Tail:
             yield from zip(self.low_res.split(_POINTS_AT_ONCE), self.iou.split(_POINTS_AT_ONCE), strict=True)
 
     def ours(self, kernels: str) -> Callable[[], list[dict[str, Any]]]:
-        geometry = ImageGeometry.of(*self.image.shape[:2], 4 * SIDE)
+        geometry = ImageGeometry.longest_side(*self.image.shape[:2], 4 * SIDE)
         embedding = ImageEmbedding(torch.zeros(1, 256, SIDE // 4, SIDE // 4, device=self.model.device), geometry)
         generator = SamAutomaticMaskGenerator(self.model, None, point_grids=self.grid, output_mode="coco_rle")
 
@@ -80,7 +80,7 @@ class Tail:
 
     def official(self, peer: SegmentAnything) -> Callable[[], list[dict[str, Any]]]:
         chunks = self._chunks()
-        geometry = ImageGeometry.of(*self.image.shape[:2], 4 * SIDE)
+        geometry = ImageGeometry.longest_side(*self.image.shape[:2], 4 * SIDE)
         model: Any = peer.model
         generator = peer.package.SamAutomaticMaskGenerator(model, None, point_grids=self.grid, output_mode="coco_rle")
 
@@ -95,7 +95,7 @@ class Tail:
 
     def recipe(self, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
         """The official steps written out, in the official order."""
-        size, input_size = self.image.shape[:2], ImageGeometry.of(*self.image.shape[:2], 4 * SIDE).input_size
+        size, input_size = self.image.shape[:2], ImageGeometry.longest_side(*self.image.shape[:2], 4 * SIDE).input_size
         data = amg.MaskData()
         for low_res, iou in zip(self.low_res.split(_POINTS_AT_ONCE), self.iou.split(_POINTS_AT_ONCE), strict=True):
             logits = F.interpolate(low_res.to(dtype), (4 * SIDE, 4 * SIDE), mode="bilinear")

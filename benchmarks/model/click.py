@@ -21,7 +21,7 @@ from ..peers import chosen_peers
 from . import decoder_work
 
 SIZE = (1024, 1024)
-GEOMETRY = ImageGeometry.of(*SIZE, 1024)
+GEOMETRY = ImageGeometry.longest_side(*SIZE, 1024)
 _CLICKS = 10
 
 

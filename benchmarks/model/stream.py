@@ -12,7 +12,7 @@ from torch import Tensor
 import sam
 from sam import Prompt
 from sam.images.geometry import ImageGeometry
-from sam.images.prepare import image_to_tensor, resize_image
+from sam.images.prepare import resize_image
 
 from ..case import Case, Problem
 from ..measure import Form, Work
@@ -59,9 +59,9 @@ def _case(variant: str, count: int) -> Callable[[torch.device, torch.dtype], Pro
             def form() -> Tensor:
                 logits = []
                 for image in images:
-                    geometry = ImageGeometry.of(*image.shape[:2], 1024)
+                    geometry = ImageGeometry.longest_side(*image.shape[:2], 1024)
                     resized = resize_image(image, geometry.input_size)
-                    pixels = model.preprocess(image_to_tensor(resized, device))[None]
+                    pixels = model.preprocess(torch.from_numpy(resized).to(device).permute(2, 0, 1))[None]
                     coords = torch.tensor([[_CLICK]], device=device) * torch.tensor(geometry.scale, device=device)
                     labels = torch.ones(1, 1, dtype=torch.int64, device=device)
                     low_res, _ = predict(encode(pixels), coords, labels, geometry.input_size)

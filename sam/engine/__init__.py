@@ -1,5 +1,6 @@
 """A batch engine: requests of many clients, one model, no HTTP. ``Engine`` is all that a caller needs."""
 
+from ..images.prepare import PreparedImage
 from .core import Engine
 from .errors import (
     DeadlineExceededError,
@@ -9,7 +10,7 @@ from .errors import (
     OutOfMemoryError,
     QueueFullError,
 )
-from .jobs import AutomaticOptions, PreparedImage, PromptMasks
+from .jobs import AutomaticOptions, KeyedImage, PromptMasks
 
 __all__ = [
     "AutomaticOptions",
@@ -18,6 +19,7 @@ __all__ = [
     "EngineClosedError",
     "EngineError",
     "EngineFailedError",
+    "KeyedImage",
     "OutOfMemoryError",
     "PreparedImage",
     "PromptMasks",

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from ..checks import require_model
-from ..embedding import ImageEmbedding, hash_image
-from ..images import prepare
-from ..images.geometry import ImageGeometry
+from ..embedding import ImageEmbedding
+from ..images.prepare import prepare_image
 from ..modeling import Sam
 from ..prompts.checks import check_mask_inputs
 from ..prompts.prompt import Prompt
@@ -30,7 +29,7 @@ from .errors import (
     OutOfMemoryError,
     QueueFullError,
 )
-from .jobs import AutomaticJob, AutomaticOptions, Job, PreparedImage, PromptMasks, SegmentJob
+from .jobs import AutomaticJob, AutomaticOptions, Job, KeyedImage, PromptMasks, SegmentJob
 from .passes import Passes
 
 _STAGES = ("encode", "decode", "automatic")
@@ -114,26 +113,23 @@ class Engine:
 
     # Requests ----------------------------------------------------------------------------------------------
 
-    def prepare(self, image: np.ndarray) -> PreparedImage:
-        """Check and resize an image, [H, W, 3] uint8 RGB, in the caller's thread.
+    def prepare(self, image: np.ndarray) -> KeyedImage:
+        """Check, resize and hash an image, [H, W, 3] uint8 RGB, in the caller's thread.
 
         Raises:
             TypeError, ValueError: as :meth:`sam.modeling.Sam.encode`.
         """
-        image = prepare.validate_image(image)
-        geometry = ImageGeometry.of(image.shape[0], image.shape[1], self.model.image_encoder.img_size)
-        resized = prepare.resize_image(image, geometry.input_size)
-        image_hash = hash_image(resized, geometry)
-        content = f"{image_hash} {self._model_hash}".encode()
+        prepared = prepare_image(image, self.model.image_geometry)
+        content = f"{prepared.image_hash} {self._model_hash}".encode()
         key = hashlib.blake2b(content, digest_size=16, key=self._handle_secret).hexdigest()
-        return PreparedImage(resized, geometry, image_hash, key)
+        return KeyedImage(**vars(prepared), key=key)
 
     def embedding(self, key: str) -> ImageEmbedding | None:
         """The embedding of that key if it is still kept."""
         with self._changed:
             return self._cache.get(key)
 
-    def embed(self, image: np.ndarray | PreparedImage, deadline: float | None = None) -> Future[ImageEmbedding]:
+    def embed(self, image: np.ndarray | KeyedImage, deadline: float | None = None) -> Future[ImageEmbedding]:
         """The image's embedding, from the cache if it is there.
 
         Raises:
@@ -144,7 +140,7 @@ class Engine:
 
     def segment(
         self,
-        image: np.ndarray | PreparedImage | ImageEmbedding,
+        image: np.ndarray | KeyedImage | ImageEmbedding,
         prompts: Sequence[Prompt],
         multimask_output: bool = True,
         keep_logits: bool = False,
@@ -176,7 +172,7 @@ class Engine:
 
     def automatic(
         self,
-        image: np.ndarray | PreparedImage | ImageEmbedding,
+        image: np.ndarray | KeyedImage | ImageEmbedding,
         options: AutomaticOptions | None = None,
         deadline: float | None = None,
     ) -> Future[list[dict[str, Any]]]:
@@ -191,14 +187,14 @@ class Engine:
         return self._submit(AutomaticJob(*source, self._expiry(deadline), Future(), options, self.max_batch))
 
     def _source(
-        self, image: np.ndarray | PreparedImage | ImageEmbedding
-    ) -> tuple[str | None, PreparedImage | None, ImageEmbedding | None]:
+        self, image: np.ndarray | KeyedImage | ImageEmbedding
+    ) -> tuple[str | None, KeyedImage | None, ImageEmbedding | None]:
         if isinstance(image, ImageEmbedding):
             self.model.check_embedding(image)
             if image.features.dtype != self.model.dtype:  # would fail, or not, by what else is in the batch
                 raise ValueError(f"the embedding is in {image.features.dtype}, the model in {self.model.dtype}")
             return None, None, image
-        prepared = image if isinstance(image, PreparedImage) else self.prepare(image)
+        prepared = image if isinstance(image, KeyedImage) else self.prepare(image)
         return prepared.key, prepared, None
 
     def _expiry(self, deadline: float | None) -> float:

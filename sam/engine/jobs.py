@@ -11,26 +11,20 @@ from typing import Any
 import numpy as np
 
 from ..embedding import ImageEmbedding
-from ..images.geometry import ImageGeometry
+from ..images.prepare import PreparedImage
 from ..prompts.prompt import Prompt
 
 _MOST_POINTS_PER_SIDE = 1024  # a million clicks
 
 
 @dataclass(frozen=True, eq=False)
-class PreparedImage:
-    """An image resized for the encoder, so that a queue of large photographs stays small.
+class KeyedImage(PreparedImage):
+    """A prepared image and the key of its embedding in one engine.
 
     Attributes:
-        resized: [h, w, 3] uint8.
-        geometry: with the original size.
-        image_hash: of the two.
-        key: of the embedding that this model makes of it: a hash of both, keyed with the engine's secret.
+        key: hash of the image and the model, keyed with the engine's secret.
     """
 
-    resized: np.ndarray
-    geometry: ImageGeometry
-    image_hash: str
     key: str
 
 
@@ -80,7 +74,7 @@ class Job:
     """
 
     key: str | None
-    image: PreparedImage | None
+    image: KeyedImage | None
     embedding: ImageEmbedding | None
     expires: float  # on the clock of time.monotonic
     future: Future[Any] = field(default_factory=Future)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +20,7 @@ from ..modeling import Sam
 from ..prompts.batch import ragged_chunks
 from ..prompts.prompt import Prompt
 from .errors import OutOfMemoryError, is_out_of_memory
-from .jobs import AutomaticJob, PreparedImage, PromptMasks, SegmentJob
+from .jobs import AutomaticJob, KeyedImage, PromptMasks, SegmentJob
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
@@ -40,16 +39,9 @@ class Passes:
         self.max_batch = max_batch
         self._on_shortage = on_shortage
 
-    def encode(self, images: list[PreparedImage]) -> list[ImageEmbedding | OutOfMemoryError]:
+    def encode(self, images: list[KeyedImage]) -> list[ImageEmbedding | OutOfMemoryError]:
         """The embedding of each image, in one batch."""
-        return self._halving(images, self._encode)
-
-    def _encode(self, images: list[PreparedImage]) -> list[ImageEmbedding]:
-        embeddings = self.model.encode([image.resized for image in images], batch_size=len(images))
-        return [
-            replace(embedding, geometry=image.geometry, image_hash=image.image_hash)
-            for embedding, image in zip(embeddings, images, strict=True)
-        ]
+        return self._halving(images, lambda some: self.model.encode(some, batch_size=len(some)))
 
     def decode(self, pieces: list[tuple[SegmentJob, int]]) -> list[PromptMasks | OutOfMemoryError]:
         """The masks of each (job, place of a prompt); the jobs want as many masks a prompt as each other."""

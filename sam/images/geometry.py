@@ -6,6 +6,7 @@ resized input that the model was trained to see, and the padded square around it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -48,8 +49,8 @@ class ImageGeometry:
             raise ValueError(f"input_size {self.input_size} does not fit the model's square of {self.image_size} px")
 
     @classmethod
-    def of(cls, height: int, width: int, image_size: int) -> ImageGeometry:
-        """The geometry of an image of ``height`` x ``width`` for a model of ``image_size``.
+    def longest_side(cls, height: int, width: int, image_size: int) -> ImageGeometry:
+        """Return the geometry of an image whose longer side is resized to ``image_size``, as SAM was trained.
 
         Raises:
             ValueError: a side is 0, or so short that it vanishes when the longer one is resized.
@@ -66,8 +67,13 @@ class ImageGeometry:
     def scale(self) -> tuple[float, float]:
         """Factors (x, y) from the original image to the resized input.
 
-        Those of ``ResizeLongestSide``, also for an input of another size, such as a square that is padded already.
+        They are those of ``ResizeLongestSide``, also for an input of another size, such as a square that is padded
+        already.
         """
         height, width = self.original_size
         resized_height, resized_width = resized_size(height, width, self.image_size)
         return resized_width / width, resized_height / height
+
+
+# How a model wants images resized: (height, width) of an image to its geometry.
+ResizePolicy = Callable[[int, int], ImageGeometry]

@@ -1,16 +1,79 @@
-"""From a photograph to the encoder's input: check, resize the longest side, normalise, pad. Pure functions."""
+"""From a photograph to what goes to the encoder's device: check, measure, resize, hash. Needs no torch."""
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
 from ..checks import require
+from .geometry import ImageGeometry, ResizePolicy
+
+
+@dataclass(frozen=True, eq=False)
+class CheckedImage:
+    """Pixels that a model can encode, as they were given.
+
+    Attributes:
+        pixels: [H, W, 3] uint8.
+        geometry: their size, and what the model resizes them to.
+    """
+
+    pixels: np.ndarray
+    geometry: ImageGeometry
+
+    @classmethod
+    def of(cls, image: Any, resize_policy: ResizePolicy) -> CheckedImage:
+        """Check an image [H, W, 3], uint8 or floating-point in 0..1, and measure it.
+
+        Raises:
+            TypeError: not a numpy array, or of another dtype.
+            ValueError: another shape, empty, floating-point pixels outside 0..1, or too long and thin to be resized.
+        """
+        pixels = validate_image(image)
+        return cls(pixels, resize_policy(pixels.shape[0], pixels.shape[1]))
+
+    def prepare(self, resize_on_device: bool = False) -> PreparedImage:
+        """Return the image as it goes to the device: resized and hashed, unless the device is to resize it."""
+        if resize_on_device:
+            return PreparedImage(np.require(self.pixels, requirements=("C", "W")), self.geometry, None)
+        resized = resize_image(self.pixels, self.geometry.input_size)
+        return PreparedImage(resized, self.geometry, hash_image(resized, self.geometry))
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """An image as it goes to the encoder's device; a queue of them stays small where they are resized.
+
+    Attributes:
+        pixels: [h, w, 3] uint8 in memory that torch can wrap, of the geometry's input size where they are resized.
+        geometry: the sizes of the image.
+        image_hash: 32 hex digits of the resized pixels and the geometry; None where the device is to resize them.
+    """
+
+    pixels: np.ndarray
+    geometry: ImageGeometry
+    image_hash: str | None
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether the pixels have the encoder's input size already."""
+        return self.image_hash is not None
+
+
+def prepare_image(image: Any, resize_policy: ResizePolicy, *, resize_on_device: bool = False) -> PreparedImage:
+    """Check an image and make it ready for the encoder; see :class:`CheckedImage`, which also names the errors."""
+    return CheckedImage.of(image, resize_policy).prepare(resize_on_device)
+
+
+def hash_image(resized: np.ndarray, geometry: ImageGeometry) -> str:
+    """Return 32 hex digits of an image's content as a model of this input size sees it."""
+    digest = hashlib.blake2b(repr(geometry).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(resized).data)
+    return digest.hexdigest()
 
 
 def to_uint8(image: Any) -> np.ndarray:
@@ -74,15 +137,3 @@ def resize(img: Image.Image, size: tuple[int, int]) -> Image.Image:
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize pixels [H, W] or [H, W, C], as :func:`to_pil_image` takes them, to (height, width)."""
     return np.array(resize(to_pil_image(image), size))
-
-
-def normalize_and_pad(pixels: Tensor, mean: Tensor, std: Tensor, image_size: int) -> Tensor:
-    """[..., 3, h, w] in 0..255 -> [..., 3, image_size, image_size], zero-padded at the bottom and the right."""
-    height, width = pixels.shape[-2:]
-    normalized = (pixels - mean) / std
-    return F.pad(normalized, (0, image_size - width, 0, image_size - height))
-
-
-def image_to_tensor(image: np.ndarray, device: torch.device) -> Tensor:
-    """[H, W, 3] uint8 -> [3, H, W] uint8 on ``device``."""
-    return torch.from_numpy(np.require(image, requirements=("C", "W"))).to(device).permute(2, 0, 1)

@@ -163,7 +163,7 @@ class Runtime:
                 self._wait()
             done.append(Warmed(f"encoder, {count} images", time.perf_counter() - start))
         features = torch.zeros(1, model.prompt_encoder.embed_dim, *grid, device=model.device, dtype=model.dtype)
-        geometry, low = ImageGeometry.of(size, size, size), model.low_res_size
+        geometry, low = ImageGeometry.longest_side(size, size, size), model.low_res_size
         for several in images:
             embeddings = [ImageEmbedding(features.clone(), geometry) for _ in range(several)]
             for count in self.limits.prompt_counts if prompts is None else prompts:

@@ -12,11 +12,12 @@ from torch import Tensor, nn  # noqa: F401
 
 from fastsam_kernels import check_kernels, preprocess_image, requires_autograd, resolve_kernels
 
-from ..checks import require
+from ..checks import naming, require
 from ..config import SamConfig
-from ..embedding import ImageEmbedding, hash_image
-from ..images import prepare
+from ..embedding import ImageEmbedding
 from ..images.geometry import ImageGeometry
+from ..images.prepare import CheckedImage, PreparedImage
+from ..images.tensors import normalize_and_pad
 from ..masks import upscale
 from ..masks.results import MaskPrediction
 from ..prompts.batch import PromptBatch, ragged_chunks
@@ -127,16 +128,20 @@ class Sam(DerivedWeights, Fp32Buffers):
 
     @overload
     def encode(
-        self, images: np.ndarray, batch_size: int | None = None, *, resize_on_device: bool = False
+        self, images: np.ndarray | PreparedImage, batch_size: int | None = None, *, resize_on_device: bool = False
     ) -> ImageEmbedding: ...
     @overload
     def encode(
-        self, images: Sequence[np.ndarray], batch_size: int | None = None, *, resize_on_device: bool = False
+        self,
+        images: Sequence[np.ndarray | PreparedImage],
+        batch_size: int | None = None,
+        *,
+        resize_on_device: bool = False,
     ) -> list[ImageEmbedding]: ...
     @torch.no_grad()
     def encode(
         self,
-        images: np.ndarray | Sequence[np.ndarray],
+        images: np.ndarray | PreparedImage | Sequence[np.ndarray | PreparedImage],
         batch_size: int | None = None,
         *,
         resize_on_device: bool = False,
@@ -144,8 +149,9 @@ class Sam(DerivedWeights, Fp32Buffers):
         """Embed one image, or a list of images of any sizes.
 
         Args:
-            images: [H, W, 3] uint8 RGB, or floating-point in 0..1.
-            batch_size: images a pass of the encoder; by default 1 on a CPU and 8 elsewhere.
+            images: [H, W, 3] uint8 RGB, or floating-point in 0..1; or what :func:`sam.images.prepare_image` made of one
+                for this model, which is not resized again.
+            batch_size: images per pass of the encoder; by default 1 on a CPU and 8 elsewhere.
             resize_on_device: the image goes to the device as it is and is resized, normalised and padded there in
                 one pass. Faster, and up to a level of 8 bits off Pillow's resize, which SAM was trained with; the
                 embedding has no ``image_hash`` then.
@@ -157,62 +163,55 @@ class Sam(DerivedWeights, Fp32Buffers):
             TypeError, ValueError: an image of another kind, named by its place, or a batch below 1; nothing was
                 encoded.
         """
-        if isinstance(images, np.ndarray):
+        if isinstance(images, (np.ndarray, PreparedImage)):
             return self.encode([images], resize_on_device=resize_on_device)[0]
         if not isinstance(images, Sequence):
             raise TypeError(f"an array [H, W, 3] or a list of them is wanted, got {type(images).__name__}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        checked, geometries = [], []
+        checked = []
         for index, image in enumerate(images):
-            try:
-                checked.append(prepare.validate_image(image))
-                geometries.append(self._geometry(checked[-1]))
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"image {index}: {error}" if len(images) > 1 else str(error)) from None
+            with naming(f"image {index}" if len(images) > 1 else None):
+                checked.append(self._checked(image))
         if batch_size is None:
             batch_size = 1 if self.device.type == "cpu" else 8
         embeddings = []
         for start in range(0, len(checked), batch_size):
-            some = slice(start, start + batch_size)
-            pixels, hashes = zip(
-                *(
-                    self._pixels(image, geometry, resize_on_device)
-                    for image, geometry in zip(checked[some], geometries[some], strict=True)
-                ),
-                strict=True,
-            )
-            embeddings += self.embed(torch.stack(pixels), geometries[some], hashes)
+            chunk = checked[start : start + batch_size]
+            batch = [i if isinstance(i, PreparedImage) else i.prepare(resize_on_device) for i in chunk]
+            pixels = [self.encoder_input(torch.from_numpy(image.pixels).to(self.device), image) for image in batch]
+            embeddings += self.embed(torch.stack(pixels), batch)
         return embeddings
 
+    def _checked(self, image: np.ndarray | PreparedImage) -> CheckedImage | PreparedImage:
+        if not isinstance(image, PreparedImage):
+            return CheckedImage.of(image, self.image_geometry)
+        if image.geometry != self.image_geometry(*image.geometry.original_size):
+            raise ValueError(f"an image prepared for {image.geometry.image_size} px does not suit this model")
+        return image
+
     @torch.no_grad()
-    def embed(
-        self, pixels: Tensor, geometries: Sequence[ImageGeometry], hashes: Sequence[str | None]
-    ) -> list[ImageEmbedding]:
-        """One pass of the encoder on :meth:`preprocess`'s pixels [B, 3, size, size]; a handle an image."""
+    def embed(self, pixels: Tensor, images: Sequence[PreparedImage]) -> list[ImageEmbedding]:
+        """Encode a batch [B, 3, size, size], as :meth:`encoder_input` makes it of B images, to one handle per image."""
         features = self.image_features(pixels)
         rows = [row.clone() for row in features.split(1)] if len(features) > 1 else [features]
         model_hash = self.model_hash  # once a batch, while a GPU works on it
         return [
-            ImageEmbedding(own, geometry, model_hash, self.name, image_hash)
-            for own, geometry, image_hash in zip(rows, geometries, hashes, strict=True)
+            ImageEmbedding(row, image.geometry, model_hash, self.name, image.image_hash)
+            for row, image in zip(rows, images, strict=True)
         ]
 
-    def _pixels(self, image: np.ndarray, geometry: ImageGeometry, on_device: bool) -> tuple[Tensor, str | None]:
-        """The encoder's input [3, size, size], and the image's hash."""
-        if on_device:
-            there = torch.from_numpy(np.require(image, requirements=("C", "W"))).to(self.device)
-            return self.pixels_of(there, geometry), None
-        resized = prepare.resize_image(image, geometry.input_size)
-        pixels = self.preprocess(prepare.image_to_tensor(resized, self.device))
-        return pixels, hash_image(resized, geometry)
+    def encoder_input(self, pixels: Tensor, image: PreparedImage) -> Tensor:
+        """Return the encoder's input [3, size, size] of an image whose pixels [h, w, 3] uint8 are on this device.
 
-    def pixels_of(self, image: Tensor, geometry: ImageGeometry) -> Tensor:
-        """Resize, normalise and pad an image [H, W, 3] uint8 on this device, in one pass: the encoder's input."""
+        What is not resized yet is resized, normalised and padded in one pass.
+        """
+        if image.is_resized:
+            return self.preprocess(pixels.permute(2, 0, 1))
         return preprocess_image(
-            image,
-            geometry.input_size,
-            geometry.image_size,
+            pixels,
+            image.geometry.input_size,
+            image.geometry.image_size,
             self.pixel_mean,
             self.pixel_std,
             dtype=self.dtype,
@@ -227,8 +226,13 @@ class Sam(DerivedWeights, Fp32Buffers):
             return self.image_encoder(pixels, self._kernels)
         return self.image_encoder(pixels)
 
-    def _geometry(self, image: np.ndarray) -> ImageGeometry:
-        return ImageGeometry.of(image.shape[0], image.shape[1], self.image_encoder.img_size)
+    def image_geometry(self, height: int, width: int) -> ImageGeometry:
+        """Return how this model resizes an image of ``height`` x ``width``: its :data:`ResizePolicy`.
+
+        Raises:
+            ValueError: a side is 0, or vanishes when the longer one is resized.
+        """
+        return ImageGeometry.longest_side(height, width, self.image_encoder.img_size)
 
     # Masks -------------------------------------------------------------------------------------------------
 
@@ -543,7 +547,7 @@ class Sam(DerivedWeights, Fp32Buffers):
         """Normalise resized pixels [..., 3, h, w] in 0..255 and pad them to the encoder's square."""
         require("x", x, Tensor, "a torch.Tensor [..., 3, h, w] in 0..255")
         image_size = self.image_encoder.img_size
-        return prepare.normalize_and_pad(x, self.pixel_mean, self.pixel_std, image_size).to(self.dtype)
+        return normalize_and_pad(x, self.pixel_mean, self.pixel_std, image_size).to(self.dtype)
 
 
 def _rows(tensors: Sequence[Tensor]) -> Tensor:

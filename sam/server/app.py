@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect
 from .. import __version__
 from .. import engine as engines
 from ..embedding import ImageEmbedding
-from ..engine import AutomaticOptions, Engine, PreparedImage, PromptMasks
+from ..engine import AutomaticOptions, Engine, KeyedImage, PromptMasks
 from ..prompts.prompt import Prompt
 from . import openapi, outputs
 from .bodies import Upload
@@ -183,7 +183,7 @@ async def _compute(
 class _Subject:
     """The image that a request is about: an embedding that is kept, or pixels that may become one."""
 
-    def __init__(self, key: str, source: ImageEmbedding | PreparedImage) -> None:
+    def __init__(self, key: str, source: ImageEmbedding | KeyedImage) -> None:
         self.key = key
         self.source = source
 
@@ -221,7 +221,7 @@ async def _subject(service: Service, key: str | None, upload: Upload) -> _Subjec
     file = upload.image
     assert file is not None
 
-    def prepare() -> PreparedImage:
+    def prepare() -> KeyedImage:
         image = decode_image(file, service.settings.max_pixels, anyio.from_thread.check_cancelled)
         try:
             return service.engine.prepare(image)
@@ -248,8 +248,8 @@ async def _embed(service: Service, asked: EmbedRequest, subject: _Subject, reque
     return JSONResponse({"request_id": request_id, **subject.json()})
 
 
-def _pixels(subject: _Subject) -> PreparedImage:
-    assert isinstance(subject.source, PreparedImage)
+def _pixels(subject: _Subject) -> KeyedImage:
+    assert isinstance(subject.source, KeyedImage)
     return subject.source
 
 

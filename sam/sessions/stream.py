@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import require
-from ..embedding import ImageEmbedding, hash_image
-from ..images import prepare
-from ..images.geometry import ImageGeometry
+from ..checks import naming, require
+from ..embedding import ImageEmbedding
+from ..images.prepare import PreparedImage, prepare_image
 from ..images.read import read_image
 from ..masks.results import MaskPrediction
 from ..modeling import Sam
@@ -28,15 +27,6 @@ T = TypeVar("T")
 
 
 _WORKERS_OF_A_GPU = 8  # reading and resizing a photograph takes 50 ms of a core; a GPU encodes hundreds a second
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """An image as it goes to the device, [h, w, 3] uint8: resized, or as it is to be resized there."""
-
-    image: np.ndarray
-    geometry: ImageGeometry
-    image_hash: str | None
 
 
 def default_workers(device: torch.device) -> int:
@@ -88,20 +78,16 @@ def encode_stream(
     )
     failure: Exception | None = None
     while True:
-        batch: list[_Prepared] = []
+        batch: list[PreparedImage] = []
         try:
             while len(batch) < batch_size and (image := next(prepared, None)) is not None:
                 batch.append(image)
         except Exception as error:  # what came before it is encoded first
             failure = error
         if batch:
-            geometries = [image.geometry for image in batch]
-            there = copier.to_device([image.image for image in batch])
-            pixels = [
-                model.pixels_of(image, geometry) if resize_on_device else model.preprocess(image.permute(2, 0, 1))
-                for image, geometry in zip(there, geometries, strict=True)
-            ]
-            yield from model.embed(torch.stack(pixels), geometries, [image.image_hash for image in batch])
+            copied = copier.to_device([image.pixels for image in batch])
+            pixels = [model.encoder_input(*both) for both in zip(copied, batch, strict=True)]
+            yield from model.embed(torch.stack(pixels), batch)
         if failure is not None:
             raise failure
         if len(batch) < batch_size:
@@ -157,17 +143,11 @@ def predict_stream(
     yield from (copied.result() for copied in waiting)
 
 
-def _prepare(model: Sam, index: int, source: ImageSource, resize_on_device: bool) -> _Prepared:
-    try:
+def _prepare(model: Sam, index: int, source: ImageSource, resize_on_device: bool) -> PreparedImage:
+    with naming(f"image {index}"):
         require("the image", source, (np.ndarray, str, os.PathLike), "a numpy array [H, W, 3] of uint8, or a file")
-        image = prepare.validate_image(source if isinstance(source, np.ndarray) else read_image(source))
-        geometry = ImageGeometry.of(image.shape[0], image.shape[1], model.image_encoder.img_size)
-    except (TypeError, ValueError, FileNotFoundError, IsADirectoryError) as error:
-        raise type(error)(f"image {index}: {error}") from None
-    if resize_on_device:
-        return _Prepared(np.require(image, requirements=("C", "W")), geometry, None)
-    resized = prepare.resize_image(image, geometry.input_size)
-    return _Prepared(resized, geometry, hash_image(resized, geometry))
+        image = source if isinstance(source, np.ndarray) else read_image(source)
+        return prepare_image(image, model.image_geometry, resize_on_device=resize_on_device)
 
 
 def _ahead(function: Callable[[S], T], items: Iterable[S], workers: int, ahead: int) -> Iterator[T]:
