@@ -129,12 +129,12 @@ def _two_way(prompts: int, arch: int) -> Iterator[Step]:
     from fastsam_kernels.two_way_attention.two_way_kernel import plan, shape_class
 
     bf16, tokens = torch.bfloat16, CLICK_TOKENS
-    folded = (prompts, HEADS, tokens, CHANNELS)
-    update = ((prompts, 4096, CHANNELS), (4096, CHANNELS), folded, folded[:3], folded, (CHANNELS,), (CHANNELS,))
-    inputs = [meta(*shape, dtype=bf16) for shape in (*update, folded, (128, CHANNELS), (128,))]
+    absorbed = (prompts, HEADS, tokens, CHANNELS)
+    update = ((prompts, 4096, CHANNELS), (4096, CHANNELS), absorbed, absorbed[:3], absorbed, (CHANNELS,), (CHANNELS,))
+    inputs = [meta(*shape, dtype=bf16) for shape in (*update, absorbed, (128, CHANNELS), (128,))]
     outputs = [meta(*shape, dtype=bf16) for shape in ((prompts, 4096, CHANNELS), (prompts, tokens, 128))]
     tile = lookup("two_way_attention", arch, bf16, shape_class(tokens))
-    first, combine = plan(*inputs, two_way_attention.EPS, None, *outputs, tile).launches
+    first, combine = plan(*two_way_attention.operands(inputs), *outputs, tile).launches
     blocks = first.tile.blocks
     share = 4096 / first.constants["SPLITS"]
     trips = {

@@ -7,15 +7,29 @@ from .mask_postprocess import MaskStatistics, Resizing, mask_statistics, pack_ma
 from .nms import nms, ranked_nms
 from .preprocess_image import preprocess_image
 from .rel_pos_attention import rel_pos_attention
-from .two_way_attention import MAX_TOKENS, image_to_token_attention, token_to_image_attention, two_way_attention
+from .two_way_attention import (
+    MAX_TOKENS,
+    AbsorbedTokens,
+    ImageTokens,
+    LayerNormWeights,
+    ValueProjection,
+    image_to_token_attention,
+    token_to_image_attention,
+    two_way_attention,
+    without_unused_queries,
+)
 
 __all__ = [
     "KERNELS",
     "MAX_TOKENS",
+    "AbsorbedTokens",
+    "ImageTokens",
+    "LayerNormWeights",
     "MaskStatistics",
     "Resizing",
     "UnsupportedKernelError",
     "UpscalingWeights",
+    "ValueProjection",
     "check_kernels",
     "connected_components",
     "hypernetwork_masks",
@@ -33,4 +47,5 @@ __all__ = [
     "token_to_image_attention",
     "two_way_attention",
     "unpack_masks",
+    "without_unused_queries",
 ]

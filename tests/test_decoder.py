@@ -13,7 +13,7 @@ from models import TINY, random_image, random_model
 from torch import Tensor
 
 import sam
-from fastsam_kernels import MAX_TOKENS
+from fastsam_kernels import MAX_TOKENS, AbsorbedTokens, ImageTokens
 from sam import ImageEmbedding, Prompt, Sam
 from sam.modeling.mask_decoder import MaskDecoder
 
@@ -188,9 +188,9 @@ def test_folding_is_used_up_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> Non
     calls: list[int] = []
     original = transformer.two_way_attention
 
-    def counted(keys: Tensor, key_pe: Tensor, token_keys: Tensor, *rest: Tensor, **options: object) -> object:
-        calls.append(token_keys.shape[2])
-        return original(keys, key_pe, token_keys, *rest, **options)
+    def counted(image: ImageTokens, absorbed: AbsorbedTokens, *rest: object, **options: object) -> object:
+        calls.append(absorbed.keys.shape[2])
+        return original(image, absorbed, *rest, **options)
 
     monkeypatch.setattr(transformer, "two_way_attention", counted)
     model = random_model(TINY)

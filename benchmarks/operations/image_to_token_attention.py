@@ -8,10 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastsam_kernels import image_to_token_attention
+from fastsam_kernels import AbsorbedTokens, ImageTokens, LayerNormWeights, image_to_token_attention
 from fastsam_kernels.launch import Launch
 from fastsam_kernels.tile_config import TileConfig
-from fastsam_kernels.two_way_attention import image_to_token_reference
 
 from ..case import Case, Problem, TuneProblem, candidates, draw, few_rows, meta
 from ..measure import Form, Work
@@ -39,6 +38,16 @@ def rows_of(of_all: list[Tensor], rows: list[int], dtype: torch.dtype) -> list[T
     return [tensor.to(dtype) for tensor in some]
 
 
+def operands(of_all: list[Tensor]) -> tuple[ImageTokens, AbsorbedTokens, LayerNormWeights]:
+    """The values that the operation takes."""
+    tokens, pe, *absorbed, norm_weight, norm_bias = of_all
+    return ImageTokens(tokens, pe), AbsorbedTokens(*absorbed), LayerNormWeights(norm_weight, norm_bias, EPS)
+
+
+def _attend(of_all: list[Tensor], kernels: str = "reference") -> Tensor:
+    return image_to_token_attention(*operands(of_all), kernels=kernels)
+
+
 def work(prompts: int, tokens: int, element_size: int) -> Work:
     """Image tokens read and written once, two products over them, one exponential a score."""
     rows = HEADS * tokens
@@ -54,12 +63,12 @@ def _case(prompts: int) -> Callable[[torch.device, torch.dtype], Problem]:
         made, rows = inputs(prompts, 4096, CLICK_TOKENS, device, dtype), few_rows(prompts)
 
         def form(kernels: str) -> Form:
-            return lambda: image_to_token_attention(*made, eps=EPS, kernels=kernels)
+            return lambda: _attend(made, kernels)
 
         names = ("reference", "torch", "triton") if device.type == "cuda" else ("reference", "torch")
         return Problem(
             forms={name: form(name) for name in names},
-            truth=lambda: image_to_token_reference(*rows_of(made, rows, torch.float64), EPS),
+            truth=lambda: _attend(rows_of(made, rows, torch.float64)),
             rows=rows,
             work=work(prompts, CLICK_TOKENS, made[0].element_size()),
         )
@@ -76,10 +85,10 @@ CASES = [
 def _launches(tokens: int, dtype: torch.dtype, tile: TileConfig) -> Iterator[tuple[str, Launch]]:
     from fastsam_kernels.two_way_attention.image_to_token_kernel import plan
 
-    folded = (64, HEADS, tokens, 256)
-    shapes = ((64, 4096, 256), (4096, 256), folded, folded[:3], folded, (256,), (256,))
+    absorbed = (64, HEADS, tokens, 256)
+    shapes = ((64, 4096, 256), (4096, 256), absorbed, absorbed[:3], absorbed, (256,), (256,))
     tensors = [meta(*shape, dtype=dtype) for shape in shapes]
-    yield f"{tokens} tokens, 64x64", plan(*tensors, EPS, None, meta(64, 4096, 256, dtype=dtype), tile)
+    yield f"{tokens} tokens, 64x64", plan(*operands(tensors), meta(64, 4096, 256, dtype=dtype), tile)
 
 
 TESTS = "test_two_way_attention.py"
@@ -95,10 +104,10 @@ def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProble
     exact = dtype == torch.float32
     fewest = 16 // padded_tokens(tokens)  # a dot sums over 16 products at the least: the tokens of these heads
     return TuneProblem(
-        launch=lambda tile: plan(*made, EPS, None, out, tile),
+        launch=lambda tile: plan(*operands(made), out, tile),
         out=out,
-        truth=lambda: image_to_token_reference(*rows_of(made, rows, torch.float64), EPS),
-        plain=lambda: image_to_token_reference(*rows_of(made, rows, dtype), EPS),
+        truth=lambda: _attend(rows_of(made, rows, torch.float64)),
+        plain=lambda: _attend(rows_of(made, rows, dtype)),
         rows=rows,
         candidates=candidates(
             (4, 8),

@@ -8,10 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastsam_kernels import token_to_image_attention
+from fastsam_kernels import ImageTokens, ValueProjection, token_to_image_attention
 from fastsam_kernels.launch import Launch
 from fastsam_kernels.tile_config import TileConfig
-from fastsam_kernels.two_way_attention import token_to_image_reference
 
 from ..case import Case, Problem, TuneProblem, candidates, draw, few_rows, meta
 from ..measure import Form, Work
@@ -36,6 +35,16 @@ def _rows(inputs: list[Tensor], rows: list[int], dtype: torch.dtype) -> list[Ten
     return [tensor.to(dtype) for tensor in (queries[rows], keys[rows], *rest)]
 
 
+def operands(inputs: list[Tensor]) -> tuple[Tensor, ImageTokens, ValueProjection]:
+    """The values that the operation takes."""
+    queries, tokens, pe, value_weight, value_bias = inputs
+    return queries, ImageTokens(tokens, pe), ValueProjection(value_weight, value_bias)
+
+
+def _attend(inputs: list[Tensor], kernels: str = "reference") -> Tensor:
+    return token_to_image_attention(*operands(inputs), kernels=kernels)
+
+
 def work(prompts: int, tokens: int, element_size: int) -> Work:
     """Image tokens read once, two products over them, one exponential a score."""
     rows = HEADS * tokens
@@ -51,12 +60,12 @@ def _case(prompts: int) -> Callable[[torch.device, torch.dtype], Problem]:
         inputs, rows = _inputs(prompts, 4096, CLICK_TOKENS, device, dtype), few_rows(prompts)
 
         def form(kernels: str) -> Form:
-            return lambda: token_to_image_attention(*inputs, kernels=kernels)
+            return lambda: _attend(inputs, kernels)
 
         names = ("reference", "torch", "triton") if device.type == "cuda" else ("reference", "torch")
         return Problem(
             forms={name: form(name) for name in names},
-            truth=lambda: token_to_image_reference(*_rows(inputs, rows, torch.float64)),
+            truth=lambda: _attend(_rows(inputs, rows, torch.float64)),
             rows=rows,
             work=work(prompts, CLICK_TOKENS, inputs[0].element_size()),
         )
@@ -75,7 +84,7 @@ def _launches(tokens: int, dtype: torch.dtype, tile: TileConfig) -> Iterator[tup
 
     shapes = ((64, HEADS, tokens, 256), (64, 4096, 256), (4096, 256), (128, 256), (128,))
     inputs = [meta(*shape, dtype=dtype) for shape in shapes]
-    attend, combine = plan(*inputs, None, meta(64, tokens, 128, dtype=dtype), tile).launches
+    attend, combine = plan(*operands(inputs), meta(64, tokens, 128, dtype=dtype), tile).launches
     yield f"attend, {tokens} tokens, 64x64", attend
     yield f"combine, {tokens} tokens, 64x64", combine
 
@@ -92,10 +101,10 @@ def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProble
     out = torch.empty(prompts, tokens, HEADS * HEAD_CHANNELS, device=device, dtype=dtype)
     exact = dtype == torch.float32
     return TuneProblem(
-        launch=lambda tile: plan(*inputs, None, out, tile),
+        launch=lambda tile: plan(*operands(inputs), out, tile),
         out=out,
-        truth=lambda: token_to_image_reference(*_rows(inputs, rows, torch.float64)),
-        plain=lambda: token_to_image_reference(*_rows(inputs, rows, dtype)),
+        truth=lambda: _attend(_rows(inputs, rows, torch.float64)),
+        plain=lambda: _attend(_rows(inputs, rows, dtype)),
         rows=rows,
         candidates=candidates(
             (4, 8),

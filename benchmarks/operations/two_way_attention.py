@@ -8,7 +8,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastsam_kernels import image_to_token_attention, token_to_image_attention, two_way_attention
+from fastsam_kernels import (
+    AbsorbedTokens,
+    ImageTokens,
+    LayerNormWeights,
+    ValueProjection,
+    image_to_token_attention,
+    token_to_image_attention,
+    two_way_attention,
+)
 from fastsam_kernels.launch import Launch
 from fastsam_kernels.tile_config import TileConfig
 
@@ -17,17 +25,15 @@ from ..measure import Form, Work
 from . import image_to_token_attention as to_token
 from .token_to_image_attention import CHANNELS, CLICK_TOKENS, HEAD_CHANNELS, HEADS, MAX_TOKENS
 
-EPS = 1e-5
-
 
 def _inputs(prompts: int, image_tokens: int, tokens: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    asked = (
+    shapes = (
         ((prompts, HEADS, tokens, CHANNELS), 0.1),
         ((HEADS * HEAD_CHANNELS, CHANNELS), 0.06),
         ((HEADS * HEAD_CHANNELS,), 1.0),
     )
-    asking = [draw(shape, device, dtype, 10 + seed, scale) for seed, (shape, scale) in enumerate(asked)]
-    return [*to_token.inputs(prompts, image_tokens, tokens, device, dtype), *asking]
+    attend = [draw(shape, device, dtype, 10 + seed, scale) for seed, (shape, scale) in enumerate(shapes)]
+    return [*to_token.inputs(prompts, image_tokens, tokens, device, dtype), *attend]
 
 
 def _rows(inputs: list[Tensor], rows: list[int], dtype: torch.dtype) -> list[Tensor]:
@@ -38,14 +44,20 @@ def _rows(inputs: list[Tensor], rows: list[int], dtype: torch.dtype) -> list[Ten
     ]
 
 
-def _formula(inputs: list[Tensor]) -> Result:
-    return two_way_attention(*inputs, eps=EPS, kernels="reference")  # type: ignore[misc]
+def operands(inputs: list[Tensor]) -> tuple[ImageTokens, AbsorbedTokens, LayerNormWeights, Tensor, ValueProjection]:
+    """The values that the operation takes."""
+    *update, queries, value_weight, value_bias = inputs
+    return (*to_token.operands(update), queries, ValueProjection(value_weight, value_bias))
+
+
+def _attend(inputs: list[Tensor], kernels: str = "reference") -> Result:
+    return two_way_attention(*operands(inputs), kernels=kernels)
 
 
 def _two_operations(inputs: list[Tensor], kernels: str) -> Result:
-    *update, queries, value_weight, value_bias = inputs
-    keys = image_to_token_attention(*update, eps=EPS, kernels=kernels)  # type: ignore[misc]
-    return keys, token_to_image_attention(queries, keys, update[1], value_weight, value_bias, kernels=kernels)
+    image, absorbed, norm, queries, value = operands(inputs)
+    tokens = image_to_token_attention(image, absorbed, norm, kernels=kernels)
+    return tokens, token_to_image_attention(queries, ImageTokens(tokens, image.pe), value, kernels=kernels)
 
 
 def work(prompts: int, tokens: int, element_size: int) -> Work:
@@ -64,7 +76,7 @@ def _case(prompts: int) -> Callable[[torch.device, torch.dtype], Problem]:
         inputs, rows = _inputs(prompts, 4096, CLICK_TOKENS, device, dtype), few_rows(prompts)
 
         def form(kernels: str) -> Form:
-            return lambda: two_way_attention(*inputs, eps=EPS, kernels=kernels)  # type: ignore[misc]
+            return lambda: _attend(inputs, kernels)
 
         forms = {name: form(name) for name in ("reference", "torch")}
         if device.type == "cuda":
@@ -72,7 +84,7 @@ def _case(prompts: int) -> Callable[[torch.device, torch.dtype], Problem]:
             forms["triton, two kernels"] = lambda: _two_operations(inputs, "triton")
         return Problem(
             forms=forms,
-            truth=lambda: _formula(_rows(inputs, rows, torch.float64)),
+            truth=lambda: _attend(_rows(inputs, rows, torch.float64)),
             rows=rows,
             work=work(prompts, CLICK_TOKENS, inputs[0].element_size()),
         )
@@ -89,11 +101,11 @@ CASES = [
 def _launches(tokens: int, dtype: torch.dtype, tile: TileConfig) -> Iterator[tuple[str, Launch]]:
     from fastsam_kernels.two_way_attention.two_way_kernel import plan
 
-    folded = (64, HEADS, tokens, 256)
-    update = ((64, 4096, 256), (4096, 256), folded, folded[:3], folded, (256,), (256,))
-    inputs = [meta(*shape, dtype=dtype) for shape in (*update, folded, (128, 256), (128,))]
+    absorbed = (64, HEADS, tokens, 256)
+    update = ((64, 4096, 256), (4096, 256), absorbed, absorbed[:3], absorbed, (256,), (256,))
+    inputs = [meta(*shape, dtype=dtype) for shape in (*update, absorbed, (128, 256), (128,))]
     outputs = [meta(*shape, dtype=dtype) for shape in ((64, 4096, 256), (64, tokens, 128))]
-    update_and_ask, _ = plan(*inputs, EPS, None, *outputs, tile).launches
+    update_and_ask, _ = plan(*operands(inputs), *outputs, tile).launches
     yield f"{tokens} tokens, 64x64", update_and_ask
 
 
@@ -112,10 +124,10 @@ def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProble
     fewest = 16 // padded_tokens(tokens)  # a dot sums over 16 products at the least: the tokens of these heads
     asking = {"ASKED_N": (16,) if exact else (32,), "ASKING_HEADS": (fewest,) if exact else (4, 8)}
     return TuneProblem(
-        launch=lambda tile: plan(*inputs, EPS, None, out_keys, out, tile),
+        launch=lambda tile: plan(*operands(inputs), out_keys, out, tile),
         out=(out_keys, out),
-        truth=lambda: _formula(_rows(inputs, rows, torch.float64)),
-        plain=lambda: _formula(_rows(inputs, rows, dtype)),
+        truth=lambda: _attend(_rows(inputs, rows, torch.float64)),
+        plain=lambda: _attend(_rows(inputs, rows, dtype)),
         rows=rows,
         candidates=candidates(
             (4, 8),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..launch import Launch
 from ..tile_config import TileConfig, arch_of, lookup
+from .operands import AbsorbedTokens, ImageTokens, LayerNormWeights
 from .token_to_image_kernel import dense_rows, load_rows, padded_tokens, shape_class
 
 
@@ -177,48 +178,36 @@ def image_to_token_kernel(
     )
 
 
-def plan(
-    keys: Tensor,
-    key_pe: Tensor,
-    token_keys: Tensor,
-    token_bias: Tensor,
-    token_values: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    image_index: Tensor | None,
-    out: Tensor,
-    tile: TileConfig,
-) -> Launch:
-    """The launch that fills ``out`` [P, N, C], contiguous; tensors may be on the meta device."""
-    prompts, heads, tokens, channels = token_keys.shape
+def plan(image: ImageTokens, absorbed: AbsorbedTokens, norm: LayerNormWeights, out: Tensor, tile: TileConfig) -> Launch:
+    """Plan the launch that fills ``out`` [P, N, C], contiguous; tensors may be on the meta device."""
+    prompts, heads, tokens, channels = absorbed.keys.shape
     tile = replace(tile, blocks={**tile.blocks, "HEADS": min(tile.blocks["HEADS"], heads)})
-    keys, image_tokens = dense_rows(keys), keys.shape[1]
+    keys, image_tokens = dense_rows(image.tokens), image.tokens.shape[1]
     programs = triton.cdiv(image_tokens, tile.blocks["BLOCK_N"] * tile.blocks["TILES"])
     return Launch(
         kernel=image_to_token_kernel,
         grid=(prompts * programs,),
         arguments={
             "keys_ptr": keys,
-            "key_pe_ptr": key_pe.contiguous(),
-            "token_keys_ptr": token_keys.contiguous(),
-            "token_bias_ptr": token_bias.contiguous(),
-            "token_values_ptr": token_values.contiguous(),
-            "norm_weight_ptr": norm_weight.contiguous(),
-            "norm_bias_ptr": norm_bias.contiguous(),
-            "index_ptr": None if image_index is None else image_index.contiguous(),
+            "key_pe_ptr": image.pe.contiguous(),
+            "token_keys_ptr": absorbed.keys.contiguous(),
+            "token_bias_ptr": absorbed.bias.contiguous(),
+            "token_values_ptr": absorbed.values.contiguous(),
+            "norm_weight_ptr": norm.weight.contiguous(),
+            "norm_bias_ptr": norm.bias.contiguous(),
+            "index_ptr": None if image.image_index is None else image.image_index.contiguous(),
             "out_ptr": out,
             "image_tokens": image_tokens,
             "tokens": tokens,
             "programs": programs,
             "stride_ki": keys.stride(0),
-            "eps": eps,
+            "eps": norm.eps,
         },
         constants={
             "H": heads,
             "C": channels,
             "T_PADDED": padded_tokens(tokens),
-            "HAS_INDEX": image_index is not None,
+            "HAS_INDEX": image.image_index is not None,
             "EXACT": image_tokens % tile.blocks["BLOCK_N"] == 0,
             "PRECISION": "ieee" if keys.dtype == torch.float32 else "tf32",
             "STAGES": tile.num_stages,
@@ -242,8 +231,9 @@ def image_to_token_triton(
     """The registered operation; see :func:`fastsam_kernels.image_to_token_attention` for the arguments."""
     out = keys.new_empty((token_keys.shape[0], *keys.shape[1:]))
     tile = lookup("image_to_token_attention", arch_of(keys.device), keys.dtype, shape_class(token_keys.shape[2]))
-    inputs = (keys, key_pe, token_keys, token_bias, token_values, norm_weight, norm_bias)
-    plan(*inputs, eps, image_index, out, tile).run()
+    absorbed = AbsorbedTokens(token_keys, token_bias, token_values)
+    norm = LayerNormWeights(norm_weight, norm_bias, eps)
+    plan(ImageTokens(keys, key_pe, image_index), absorbed, norm, out, tile).run()
     return out
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..launch import Launch, Launches
 from ..tile_config import TileConfig, arch_of, lookup
+from .operands import ImageTokens, ValueProjection
 
 # Shares are whole multiples of so many image tokens, whatever the tile, so that no tile of a power of two up to it
 # reaches into the next share.
@@ -227,22 +228,13 @@ def dense_rows(keys: Tensor) -> Tensor:
     return keys if keys.stride(1) == keys.shape[2] and keys.stride(2) == 1 else keys.contiguous()
 
 
-def plan(
-    queries: Tensor,
-    keys: Tensor,
-    key_pe: Tensor,
-    value_weight: Tensor,
-    value_bias: Tensor,
-    image_index: Tensor | None,
-    out: Tensor,
-    tile: TileConfig,
-) -> Launches:
-    """The two launches that fill ``out`` [P, T, H * d], contiguous; tensors may be on the meta device."""
+def plan(queries: Tensor, image: ImageTokens, value: ValueProjection, out: Tensor, tile: TileConfig) -> Launches:
+    """Plan the two launches that fill ``out`` [P, T, H * d], contiguous; tensors may be on the meta device."""
     prompts, heads, tokens, channels = queries.shape
     tile = replace(tile, blocks={**tile.blocks, "HEADS": min(tile.blocks["HEADS"], heads)})
-    keys, padded = dense_rows(keys), padded_tokens(tokens)
+    keys, padded = dense_rows(image.tokens), padded_tokens(tokens)
     splits, share = shares_of(prompts, keys.shape[1])
-    head_dim = len(value_weight) // heads
+    head_dim = len(value.weight) // heads
     rows = heads * padded
     partial = queries.new_empty((prompts, splits, rows, head_dim), dtype=torch.float32)
     stats = queries.new_empty((prompts, splits, 2, rows), dtype=torch.float32)
@@ -252,9 +244,9 @@ def plan(
         arguments={
             "queries_ptr": queries.contiguous(),
             "keys_ptr": keys,
-            "key_pe_ptr": key_pe.contiguous(),
-            "value_weight_ptr": value_weight.contiguous(),
-            "index_ptr": None if image_index is None else image_index.contiguous(),
+            "key_pe_ptr": image.pe.contiguous(),
+            "value_weight_ptr": value.weight.contiguous(),
+            "index_ptr": None if image.image_index is None else image.image_index.contiguous(),
             "partial_ptr": partial,
             "stats_ptr": stats,
             "image_tokens": keys.shape[1],
@@ -268,14 +260,14 @@ def plan(
             "C": channels,
             "T_PADDED": padded,
             "SPLITS": splits,
-            "HAS_INDEX": image_index is not None,
+            "HAS_INDEX": image.image_index is not None,
             "EXACT": tiles_are_full(keys.shape[1], share, tile.blocks["BLOCK_N"]),
             "PRECISION": "ieee" if queries.dtype == torch.float32 else "tf32",
             "STAGES": tile.num_stages,
         },
         tile=tile,
     )
-    return Launches((attend, combine(partial, stats, value_bias, tokens, out, tile)))
+    return Launches((attend, combine(partial, stats, value.bias, tokens, out, tile)))
 
 
 def combine(
@@ -316,7 +308,8 @@ def token_to_image_triton(
     """The registered operation; see :func:`fastsam_kernels.token_to_image_attention` for the arguments."""
     out = queries.new_empty((queries.shape[0], queries.shape[2], len(value_weight)))
     tile = lookup("token_to_image_attention", arch_of(keys.device), queries.dtype, shape_class(queries.shape[2]))
-    plan(queries, keys, key_pe, value_weight, value_bias, image_index, out, tile).run()
+    image = ImageTokens(keys, key_pe, image_index)
+    plan(queries, image, ValueProjection(value_weight, value_bias), out, tile).run()
     return out
 
 

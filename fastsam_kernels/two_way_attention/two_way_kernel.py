@@ -24,6 +24,7 @@ from torch import Tensor
 from ..launch import Launch, Launches
 from ..tile_config import TileConfig, arch_of, lookup
 from .image_to_token_kernel import update_image_tokens
+from .operands import AbsorbedTokens, ImageTokens, LayerNormWeights, ValueProjection
 from .token_to_image_kernel import (
     attend_share,
     combine,
@@ -127,32 +128,25 @@ def two_way_kernel(
 
 
 def plan(
-    keys: Tensor,
-    key_pe: Tensor,
-    token_keys: Tensor,
-    token_bias: Tensor,
-    token_values: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
+    image: ImageTokens,
+    absorbed: AbsorbedTokens,
+    norm: LayerNormWeights,
     queries: Tensor,
-    value_weight: Tensor,
-    value_bias: Tensor,
-    eps: float,
-    image_index: Tensor | None,
+    value: ValueProjection,
     out_keys: Tensor,
     out: Tensor,
     tile: TileConfig,
 ) -> Launches:
-    """The two launches that fill ``out_keys`` [P, N, C] and ``out`` [P, T, H * d], both contiguous.
+    """Plan the two launches that fill ``out_keys`` [P, N, C] and ``out`` [P, T, H * d], both contiguous.
 
     Tensors may be on the meta device.
     """
-    keys, (prompts, heads, tokens, channels) = dense_rows(keys), queries.shape
+    keys, (prompts, heads, tokens, channels) = dense_rows(image.tokens), queries.shape
     few = {name: min(tile.blocks[name], heads) for name in ("HEADS", "ASKING_HEADS")}
     tile = replace(tile, blocks={**tile.blocks, **few})
     larger, rows = max(tile.blocks["BLOCK_N"], tile.blocks["ASKED_N"]), heads * padded_tokens(tokens)
     splits, share = shares_of(prompts, keys.shape[1])
-    head_dim = len(value_weight) // heads
+    head_dim = len(value.weight) // heads
     partial = queries.new_empty((prompts, splits, rows, head_dim), dtype=torch.float32)
     stats = queries.new_empty((prompts, splits, 2, rows), dtype=torch.float32)
     update_and_ask = Launch(
@@ -160,15 +154,15 @@ def plan(
         grid=(prompts * splits,),
         arguments={
             "keys_ptr": keys,
-            "key_pe_ptr": key_pe.contiguous(),
-            "token_keys_ptr": token_keys.contiguous(),
-            "token_bias_ptr": token_bias.contiguous(),
-            "token_values_ptr": token_values.contiguous(),
-            "norm_weight_ptr": norm_weight.contiguous(),
-            "norm_bias_ptr": norm_bias.contiguous(),
+            "key_pe_ptr": image.pe.contiguous(),
+            "token_keys_ptr": absorbed.keys.contiguous(),
+            "token_bias_ptr": absorbed.bias.contiguous(),
+            "token_values_ptr": absorbed.values.contiguous(),
+            "norm_weight_ptr": norm.weight.contiguous(),
+            "norm_bias_ptr": norm.bias.contiguous(),
             "queries_ptr": queries.contiguous(),
-            "value_weight_ptr": value_weight.contiguous(),
-            "index_ptr": None if image_index is None else image_index.contiguous(),
+            "value_weight_ptr": value.weight.contiguous(),
+            "index_ptr": None if image.image_index is None else image.image_index.contiguous(),
             "out_ptr": out_keys,
             "partial_ptr": partial,
             "stats_ptr": stats,
@@ -176,7 +170,7 @@ def plan(
             "share": share,
             "tokens": tokens,
             "stride_ki": keys.stride(0),
-            "eps": eps,
+            "eps": norm.eps,
         },
         constants={
             "H": heads,
@@ -184,14 +178,14 @@ def plan(
             "C": channels,
             "T_PADDED": padded_tokens(tokens),
             "SPLITS": splits,
-            "HAS_INDEX": image_index is not None,
+            "HAS_INDEX": image.image_index is not None,
             "EXACT": tiles_are_full(keys.shape[1], share, larger),
             "PRECISION": "ieee" if queries.dtype == torch.float32 else "tf32",
             "STAGES": tile.num_stages,
         },
         tile=tile,
     )
-    return Launches((update_and_ask, combine(partial, stats, value_bias, tokens, out, tile)))
+    return Launches((update_and_ask, combine(partial, stats, value.bias, tokens, out, tile)))
 
 
 @torch.library.custom_op("fastsam::two_way_attention", mutates_args=())
@@ -203,18 +197,26 @@ def two_way_triton(
     token_values: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
+    eps: float,
     queries: Tensor,
     value_weight: Tensor,
     value_bias: Tensor,
-    eps: float,
     image_index: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The registered operation; see :func:`fastsam_kernels.two_way_attention` for the arguments."""
     out_keys = keys.new_empty((len(queries), *keys.shape[1:]))
     out = queries.new_empty((len(queries), queries.shape[2], len(value_weight)))
     tile = lookup("two_way_attention", arch_of(keys.device), keys.dtype, shape_class(queries.shape[2]))
-    update = (keys, key_pe, token_keys, token_bias, token_values, norm_weight, norm_bias)
-    plan(*update, queries, value_weight, value_bias, eps, image_index, out_keys, out, tile).run()
+    plan(
+        ImageTokens(keys, key_pe, image_index),
+        AbsorbedTokens(token_keys, token_bias, token_values),
+        LayerNormWeights(norm_weight, norm_bias, eps),
+        queries,
+        ValueProjection(value_weight, value_bias),
+        out_keys,
+        out,
+        tile,
+    ).run()
     return out_keys, out
 
 
@@ -227,10 +229,10 @@ def _(
     token_values: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
+    eps: float,
     queries: Tensor,
     value_weight: Tensor,
     value_bias: Tensor,
-    eps: float,
     image_index: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     out_keys = keys.new_empty((len(queries), *keys.shape[1:]))

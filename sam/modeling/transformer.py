@@ -13,8 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsam_kernels import MAX_TOKENS, token_to_image_attention, two_way_attention
-from fastsam_kernels.dispatch import resolve_kernels
+from fastsam_kernels import (
+    MAX_TOKENS,
+    AbsorbedTokens,
+    ImageTokens,
+    LayerNormWeights,
+    ValueProjection,
+    token_to_image_attention,
+    two_way_attention,
+    without_unused_queries,
+)
 
 from .common import MLPBlock
 
@@ -103,25 +111,23 @@ class Attention(nn.Module):
         asked = self.q_proj(tokens) * self._scale
         return self._by_head(asked, self.k_proj.weight)
 
-    def fold_tokens(
-        self, k: Tensor, v: Tensor, token_mask: Tensor | None, fold_keys: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def fold_tokens(self, k: Tensor, v: Tensor, token_mask: Tensor | None, fold_keys: bool = True) -> AbsorbedTokens:
         """Tokens that the image asks: keys [P, heads, T, C], bias [P, heads, T] and values [P, heads, T, C].
 
         The keys meet image tokens before ``q_proj``, or after it as [P, heads, T, D / heads] without ``fold_keys``;
         the values have been through ``out_proj``. ``token_mask`` [P, T] is False for tokens that are padding.
         """
-        offered = self.k_proj(k) * self._scale
-        by_head = offered.unflatten(-1, (self.num_heads, -1))
+        token_keys = self.k_proj(k) * self._scale
+        by_head = token_keys.unflatten(-1, (self.num_heads, -1))
         if fold_keys:
-            keys = self._by_head(offered, self.q_proj.weight)
+            keys = self._by_head(token_keys, self.q_proj.weight)
             bias = (by_head * self.q_proj.bias.view(self.num_heads, -1)).sum(-1)
         else:
             keys, bias = by_head.transpose(1, 2), torch.zeros_like(by_head[..., 0])
         if token_mask is not None:
             bias = bias.masked_fill(~token_mask[..., None], -torch.inf)
         values = self._by_head(self.v_proj(v), self.out_proj.weight.t()) + self.out_proj.bias / self.num_heads
-        return keys, bias.transpose(1, 2), values
+        return AbsorbedTokens(keys, bias.transpose(1, 2), values)
 
     def attend_shared(self, tokens: Tensor, image: SharedImageSide, kernels: str) -> Tensor:
         """What tokens [P, T, C] learn of one image whose keys and values are kept.
@@ -136,6 +142,11 @@ class Attention(nn.Module):
         heads = x.unflatten(-1, (self.num_heads, -1)).permute(2, 0, 1, 3)  # [heads, P, T, D / heads]
         folded = heads.flatten(1, 2) @ weight.unflatten(0, (self.num_heads, -1))
         return folded.unflatten(1, x.shape[:2]).transpose(0, 1)
+
+    @property
+    def value_projection(self) -> ValueProjection:
+        """The weights that turn image tokens into values."""
+        return ValueProjection(self.v_proj.weight, self.v_proj.bias)
 
     @property
     def _scale(self) -> float:
@@ -367,31 +378,23 @@ class TwoWayTransformer(nn.Module):
         """
         layers: list[TwoWayAttentionBlock] = list(self.layers)  # type: ignore[arg-type]
         first = layers[0]
+        image = ImageTokens(keys, key_pe, image_index)
+        if shared is not None:
+            image = ImageTokens(shared.keys, key_pe, image_index, shared.q)
         queries = first.attend_self(tokens, tokens, token_mask, kernels)
         to_image = first.cross_attn_token_to_image
         if shared is not None and len(shared.keys) == 1:
             attended = to_image.attend_shared(queries + tokens, shared, kernels)
         else:
             values = token_to_image_attention(
-                to_image.fold_queries(queries + tokens),
-                keys if shared is None else shared.keys,
-                key_pe,
-                to_image.v_proj.weight,
-                to_image.v_proj.bias,
-                image_index=image_index,
-                kernels=kernels,
+                to_image.fold_queries(queries + tokens), image, to_image.value_projection, kernels=kernels
             )
             attended = to_image.out_proj(values)
-        keys = keys if shared is None else shared.keys
-        # Kept queries spare the torch form the sums with the positions and most of the scores; the Triton form reads
-        # the image tokens in any case.
-        image_queries = None
-        if shared is not None and resolve_kernels(kernels, keys.device, keys.dtype) == "torch":
-            image_queries = shared.q
+        image = without_unused_queries(image, kernels)
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
             queries = layer.update_tokens(queries, attended)
-            told = layer.cross_attn_image_to_token.fold_tokens(
-                queries + tokens, queries, token_mask, fold_keys=image_queries is None
+            absorbed = layer.cross_attn_image_to_token.fold_tokens(
+                queries + tokens, queries, token_mask, fold_keys=image.queries is None
             )
             to_image = self.final_attn_token_to_image
             if following is not None:
@@ -400,19 +403,13 @@ class TwoWayTransformer(nn.Module):
             else:
                 queries, tokens = queries[:, :answers], tokens[:, :answers]
             keys, values = two_way_attention(
-                keys,
-                key_pe,
-                *told,
-                layer.norm4.weight,
-                layer.norm4.bias,
+                image,
+                absorbed,
+                LayerNormWeights(layer.norm4.weight, layer.norm4.bias, layer.norm4.eps),
                 to_image.fold_queries(queries + tokens),
-                to_image.v_proj.weight,
-                to_image.v_proj.bias,
-                eps=layer.norm4.eps,
-                image_index=image_index,
-                image_queries=image_queries,
+                to_image.value_projection,
                 kernels=kernels,
             )
             attended = to_image.out_proj(values)
-            image_index = image_queries = None  # from here on every prompt has its own keys
+            image = ImageTokens(keys, key_pe)  # from here on every prompt has its own
         return self.norm_final_attn(queries + attended), keys

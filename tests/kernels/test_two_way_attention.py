@@ -11,56 +11,23 @@ import torch
 from comparison import assert_close_l2, assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels.cross_attention import (
+    EPS,
+    HEAD_DIM,
+    HEADS,
+    Inputs,
+    to_image,
+    to_image_inputs,
+    to_image_operands,
+    to_token,
+    to_token_inputs,
+    to_token_operands,
+)
 from kernels.foundation import DTYPES, assert_bands_untouched, guarded, guarded_output, kernel_without, large
 from torch import Tensor
 
-from fastsam_kernels import UnsupportedKernelError, image_to_token_attention, token_to_image_attention
+from fastsam_kernels import UnsupportedKernelError
 from fastsam_kernels.tile_config import arch_of, lookup
-from fastsam_kernels.two_way_attention import image_to_token_reference, token_to_image_reference
-
-HEADS, HEAD_DIM, EPS = 8, 8, 1e-5
-Inputs = tuple[Tensor, ...]
-
-
-def draw(shape: tuple[int, ...], seed: int, scale: float, dtype: torch.dtype, device: Any) -> Tensor:
-    generator = torch.Generator(device).manual_seed(seed)
-    return (scale * torch.randn(shape, generator=generator, device=device)).to(dtype)
-
-
-def to_image_inputs(
-    prompts: int,
-    tokens: int,
-    grid: int,
-    dtype: torch.dtype,
-    device: Any = "cpu",
-    channels: int = 64,
-    images: int = 0,
-    head_dim: int = HEAD_DIM,
-) -> Inputs:
-    shapes = (
-        ((prompts, HEADS, tokens, channels), 0.3),
-        ((images or prompts, grid * grid, channels), 1.0),
-        ((grid * grid, channels), 1.0),
-        ((HEADS * head_dim, channels), channels**-0.5),
-        ((HEADS * head_dim,), 1.0),
-    )
-    return tuple(draw(shape, seed, scale, dtype, device) for seed, (shape, scale) in enumerate(shapes))
-
-
-def to_token_inputs(
-    prompts: int, tokens: int, grid: int, dtype: torch.dtype, device: Any = "cpu", channels: int = 64, images: int = 0
-) -> Inputs:
-    folded = (prompts, HEADS, tokens, channels)
-    shapes = (
-        ((images or prompts, grid * grid, channels), 1.0),
-        ((grid * grid, channels), 1.0),
-        (folded, 0.3),
-        (folded[:3], 1.0),
-        (folded, 0.5),
-        ((channels,), 1.0),
-        ((channels,), 0.3),
-    )
-    return tuple(draw(shape, seed, scale, dtype, device) for seed, (shape, scale) in enumerate(shapes))
 
 
 class Operation:
@@ -68,16 +35,14 @@ class Operation:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        to_image = name == "token_to_image_attention"
-        self.inputs: Callable[..., Inputs] = to_image_inputs if to_image else to_token_inputs
-        self.public: Callable[..., Tensor] = token_to_image_attention if to_image else image_to_token_attention
-        self.by_prompt = (0,) if to_image else (2, 3, 4)  # places of what belongs to prompts, beside the keys
-        self.keys = 1 if to_image else 0
+        asks_image = name == "token_to_image_attention"
+        self.inputs: Callable[..., Inputs] = to_image_inputs if asks_image else to_token_inputs
+        self.public: Callable[..., Tensor] = to_image if asks_image else to_token
+        self.by_prompt = (0,) if asks_image else (2, 3, 4)  # places of what belongs to prompts, beside the keys
+        self.keys = 1 if asks_image else 0
 
-    def formula(self, *inputs: Tensor, image_index: Tensor | None = None) -> Tensor:
-        if self.name == "token_to_image_attention":
-            return token_to_image_reference(*inputs, image_index)
-        return image_to_token_reference(*inputs, EPS, image_index)
+    def formula(self, *inputs: Tensor, index: Tensor | None = None) -> Tensor:
+        return self.public(*inputs, index=index, kernels="reference")
 
     def plan(self, inputs: Inputs, out: Tensor) -> Any:
         tokens = inputs[self.by_prompt[0]].shape[2]
@@ -86,10 +51,10 @@ class Operation:
         if self.name == "token_to_image_attention":
             from fastsam_kernels.two_way_attention.token_to_image_kernel import plan
 
-            return plan(*inputs, None, out, tile)
+            return plan(*to_image_operands(inputs), out, tile)
         from fastsam_kernels.two_way_attention.image_to_token_kernel import plan as plan_to_token
 
-        return plan_to_token(*inputs, EPS, None, out, tile)
+        return plan_to_token(*to_token_operands(inputs), out, tile)
 
     def rows(self, inputs: Inputs, rows: slice) -> Inputs:
         places = {self.keys, *self.by_prompt}
@@ -157,20 +122,20 @@ def test_triton_form_at_any_shape(prompts: int, tokens: int, grid: int, which: i
 def test_prompts_of_several_images(operation: Operation, device: torch.device, kernels: str, images: int) -> None:
     inputs = operation.inputs(5, 7, 6, torch.float32, device, images=images)
     index = (torch.tensor([2, 0, 0, 1, 2]) % images).to(device)
-    out = operation.public(*inputs, image_index=index, kernels=kernels)
-    expected = operation.formula(*inputs, image_index=index)
+    out = operation.public(*inputs, index=index, kernels=kernels)
+    expected = operation.formula(*inputs, index=index)
     assert_close_l2(out, expected, 1e-5, f"{images} images")
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_padded_tokens_change_nothing(device: torch.device, kernels: str) -> None:
     keys, key_pe, token_keys, token_bias, token_values, *norm = to_token_inputs(2, 6, 8, torch.float32, device)
-    expected = image_to_token_attention(keys, key_pe, token_keys, token_bias, token_values, *norm, kernels=kernels)
+    expected = to_token(keys, key_pe, token_keys, token_bias, token_values, *norm, kernels=kernels)
     more = to_token_inputs(2, 9, 8, torch.float32, device)
     padded = [more[2].clone(), torch.full_like(more[3], -torch.inf), more[4].clone()]
     for target, source in zip(padded, (token_keys, token_bias, token_values), strict=True):
         target[:, :, :6] = source
-    out = image_to_token_attention(keys, key_pe, *padded, *norm, kernels=kernels)
+    out = to_token(keys, key_pe, *padded, *norm, kernels=kernels)
     assert_close_l2(out, expected, 1e-6, "three tokens of padding")
 
 
@@ -331,16 +296,16 @@ def test_bad_shapes_and_dtypes(operation: Operation) -> None:
         return (*inputs[:place], tensor, *inputs[place + 1 :])
 
     bad = [
-        (changed(queries, inputs[queries][0]), r"the folded tokens must be \[P, H, T, C\], got \[8, 7, 64\]"),
-        (changed(keys, inputs[keys][:1]), r"keys must be \[2, N, 64\], got \[1, 9, 64\]"),
-        (changed(keys + 1, inputs[keys + 1][1:]), r"key_pe must be \[9, 64\], got \[8, 64\]"),
+        (changed(queries, inputs[queries][0]), r"the absorbed tokens must be \[P, H, T, C\], got \[8, 7, 64\]"),
+        (changed(keys, inputs[keys][:1]), r"image.tokens must be \[2, N, 64\], got \[1, 9, 64\]"),
+        (changed(keys + 1, inputs[keys + 1][1:]), r"image.pe must be \[9, 64\], got \[8, 64\]"),
         (changed(len(inputs) - 1, inputs[-1][1:]), r"must be \[64\], got \[63\]"),
-        (changed(len(inputs) - 1, inputs[-1].half()), r"must have the dtype of the others, torch.float32, got"),
+        (changed(len(inputs) - 1, inputs[-1].half()), r"must have the dtype of the image tokens, torch.float32, got"),
     ]
     for arguments, message in bad:
         with pytest.raises(ValueError, match=message):
             operation.public(*arguments)
-    with pytest.raises(ValueError, match=r"image_index must be \[2\] of int64, got \[3\] torch.int64"):
-        operation.public(*inputs, image_index=torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"image.image_index must be \[2\] of int64, got \[3\] torch.int64"):
+        operation.public(*inputs, index=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"kernels must be one of .*, got 'cuda'"):
         operation.public(*inputs, kernels="cuda")

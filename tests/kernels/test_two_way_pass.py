@@ -3,49 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from comparison import assert_close_l2, assert_within_budget
+from kernels.cross_attention import (
+    EPS,
+    HEAD_DIM,
+    HEADS,
+    Inputs,
+    one_after_the_other,
+    to_image_operands,
+    to_token,
+    to_token_operands,
+    two_way,
+    two_way_inputs,
+    two_way_operands,
+)
 from kernels.foundation import DTYPES, assert_bands_untouched, guarded, guarded_output, kernel_without, large
-from kernels.test_two_way_attention import EPS, HEAD_DIM, HEADS, to_image_inputs, to_token_inputs
 from torch import Tensor
 
-from fastsam_kernels import (
-    UnsupportedKernelError,
-    image_to_token_attention,
-    token_to_image_attention,
-    two_way_attention,
-)
+from fastsam_kernels import UnsupportedKernelError
 from fastsam_kernels.launch import Launches
 from fastsam_kernels.tile_config import TileConfig, arch_of, lookup
 
-Inputs = tuple[Tensor, ...]
 KEYS, BY_PROMPT = 0, (2, 3, 4, 7)
-
-
-def make_inputs(
-    prompts: int,
-    tokens: int,
-    grid: int,
-    dtype: torch.dtype,
-    device: Any = "cpu",
-    channels: int = 64,
-    images: int = 0,
-    head_dim: int = HEAD_DIM,
-) -> Inputs:
-    update = to_token_inputs(prompts, tokens, grid, dtype, device, channels, images)
-    queries, _, _, value_weight, value_bias = to_image_inputs(
-        prompts, tokens, grid, dtype, device, channels, head_dim=head_dim
-    )
-    return (*update, queries, value_weight, value_bias)
-
-
-def one_after_the_other(*inputs: Tensor, kernels: str = "reference", index: Tensor | None = None) -> Inputs:
-    *update, queries, value_weight, value_bias = inputs
-    keys = image_to_token_attention(*update, eps=EPS, image_index=index, kernels=kernels)
-    return keys, token_to_image_attention(queries, keys, update[1], value_weight, value_bias, kernels=kernels)
 
 
 def plan(inputs: Inputs, out_keys: Tensor, out: Tensor) -> Launches:
@@ -53,7 +35,7 @@ def plan(inputs: Inputs, out_keys: Tensor, out: Tensor) -> Launches:
 
     shape_class = "8 tokens" if out.shape[1] <= 8 else "16 tokens"
     tile = lookup("two_way_attention", arch_of(out.device), inputs[0].dtype, shape_class)
-    return plan(*inputs, EPS, None, out_keys, out, tile)
+    return plan(*two_way_operands(inputs), out_keys, out, tile)
 
 
 def rows(inputs: Inputs, some: slice) -> Inputs:
@@ -64,18 +46,18 @@ def rows(inputs: Inputs, some: slice) -> Inputs:
 @pytest.mark.parametrize("images", [0, 1, 2])
 @pytest.mark.parametrize("kernels", ["reference", "torch"])
 def test_forms_in_pytorch(kernels: str, images: int) -> None:
-    inputs = make_inputs(3, 7, 5, torch.float32, images=images)
+    inputs = two_way_inputs(3, 7, 5, torch.float32, images=images)
     index = torch.tensor([1, 0, 1]) % images if images else None
     expected = one_after_the_other(*inputs, kernels=kernels, index=index)
-    for some, other in zip(two_way_attention(*inputs, image_index=index, kernels=kernels), expected, strict=True):
+    for some, other in zip(two_way(*inputs, index=index, kernels=kernels), expected, strict=True):
         assert torch.equal(some, other)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("prompts", "tokens", "grid"), [(2, 7, 16), (1, 16, 5)])
 def test_triton_form(device: torch.device, prompts: int, tokens: int, grid: int, dtype: torch.dtype) -> None:
-    inputs = make_inputs(prompts, tokens, grid, dtype, device)
-    found = two_way_attention(*inputs, kernels="triton")
+    inputs = two_way_inputs(prompts, tokens, grid, dtype, device)
+    found = two_way(*inputs, kernels="triton")
     for place, (out, what) in enumerate(zip(found, ("image tokens", "tokens"), strict=True)):
         assert out.is_contiguous()
         assert_within_budget(out, lambda *i, p=place: one_after_the_other(*i)[p], inputs, f"{what}, {dtype}")
@@ -99,8 +81,8 @@ def test_operands_of_all_heads_loaded_once(
     tiles_of: str, device: torch.device, head_dim: int, dtype: torch.dtype
 ) -> None:
     """With heads of 16 channels, as those of SAM are, W_v of 8 heads is multiplied by in two rounds."""
-    inputs = make_inputs(1, 7, 9, dtype, device, head_dim=head_dim)
-    found = two_way_attention(*inputs, kernels="triton")
+    inputs = two_way_inputs(1, 7, 9, dtype, device, head_dim=head_dim)
+    found = two_way(*inputs, kernels="triton")
     for place, out in enumerate(found):
         assert_within_budget(out, lambda *i, p=place: one_after_the_other(*i)[p], inputs, f"{tiles_of}, {place}")
 
@@ -112,19 +94,20 @@ def test_bit_equal_to_two_kernels_of_the_same_tiles(
 ) -> None:
     from fastsam_kernels.two_way_attention import image_to_token_kernel, token_to_image_kernel, two_way_kernel
 
-    inputs = make_inputs(prompts, tokens, grid, dtype, device, head_dim=head_dim)
+    inputs = two_way_inputs(prompts, tokens, grid, dtype, device, head_dim=head_dim)
     *update, queries, value_weight, value_bias = inputs
     arch, shape_class = two_way_kernel.arch_of(device), "8 tokens" if tokens <= 8 else "16 tokens"
     tile = lookup("two_way_attention", arch, dtype, shape_class)
     blocks = tile.blocks
     out_keys, out = torch.empty_like(update[0]), queries.new_empty(prompts, tokens, HEADS * head_dim)
-    telling = {"BLOCK_N": blocks["BLOCK_N"], "TILES": 2, "HEADS": blocks["HEADS"]}
-    asking = {"BLOCK_N": blocks["ASKED_N"], "HEADS": blocks["ASKING_HEADS"]}
-    to_token = TileConfig(telling, tile.num_warps, tile.num_stages)
-    to_image = TileConfig(asking, tile.num_warps, blocks["ASKING_STAGES"])
-    image_to_token_kernel.plan(*update, EPS, None, out_keys, to_token).run()
-    token_to_image_kernel.plan(queries, out_keys, update[1], value_weight, value_bias, None, out, to_image).run()
-    found_keys, found = two_way_attention(*inputs, kernels="triton")
+    update_blocks = {"BLOCK_N": blocks["BLOCK_N"], "TILES": 2, "HEADS": blocks["HEADS"]}
+    attend_blocks = {"BLOCK_N": blocks["ASKED_N"], "HEADS": blocks["ASKING_HEADS"]}
+    update_tile = TileConfig(update_blocks, tile.num_warps, tile.num_stages)
+    attend_tile = TileConfig(attend_blocks, tile.num_warps, blocks["ASKING_STAGES"])
+    image_to_token_kernel.plan(*to_token_operands(tuple(update)), out_keys, update_tile).run()
+    attend = to_image_operands((queries, out_keys, update[1], value_weight, value_bias))
+    token_to_image_kernel.plan(*attend, out, attend_tile).run()
+    found_keys, found = two_way(*inputs, kernels="triton")
     assert torch.equal(found_keys, out_keys)
     assert torch.equal(found, out)
 
@@ -133,30 +116,30 @@ def test_bit_equal_to_two_kernels_of_the_same_tiles(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("prompts", "tokens"), [(1, 7), (33, 16), pytest.param(1024, 7, marks=large)])
 def test_triton_form_at_real_size(device: torch.device, prompts: int, tokens: int, dtype: torch.dtype) -> None:
-    inputs = make_inputs(prompts, tokens, 64, dtype, device, channels=256)
-    found = two_way_attention(*inputs, kernels="triton")
+    inputs = two_way_inputs(prompts, tokens, 64, dtype, device, channels=256)
+    found = two_way(*inputs, kernels="triton")
     last = slice(prompts - 1, prompts)
     for place, out in enumerate(found):
         assert torch.isfinite(out).all()
         assert_within_budget(
             out[last], lambda *i, p=place: one_after_the_other(*i)[p], rows(inputs, last), f"{prompts}, {dtype}"
         )
-    for some, again in zip(found, two_way_attention(*inputs, kernels="triton"), strict=True):
+    for some, again in zip(found, two_way(*inputs, kernels="triton"), strict=True):
         assert torch.equal(some, again)
 
 
 def test_prompts_of_several_images(device: torch.device) -> None:
-    inputs = make_inputs(3, 7, 6, torch.float32, device, images=2)
+    inputs = two_way_inputs(3, 7, 6, torch.float32, device, images=2)
     index = torch.tensor([1, 0, 1], device=device)
     expected = one_after_the_other(*inputs, index=index)
-    found = two_way_attention(*inputs, image_index=index, kernels="triton")
+    found = two_way(*inputs, index=index, kernels="triton")
     for some, other in zip(found, expected, strict=True):
         assert_close_l2(some, other, 1e-5, "two images")
 
 
 def test_strided_keys_and_nothing_written_beside_the_outputs(device: torch.device) -> None:
-    inputs = make_inputs(2, 7, 5, torch.float16, device)
-    expected = two_way_attention(*inputs, kernels="triton")
+    inputs = two_way_inputs(2, 7, 5, torch.float16, device)
+    expected = two_way(*inputs, kernels="triton")
     strided = (guarded(inputs[KEYS], (0, 2, 1)), *inputs[1:])
     outputs, buffers = zip(*(guarded_output(x.shape, torch.float16, device) for x in expected), strict=True)
     plan(strided, *outputs).run()
@@ -166,10 +149,10 @@ def test_strided_keys_and_nothing_written_beside_the_outputs(device: torch.devic
 
 
 def test_batches_are_bit_equal(device: torch.device) -> None:
-    inputs = make_inputs(3, 7, 6, torch.float16, device)
-    whole = two_way_attention(*inputs, kernels="triton")
+    inputs = two_way_inputs(3, 7, 6, torch.float16, device)
+    whole = two_way(*inputs, kernels="triton")
     last = slice(2, 3)
-    for some, alone in zip(whole, two_way_attention(*rows(inputs, last), kernels="triton"), strict=True):
+    for some, alone in zip(whole, two_way(*rows(inputs, last), kernels="triton"), strict=True):
         assert torch.equal(some[last], alone)
 
 
@@ -178,14 +161,14 @@ def test_offsets_are_64_bit(device: torch.device) -> None:
     """The keys of three prompts 2^30 elements apart; the kernel without its casts reads what is not a key."""
     from fastsam_kernels.two_way_attention import two_way_kernel
 
-    inputs = list(make_inputs(3, 7, 2, torch.float16, device))
-    expected = two_way_attention(*inputs, kernels="triton")
+    inputs = list(two_way_inputs(3, 7, 2, torch.float16, device))
+    expected = two_way(*inputs, kernels="triton")
     keys, stride = inputs[KEYS], 2**30
     torch.utils.deterministic.fill_uninitialized_memory = False
     storage = torch.empty(6 * stride, dtype=keys.dtype, device=keys.device)
     torch.utils.deterministic.fill_uninitialized_memory = True
     inputs[KEYS] = storage.as_strided(keys.shape, (stride, keys.stride(1), 1), 3 * stride).copy_(keys)
-    found = two_way_attention(*inputs, kernels="triton")
+    found = two_way(*inputs, kernels="triton")
     assert all(torch.equal(some, other) for some, other in zip(found, expected, strict=True))
 
     outputs = [torch.zeros_like(tensor) for tensor in expected]
@@ -201,14 +184,14 @@ def test_offsets_are_64_bit(device: torch.device) -> None:
 def test_opcheck_and_one_graph(device: torch.device) -> None:
     from fastsam_kernels.two_way_attention.two_way_kernel import two_way_triton
 
-    inputs = make_inputs(2, 7, 3, torch.float16, device, images=1)
+    inputs = two_way_inputs(2, 7, 3, torch.float16, device, images=1)
     index = torch.zeros(2, dtype=torch.int64, device=device)
-    results = torch.library.opcheck(two_way_triton, (*inputs, EPS, index))
+    results = torch.library.opcheck(two_way_triton, (*inputs[:7], EPS, *inputs[7:], index))
     assert len(results) == 4
     assert set(results.values()) == {"SUCCESS"}
 
     def attend(*inputs: Tensor) -> Tensor:
-        keys, out = two_way_attention(*inputs, image_index=index, kernels="triton")
+        keys, out = two_way(*inputs, index=index, kernels="triton")
         return keys.sum() + out.sum()
 
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
@@ -216,15 +199,15 @@ def test_opcheck_and_one_graph(device: torch.device) -> None:
 
 
 def test_gradients_of_the_torch_form() -> None:
-    inputs = tuple(tensor.requires_grad_(True) for tensor in make_inputs(1, 3, 2, torch.float64))
-    assert torch.autograd.gradcheck(lambda *t: two_way_attention(*t, kernels="torch"), inputs, fast_mode=True)
+    inputs = tuple(tensor.requires_grad_(True) for tensor in two_way_inputs(1, 3, 2, torch.float64))
+    assert torch.autograd.gradcheck(lambda *t: two_way(*t, kernels="torch"), inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("kernels", ["reference", "torch", "triton"])
 def test_fewer_tokens_may_ask_the_image_than_it_asks(device: torch.device, kernels: str) -> None:
-    inputs = make_inputs(2, 7, 4, torch.float32, device)
-    keys, learnt = two_way_attention(*inputs, kernels=kernels)
-    some_keys, some = two_way_attention(*inputs[:7], inputs[7][:, :, :5], *inputs[8:], kernels=kernels)
+    inputs = two_way_inputs(2, 7, 4, torch.float32, device)
+    keys, learnt = two_way(*inputs, kernels=kernels)
+    some_keys, some = two_way(*inputs[:7], inputs[7][:, :, :5], *inputs[8:], kernels=kernels)
     assert torch.equal(some_keys, keys)
     assert some.shape == (2, 5, learnt.shape[2])
     assert_close_l2(some, learnt[:, :5], 1e-6, kernels)
@@ -251,52 +234,52 @@ def kept_queries(inputs: Inputs) -> tuple[Inputs, Inputs, Tensor]:
 @pytest.mark.parametrize(("prompts", "images", "grid"), [(1, 0, 8), (1, 1, 4), (3, 0, 5), (3, 1, 5), (3, 2, 5)])
 @pytest.mark.parametrize("kernels", ["reference", "torch"])
 def test_kept_queries_of_the_image_give_the_same(kernels: str, prompts: int, images: int, grid: int) -> None:
-    inputs = make_inputs(prompts, 7, grid, torch.float64, images=images)
+    inputs = two_way_inputs(prompts, 7, grid, torch.float64, images=images)
     index = torch.tensor([1, 0, 1])[:prompts] % images if images else None
     folded, unfolded, queries = kept_queries(inputs)
-    expected = two_way_attention(*folded, image_index=index, kernels="reference")
-    found = two_way_attention(*unfolded, image_index=index, image_queries=queries, kernels=kernels)
+    expected = two_way(*folded, index=index, kernels="reference")
+    found = two_way(*unfolded, index=index, image_queries=queries, kernels=kernels)
     for some, other in zip(found, expected, strict=True):
         torch.testing.assert_close(some, other, rtol=1e-10, atol=1e-10)
-    alone = image_to_token_attention(*unfolded[:7], image_index=index, image_queries=queries, kernels=kernels)
+    alone = to_token(*unfolded[:7], index=index, image_queries=queries, kernels=kernels)
     assert torch.equal(alone, found[0])
 
 
 def test_gradients_with_kept_queries() -> None:
-    _, inputs, queries = kept_queries(make_inputs(2, 3, 2, torch.float64, images=1))
+    _, inputs, queries = kept_queries(two_way_inputs(2, 3, 2, torch.float64, images=1))
     inputs = tuple(tensor.requires_grad_(tensor is not inputs[3]) for tensor in (*inputs, queries))
     index = torch.zeros(2, dtype=torch.int64)
 
     def attend(*tensors: Tensor) -> Inputs:
-        return two_way_attention(*tensors[:-1], image_index=index, image_queries=tensors[-1], kernels="torch")
+        return two_way(*tensors[:-1], index=index, image_queries=tensors[-1], kernels="torch")
 
     assert torch.autograd.gradcheck(attend, inputs, fast_mode=True)
 
 
 def test_kept_queries_have_no_triton_form_and_must_fit(device: torch.device) -> None:
-    _, inputs, queries = kept_queries(make_inputs(2, 7, 3, torch.float32, device))
-    with pytest.raises(UnsupportedKernelError, match="it folds the queries of the image, and image_queries is given"):
-        two_way_attention(*inputs, image_queries=queries, kernels="triton")
+    _, inputs, queries = kept_queries(two_way_inputs(2, 7, 3, torch.float32, device))
+    with pytest.raises(UnsupportedKernelError, match=r"it computes scores from the image tokens, and image\.queries"):
+        two_way(*inputs, image_queries=queries, kernels="triton")
     for wrong in (queries[:1], queries[:, 1:], queries[..., 1:]):
-        with pytest.raises(ValueError, match=r"image_queries must be \[2, 9, 8 \* d\], got"):
-            two_way_attention(*inputs, image_queries=wrong)
-    with pytest.raises(ValueError, match=r"token_keys and token_bias must be \[2, 8, 7, 7\] and \[2, 8, 7\]"):
-        two_way_attention(*inputs, image_queries=queries[..., 8:])
-    with pytest.raises(ValueError, match="image_queries must have the dtype of the others"):
-        two_way_attention(*inputs, image_queries=queries.half())
+        with pytest.raises(ValueError, match=r"image.queries must be \[2, 9, 8 \* d\], got"):
+            two_way(*inputs, image_queries=wrong)
+    with pytest.raises(ValueError, match=r"absorbed.keys and absorbed.bias must be \[2, 8, 7, 7\] and \[2, 8, 7\]"):
+        two_way(*inputs, image_queries=queries[..., 8:])
+    with pytest.raises(ValueError, match=r"image\.queries must have the dtype of the image tokens"):
+        two_way(*inputs, image_queries=queries.half())
 
 
 def test_bad_input(device: torch.device) -> None:
-    inputs = make_inputs(2, 7, 3, torch.float32)
-    for wrong in (make_inputs(2, 8, 3, torch.float32)[7], inputs[7][:, :, :0], inputs[7][:, 0], inputs[7][:1]):
+    inputs = two_way_inputs(2, 7, 3, torch.float32)
+    for wrong in (two_way_inputs(2, 8, 3, torch.float32)[7], inputs[7][:, :, :0], inputs[7][:, 0], inputs[7][:1]):
         message = rf"queries must be \[2, 8, 1 to 7, 64\], got {list(wrong.shape)}".replace("got [", r"got \[")
         with pytest.raises(ValueError, match=message):
-            two_way_attention(*inputs[:7], wrong, *inputs[8:])
-    with pytest.raises(ValueError, match=r"value_bias must be \[64\], got \[63\]"):
-        two_way_attention(*inputs[:9], inputs[9][1:])
+            two_way(*inputs[:7], wrong, *inputs[8:])
+    with pytest.raises(ValueError, match=r"value.bias must be \[64\], got \[63\]"):
+        two_way(*inputs[:9], inputs[9][1:])
     with pytest.raises(
-        ValueError, match=r"queries must have the dtype of the others, torch.float32, got torch.float16"
+        ValueError, match=r"queries must have the dtype of the image tokens, torch.float32, got torch.float16"
     ):
-        two_way_attention(*inputs[:7], inputs[7].half(), *inputs[8:])
+        two_way(*inputs[:7], inputs[7].half(), *inputs[8:])
     with pytest.raises(UnsupportedKernelError, match="a prompt may have up to 16 tokens, got 17"):
-        two_way_attention(*make_inputs(1, 17, 2, torch.float32, device), kernels="triton")
+        two_way(*two_way_inputs(1, 17, 2, torch.float32, device), kernels="triton")
