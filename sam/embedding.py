@@ -51,14 +51,10 @@ class _Finish:
 
 @dataclass(frozen=True)
 class _Kept:
-    """An image side, for which values it holds, and when it is computed.
-
-    ``memory`` is that of the weights: while it is held, no others get their addresses.
-    """
+    """An image side, for which values it holds, and when it is computed."""
 
     key: Hashable
     side: SharedImageSide
-    memory: list[Tensor]
     finish: _Finish | None
 
     def for_this_stream(self) -> SharedImageSide:
@@ -138,18 +134,17 @@ class ImageEmbedding:
         """
         return replace(self, features=self.ready_features().to(usable_device(device)))
 
-    def shared_image_side(
-        self, key: Hashable, make: Callable[[], tuple[SharedImageSide, list[Tensor]]]
-    ) -> SharedImageSide:
+    def shared_image_side(self, key: Hashable, make: Callable[[], SharedImageSide]) -> SharedImageSide:
         """Block 0 of the decoder on this image: ``make()`` the first time, and again when ``key`` changes.
 
-        ``key`` stands for the values that ``make`` reads, by the addresses of the weights, whose memory it returns too.
-        Two threads may both make it; the values are the same.
+        ``key`` is the generation of the weights that ``make`` reads. Two threads may both make it; the values are the
+        same.
         """
-        kept = self._shared
+        version = -1 if self.features.is_inference() else self.features._version
+        kept, key = self._shared, (key, version)
         if kept is None or kept.key != key:
-            side, memory = make()
-            kept = _Kept(key, side, memory, _Finish.of(side.keys))
+            side = make()
+            kept = _Kept(key, side, _Finish.of(side.keys))
             object.__setattr__(self, "_shared", kept)
         return kept.for_this_stream()
 

@@ -149,7 +149,7 @@ def _run_block(block: Any, x: Tensor, kernels: str) -> Tensor:
 
 
 def _decoder_checks(models: _Models, embedding: ImageEmbedding) -> Iterator[Check]:
-    if not models.ours.decodes_by_shortcuts:
+    if not models.ours.uses_fused_decoder:
         return  # with modules of a user's own it has no operations of ours; it is part of the whole
     yield models.compare(
         "positional encoding", "image grid", lambda m: m.prompt_encoder.get_dense_pe(), dtype=torch.float32

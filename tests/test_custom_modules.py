@@ -80,7 +80,7 @@ def test_what_a_user_put_into_the_decoder_is_reached(name: str) -> None:
     ]
     untouched = [model.predict(embedding, prompts, multimask).low_res_logits for multimask in (True, False)]
     CHANGES[name](model)
-    assert not model.decodes_by_shortcuts
+    assert not model.uses_fused_decoder
     for multimask, before in zip((True, False), untouched, strict=True):
         found = model.predict(embedding, prompts, multimask)
         assert not torch.allclose(found.low_res_logits, before, rtol=1e-3)

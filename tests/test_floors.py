@@ -26,6 +26,7 @@ FLOORS = {
     "sam.modeling.mask_decoder": (5, "parts"),
     "sam.modeling.prompt_encoder": (5, "parts"),
     "sam.modeling.transformer": (5, "parts"),
+    "sam.modeling.weight_cache": (5, "parts"),
     "sam.utils": (5, "utils"),
     "sam.inference": (6, "inference"),
     "sam.modeling": (7, "model"),

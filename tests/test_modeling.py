@@ -269,7 +269,7 @@ def test_threads_derive_a_value_once() -> None:
 
     def ask(_: int) -> object:
         meet.wait()
-        return model.derived("slow", slowly, model.prompt_encoder.no_mask_embed.weight)
+        return model.packed("slow", slowly, model.prompt_encoder.no_mask_embed.weight)
 
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(ask, range(4))) == set(made)

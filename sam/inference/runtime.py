@@ -9,21 +9,20 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from operator import attrgetter
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..modeling.common import DerivedWeights, fingerprint, is_ours, steps_at
+from ..modeling.common import is_ours
 from ..modeling.image_encoder import Block, ImageEncoderViT
 from ..modeling.mask_decoder import MaskDecoder
-from ..modeling.prompt_encoder import PromptEncoder
 from ..modeling.transformer import SharedImageSide
 from ..prompts.batch import PromptBatch
 from ..prompts.labels import LABEL_ABSENT
 from .buckets import TOKENS, Bucket, Limits, as_table
+from .eligibility import look
 from .graphs import Graphs, Recorder, Rows
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 logger = logging.getLogger("sam")
 
-_VERSION, _DROPPED = attrgetter("_version"), attrgetter("times_dropped")
 _LARGEST_IMAGE_BATCH = 8
 _MOST_GRAPHS = 256
 # Of a graph. The image side of a prompt is 2 MB in bf16 and several are alive: a pool for more would be gigabytes.
@@ -77,21 +75,18 @@ class _GraphsOfWeights:
 class Runtime:
     """Runs the passes of one model, compiled or as CUDA graphs. May be called from many threads.
 
-    A graph has the weights of the decoder, or of the encoder, in it. They are compared before every replay, and new
-    graphs are recorded after they changed; but a module put in place of another *inside* the decoder, a hook on it or
-    a quantisation of its weights needs :meth:`reset`.
+    A graph has the weights of the decoder, or of the encoder, in it. It belongs to their generation: after a change of
+    a weight, a hook or a module new graphs are recorded, or the request runs eagerly.
     """
 
     def __init__(self, model: Sam, *, compile_encoder: bool = True, recorder: Recorder | None = None) -> None:
         """
         Args:
-            model: keeps its modules and weights. A decoder with hooks or modules of a user's own runs eagerly; put
-                them in before, a click has no time to look for them.
+            model: a decoder with hooks or modules of a user's own runs eagerly.
             compile_encoder: the blocks of its encoder run compiled from now on, here or elsewhere.
             recorder: stands in for CUDA's graphs.
         """
         self._model = model
-        self._by_shortcuts = model.decodes_by_shortcuts
         self._lock = threading.Lock()
         self._first_use: dict[Bucket, float] = {}
         self._told: set[str] = set()
@@ -124,8 +119,7 @@ class Runtime:
         return _REPLAYED if self._replays else Limits(images=1, prompts=self._model.prompts_per_chunk)
 
     def reset(self) -> None:
-        """Forget every graph, and look anew for hooks and modules of a user's own and for quantised weights."""
-        self._by_shortcuts = self._model.decodes_by_shortcuts
+        """Forget every graph."""
         self._decoder_graphs.reset()
         self._encoder_graphs.reset()
 
@@ -276,7 +270,8 @@ class Runtime:
 
     def _graphs_now(self) -> Graphs:
         """The decoder's graphs for the weights as they are."""
-        weights = (self._settings(), self._weights())
+        parts = (self._model.prompt_encoder, self._model.mask_decoder)
+        weights = (self._settings(), *(look(part).generation for part in parts))
         return self._decoder_graphs.now(self._model.device, weights, forget=self._first_use.clear)
 
     def _replayable_encoder(self, pixels: Tensor) -> Hashable | None:
@@ -288,27 +283,10 @@ class Runtime:
             return None
         if pixels.shape != (1, 3, encoder.img_size, encoder.img_size) or pixels.device != model.device:
             return None
-        weights = fingerprint(encoder)  # a hook would see nothing of a replay
-        return None if weights is None else (self._settings(), weights)
-
-    def _weights(self) -> Hashable:
-        """Changes when a weight of the decoder does, or what is derived of them may have moved.
-
-        A click asks, so it is as short as it can be.
-        """
-
-        def parts(part: DerivedWeights) -> tuple[list[Tensor], list[Tensor], list[DerivedWeights]]:
-            every = [*part.parameters(), *part.buffers()]
-            deriving = [module for module in part.modules() if isinstance(module, DerivedWeights)]
-            return every, [tensor for tensor in every if not tensor.is_inference()], deriving
-
-        keys: list[Hashable] = []
-        for part in (self._model.prompt_encoder, self._model.mask_decoder):
-            # The lists are dropped by ``.to()`` and ``load_state_dict``, with all that is derived from weights.
-            every, versioned, deriving = part.derived("all weights", lambda part=part: parts(part))  # type: ignore[misc]
-            addresses = tuple(map(Tensor.data_ptr, every))
-            keys += [addresses, tuple(map(_VERSION, versioned)), tuple(map(_DROPPED, deriving)), steps_at(addresses)]
-        return tuple(keys)
+        snapshot = look(encoder)
+        if snapshot.intrusion is not None:  # a hook would see nothing of a replay
+            return None
+        return self._settings(), snapshot.generation
 
     def _image_rows(self, embeddings: Sequence[ImageEmbedding], bucket: Bucket) -> list[Rows | None]:
         """Features, keys, k, v and q of block 0: the features where there are mask inputs, else the rest."""
@@ -327,10 +305,8 @@ class Runtime:
 
     def _bucket_of(self, images: int, batch: PromptBatch, multimask: bool) -> Bucket | None:
         model = self._model
-        kinds = ((model.prompt_encoder, PromptEncoder), (model.mask_decoder, MaskDecoder))
-        ours = self._by_shortcuts and all(is_ours(module, kind) for module, kind in kinds)
         eager = torch.is_grad_enabled() or torch.is_autocast_enabled(model.device.type)
-        if len(batch) == 0 or not ours or (self._replays and eager):
+        if len(batch) == 0 or not model.uses_fused_decoder or (self._replays and eager):
             return None
         with_masks = batch.mask_inputs is not None
         fit = self.limits.fit(images, len(batch), batch.labels.shape[1], multimask, with_masks, model.dtype)

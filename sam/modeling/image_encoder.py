@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from fastsam_kernels import rel_pos_attention, requires_autograd
 
 from .common import LayerNorm2d, MLPBlock, is_as_written, is_ours
+from .weight_cache import WeightCache
 
 # Tokens that pass through the MLP together, so that its hidden channels stay near a CPU's cache.
 _TOKENS_AT_ONCE = {"cpu": 2048}
 
 
-class ImageEncoderViT(nn.Module):
+class ImageEncoderViT(WeightCache):
     """Encode normalised pixels [B, 3, img_size, img_size] as [B, out_chans, grid, grid], grid = img_size / patch_size.
 
     Without absolute positions it takes [B, 3, H, W] of any size: relative positions are resized to the grid.

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fastsam_kernels import UnsupportedKernelError, UpscalingWeights, hypernetwork_masks, pack_upscaling
 
 from ..system.tensors import is_making_graph
-from .common import DerivedWeights, LayerNorm2d, is_as_written
+from .common import LayerNorm2d
 from .transformer import SharedImageSide, TwoWayTransformer
+from .weight_cache import WeightCache
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class AnsweredPrompts:
     iou: Tensor
 
 
-class MaskDecoder(DerivedWeights):
+class MaskDecoder(WeightCache):
     """Predicts ``num_multimask_outputs`` masks for ambiguous prompts and one for unambiguous ones."""
 
     __constants__ = ("num_multimask_outputs", "num_mask_tokens")
@@ -142,19 +143,6 @@ class MaskDecoder(DerivedWeights):
         mask_tokens = tokens[:, 1 : 1 + self.num_mask_tokens]
         masks = self._masks_by_modules(keys, mask_tokens, slice(None), (grid[0], grid[1]))
         return masks, self.iou_prediction_head(tokens[:, 0])
-
-    @property
-    def is_official(self) -> bool:
-        """Whether :meth:`decode` computes what ``forward`` does, which calls every module.
-
-        It does not reach hooks, nor what a user put in the place of a block, an attention, an MLP or the upscaling.
-        """
-        transformer, mlps = self.transformer, self.output_hypernetworks_mlps
-        if type(self) is not MaskDecoder or type(transformer) is not TwoWayTransformer:
-            return False
-        if type(self.output_upscaling) is not nn.Sequential or not transformer.has_official_parts:
-            return False
-        return all(type(mlp) is MLP and mlp.is_official for mlp in mlps) and is_as_written(self)
 
     @staticmethod
     def mask_slice(multimask_output: bool) -> slice:
@@ -288,7 +276,7 @@ class MaskDecoder(DerivedWeights):
             ]
 
         sources = [parameter for mlp in mlps for parameter in mlp.parameters()]
-        stacked = self.derived(f"hypernetworks {mask_slice.start}:{mask_slice.stop}", stack, *sources)
+        stacked = self.packed(f"hypernetworks {mask_slice.start}:{mask_slice.stop}", stack, *sources)
         x = mask_tokens[:, mask_slice].transpose(0, 1)
         for index, (weight, bias) in enumerate(stacked):
             x = torch.baddbmm(bias, x, weight)
@@ -299,7 +287,7 @@ class MaskDecoder(DerivedWeights):
     def _upscaling(self) -> UpscalingWeights:
         first, norm, _, second, _ = self.output_upscaling
         weights = [getattr(layer, name) for layer in (first, norm, second) for name in ("weight", "bias")]
-        return self.derived("upscaling", lambda: pack_upscaling(*weights), *weights)
+        return self.packed("upscaling", lambda: pack_upscaling(*weights), *weights)
 
     def _has_official_upscaling(self, kernels: str) -> bool:
         """Whether ``output_upscaling`` is what the operation computes; another activation runs as modules."""
@@ -348,11 +336,6 @@ class MLP(nn.Module):
         widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
         self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
         self.sigmoid_output = sigmoid_output
-
-    @property
-    def is_official(self) -> bool:
-        """Whether it is nothing but plain linears with ReLU between."""
-        return not self.sigmoid_output and all(type(layer) is nn.Linear for layer in self.layers)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:

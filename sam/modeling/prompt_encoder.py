@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from ..prompts.checks import check_mask_inputs
 from ..prompts.labels import LABEL_PADDING
 from ..prompts.tensors import append_padding_point, box_labels, check_prompts
-from .common import DerivedWeights, Fp32Buffers, LayerNorm2d, is_as_written
+from .common import Fp32Buffers, LayerNorm2d
+from .weight_cache import WeightCache
 
 
-class PromptEncoder(DerivedWeights):
+class PromptEncoder(WeightCache):
     """Embeds prompts given in pixels of the padded square input."""
 
     __constants__ = ("embed_dim", "input_image_size", "image_embedding_size", "mask_input_size")
@@ -53,16 +54,10 @@ class PromptEncoder(DerivedWeights):
         )
         self.no_mask_embed = nn.Embedding(1, embed_dim)
 
-    @property
-    def is_official(self) -> bool:
-        """Whether :meth:`embed_tokens` computes what ``forward`` does, which a user may have changed."""
-        official = type(self) is PromptEncoder and type(self.pe_layer) is PositionEmbeddingRandom
-        return official and is_as_written(self)
-
     def get_dense_pe(self) -> Tensor:
         """The positional encoding of the image embedding's grid, [1, embed_dim, grid_h, grid_w], fp32."""
         height, width = self.image_embedding_size  # programs change it to feed images of another size
-        return self.derived(
+        return self.packed(
             f"dense_pe {height}x{width}",
             lambda: self.pe_layer((height, width))[None],
             self.pe_layer.positional_encoding_gaussian_matrix,

@@ -18,6 +18,7 @@ from ..embedding import ImageEmbedding
 from ..images.geometry import ImageGeometry
 from ..images.prepare import CheckedImage, PreparedImage
 from ..images.tensors import normalize_and_pad
+from ..inference.eligibility import look, why_not_fused
 from ..masks import upscale
 from ..masks.results import MaskPrediction
 from ..prompts.batch import PromptBatch, ragged_chunks
@@ -25,26 +26,19 @@ from ..prompts.checks import check_mask_inputs
 from ..prompts.labels import LABEL_ABSENT
 from ..prompts.prompt import Prompt
 from ..system.malloc import keep_freed_memory
-from .common import (
-    DerivedWeights,
-    Fp32Buffers,
-    is_ours,
-    memory_of,
-    uncompiled,
-    weights_key,
-    weights_of,
-)
+from .common import Fp32Buffers, is_ours, uncompiled
 from .identity import hash_of_model
 from .image_encoder import ImageEncoderViT
 from .mask_decoder import AnsweredPrompts, DecodedPrompts, MaskDecoder
 from .prompt_encoder import PromptEncoder
 from .transformer import SharedImageSide
+from .weight_cache import WeightCache, weights_of
 
 if TYPE_CHECKING:
     from ..inference import Runtime
 
 
-class Sam(DerivedWeights, Fp32Buffers):
+class Sam(WeightCache, Fp32Buffers):
     """Segment Anything (arXiv 2304.02643): an image encoder, a prompt encoder and a mask decoder.
 
     ``forward`` is the official batched interface. ``encode`` and ``predict`` are ours: handles that can be kept,
@@ -119,7 +113,7 @@ class Sam(DerivedWeights, Fp32Buffers):
         about 0.1 s on four cores.
         """
         with torch.no_grad():
-            return self.derived("model_hash", lambda: hash_of_model(self), *weights_of(self))
+            return self.packed("model_hash", lambda: hash_of_model(self), *weights_of(self))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "runtime": None}  # a copy runs eagerly
@@ -333,20 +327,19 @@ class Sam(DerivedWeights, Fp32Buffers):
             found = self.runtime.decode(embeddings, batch, multimask_output)
             if found is not None:
                 return found[0].to(self._logits_dtype), found[1].to(self._logits_dtype)
-        if not self.decodes_by_shortcuts:
+        if not self.uses_fused_decoder:
             return self._decode_by_modules(embeddings, batch, multimask_output)
         decoded = self._decode_tokens(embeddings, batch)
         iou = decoded.iou[:, MaskDecoder.mask_slice(multimask_output)]
         return self.decode_masks(decoded, multimask_output), iou.to(self._logits_dtype)
 
     @property
-    def decodes_by_shortcuts(self) -> bool:
-        """Whether prompts need not go through the official calls of the prompt encoder and the mask decoder.
+    def uses_fused_decoder(self) -> bool:
+        """True unless prompts go through the official calls of the prompt encoder and the mask decoder.
 
         They do where a user hooked, patched, subclassed or replaced something in there.
         """
-        parts = (self.prompt_encoder, self.mask_decoder)
-        return all(getattr(uncompiled(part), "is_official", False) for part in parts)
+        return why_not_fused(prompt_encoder=self.prompt_encoder, mask_decoder=self.mask_decoder) is None
 
     def _decode_by_modules(
         self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
@@ -376,7 +369,7 @@ class Sam(DerivedWeights, Fp32Buffers):
 
         It holds the image side of each prompt: ask for :attr:`prompts_per_chunk` prompts or so at a time.
         """
-        if not self.decodes_by_shortcuts:
+        if not self.uses_fused_decoder:
             both = [self._decode_by_modules(embeddings, batch, multimask) for multimask in (False, True)]
             return AnsweredPrompts(*(torch.cat(parts, dim=1) for parts in zip(*both, strict=True)))
         return self._decode_tokens(embeddings, batch)
@@ -409,25 +402,20 @@ class Sam(DerivedWeights, Fp32Buffers):
 
     def shared_image_side(self, embeddings: Sequence[ImageEmbedding]) -> SharedImageSide:
         """What prompts without a mask input share of each image, kept in its embedding; one row an image."""
-        prompt_encoder, block = self.prompt_encoder, self.mask_decoder.transformer.first_block
-        weights = (
-            prompt_encoder.no_mask_embed.weight,
-            prompt_encoder.pe_layer.positional_encoding_gaussian_matrix,
-            *block.image_side_weights(),
-        )
+        prompt_encoder, mask_decoder = uncompiled(self.prompt_encoder), uncompiled(self.mask_decoder)
+        no_mask = prompt_encoder.no_mask_embed.weight
+        weights = (no_mask, *mask_decoder.transformer.first_block.image_side_weights())
         narrowed = torch.is_autocast_enabled(self.device.type) and torch.get_autocast_dtype(self.device.type)
-        how = narrowed, self.times_dropped, prompt_encoder.times_dropped, self.mask_decoder.times_dropped
+        key = narrowed, look(prompt_encoder).generation, look(mask_decoder).generation
 
         def side(embedding: ImageEmbedding) -> SharedImageSide:
             def make() -> SharedImageSide:
-                return self.mask_decoder.share_image_side(
-                    embedding.ready_features(), prompt_encoder.get_dense_pe(), prompt_encoder.no_mask_embed.weight
-                )
+                return mask_decoder.share_image_side(embedding.ready_features(), prompt_encoder.get_dense_pe(), no_mask)
 
-            if not block.is_official or requires_autograd(embedding.features, *weights):
-                return make()  # an adapter may be turned on and off, and a graph serves one backward pass
-            key = (weights_key(embedding.features, *weights), *how)
-            return embedding.shared_image_side(key, lambda: (make(), memory_of(weights)))
+            # An adapter may be turned on and off, and a graph serves one backward pass.
+            if not mask_decoder.transformer.first_block.is_official or requires_autograd(embedding.features, *weights):
+                return make()
+            return embedding.shared_image_side(key, make)
 
         sides = [side(embedding) for embedding in embeddings]
         if len(sides) == 1:
@@ -467,8 +455,8 @@ class Sam(DerivedWeights, Fp32Buffers):
 
     def _known_hash(self) -> str | None:
         # Asking every parameter whether it changed would cost more than a click: ``encode`` does that.
-        kept = self._derived.get("model_hash")
-        return kept[1] if kept is not None else self.model_hash
+        kept = self._packed.get("model_hash")
+        return kept.value if kept is not None else self.model_hash
 
     @property
     def _logits_dtype(self) -> torch.dtype:

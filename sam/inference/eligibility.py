@@ -1,0 +1,280 @@
+"""The one place that decides whether the parts of a model may run fused, and that notices when they change.
+
+A *part* is an image encoder, a prompt encoder or a mask decoder. :func:`look` returns what is known of one, a
+:class:`Snapshot`, and makes a new one with another ``generation`` when the part has changed since: a hook, a patched
+method, a module in the place of another, a weight that was replaced or written, a constant, an optimiser's step.
+Values that were computed of the weights belong to a generation.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter, is_
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ..modeling import image_encoder, transformer
+from ..modeling.common import LayerNorm2d, MLPBlock, uncompiled
+from ..modeling.image_encoder import ImageEncoderViT, PatchEmbed
+from ..modeling.mask_decoder import MLP, MaskDecoder
+from ..modeling.prompt_encoder import PositionEmbeddingRandom, PromptEncoder
+from ..modeling.transformer import TwoWayAttentionBlock, TwoWayTransformer
+from ..modeling.weight_cache import PACKING, Stale, WeightCache, finish, packing
+from ..system.tensors import is_making_graph, is_plain
+
+T = TypeVar("T")
+
+PARTS: dict[str, type[WeightCache]] = {
+    "image_encoder": ImageEncoderViT,
+    "prompt_encoder": PromptEncoder,
+    "mask_decoder": MaskDecoder,
+}
+
+_OURS = (
+    *PARTS.values(),
+    *(image_encoder.Block, image_encoder.Attention, PatchEmbed),
+    *(TwoWayTransformer, TwoWayAttentionBlock, transformer.Attention),
+    *(PositionEmbeddingRandom, MLP, MLPBlock, LayerNorm2d),
+)
+_TORCH = (
+    *(nn.Linear, nn.LayerNorm, nn.Embedding, nn.Conv2d, nn.ConvTranspose2d, nn.GELU, nn.ReLU),
+    *(nn.Sequential, nn.ModuleList),
+)
+
+
+def _methods(kind: type) -> dict[str, Any]:
+    kinds = (types.FunctionType, staticmethod, classmethod, property)
+    return {name: value for name, value in kind.__dict__.items() if isinstance(value, kinds)}
+
+
+# The methods of each class as they are written, to notice that somebody patched one.
+_WRITTEN = {kind: _methods(kind) for kind in _OURS} | {kind: {"forward": kind.forward} for kind in _TORCH[:-1]}
+_GLOBAL_HOOKS = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
+_version = attrgetter("_version")
+_generations = itertools.count(1)  # of all parts: what belongs to one is never taken for another's
+
+
+class Snapshot(Stale):
+    """A part as it was at one time. Immutable but for the values that :meth:`packed` keeps.
+
+    Attributes:
+        generation: a number that no other snapshot has.
+        intrusion: a sentence on the first hook, patched method or weight that is no plain tensor; None without any.
+        why_not_fused: a sentence on what keeps the part from running fused; None where nothing does.
+    """
+
+    __slots__ = (
+        *("generation", "intrusion", "why_not_fused", "_values"),
+        *("_hooks", "_modules", "_states", "_sizes", "_kinds", "_contents", "_members", "_weights", "_addresses"),
+        *("_versioned", "_versions", "_constants", "_constant_values", "_methods", "_functions"),
+    )
+
+    def __init__(self, part: WeightCache, name: str) -> None:
+        self.generation = next(_generations)
+        self._modules = list(part.modules())
+        self._states = [module.__dict__ for module in self._modules]
+        self._sizes = list(map(len, self._states))
+        self._kinds = list(map(type, self._modules))
+        self._hooks = [state[kind] for state in self._states for kind in ("_forward_hooks", "_forward_pre_hooks")]
+        contents = (state[kind] for state in self._states for kind in ("_modules", "_parameters", "_buffers"))
+        self._contents = list(filter(None, contents))  # what joins an empty one has no part in what a stock module does
+        self._members = self._present_members()
+        self._weights = [member for member in self._members if isinstance(member, Tensor) and is_plain(member)]
+        self._weights = [weight for weight in self._weights if weight.layout == torch.strided]
+        self._addresses = list(map(Tensor.data_ptr, self._weights))
+        self._versioned = [weight for weight in self._weights if not weight.is_inference()]
+        self._versions = list(map(_version, self._versioned))
+        self._constants = list(_constants(self._modules))
+        self._constant_values = self._present_constants()
+        written = [(kind, *item) for kind in set(self._kinds) & _WRITTEN.keys() for item in _WRITTEN[kind].items()]
+        self._methods = [(kind.__dict__, name) for kind, name, _ in written]
+        self._functions = [function for _, _, function in written]
+        self._values: dict[Callable[..., Any], Any] = {}
+        self.intrusion = find_intrusion(part, name)
+        self.why_not_fused = self.intrusion or _find_stranger(part, name)
+        super().__init__(self._addresses)
+
+    def is_current(self) -> bool:
+        """Tell whether the part is still as it was; every request asks."""
+        hooked = any(self._hooks) or any(_GLOBAL_HOOKS)
+        if hooked or self.intrusion is not None:
+            return False  # looking anew costs less than the official modules, which run then
+        members = self._present_members()
+        return (
+            not self.is_stale
+            and len(members) == len(self._members)
+            and all(map(is_, members, self._members))
+            and list(map(Tensor.data_ptr, self._weights)) == self._addresses
+            and list(map(_version, self._versioned)) == self._versions
+            and list(map(len, self._states)) == self._sizes
+            and list(map(type, self._modules)) == self._kinds
+            and self._present_constants() == self._constant_values
+            and [methods.get(name) for methods, name in self._methods] == self._functions
+        )
+
+    def packed(self, make: Callable[[Any], T], part: Any) -> T:
+        """Return ``make(part)``, computed once for this generation."""
+        value = self._values.get(make)
+        if value is None:
+            with PACKING:
+                value = self._values.get(make)
+                if value is None:
+                    with packing(self._weights):
+                        value = make(part)
+                    finish(self._weights)
+                    self._values[make] = value
+        return value
+
+    def _present_members(self) -> list[Any]:
+        return list(itertools.chain.from_iterable(map(dict.values, self._contents)))
+
+    def _present_constants(self) -> list[Any]:
+        return [state.get(name) for state, name in self._constants]
+
+
+def look(part: WeightCache) -> Snapshot:
+    """Return what is known of ``part`` as it is now."""
+    snapshot: Snapshot | None = part._snapshot
+    if snapshot is None or not snapshot.is_current():
+        with PACKING:
+            snapshot = part._snapshot
+            if snapshot is None or not snapshot.is_current():
+                snapshot = Snapshot(part, _name_of(part))
+                part._snapshot = snapshot
+    return snapshot
+
+
+def why_not_fused(**parts: nn.Module) -> str | None:
+    """Return a sentence on what keeps ``parts``, by the names of :data:`PARTS`, from running fused; None if nothing.
+
+    It names the module: "mask_decoder.transformer.layers.1 has a forward hook".
+    """
+    for name, part in parts.items():
+        part = uncompiled(part)
+        if type(part) is not PARTS[name]:
+            return f"{name} is {_a(part)}, not {_a(PARTS[name])} of this package"
+        reason = look(part).why_not_fused  # type: ignore[arg-type]
+        if reason is not None:
+            return reason
+    return None
+
+
+def why_not_now(*inputs: Tensor, part: nn.Module | None = None) -> str | None:
+    """Return a sentence on what about this call of a module, not about the module, wants the official operations."""
+    if is_making_graph():
+        return "the call is traced, exported or compiled"
+    weights = () if part is None else part.parameters()
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *weights)):
+        return "autograd records the call"
+    if not all(is_plain(tensor) and not _is_wrapped(tensor) for tensor in inputs):
+        return "an input is no plain tensor"
+    if torch.is_autocast_enabled(inputs[0].device.type):
+        return "autocast is enabled"
+    return None
+
+
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # type: ignore[attr-defined]
+
+
+def is_stock(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Tell whether ``module`` is of class ``kind`` as it is written, unhooked, unpatched and of plain weights."""
+    module = uncompiled(module)
+    return type(module) is kind and _intrusion_on(module, "it") is None
+
+
+def has_no_hooks(module: nn.Module) -> bool:
+    """Tell whether ``module`` and all modules in it are unhooked, unpatched and of plain weights."""
+    return find_intrusion(module, "it") is None
+
+
+def find_intrusion(root: nn.Module, name: str) -> str | None:
+    """Return a sentence on the first hook, patched method or other than plain weight in ``root``, which is ``name``."""
+    if any(_GLOBAL_HOOKS):
+        return "a forward hook is registered for all modules"
+    for path, module in root.named_modules(prefix=name):
+        found = _intrusion_on(module, path)
+        if found is not None:
+            return found
+    return None
+
+
+def _intrusion_on(module: nn.Module, name: str) -> str | None:
+    state, kind = module.__dict__, type(module)
+    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+        return f"{name} has a forward hook"
+    written = _WRITTEN.get(kind, {})
+    for method in state.keys() & (written.keys() | {"forward"}):
+        return f"{name} has a {method} of its own, set on the instance"
+    for method, function in written.items():
+        if kind.__dict__.get(method) is not function:
+            return f"{method} of {kind.__name__}, the class of {name}, was replaced"
+    for weight, tensor in (*state["_parameters"].items(), *state["_buffers"].items()):
+        if tensor is not None and not is_plain(tensor):
+            return f"{name}.{weight} is {_a(tensor)}, no plain tensor"
+    return None
+
+
+def _find_stranger(part: nn.Module, name: str) -> str | None:
+    """Return a sentence on the first module in ``part`` that its fused form cannot stand for."""
+    for path, module in part.named_modules(prefix=name):
+        if type(module) not in _OURS and isinstance(module, _OURS):
+            return f"{path} is {_a(module)}, a subclass"
+    for path, kind in _places(part):
+        module = part.get_submodule(path)
+        if type(module) is not kind:
+            return f"{name}.{path} is {_a(module)}, not {_a(kind)}"
+    if isinstance(part, MaskDecoder):
+        for index, mlp in enumerate(part.output_hypernetworks_mlps):
+            if mlp.sigmoid_output:
+                return f"{name}.output_hypernetworks_mlps.{index} ends in a sigmoid"
+    return None
+
+
+def _places(part: nn.Module) -> Iterator[tuple[str, type[nn.Module]]]:
+    """Yield the modules of a part that its fused form replaces, and the classes that it knows for them."""
+    if isinstance(part, PromptEncoder):
+        yield "pe_layer", PositionEmbeddingRandom
+        yield from ((f"point_embeddings.{index}", nn.Embedding) for index in range(len(part.point_embeddings)))
+        yield from ((name, nn.Embedding) for name in ("not_a_point_embed", "no_mask_embed"))
+    elif isinstance(part, MaskDecoder):
+        yield from ((name, nn.Embedding) for name in ("iou_token", "mask_tokens"))
+        yield "transformer", TwoWayTransformer
+        yield "output_upscaling", nn.Sequential
+        for block in range(len(part.transformer.layers)):
+            path = f"transformer.layers.{block}"
+            yield path, TwoWayAttentionBlock
+            for attention in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token"):
+                yield f"{path}.{attention}", transformer.Attention
+        yield "transformer.final_attn_token_to_image", transformer.Attention
+        for index, mlp in enumerate(part.output_hypernetworks_mlps):
+            yield f"output_hypernetworks_mlps.{index}", MLP
+            for layer in range(len(mlp.layers)):
+                yield f"output_hypernetworks_mlps.{index}.layers.{layer}", nn.Linear
+    elif isinstance(part, ImageEncoderViT):
+        for block in range(len(part.blocks)):
+            yield f"blocks.{block}", image_encoder.Block
+            yield f"blocks.{block}.attn", image_encoder.Attention
+
+
+def _constants(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield where the numbers stand that modules compute with besides weights, and how often caches were cleared."""
+    for module in modules:
+        state = module.__dict__
+        if isinstance(module, WeightCache):
+            yield state, "generation"
+        if type(module) in (*_OURS, nn.LayerNorm, nn.GELU):
+            yield from ((state, name) for name in getattr(module, "__constants__", ()))
+
+
+def _name_of(part: nn.Module) -> str:
+    return next((name for name, kind in PARTS.items() if isinstance(part, kind)), type(part).__name__)
+
+
+def _a(thing: Any) -> str:
+    name = thing.__name__ if isinstance(thing, type) else type(thing).__name__
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
