@@ -227,6 +227,8 @@ def _find_stranger(part: nn.Module, name: str) -> str | None:
     for path, kind in _places(part):
         module = part.get_submodule(path)
         if type(module) is not kind:
+            if type(module).__name__ == kind.__name__:  # as of a quantised layer
+                return f"{name}.{path} is {_whole_name(type(module))}, not {_whole_name(kind)}"
             return f"{name}.{path} is {_a(module)}, not {_a(kind)}"
     if isinstance(part, MaskDecoder):
         for index, mlp in enumerate(part.output_hypernetworks_mlps):
@@ -273,6 +275,10 @@ def _constants(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], s
 
 def _name_of(part: nn.Module) -> str:
     return next((name for name, kind in PARTS.items() if isinstance(part, kind)), type(part).__name__)
+
+
+def _whole_name(kind: type) -> str:
+    return f"a {kind.__module__}.{kind.__qualname__}"
 
 
 def _a(thing: Any) -> str:
