@@ -158,7 +158,7 @@ def why_not_fused(**parts: nn.Module) -> str | None:
         part = uncompiled(part)
         if type(part) is not PARTS[name]:
             return f"{name} is {_a(part)}, not {_a(PARTS[name])} of this package"
-        reason = look(part).why_not_fused  # type: ignore[arg-type]
+        reason = look(part).why_not_fused
         if reason is not None:
             return reason
     return None
@@ -178,7 +178,7 @@ def why_not_now(*inputs: Tensor, part: nn.Module | None = None) -> str | None:
     return None
 
 
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # type: ignore[attr-defined]
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def is_stock(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -255,7 +255,7 @@ def _places(part: nn.Module) -> Iterator[tuple[str, type[nn.Module]]]:
         yield "transformer.final_attn_token_to_image", transformer.Attention
         for index, mlp in enumerate(part.output_hypernetworks_mlps):
             yield f"output_hypernetworks_mlps.{index}", MLP
-            for layer in range(len(mlp.layers)):
+            for layer in range(len(mlp.layers)):  # type: ignore[arg-type]
                 yield f"output_hypernetworks_mlps.{index}.layers.{layer}", nn.Linear
     elif isinstance(part, ImageEncoderViT):
         for block in range(len(part.blocks)):

@@ -51,7 +51,7 @@ class LayerNorm2d(nn.Module):
         return (normed * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-def uncompiled(module: nn.Module) -> nn.Module:
+def uncompiled(module: nn.Module) -> Any:
     """What ``torch.compile`` wrapped, or the module itself."""
     return getattr(module, "_orig_mod", module)
 
