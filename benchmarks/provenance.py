@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from sam.system.hardware import usable_cores
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 CPU_RESULTS = (
@@ -32,7 +34,7 @@ def provenance() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "revision": _revision(),
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,

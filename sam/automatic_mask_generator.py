@@ -24,6 +24,7 @@ from .masks.upscale import remove_small_regions
 from .modeling import Sam
 from .predictor import SamPredictor
 from .prompts.checks import check_finite
+from .system.device_profile import device_profile
 from .utils.amg import (
     MaskData,
     area_from_rle,
@@ -38,7 +39,6 @@ from .utils.amg import (
 _OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 # No image has a side of more than 2^30 pixels; how many layers one has room for is known when it comes.
 _MOST_LAYERS = 30
-_CROPS_AT_ONCE = 8  # a pass of the encoder on a GPU
 # The embedded model rates its own masks low: with SAM's thresholds, the defaults below, next to nothing is left.
 NANO_THRESHOLDS = {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.8}
 
@@ -243,13 +243,13 @@ class SamAutomaticMaskGenerator:
         model = self.predictor.model
         # Several threads may be here at once, so each call has a predictor of its own, unless a user patched the one.
         predictor = self.predictor if "set_image" in vars(self.predictor) else copy(self.predictor)
-        at_once = 1 if model.device.type == "cpu" else _CROPS_AT_ONCE
-        for start in range(0, len(parts), at_once):
-            some = parts[start : start + at_once]
-            if len(some) > 1 or self.resize_on_device:
-                yield from model.encode(some, resize_on_device=self.resize_on_device)
+        batch_size = device_profile(model.device).images_per_pass
+        for start in range(0, len(parts), batch_size):
+            batch = parts[start : start + batch_size]
+            if len(batch) > 1 or self.resize_on_device:
+                yield from model.encode(batch, resize_on_device=self.resize_on_device)
             else:
-                predictor.set_image(some[0])
+                predictor.set_image(batch[0])
                 embedding = predictor.embedding
                 predictor.reset_image()
                 yield embedding

@@ -15,7 +15,7 @@ from PIL import Image
 
 import sam
 from sam import Prompt, Sam
-from sam.sessions.stream import default_workers
+from sam.system.device_profile import preparing_threads
 
 SIZES = ((40, 60), (60, 40), (48, 48), (33, 90), (20, 21))
 
@@ -131,8 +131,8 @@ def test_images_resized_on_the_device(model: Sam, images: list[np.ndarray]) -> N
 def test_as_many_threads_as_the_model_leaves_cores_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for cores in (1, 3, 64):
         monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: set(range(cores)), raising=False)
-        assert default_workers(torch.device("cpu")) == 2
-        assert default_workers(torch.device("cuda")) == min(8, cores)
+        assert preparing_threads(torch.device("cpu")) == 2
+        assert preparing_threads(torch.device("cuda")) == min(8, cores)
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert default_workers(torch.device("cuda")) == 1
+    assert preparing_threads(torch.device("cuda")) == 1

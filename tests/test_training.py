@@ -22,7 +22,7 @@ from sam.training.loop import resume, save, train
 from sam.training.muon import Muon, hidden_matrices, orthogonalized
 from sam.training.scenes import Scene, held_out_scene, scene_rng, training_scene
 from sam.training.schedule import Schedule, Stage
-from sam.training.trainer import _TOKENS_AT_ONCE, Settings, Trainer
+from sam.training.trainer import Settings, Trainer
 
 CPU = torch.device("cpu")
 STAGES = (
@@ -374,30 +374,28 @@ def test_training_learns_one_scene() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "corrections"), [(torch.float32, 1.0), (torch.bfloat16, 0.0)], ids=str)
-def test_prompts_decoded_a_picture_at_a_time_give_the_same_gradients(
-    dtype: torch.dtype, corrections: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_decoded_a_picture_at_a_time_give_the_same_gradients(dtype: torch.dtype, corrections: float) -> None:
     """Within the roundings of the arithmetic; in bf16 without corrections, which a pixel at the threshold moves."""
 
-    def step(at_once: float) -> tuple[torch.Tensor, torch.Tensor]:
-        monkeypatch.setitem(_TOKENS_AT_ONCE, "cpu", at_once)
+    def step(max_tokens: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         learner = trainer(stages=(Stage(1.0, 96, 3, 3, corrections),))
+        learner.max_tokens = max_tokens
         learner.dtype = dtype
         return learner.train_step(0.0), learner._gradients.clone()
 
-    (means, gradients), (means_of_parts, gradients_of_parts) = step(math.inf), step(1)
+    (means, gradients), (means_of_parts, gradients_of_parts) = step(None), step(1)
     tolerance = 8 * torch.finfo(dtype).eps
     torch.testing.assert_close(means_of_parts, means, atol=0, rtol=tolerance, equal_nan=True)
     assert_close_l2(gradients_of_parts, gradients, tolerance, f"gradients in {dtype}")
 
 
-def test_prompts_are_decoded_by_whole_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_decoded_by_whole_pictures() -> None:
     learner, index = trainer(), torch.tensor([0, 0, 0, 2, 2, 2, 3, 3, 3])
-    for at_once, expected in ((1, [3, 3, 3]), (6 * 36, [6, 3]), (9 * 36, [9])):
-        monkeypatch.setitem(_TOKENS_AT_ONCE, "cpu", at_once)
-        rows = learner._rows_at_once(index, grid=6)
-        assert [some.stop - some.start for some in rows] == expected
-        assert [row for some in rows for row in range(some.start, some.stop)] == list(range(9))
+    for max_tokens, expected in ((1, [3, 3, 3]), (6 * 36, [6, 3]), (9 * 36, [9]), (None, [9])):
+        learner.max_tokens = max_tokens
+        chunks = learner._prompt_chunks(index, grid=6)
+        assert [chunk.stop - chunk.start for chunk in chunks] == expected
+        assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(9))
 
 
 @pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from ..modeling import Sam
+from ..system.device_profile import device_profile
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_CLICKS_ON_A_GPU = 1024  # of a batch: the usual grid, so that the host waits once for all
 _DECODER_BYTES = 40 * 10**6  # activations of the mask decoder a click, 64 x 64 tokens in fp32 (34 MB measured)
 _FIXED_BYTES = 64 * 10**6  # of the statistics and bits of masks: blocks of a few masks
 
@@ -88,7 +88,7 @@ class MaskMemory:
                 f"max_memory of {max_memory / 1e6:.0f} MB is too little for masks of {size[0]}x{size[1]} "
                 f"(height x width): at least {needed / 1e6:.0f} MB are needed to take them one by one"
             )
-        points = points_per_batch if on_cpu else max(points_per_batch, _CLICKS_ON_A_GPU)
+        points = max(points_per_batch, device_profile(model.device).min_clicks_per_batch)
         if max_memory is not None or not on_cpu:
             # Where nothing is said, half goes to decoding: waiting logits are counted as they come.
             room = share if max_memory is not None else 2 * share

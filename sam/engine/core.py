@@ -20,6 +20,7 @@ from ..images.prepare import prepare_image
 from ..modeling import Sam
 from ..prompts.checks import check_mask_inputs
 from ..prompts.prompt import Prompt
+from ..system.device_profile import device_profile
 from .cache import EmbeddingCache
 from .errors import (
     DeadlineExceededError,
@@ -78,8 +79,8 @@ class Engine:
             on_failure: called once, in the engine's thread, when the model failed.
         """
         require_model(model)
-        on_cpu = model.device.type == "cpu"
-        max_images = (1 if on_cpu else 8) if max_images is None else max_images
+        profile = device_profile(model.device)
+        max_images = profile.images_per_pass if max_images is None else max_images
         limits = {"max_batch": max_batch, "max_queue": max_queue, "deadline": deadline, "max_images": max_images}
         for name, value in limits.items():
             if not value > 0:  # NaN is not
@@ -94,7 +95,7 @@ class Engine:
         self.max_queue = max_queue
         self.deadline = deadline
         self.max_images = max_images
-        self._batch_pixels = 2**27 if on_cpu else 2**30
+        self._batch_pixels = profile.pixels_per_batch
         self.failure: BaseException | None = None
         self.on_failure = on_failure
         self._model_hash = model.model_hash

@@ -12,10 +12,7 @@ from torch import Tensor
 from fastsam_kernels import connected_components, requires_autograd
 
 from ..images.geometry import ImageGeometry
-
-# Masks upscaled at once: the padded-square logits of one are 4 MiB at 1024 px, and should stay near a CPU's cache.
-_MASKS_AT_ONCE = {"cpu": 1}
-_MASKS_AT_ONCE_ELSEWHERE = 16
+from ..system.device_profile import device_profile
 
 
 def upscale_masks(low_res_logits: Tensor, geometry: ImageGeometry) -> Tensor:
@@ -79,9 +76,9 @@ def masks_from_logits(low_res_logits: Tensor, geometry: ImageGeometry, mask_thre
     prompts, masks = low_res_logits.shape[:2]
     flat = low_res_logits.flatten(0, 1)
     out = torch.empty((len(flat), *geometry.original_size), dtype=torch.bool, device=flat.device)
-    some = _MASKS_AT_ONCE.get(flat.device.type, _MASKS_AT_ONCE_ELSEWHERE)
-    for start in range(0, len(flat), some):
-        rows = slice(start, start + some)
+    chunk = device_profile(flat.device).masks_per_chunk
+    for start in range(0, len(flat), chunk):
+        rows = slice(start, start + chunk)
         _above(upscale_masks(flat[rows, None], geometry)[:, 0], mask_threshold, out[rows])
     return out.unflatten(0, (prompts, masks))
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from fastsam_kernels import rel_pos_attention, requires_autograd
 
+from ..system.device_profile import device_profile
 from .common import LayerNorm2d, MLPBlock, is_as_written, is_ours
 from .weight_cache import WeightCache
 
 # Tokens that pass through the MLP together, so that its hidden channels stay near a CPU's cache.
-_TOKENS_AT_ONCE = {"cpu": 2048}
 
 
 class ImageEncoderViT(WeightCache):
@@ -160,8 +160,8 @@ class Block(nn.Module):
         if requires_autograd(x, *weights) or torch.is_autocast_enabled(x.device.type):
             return x + self.mlp(self.norm2(x))
         tokens = x.reshape(-1, x.shape[-1])
-        for some in tokens.split(_TOKENS_AT_ONCE.get(x.device.type, len(tokens))):
-            some += self.mlp(self.norm2(some))
+        for chunk in tokens.split(device_profile(x.device).mlp_tokens_per_chunk or len(tokens)):
+            chunk += self.mlp(self.norm2(chunk))
         return tokens.view(x.shape)
 
 

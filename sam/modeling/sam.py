@@ -25,6 +25,7 @@ from ..prompts.batch import PromptBatch, ragged_chunks
 from ..prompts.checks import check_mask_inputs
 from ..prompts.labels import LABEL_ABSENT
 from ..prompts.prompt import Prompt
+from ..system.device_profile import device_profile
 from ..system.malloc import keep_freed_memory
 from .common import Fp32Buffers, is_ours, uncompiled
 from .identity import hash_of_model
@@ -168,7 +169,7 @@ class Sam(WeightCache, Fp32Buffers):
             with naming(f"image {index}" if len(images) > 1 else None):
                 checked.append(self._checked(image))
         if batch_size is None:
-            batch_size = 1 if self.device.type == "cpu" else 8
+            batch_size = device_profile(self.device).images_per_pass
         embeddings = []
         for start in range(0, len(checked), batch_size):
             chunk = checked[start : start + batch_size]
@@ -471,8 +472,7 @@ class Sam(WeightCache, Fp32Buffers):
     @property
     def prompts_per_chunk(self) -> int:
         """Prompts that the decoder takes at a time."""
-        # The image side of a chunk (4 MB a prompt in fp32) should stay near a CPU's cache; a GPU wants work.
-        return 4 if self.device.type == "cpu" else 128
+        return device_profile(self.device).prompts_per_chunk
 
     # The official interface --------------------------------------------------------------------------------
 

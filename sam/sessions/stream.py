@@ -20,21 +20,11 @@ from ..images.read import read_image
 from ..masks.results import MaskPrediction
 from ..modeling import Sam
 from ..prompts.prompt import Prompt
+from ..system.device_profile import device_profile, preparing_threads
 
 ImageSource = np.ndarray | str | os.PathLike[str]
 S = TypeVar("S")
 T = TypeVar("T")
-
-
-_WORKERS_OF_A_GPU = 8  # reading and resizing a photograph takes 50 ms of a core; a GPU encodes hundreds a second
-
-
-def default_workers(device: torch.device) -> int:
-    """Return how many threads prepare images: 2 beside a model on a CPU, which uses the cores itself; else up to 8."""
-    if device.type == "cpu":
-        return 2
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(_WORKERS_OF_A_GPU, cores)
 
 
 def encode_stream(
@@ -67,8 +57,8 @@ def encode_stream(
             comes: all before it were yielded.
     """
     if batch_size is None:
-        batch_size = 1 if model.device.type == "cpu" else 8
-    workers = default_workers(model.device) if workers is None else workers
+        batch_size = device_profile(model.device).images_per_pass
+    workers = preparing_threads(model.device) if workers is None else workers
     for name, value in (("batch_size", batch_size), ("workers", workers), ("batches_ahead", batches_ahead)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

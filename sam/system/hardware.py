@@ -1,7 +1,8 @@
-"""Devices: the one asked for, and what it multiplies fast; the one place of the package that asks."""
+"""The hardware under the program: the device that is asked for, what it multiplies fast, the cores of the CPU."""
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -28,6 +29,11 @@ def usable_device(device: Any = None) -> torch.device:
         reason = re.split(r"\n|\. ", str(error))[0].rstrip(".")
         raise ValueError(f"torch cannot use device {str(device)!r} here: {reason}") from None
     return found
+
+
+def usable_cores() -> int:
+    """Return how many cores of the CPU this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def multiplies_bf16_fast(device: torch.device) -> bool:

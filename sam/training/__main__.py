@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch.multiprocessing.spawn import ProcessException
 
 from ..build_sam import NANO_CHECKPOINT
-from ..system.hardware import usable_device
+from ..system.hardware import usable_cores, usable_device
 from .evaluate import evaluate_checkpoint
 from .loop import run, stored_settings
 from .provenance import EMBEDDED, SCRATCH, origin
@@ -71,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         device = usable_device(args.device)
         if args.command == "evaluate":
-            workers = _cores() if args.workers is None else args.workers
+            workers = usable_cores() if args.workers is None else args.workers
             out = args.out or args.checkpoint.parent
             print(evaluate_checkpoint(args.checkpoint, args.scenes, device, out, workers))
         else:
@@ -93,7 +92,7 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
         origin(settings.init)  # a file that cannot be read is said here, not by every process
     if not 1 <= settings.processes <= (1 if device.type == "cuda" else 256):
         raise ValueError(f"{settings.processes} processes cannot train on {device}: 1 on a GPU, 1 to 256 on a CPU")
-    workers = args.workers if args.workers is not None else max(_cores() - 1, 1) if device.type == "cuda" else 0
+    workers = args.workers if args.workers is not None else max(usable_cores() - 1, 1) if device.type == "cuda" else 0
     minutes = 60.0 if args.minutes is None and args.steps is None else args.minutes
     length = (minutes, args.steps)
     run_together(settings.processes, run, settings, device, workers, length, args.out, args.resume, args.save_minutes)
@@ -101,7 +100,7 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
 
 def _settings(args: argparse.Namespace, device: torch.device) -> Settings:
     on_gpu = device.type == "cuda"
-    processes = (1 if on_gpu else _cores()) if args.processes is None else args.processes
+    processes = (1 if on_gpu else usable_cores()) if args.processes is None else args.processes
     return Settings(
         seed=args.seed,
         init=args.init,
@@ -111,11 +110,6 @@ def _settings(args: argparse.Namespace, device: torch.device) -> Settings:
         peak=args.peak or (1e-3 if args.init == SCRATCH else 4e-4),
         processes=processes,
     )
-
-
-def _cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":  # worker processes may import this module

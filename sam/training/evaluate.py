@@ -27,6 +27,7 @@ from ..prompts.labels import LABEL_FOREGROUND, LABEL_PADDING
 from ..prompts.prompt import Prompt
 from ..prompts.tensors import box_labels
 from ..system.atomic_write import write_atomically
+from ..system.device_profile import device_profile
 from .crops import CropModel
 from .losses import mask_iou
 from .prompts import append_clicks, random_clicks, tight_boxes, upsample
@@ -38,7 +39,6 @@ LARGE = 0.05  # share of the picture from which an object is large
 CORRECTIONS = 3
 _DISC_RADII = np.geomspace(3, 220, 40)
 _SCENES_A_SHARE = 5  # that a process takes at a time
-_PROMPTS_AT_ONCE = {"cpu": 8, "cuda": 64}
 
 ROWS = {
     "click": "click, mask of highest predicted IoU",
@@ -138,10 +138,10 @@ def score_scene(model: Sam, scene: Scene, index: int, scores: Scores) -> None:
     features = crop.encode(((pixels - model.pixel_mean) / model.pixel_std)[None])
     generator = torch.Generator(device).manual_seed(index)
     scores.share.extend((masks.mean((1, 2))).tolist())
-    at_once = _PROMPTS_AT_ONCE.get(device.type, 8)
-    for start in range(0, len(masks), at_once):
-        some = masks[start : start + at_once]
-        _score_objects(crop, features, some, torch.from_numpy(some).to(device), generator, scores)
+    chunk_size = device_profile(device).scored_prompts
+    for start in range(0, len(masks), chunk_size):
+        chunk = masks[start : start + chunk_size]
+        _score_objects(crop, features, chunk, torch.from_numpy(chunk).to(device), generator, scores)
 
 
 def _score_objects(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,6 +14,7 @@ from ..build_sam import NANO_CHECKPOINT, load_model
 from ..config import variant_config
 from ..modeling import Sam
 from ..modeling.build import build_from_config
+from ..system.device_profile import device_profile
 from ..system.hardware import multiplies_bf16_fast
 from .batches import Batch, ScenePool
 from .crops import CropModel
@@ -35,7 +35,6 @@ _CORRECTION_WEIGHT = 0.5
 _IOU_HEAD_WEIGHT = 2.5
 _HELPER_WEIGHT = 1.0
 _SMALLEST = 100  # pixels that an object must show to be asked for, on crops as on the whole canvas
-_TOKENS_AT_ONCE = {"cpu": 8192}  # of the pictures, a set for each prompt
 MEANS = (
     "mask loss",
     "IoU head loss",
@@ -124,6 +123,7 @@ class Trainer:
         self.stages = stages or (FROM_SCRATCH if settings.init == SCRATCH else CONTINUED)
         self.model = initial_model(settings.init, settings.seed, device) if model is None else model
         self.dtype = arithmetic(device)
+        self.max_tokens = device_profile(device).training_tokens_per_chunk
         self.revision = revision()  # now: the repository may move on while this runs
         self.step = 0
         self._workers = workers
@@ -223,7 +223,7 @@ class Trainer:
             ambiguous = is_click if turn == 0 else torch.zeros_like(is_click)
             weight = 1.0 if turn == 0 else _CORRECTION_WEIGHT
             answers = []
-            for rows in self._rows_at_once(objects.image_index, crop.grid):
+            for rows in self._prompt_chunks(objects.image_index, crop.grid):
                 images = objects.image_index[rows]
                 first, last = int(images[0]), int(images[-1])
                 fed = mask_inputs[rows] if mask_inputs is not None else None
@@ -258,17 +258,17 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def _rows_at_once(self, image_index: Tensor, grid: int) -> list[slice]:
-        """Prompts that are decoded together: those of whole images, so few that a CPU's cache holds their tokens."""
+    def _prompt_chunks(self, image_index: Tensor, grid: int) -> list[slice]:
+        """Choose the prompts that are decoded together: those of whole images, as many as the device takes."""
         starts = [0, *(1 + (image_index[1:] != image_index[:-1]).nonzero()[:, 0]).tolist(), len(image_index)]
-        at_once = _TOKENS_AT_ONCE.get(self.device.type, math.inf)
-        rows = [slice(0, starts[1])]
+        max_tokens = self.max_tokens or len(image_index) * grid**2
+        chunks = [slice(0, starts[1])]
         for start, stop in pairwise(starts[1:]):
-            if (stop - rows[-1].start) * grid**2 <= at_once:
-                rows[-1] = slice(rows[-1].start, stop)
+            if (stop - chunks[-1].start) * grid**2 <= max_tokens:
+                chunks[-1] = slice(chunks[-1].start, stop)
             else:
-                rows.append(slice(start, stop))
-        return rows
+                chunks.append(slice(start, stop))
+        return chunks
 
     def _update_average(self) -> None:
         decay = min(_AVERAGE_DECAY, (1 + self.step) / (10 + self.step))
