@@ -28,7 +28,7 @@ from sam.engine import (
     OutOfMemoryError,
     QueueFullError,
 )
-from sam.engine.core import _fair_shares
+from sam.engine.engine import _fair_shares
 from sam.engine.errors import EngineError, is_out_of_memory
 from sam.masks import rle
 
@@ -471,7 +471,7 @@ def test_out_of_memory_in_everything_starts_once_more_with_half(
             super().__init__(*arguments, **options)
             budgets.append(self.max_memory)
 
-    monkeypatch.setattr("sam.engine.passes.SamAutomaticMaskGenerator", Generator)
+    monkeypatch.setattr("sam.engine.stages.SamAutomaticMaskGenerator", Generator)
     engine = engine_of(max_batch=4)
     gate.open.set()
     gate.shortage_above = 2

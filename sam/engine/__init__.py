@@ -1,7 +1,7 @@
 """A batch engine: requests of many clients, one model, no HTTP. ``Engine`` is all that a caller needs."""
 
 from ..images.prepare import PreparedImage
-from .core import Engine
+from .engine import Engine
 from .errors import (
     DeadlineExceededError,
     EngineClosedError,
@@ -10,7 +10,7 @@ from .errors import (
     OutOfMemoryError,
     QueueFullError,
 )
-from .jobs import AutomaticOptions, KeyedImage, PromptMasks
+from .requests import AutomaticOptions, KeyedImage, PromptMasks
 
 __all__ = [
     "AutomaticOptions",

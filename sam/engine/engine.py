@@ -30,8 +30,8 @@ from .errors import (
     OutOfMemoryError,
     QueueFullError,
 )
-from .jobs import AutomaticJob, AutomaticOptions, Job, KeyedImage, PromptMasks, SegmentJob
-from .passes import Passes
+from .requests import AutomaticJob, AutomaticOptions, Job, KeyedImage, PromptMasks, SegmentJob
+from .stages import Passes
 
 _STAGES = ("encode", "decode", "automatic")
 _COUNTERS = {

@@ -20,7 +20,7 @@ from ..modeling import Sam
 from ..prompts.batch import ragged_chunks
 from ..prompts.prompt import Prompt
 from .errors import OutOfMemoryError, is_out_of_memory
-from .jobs import AutomaticJob, KeyedImage, PromptMasks, SegmentJob
+from .requests import AutomaticJob, KeyedImage, PromptMasks, SegmentJob
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
