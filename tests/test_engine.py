@@ -28,8 +28,8 @@ from sam.engine import (
     OutOfMemoryError,
     QueueFullError,
 )
-from sam.engine.engine import _fair_shares
 from sam.engine.errors import EngineError, is_out_of_memory
+from sam.engine.stages import fair_shares
 from sam.masks import rle
 
 CLICK = Prompt([(5, 5)], [1])
@@ -193,18 +193,18 @@ def test_options_that_are_no_numbers_above_zero_are_refused(engine_of: Callable[
         engine_of().segment(random_image(8, 8), [CLICK], np.array([True, False]))  # type: ignore[arg-type]
 
 
-def test_fair_shares() -> None:
-    assert _fair_shares([(1, 1), (9, 1), (9, 1)], 8, 99) == [1, 4, 3]
-    assert _fair_shares([(1, 1), (1, 1), (1, 1)], 2, 99) == [1, 1, 0]
-    assert _fair_shares([(2, 1), (1, 1)], 8, 99) == [2, 1]
-    assert _fair_shares([(9, 60), (2, 1)], 8, 50) == [1, 0]
-    assert _fair_shares([(2, 1), (9, 60), (9, 20)], 8, 50) == [2, 0, 2]
+def testfair_shares() -> None:
+    assert fair_shares([(1, 1), (9, 1), (9, 1)], 8, 99) == [1, 4, 3]
+    assert fair_shares([(1, 1), (1, 1), (1, 1)], 2, 99) == [1, 1, 0]
+    assert fair_shares([(2, 1), (1, 1)], 8, 99) == [2, 1]
+    assert fair_shares([(9, 60), (2, 1)], 8, 50) == [1, 0]
+    assert fair_shares([(2, 1), (9, 60), (9, 20)], 8, 50) == [2, 0, 2]
 
 
 def test_large_masks_make_small_batches(engine_of: Callable[..., Engine], gate: Gate) -> None:
     """Prompts on a large image do not keep others waiting for sixteen of them; small ones fill their batch."""
     engine = engine_of(max_batch=8)
-    engine._batch_pixels = 8 * 10 * 10
+    engine._decode.max_pixels = 8 * 10 * 10
     gate.open.set()
     large = engine.embed(random_image(30, 30)).result(SECONDS)
     small = engine.embed(random_image(8, 8)).result(SECONDS)
@@ -453,7 +453,7 @@ def test_out_of_memory_halves_the_batch_once(engine_of: Callable[..., Engine], g
     assert gate.decoded == [8, 4, 4]
     gate.decoded.clear()
     gate.shortage_above = 3
-    with pytest.raises(OutOfMemoryError, match="not for half the batch either"):
+    with pytest.raises(OutOfMemoryError, match="out of memory, even with half the batch"):
         engine.segment(handle, [CLICK] * 8).result(SECONDS)
     assert gate.decoded == [8, 4, 4]
     assert len(engine.segment(handle, [CLICK]).result(SECONDS)) == 1  # the engine lives

@@ -131,3 +131,25 @@ def test_a_policy_decides_the_geometry() -> None:
     assert isinstance(prepared, PreparedImage)
     assert prepared.pixels.shape == (32, 32, 3)
     assert prepared.geometry.original_size == (30, 40)
+
+
+def test_the_engine_takes_a_prepared_image(model: Sam) -> None:
+    prepared = prepare_image(IMAGE, model.image_geometry)
+    with Engine(model) as engine:
+        keyed = engine.prepare(prepared)
+        assert keyed.key == engine.prepare(IMAGE).key
+        assert keyed.pixels is prepared.pixels
+        for image in (prepared, keyed):
+            assert torch.equal(engine.embed(image).result(SECONDS).features, model.encode(IMAGE).features)
+
+
+def test_the_engine_refuses_an_image_that_it_cannot_encode(model: Sam) -> None:
+    """Where it is given: in the engine's thread the error would be the model's, and end the engine."""
+    other = prepare_image(IMAGE, lambda height, width: ImageGeometry.longest_side(height, width, 64))
+    unresized = prepare_image(IMAGE, model.image_geometry, resize_on_device=True)
+    with Engine(model) as engine:
+        with pytest.raises(ValueError, match="an image prepared for 64 px does not suit this model"):
+            engine.embed(other)
+        with pytest.raises(ValueError, match="the engine takes images that are resized already"):
+            engine.segment(unresized, [sam.Prompt([(5, 5)], [1])])
+        assert engine.counters()["accepted"] == 0

@@ -1,4 +1,4 @@
-"""A batch engine: requests of many clients, one model, no HTTP. ``Engine`` is all that a caller needs."""
+"""Serve requests of many clients with one model, in batches, without HTTP. ``Engine`` is all that a caller needs."""
 
 from ..images.prepare import PreparedImage
 from .engine import Engine

@@ -1,4 +1,4 @@
-"""Image embeddings by key, the least recently used out first, under a budget of bytes."""
+"""A cache of image embeddings by key, within a budget of bytes; the least recently used go first."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from ..embedding import ImageEmbedding
 
 
 class EmbeddingCache:
-    """Not locked: the engine's lock guards it.
+    """Caches embeddings; the engine's lock guards it.
 
     Attributes:
-        nbytes: of what it holds.
-        hits, misses, evictions: counts since it was made.
+        nbytes: bytes of all cached embeddings.
+        hits, misses, evictions: counts since the start.
     """
 
     def __init__(self, budget: int) -> None:
@@ -24,7 +24,7 @@ class EmbeddingCache:
         return len(self._entries)
 
     def get(self, key: str) -> ImageEmbedding | None:
-        """The embedding, now the most recently used; None if it is not there."""
+        """Return the embedding, now the most recently used; None if it is not cached."""
         entry = self._entries.get(key)
         if entry is None:
             self.misses += 1
@@ -34,7 +34,7 @@ class EmbeddingCache:
         return entry[0]
 
     def put(self, key: str, embedding: ImageEmbedding) -> None:
-        """Keep it, or count it anew after it grew; one larger than the budget is not kept."""
+        """Cache an embedding, or count it anew after it grew; one larger than the budget is not cached."""
         self._remove(key)
         size = embedding.nbytes
         if size > self.budget:
@@ -46,9 +46,9 @@ class EmbeddingCache:
             self.evictions += 1
 
     def recount(self, embedding: ImageEmbedding) -> None:
-        """An embedding grows when the decoder attaches what its prompts share; keep the budget all the same."""
-        for key, (kept, size) in reversed(self._entries.items()):  # it was used a moment ago
-            if kept is embedding:
+        """Keep the budget after an embedding grew: the decoder attaches what all prompts on an image share."""
+        for key, (cached, size) in reversed(self._entries.items()):  # it was used a moment ago
+            if cached is embedding:
                 if embedding.nbytes != size:
                     self.put(key, embedding)
                 return

@@ -16,29 +16,27 @@ import numpy as np
 
 from ..checks import require_model
 from ..embedding import ImageEmbedding
-from ..images.prepare import prepare_image
+from ..images.prepare import PreparedImage, prepare_image
 from ..modeling import Sam
 from ..prompts.checks import check_mask_inputs
 from ..prompts.prompt import Prompt
 from ..system.device_profile import device_profile
+from .batch_runner import BatchRunner
 from .cache import EmbeddingCache
 from .errors import (
     DeadlineExceededError,
     EngineClosedError,
     EngineError,
     EngineFailedError,
-    OutOfMemoryError,
     QueueFullError,
 )
-from .requests import AutomaticJob, AutomaticOptions, Job, KeyedImage, PromptMasks, SegmentJob
-from .stages import Passes
+from .requests import AutomaticJob, AutomaticOptions, EmbedJob, Job, KeyedImage, PromptMasks, SegmentJob
+from .stages import AutomaticStage, DecodeStage, EncodeStage, Stage
 
-_STAGES = ("encode", "decode", "automatic")
-_COUNTERS = {
-    "accepted", "completed", "cancelled", "out_of_memory",
-    "images", "image_batches", "prompts", "prompt_batches", "automatics", "automatic_batches",
-    *(error.counter for error in EngineError.__subclasses__()),
-}  # fmt: skip
+ImageSource = np.ndarray | PreparedImage | ImageEmbedding
+_REQUEST_COUNTERS = (
+    "accepted", "completed", "cancelled", "out_of_memory", *(error.counter for error in EngineError.__subclasses__())
+)  # fmt: skip
 
 
 class Engine:
@@ -90,23 +88,22 @@ class Engine:
         if handle_secret is not None and not 16 <= len(handle_secret) <= 64:
             raise ValueError(f"handle_secret must be of 16 to 64 bytes, got {len(handle_secret)}")
         self.model = model
-        self.max_batch = max_batch
-        self._passes = Passes(model, max_batch, self._count_shortage)
-        self.max_queue = max_queue
+        self.max_batch, self.max_queue, self.max_images = max_batch, max_queue, max_images
         self.deadline = deadline
-        self.max_images = max_images
-        self._batch_pixels = profile.pixels_per_batch
         self.failure: BaseException | None = None
         self.on_failure = on_failure
         self._model_hash = model.model_hash
         self._handle_secret = handle_secret or secrets.token_bytes(32)
         self._cache = EmbeddingCache(embedding_cache_bytes)
-        self._counters: Counter[str] = Counter()
-        # From the start, so that whoever watches them sees zeros and not nothing.
-        self._counters.update(dict.fromkeys(_COUNTERS, 0))
+        runner = BatchRunner(model.device, self._count_shortage)
+        self._encode = EncodeStage(model, runner, max_images, self._cache_embedding)
+        self._decode = DecodeStage(model, runner, max_batch, profile.pixels_per_batch)
+        self._automatic = AutomaticStage(model, runner)
+        self._turns: deque[Stage[Any, Any]] = deque((self._encode, self._decode, self._automatic))
+        # All from the start, so that whoever watches them sees zeros and not nothing.
+        stage_counters = (f"{stage.counter}{suffix}" for stage in self._turns for suffix in ("s", "_batches"))
+        self._counters = Counter(dict.fromkeys((*_REQUEST_COUNTERS, *stage_counters), 0))
         self._accepted: set[Job] = set()
-        self._queues: dict[str, deque[Any]] = {stage: deque() for stage in _STAGES}
-        self._turns = deque(_STAGES)
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="sam-engine", daemon=True)
@@ -114,45 +111,50 @@ class Engine:
 
     # Requests ----------------------------------------------------------------------------------------------
 
-    def prepare(self, image: np.ndarray) -> KeyedImage:
+    def prepare(self, image: np.ndarray | PreparedImage) -> KeyedImage:
         """Check, resize and hash an image, [H, W, 3] uint8 RGB, in the caller's thread.
 
         Raises:
-            TypeError, ValueError: as :meth:`sam.modeling.Sam.encode`.
+            TypeError, ValueError: as :meth:`sam.modeling.Sam.encode`; or an image that the device is to resize.
         """
-        prepared = prepare_image(image, self.model.image_geometry)
+        prepared = image if isinstance(image, PreparedImage) else prepare_image(image, self.model.image_geometry)
+        self.model.check_prepared(prepared)
+        if not prepared.is_resized:
+            raise ValueError("the engine takes images that are resized already: prepare it without resize_on_device")
+        if isinstance(prepared, KeyedImage):
+            return prepared
         content = f"{prepared.image_hash} {self._model_hash}".encode()
         key = hashlib.blake2b(content, digest_size=16, key=self._handle_secret).hexdigest()
         return KeyedImage(**vars(prepared), key=key)
 
     def embedding(self, key: str) -> ImageEmbedding | None:
-        """The embedding of that key if it is still kept."""
+        """Return the embedding of that key if it is still cached."""
         with self._changed:
             return self._cache.get(key)
 
-    def embed(self, image: np.ndarray | KeyedImage, deadline: float | None = None) -> Future[ImageEmbedding]:
-        """The image's embedding, from the cache if it is there.
+    def embed(self, image: np.ndarray | PreparedImage, deadline: float | None = None) -> Future[ImageEmbedding]:
+        """Embed an image, unless its embedding is cached.
 
         Raises:
             TypeError, ValueError: another kind of image.
             QueueFullError, EngineClosedError, EngineFailedError: nothing was accepted.
         """
-        return self._submit(Job(*self._source(image), self._expiry(deadline)))
+        return self._submit(EmbedJob(source=self.prepare(image), expires=self._expiry(deadline)))
 
     def segment(
         self,
-        image: np.ndarray | KeyedImage | ImageEmbedding,
+        image: ImageSource,
         prompts: Sequence[Prompt],
         multimask_output: bool = True,
         keep_logits: bool = False,
         deadline: float | None = None,
     ) -> Future[list[PromptMasks]]:
-        """Masks for prompts on one image, in their order.
+        """Predict masks for prompts on one image, in their order.
 
         Args:
             image: pixels, or an embedding of this model.
             prompts: at least one.
-            multimask_output: three masks a prompt instead of one.
+            multimask_output: three masks per prompt instead of one.
             keep_logits: return the low-resolution logits too.
             deadline: seconds, in place of the engine's.
 
@@ -168,35 +170,42 @@ class Engine:
                 raise TypeError(f"prompts must be of type Prompt, got {type(prompt).__name__}")
             if prompt.mask_input is not None:
                 check_mask_inputs(prompt.mask_input.shape, self.model.low_res_size)
-        wanted = list(prompts), bool(multimask_output), bool(keep_logits)
-        return self._submit(SegmentJob(*self._source(image), self._expiry(deadline), Future(), *wanted))
+        job = SegmentJob(
+            source=self._source(image),
+            expires=self._expiry(deadline),
+            prompts=list(prompts),
+            multimask_output=bool(multimask_output),
+            keep_logits=bool(keep_logits),
+        )
+        return self._submit(job)
 
     def automatic(
         self,
-        image: np.ndarray | KeyedImage | ImageEmbedding,
+        image: ImageSource,
         options: AutomaticOptions | None = None,
         deadline: float | None = None,
     ) -> Future[list[dict[str, Any]]]:
-        """Masks of everything: the records of :class:`sam.SamAutomaticMaskGenerator` with uncompressed RLEs.
+        """Segment everything: the records of :class:`sam.SamAutomaticMaskGenerator` with uncompressed RLEs.
 
         Raises:
             TypeError, ValueError: a bad image, or an embedding that is not of this model or of its dtype.
             QueueFullError, EngineClosedError, EngineFailedError: nothing was accepted.
         """
-        options = options or AutomaticOptions()
-        source = self._source(image)
-        return self._submit(AutomaticJob(*source, self._expiry(deadline), Future(), options, self.max_batch))
+        job = AutomaticJob(
+            source=self._source(image),
+            expires=self._expiry(deadline),
+            options=options or AutomaticOptions(),
+            points_per_batch=self.max_batch,
+        )
+        return self._submit(job)
 
-    def _source(
-        self, image: np.ndarray | KeyedImage | ImageEmbedding
-    ) -> tuple[str | None, KeyedImage | None, ImageEmbedding | None]:
-        if isinstance(image, ImageEmbedding):
-            self.model.check_embedding(image)
-            if image.features.dtype != self.model.dtype:  # would fail, or not, by what else is in the batch
-                raise ValueError(f"the embedding is in {image.features.dtype}, the model in {self.model.dtype}")
-            return None, None, image
-        prepared = image if isinstance(image, KeyedImage) else self.prepare(image)
-        return prepared.key, prepared, None
+    def _source(self, image: ImageSource) -> KeyedImage | ImageEmbedding:
+        if not isinstance(image, ImageEmbedding):
+            return self.prepare(image)
+        self.model.check_embedding(image)
+        if image.features.dtype != self.model.dtype:  # would fail, or not, by what else is in the batch
+            raise ValueError(f"the embedding is in {image.features.dtype}, the model in {self.model.dtype}")
+        return image
 
     def _expiry(self, deadline: float | None) -> float:
         seconds = self.deadline if deadline is None else deadline
@@ -217,14 +226,13 @@ class Engine:
             self._accepted.add(job)
         answered = weakref.ref(job)  # a future that held its job would keep the embedding until the next collection
         job.future.add_done_callback(lambda future: self._forget(answered()))
-        with self._changed:
-            if job.embedding is None and job.key is not None:
-                job.embedding = self._cache.get(job.key)
+        if isinstance(job.source, KeyedImage):
+            job.source = self.embedding(job.source.key) or job.source
         self._advance(job)
         return job.future
 
     def _forget(self, job: Job | None) -> None:
-        assert job is not None  # those accepted are held
+        assert job is not None  # accepted jobs are held
         if job.future.cancelled():
             job.acknowledge_cancel()
         with self._changed:
@@ -237,144 +245,89 @@ class Engine:
             self._changed.notify_all()
 
     def _advance(self, job: Job, before_others: bool = False) -> None:
-        """Put a job where its next piece of work is done, or answer it."""
-        if job.embedding is not None and type(job) is Job:
-            job.resolve(job.embedding)
+        """Answer a job that is complete, or put it where its next piece of work is done."""
+        if (result := job.result) is not None:
+            job.resolve(result)
             return
-        stage = "encode" if job.embedding is None else "decode" if isinstance(job, SegmentJob) else "automatic"
         with self._changed:
             failed = self.failure is not None
             if not failed:
-                queue = self._queues[stage]
+                queue = self._next_stage(job).queue
                 queue.appendleft(job) if before_others else queue.append(job)
                 self._changed.notify_all()
         if failed:
             job.fail(EngineFailedError("the model failed"))
 
+    def _next_stage(self, job: Job) -> Stage[Any, Any]:
+        if isinstance(job.source, KeyedImage):
+            return self._encode
+        return self._decode if isinstance(job, SegmentJob) else self._automatic
+
     # The thread --------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        work: dict[str, Callable[[list[Any]], None]] = {
-            "encode": self._encode,
-            "decode": self._decode,
-            "automatic": self._automatic,
-        }
         try:
             while (taken := self._take()) is not None:
-                stage, batch = taken
-                if batch:
-                    work[stage](batch)
-                del taken, batch  # an idle engine holds on to no request
+                self._work(*taken)
+                del taken  # an idle engine holds on to no request
         except BaseException as error:
             self.fail(error)
 
-    def _take(self) -> tuple[str, list[Any]] | None:
-        """The next stage that has work, and the work; None when there will be none any more."""
+    def _work(self, stage: Stage[Any, Any], work_items: list[Any]) -> None:
+        if not work_items:
+            return
+        self._count(stage, len(work_items))
+        for job, error in stage.run(work_items).items():
+            self._settle(job, error, stage)
+
+    def _take(self) -> tuple[Stage[Any, Any], list[Any]] | None:
+        """Return the next stage that has work, and a batch of it; None when there will be none any more."""
         with self._changed:
-            while not any(self._queues.values()):
+            while not any(stage.queue for stage in self._turns):
                 if self._closing and not self._accepted:
                     return None
                 self._changed.wait()
             now = time.monotonic()
-            expired = [job for queue in self._queues.values() for job in queue if job.expires <= now]
-            for stage, queue in self._queues.items():
-                self._queues[stage] = deque(job for job in queue if job.expires > now and not job.future.done())
-            while not self._queues[self._turns[0]] and any(self._queues.values()):
+            late = [job for stage in self._turns for job in stage.drop_answered(now)]
+            while not self._turns[0].queue and any(stage.queue for stage in self._turns):
                 self._turns.rotate(-1)
             stage = self._turns[0]
             self._turns.rotate(-1)
-            batch = getattr(self, f"_take_{stage}")() if self._queues[stage] else []
-        for job in expired:  # outside the lock: a client's callback may do anything
+            work_items = stage.take() if stage.queue else []
+        for job in late:  # outside the lock: a client's callback may do anything
             job.fail(DeadlineExceededError("the request waited for longer than its deadline"))
-        return stage, batch
+        return stage, work_items
 
-    def _take_encode(self) -> list[list[Job]]:
-        """Jobs by image: up to ``max_images`` images, each with everyone who waits for it."""
-        queue = self._queues["encode"]
-        groups: dict[str, list[Job]] = {}
-        for job in queue:
-            if job.key in groups or len(groups) < self.max_images:
-                groups.setdefault(job.key, []).append(job)
-        taken = {job for group in groups.values() for job in group}
-        self._queues["encode"] = deque(job for job in queue if job not in taken)
-        return list(groups.values())
-
-    def _take_decode(self) -> list[tuple[SegmentJob, int]]:
-        """(job, place of a prompt): a prompt of each job in turn until the batch is full."""
-        queue = self._queues["decode"]
-        mates = [job for job in queue if job.multimask_output == queue[0].multimask_output]
-        counts = _fair_shares([(job.remaining, job.pixels) for job in mates], self.max_batch, self._batch_pixels)
-        served = {job: count for job, count in zip(mates, counts, strict=True) if count}
-        self._queues["decode"] = deque(job for job in queue if job not in served)
-        return [(job, len(job.done) + i) for job, count in served.items() for i in range(count)]
-
-    def _take_automatic(self) -> list[AutomaticJob]:
-        return [self._queues["automatic"].popleft()]
-
-    def _encode(self, groups: list[list[Job]]) -> None:
-        self._count("image", len(groups))
-        images = [group[0].image for group in groups if group[0].image is not None]
-        for group, embedding in zip(groups, self._passes.encode(images), strict=True):
-            if isinstance(embedding, ImageEmbedding):
-                with self._changed:
-                    self._cache.put(str(group[0].key), embedding)
-            for job in group:
-                if isinstance(embedding, OutOfMemoryError):
-                    job.fail(embedding)
-                else:
-                    job.embedding, job.image = embedding, None
-                    self._advance(job)
-
-    def _decode(self, pieces: list[tuple[SegmentJob, int]]) -> None:
-        self._count("prompt", len(pieces))
-        failed: dict[SegmentJob, OutOfMemoryError] = {}
-        for (job, _), masks in zip(pieces, self._passes.decode(pieces), strict=True):
-            if isinstance(masks, OutOfMemoryError):
-                failed[job] = masks
-            else:
-                job.done.append(masks)
-        for job in dict.fromkeys(job for job, _ in pieces):
-            self._recount(job)
-            if job in failed:
-                job.fail(failed[job])
-            elif job.remaining:
-                self._advance(job)
-            else:
-                job.resolve(job.done)
-
-    def _automatic(self, jobs: list[AutomaticJob]) -> None:
-        self._count("automatic", len(jobs))
-        for job in jobs:
-            records = self._passes.automatic(job)
-            self._recount(job)
-            if records is None:  # one that is begun holds masks, so no other begins before it ends
-                self._advance(job, before_others=True)
-            elif isinstance(records, OutOfMemoryError):
-                job.fail(records)
-            else:
-                job.resolve(records)
-
-    def _recount(self, job: Job) -> None:
-        if job.embedding is not None:
+    def _settle(self, job: Job, error: EngineError | None, stage: Stage[Any, Any]) -> None:
+        """Answer a job, or send it on, after a batch that it was in."""
+        if isinstance(job.source, ImageEmbedding):
             with self._changed:
-                self._cache.recount(job.embedding)
+                self._cache.recount(job.source)
+        if error is not None:
+            job.fail(error)
+        else:
+            self._advance(job, before_others=stage.unfinished_first)
+
+    def _cache_embedding(self, key: str, embedding: ImageEmbedding) -> None:
+        with self._changed:
+            self._cache.put(key, embedding)
 
     def _count_shortage(self) -> None:
         with self._changed:
             self._counters["out_of_memory"] += 1
 
-    def _count(self, kind: str, amount: int) -> None:
+    def _count(self, stage: Stage[Any, Any], work_items: int) -> None:
         with self._changed:
-            self._counters[f"{kind}_batches"] += 1
-            self._counters[f"{kind}s"] += amount
+            self._counters[f"{stage.counter}_batches"] += 1
+            self._counters[f"{stage.counter}s"] += work_items
 
     def fail(self, error: BaseException) -> None:
-        """Give up: whoever waits, and whoever asks from now on, gets :class:`EngineFailedError`."""
+        """Give up: every request that waits, and every later one, gets :class:`EngineFailedError`."""
         with self._changed:
             self.failure = error
             jobs = list(self._accepted)
-            for queue in self._queues.values():
-                queue.clear()
+            for stage in self._turns:
+                stage.queue.clear()
         for job in jobs:
             job.fail(EngineFailedError("the model failed"))
         if self.on_failure is not None:
@@ -384,11 +337,11 @@ class Engine:
 
     @property
     def pending(self) -> int:
-        """Requests accepted and not yet answered."""
+        """The number of requests accepted and not yet answered."""
         return len(self._accepted)
 
     def counters(self) -> dict[str, int]:
-        """Counts since the start, and what is held now."""
+        """Return the counts since the start, and the sizes of the queue and the cache now."""
         with self._changed:
             return {
                 **self._counters,
@@ -422,20 +375,3 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _fair_shares(wanted: Sequence[tuple[int, int]], most: int, budget: int) -> list[int]:
-    """Give out up to ``most`` one by one, in turn, to whoever wants more; ``wanted`` is how many, and the cost of one.
-
-    What costs more than is left of the budget waits, unless nothing was given yet:
-    ``[(1, 1), (9, 1), (9, 1)], 8, 99 -> [1, 4, 3]`` and ``[(9, 60), (2, 1)], 8, 50 -> [1, 0]``.
-    """
-    shares, given, spent = [0] * len(wanted), 0, 0
-    while True:
-        before = given
-        for index, (count, cost) in enumerate(wanted):
-            if shares[index] < count and given < most and (given == 0 or spent + cost <= budget):
-                shares[index] += 1
-                given, spent = given + 1, spent + cost
-        if given == before:
-            return shares

@@ -1,4 +1,4 @@
-"""Why a request that was valid did not get its answer."""
+"""The reasons why a request that was valid did not get its answer."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ import torch
 
 
 class EngineError(RuntimeError):
-    """The base of what an engine raises by itself; ``counter`` is where the engine counts it."""
+    """The base of an engine's own errors; ``counter`` names the counter that it is counted in."""
 
     counter = "failed"
 
 
 class QueueFullError(EngineError):
-    """As many requests are waiting as the engine was told to hold; ask again later."""
+    """As many requests are waiting as the engine may hold; try again later."""
 
     counter = "rejected"
 
 
 class DeadlineExceededError(EngineError):
-    """The request waited for longer than it may; whatever was not computed by then was not computed."""
+    """The request waited for longer than its deadline; what was not computed by then never is."""
 
     counter = "expired"
 
 
 class OutOfMemoryError(EngineError):
-    """The device's memory did not suffice, not for half the batch either; the engine goes on."""
+    """The device is out of memory, even with half the batch; the engine goes on."""
 
     counter = "failed_out_of_memory"
 
 
 class EngineFailedError(EngineError):
-    """The model raised something other than a shortage of memory; the engine answers nothing any more."""
+    """The model raised an error other than a shortage of memory; the engine answers nothing any more."""
 
     counter = "failed"
 
 
 class EngineClosedError(EngineError):
-    """The engine was told to stop before the request came, or could not finish it in time."""
+    """The engine was closed before the request came, or could not finish it in time."""
 
     counter = "abandoned"
 
@@ -46,7 +46,7 @@ _SHORTAGES = ("DefaultCPUAllocator", "CUDA error: out of memory", "_STATUS_ALLOC
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that an allocation failed."""
+    """Return whether ``error`` says that an allocation failed."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORTAGES)

@@ -1,8 +1,9 @@
-"""What the engine holds of a request: what it asks for, how far it has come, and whom to tell."""
+"""What the engine is asked for, what it answers, and how far each request has come."""
 
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from ..embedding import ImageEmbedding
 from ..images.prepare import PreparedImage
 from ..prompts.prompt import Prompt
 
-_MOST_POINTS_PER_SIDE = 1024  # a million clicks
+_MAX_POINTS_PER_SIDE = 1024  # a million clicks
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,13 +45,13 @@ class PromptMasks:
 
     @property
     def best(self) -> int:
-        """The mask of the highest predicted IoU."""
+        """The index of the mask of the highest predicted IoU."""
         return int(self.predicted_iou.argmax())
 
 
 @dataclass(frozen=True)
 class AutomaticOptions:
-    """Those of :class:`sam.SamAutomaticMaskGenerator` that one embedding of the whole image can serve."""
+    """Options of :class:`sam.SamAutomaticMaskGenerator` that one embedding of the whole image can serve."""
 
     points_per_side: int = 32
     pred_iou_thresh: float = 0.88
@@ -58,66 +59,103 @@ class AutomaticOptions:
     box_nms_thresh: float = 0.7
 
     def __post_init__(self) -> None:
-        if not 1 <= self.points_per_side <= _MOST_POINTS_PER_SIDE:
-            raise ValueError(f"points_per_side must be within 1..{_MOST_POINTS_PER_SIDE}, got {self.points_per_side}")
+        if not 1 <= self.points_per_side <= _MAX_POINTS_PER_SIDE:
+            raise ValueError(f"points_per_side must be within 1..{_MAX_POINTS_PER_SIDE}, got {self.points_per_side}")
         for name in ("pred_iou_thresh", "stability_score_thresh", "box_nms_thresh"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be within 0..1, got {value}")
 
 
-@dataclass(eq=False)
-class Job:
-    """A request for an embedding, and the base of those that go on from there.
+@dataclass(eq=False, kw_only=True)
+class Job(ABC):
+    """A request that was accepted and is not answered yet.
 
-    Exactly one of ``image`` and ``embedding`` is set at first; the engine sets the other.
+    Attributes:
+        source: the image, and its embedding from when it is encoded.
+        expires: when the request is too late, on the clock of ``time.monotonic``.
+        future: what the client waits for.
     """
 
-    key: str | None
-    image: KeyedImage | None
-    embedding: ImageEmbedding | None
-    expires: float  # on the clock of time.monotonic
+    source: KeyedImage | ImageEmbedding
+    expires: float
     future: Future[Any] = field(default_factory=Future)
     _answered: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
+    @property
+    def embedding(self) -> ImageEmbedding:
+        """The embedding of an image that is encoded."""
+        assert isinstance(self.source, ImageEmbedding)
+        return self.source
+
+    @property
+    @abstractmethod
+    def result(self) -> Any:
+        """The answer; None while a part of it is missing."""
+
     def resolve(self, result: Any) -> None:
+        """Answer with a result, unless the request is answered already."""
         if self._is_first_answer():
             self.future.set_result(result)
 
     def fail(self, error: BaseException) -> None:
+        """Answer with an error, unless the request is answered already."""
         if self._is_first_answer():
             self.future.set_exception(error)
 
     def acknowledge_cancel(self) -> None:
-        """Who waits for several futures at once, as ``concurrent.futures.wait`` does, learns of it only now."""
+        """Acknowledge a cancellation: ``concurrent.futures.wait`` is not notified until then."""
         self._is_first_answer()
 
     def _is_first_answer(self) -> bool:
-        """Once, and not for who cancelled: the engine's thread and one that closes it may answer at the same time."""
+        """Return True once, and never after a cancellation: the engine's thread and one that closes it may race."""
         return self._answered.acquire(blocking=False) and self.future.set_running_or_notify_cancel()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
+class EmbedJob(Job):
+    """A request for the embedding itself."""
+
+    @property
+    def result(self) -> ImageEmbedding | None:
+        return self.source if isinstance(self.source, ImageEmbedding) else None
+
+
+@dataclass(eq=False, kw_only=True)
 class SegmentJob(Job):
-    prompts: Sequence[Prompt] = ()
-    multimask_output: bool = True
-    keep_logits: bool = False
+    """A request for masks of prompts; ``done`` holds those of the first prompts."""
+
+    prompts: Sequence[Prompt]
+    multimask_output: bool
+    keep_logits: bool
     done: list[PromptMasks] = field(default_factory=list)
 
     @property
+    def result(self) -> list[PromptMasks] | None:
+        return None if self.remaining else self.done
+
+    @property
     def remaining(self) -> int:
+        """The number of prompts that are not decoded yet."""
         return len(self.prompts) - len(self.done)
 
     @property
-    def pixels(self) -> int:
-        """Of one of its masks, once there is an embedding."""
-        height, width = self.embedding.geometry.original_size if self.embedding is not None else (0, 0)
+    def mask_pixels(self) -> int:
+        """The number of pixels of one mask."""
+        height, width = self.source.geometry.original_size
         return height * width
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class AutomaticJob(Job):
-    options: AutomaticOptions = field(default_factory=AutomaticOptions)
-    points_per_batch: int = 64
+    """A request for masks of everything; ``steps`` is the generator that works on it, once it is begun."""
+
+    options: AutomaticOptions
+    points_per_batch: int
     retried: bool = False
-    steps: Iterator[Any] | None = None
+    steps: Iterator[int] | None = None
+    records: list[dict[str, Any]] | None = None
+
+    @property
+    def result(self) -> list[dict[str, Any]] | None:
+        return self.records

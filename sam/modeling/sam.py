@@ -181,9 +181,13 @@ class Sam(WeightCache, Fp32Buffers):
     def _checked(self, image: np.ndarray | PreparedImage) -> CheckedImage | PreparedImage:
         if not isinstance(image, PreparedImage):
             return CheckedImage.of(image, self.image_geometry)
+        self.check_prepared(image)
+        return image
+
+    def check_prepared(self, image: PreparedImage) -> None:
+        """Raise ``ValueError`` unless ``image`` was prepared for a model of this size."""
         if image.geometry != self.image_geometry(*image.geometry.original_size):
             raise ValueError(f"an image prepared for {image.geometry.image_size} px does not suit this model")
-        return image
 
     @torch.no_grad()
     def embed(self, pixels: Tensor, images: Sequence[PreparedImage]) -> list[ImageEmbedding]:
