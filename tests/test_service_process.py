@@ -30,6 +30,7 @@ from waiting import SECONDS, wait_until
 import sam
 from sam.cli import main
 from sam.client import Client, ServiceError
+from sam.examples import service_client
 
 SMALL = ("--image-size", "128", "--device", "cpu")
 SERVICE = [pytest.mark.slow, pytest.mark.service]
@@ -118,6 +119,20 @@ def test_client(server: Server, nano: sam.Sam, photo: np.ndarray, tmp_path: Path
     assert not Client("http://127.0.0.1:1").ready()
     with pytest.raises(ValueError, match="url must be http"):
         Client("127.0.0.1:8000")
+
+
+def test_the_example_of_a_client(
+    server: Server,
+    photo: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(photo).save("photo.png")
+    service_client.main("photo.png", "170", "115", server.url, TOKEN)
+    assert Image.open("mask.png").size == (451, 300)
+    assert re.match(r"mask\.png: predicted IoU 0\.\d\d, corrected 0\.\d\d", capsys.readouterr().out)
 
 
 @pytest.fixture
