@@ -183,7 +183,9 @@ def _mask_postprocess(arch: int) -> Iterator[Step]:
             left = 1 - shares["outside"]  # of which evaluation and all else
             fractions = {f"{kernel}: return if {nothing}": left, "evaluate": shares["undecided"]}
         work = Work(logits.nbytes + (0 if statistics else out.nbytes), 0)
-        yield Step(f"mask_postprocess, {what} of {masks}, 1024x1024", "mask_postprocess", launch, {}, work, fractions)
+        trips = {"evaluate: i": launch.arguments["row_taps"], "evaluate: j": launch.arguments["column_taps"]}
+        name = f"mask_postprocess, {what} of {masks}, 1024x1024"
+        yield Step(name, "mask_postprocess", launch, trips, work, fractions)
 
 
 def tile_shares(block_w: int, offset: float, masks: int = 128) -> dict[str, float]:

@@ -23,26 +23,26 @@ _LARGEST_PATCH = 2048  # logits under a tile; where more are, in images of a few
 
 
 # Images have all sizes: the compiler is to know nothing about them, or some would be compiled for while serving.
-@triton.jit(do_not_specialize=["height", "width", "tile_rows", "tile_columns"])
+@triton.jit(do_not_specialize=["height", "width", "tile_rows", "tile_columns", "row_taps", "column_taps"])
 def mask_postprocess_kernel(
     low_ptr,
     row_first_ptr,  # [height]
-    row_weights_ptr,  # [height, ROW_TAPS]
+    row_weights_ptr,  # [height, row_taps]
     column_first_ptr,  # [width]
-    column_weights_ptr,  # [width, COLUMN_TAPS]
+    column_weights_ptr,  # [width, column_taps]
     out_ptr,  # [N, 7] if STATISTICS else [N, width, tile_rows], int32
     height,
     width,
     tile_rows,
     tile_columns,
+    row_taps,
+    column_taps,
     low_width,  # w
     stride_n,  # of low [N, h, w] along the masks, in elements; each is contiguous
     threshold,
     above,  # threshold + offset
     below,  # threshold - offset
     STATISTICS: tl.constexpr,
-    ROW_TAPS: tl.constexpr,
-    COLUMN_TAPS: tl.constexpr,
     PATCH_ROWS: tl.constexpr,
     PATCH_COLUMNS: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -59,9 +59,9 @@ def mask_postprocess_kernel(
     if BOUNDED:
         # The first taps only grow along an axis: those of a tile lie between its corners'.
         top = tl.load(row_first_ptr + tile_row * 32)
-        bottom = tl.load(row_first_ptr + tl.minimum(tile_row * 32 + 31, height - 1)) + ROW_TAPS - 1
+        bottom = tl.load(row_first_ptr + tl.minimum(tile_row * 32 + 31, height - 1)) + row_taps - 1
         left = tl.load(column_first_ptr + tile_column * BLOCK_W)
-        right = tl.load(column_first_ptr + tl.minimum(tile_column * BLOCK_W + BLOCK_W - 1, width - 1)) + COLUMN_TAPS - 1
+        right = tl.load(column_first_ptr + tl.minimum(tile_column * BLOCK_W + BLOCK_W - 1, width - 1)) + column_taps - 1
         # One axis of threads, so that each of the sums over the patch is one.
         logit = tl.arange(0, PATCH_ROWS * PATCH_COLUMNS)
         patch_row = tl.minimum(top + logit // PATCH_COLUMNS, bottom)
@@ -82,12 +82,12 @@ def mask_postprocess_kernel(
         if not decided:
             pixels = evaluate(
                 p_low, row_first_ptr, column_first_ptr, tl.minimum(y, height - 1), tl.minimum(x, width - 1),
-                row_weights_ptr, column_weights_ptr, low_width, ROW_TAPS, COLUMN_TAPS, BLOCK_W,
+                row_weights_ptr, column_weights_ptr, row_taps, column_taps, low_width, BLOCK_W,
             )  # fmt: skip
     else:
         pixels = evaluate(
             p_low, row_first_ptr, column_first_ptr, tl.minimum(y, height - 1), tl.minimum(x, width - 1),
-            row_weights_ptr, column_weights_ptr, low_width, ROW_TAPS, COLUMN_TAPS, BLOCK_W,
+            row_weights_ptr, column_weights_ptr, row_taps, column_taps, low_width, BLOCK_W,
         )  # fmt: skip
 
     inside = (pixels > threshold) & used
@@ -125,22 +125,21 @@ def evaluate(
     x,
     row_weights_ptr,
     column_weights_ptr,
+    row_taps,
+    column_taps,
     low_width,
-    ROW_TAPS: tl.constexpr,
-    COLUMN_TAPS: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     """Sum up the logits [32, BLOCK_W] of a tile from their taps."""
-    rows = tl.load(row_first_ptr + y)
-    columns = tl.load(column_first_ptr + x)
+    # One offset of 32 bits per pixel, and taps as scalars beside it: pointers of 64 bits would spill.
+    first = (tl.load(row_first_ptr + y) * low_width)[:, None] + tl.load(column_first_ptr + x)[None, :]
     pixels = tl.zeros([32, BLOCK_W], tl.float32)
-    for i in tl.static_range(ROW_TAPS):
-        p_line = p_low + ((rows + i) * low_width)[:, None]
+    for i in range(row_taps):
         line = tl.zeros([32, BLOCK_W], tl.float32)
-        for j in tl.static_range(COLUMN_TAPS):
-            taps = tl.load(p_line + (columns + j)[None, :]).to(tl.float32)
-            line += taps * tl.load(column_weights_ptr + x * COLUMN_TAPS + j)[None, :]
-        pixels += line * tl.load(row_weights_ptr + y * ROW_TAPS + i)[:, None]
+        for j in range(column_taps):
+            taps = tl.load(p_low + (i * low_width + j) + first).to(tl.float32)
+            line += taps * tl.load(column_weights_ptr + x * column_taps + j)[None, :]
+        pixels += line * tl.load(row_weights_ptr + y * row_taps + i)[:, None]
     return pixels
 
 
@@ -179,6 +178,8 @@ def plan(
             "width": width,
             "tile_rows": tile_rows,
             "tile_columns": tile_columns,
+            "row_taps": row_weights.shape[1],
+            "column_taps": column_weights.shape[1],
             "low_width": size[1],
             "stride_n": low_res.stride(0),
             "threshold": float(threshold),
@@ -187,8 +188,6 @@ def plan(
         },
         constants={
             "STATISTICS": statistics,
-            "ROW_TAPS": row_weights.shape[1],
-            "COLUMN_TAPS": column_weights.shape[1],
             "PATCH_ROWS": patch_rows,
             "PATCH_COLUMNS": patch_columns,
             "BOUNDED": patch_rows * patch_columns <= _LARGEST_PATCH,
