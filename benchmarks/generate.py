@@ -37,7 +37,7 @@ from torch import Tensor
 
 import sam
 from sam import ImageEmbedding, Sam, SamAutomaticMaskGenerator
-from sam.modeling.mask_decoder import DecodedPrompts
+from sam.inference.fused_decoder import DecodedPrompts
 from sam.prompts.batch import PromptBatch
 
 from .model.automatic_masks import Tail

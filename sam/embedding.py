@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -19,10 +19,46 @@ from .system.atomic_write import write_atomically
 from .system.hardware import usable_device
 from .system.tensors import compact
 
-if TYPE_CHECKING:
-    from .modeling.transformer import SharedImageSide
-
 _FORMAT = "sam-image-embedding-1"
+
+
+@dataclass(frozen=True)
+class ImageProjections:
+    """Image tokens and their projections for block 0 of the decoder; one row per image.
+
+    All prompts without a mask input share them.
+
+    Attributes:
+        keys: [I, N, C] the image embedding plus the no-mask embedding.
+        k, v: [I, N, D] keys and values for the prompt's tokens.
+        q: [I, N, D] queries to the prompt's tokens.
+    """
+
+    keys: Tensor
+    k: Tensor
+    v: Tensor
+    q: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.keys, self.k, self.v, self.q
+
+    def select(self, image_index: Tensor) -> ImageProjections:
+        """Return one row per prompt; a single image serves all without a copy."""
+
+        def rows(field: Tensor) -> Tensor:
+            if len(field) == 1:
+                return field.expand(len(image_index), -1, -1)
+            return field.index_select(0, image_index)
+
+        return ImageProjections(*map(rows, self.tensors))
+
+    @classmethod
+    def cat(cls, several: Sequence[ImageProjections]) -> ImageProjections:
+        """Put the images of ``several`` one below the other."""
+        if len(several) == 1:
+            return several[0]
+        return cls(*map(torch.cat, zip(*(one.tensors for one in several), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -50,18 +86,18 @@ class _Finish:
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """An image side, for which values it holds, and when it is computed."""
+class _Projected:
+    """Projections, the generation of the weights that made them, and when they are computed."""
 
-    key: Hashable
-    side: SharedImageSide
+    generation: Hashable
+    projections: ImageProjections
     finish: _Finish | None
 
-    def for_this_stream(self) -> SharedImageSide:
-        """The side, once it is computed."""
+    def for_this_stream(self) -> ImageProjections:
+        """Return the projections, once they are computed."""
         if self.finish is not None:
-            self.finish.wait(*self.side.tensors)
-        return self.side
+            self.finish.wait(*self.projections.tensors)
+        return self.projections
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -84,7 +120,7 @@ class ImageEmbedding:
     model_hash: str | None = None
     model_name: str = "unknown"
     image_hash: str | None = None
-    _shared: _Kept | None = field(default=None, init=False, repr=False)
+    _projected: _Projected | None = field(default=None, init=False, repr=False)
     _finish: _Finish | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -108,7 +144,8 @@ class ImageEmbedding:
 
     def __getstate__(self) -> dict[str, Any]:
         features = compact(self.ready_features())
-        return {**self.__dict__, "features": features, "_shared": None, "_finish": None}  # made again where it is read
+        # The rest is made again where it is read.
+        return {**self.__dict__, "features": features, "_projected": None, "_finish": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -122,8 +159,8 @@ class ImageEmbedding:
     def nbytes(self) -> int:
         """Of the features and of what the decoder attached to them."""
         tensors = [self.features]
-        if self._shared is not None:
-            tensors += self._shared.side.tensors
+        if self._projected is not None:
+            tensors += self._projected.projections.tensors
         return sum(tensor.nbytes for tensor in tensors)
 
     def to(self, device: torch.device | str) -> ImageEmbedding:
@@ -134,19 +171,18 @@ class ImageEmbedding:
         """
         return replace(self, features=self.ready_features().to(usable_device(device)))
 
-    def shared_image_side(self, key: Hashable, make: Callable[[], SharedImageSide]) -> SharedImageSide:
-        """Block 0 of the decoder on this image: ``make()`` the first time, and again when ``key`` changes.
+    def projections(self, generation: Hashable, make: Callable[[], ImageProjections]) -> ImageProjections:
+        """Return block 0 of the decoder on this image: ``make()`` once per generation of the weights that it reads.
 
-        ``key`` is the generation of the weights that ``make`` reads. Two threads may both make it; the values are the
-        same.
+        Two threads may both make it; the values are the same.
         """
         version = -1 if self.features.is_inference() else self.features._version
-        kept, key = self._shared, (key, version)
-        if kept is None or kept.key != key:
-            side = make()
-            kept = _Kept(key, side, _Finish.of(side.keys))
-            object.__setattr__(self, "_shared", kept)
-        return kept.for_this_stream()
+        projected, generation = self._projected, (generation, version)
+        if projected is None or projected.generation != generation:
+            made = make()
+            projected = _Projected(generation, made, _Finish.of(made.keys))
+            object.__setattr__(self, "_projected", projected)
+        return projected.for_this_stream()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file that :meth:`load` reads; a file already there is replaced whole or not at all."""

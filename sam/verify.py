@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from .embedding import ImageEmbedding
+from .inference.decode import fused_parts
+from .inference.fused_decoder import DecodedPrompts, decode_masks, project_images
 from .modeling import Sam
 from .modeling.common import is_ours
 from .modeling.image_encoder import Block, ImageEncoderViT
-from .modeling.mask_decoder import DecodedPrompts, MaskDecoder
+from .modeling.mask_decoder import MaskDecoder
 from .prompts.batch import ragged_chunks
 from .prompts.prompt import Prompt
 
@@ -167,8 +169,8 @@ def _decoder_checks(models: _Models, embedding: ImageEmbedding) -> Iterator[Chec
 
         def masks(m: Sam, decoded: dict[int, DecodedPrompts] = decoded) -> Tensor:
             given = decoded[id(models.truth)]
-            narrow = DecodedPrompts(given.keys.to(m.dtype), given.mask_tokens.to(m.dtype), given.iou, given.grid)
-            return m.mask_decoder.decode_masks(narrow, MaskDecoder.mask_slice(True), kernels=m.kernels)
+            narrow = replace(decoded[id(m)], keys=given.keys.to(m.dtype), mask_tokens=given.mask_tokens.to(m.dtype))
+            return decode_masks(narrow, MaskDecoder.mask_slice(True), kernels=m.kernels)
 
         yield models.compare("two-way attention, image tokens", case, keys)
         yield models.compare("two-way attention, mask tokens", case, tokens)
@@ -182,8 +184,10 @@ def _decoder_checks(models: _Models, embedding: ImageEmbedding) -> Iterator[Chec
 def _image_side(model: Sam, embedding: ImageEmbedding) -> Tensor:
     narrow = embedding.features.to(model.dtype)
     no_mask = model.prompt_encoder.no_mask_embed.weight
-    side = model.mask_decoder.share_image_side(narrow, model.prompt_encoder.get_dense_pe(), no_mask)
-    return torch.cat([side.keys, side.k, side.v, side.q], dim=-1)
+    parts = fused_parts(model)
+    assert parts is not None
+    projections = project_images(parts.packed, narrow, model.prompt_encoder.get_dense_pe(), no_mask)
+    return torch.cat(projections.tensors, dim=-1)
 
 
 def _decode_tokens(model: Sam, embedding: ImageEmbedding, prompts: Sequence[Prompt]) -> DecodedPrompts:

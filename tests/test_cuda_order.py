@@ -18,7 +18,7 @@ from models import TINY, random_image, random_model
 
 import sam.embedding
 from sam import ImageEmbedding, MaskPrediction, Prompt
-from sam.inference import Graphs, Rows
+from sam.inference import Graphs, StackedInput
 from sam.inference.graphs import CudaRecorder, empty_cache
 from sam.sessions.stream import _Copied
 
@@ -86,14 +86,10 @@ def test_the_next_request_waits_for_a_replay_whose_request_failed(log: Log, fail
             raise RuntimeError("out of memory")
         return (2 * x,)
 
-    def use(outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    rows = StackedInput((torch.ones(3 if failing == "input" else 2, 2),), (2, 2))
+    with pytest.raises(RuntimeError) if failing else nullcontext(), made.run("key", double, [rows]):
         if failing == "use":
             raise RuntimeError("out of memory")
-        return outputs[0].clone()
-
-    rows = Rows((torch.ones(3 if failing == "input" else 2, 2),), (2, 2))
-    with pytest.raises(RuntimeError) if failing else nullcontext():
-        made.run("key", double, [rows], use)
     assert log == [("main", "waits for", "done"), ("record", "done", "main")]
 
 
@@ -103,7 +99,8 @@ def test_a_copy_that_fails_is_not_taken_for_the_image_that_was_there(log: Log) -
     first, second, third = (torch.full((1, 2), float(i)) for i in (1, 2, 3))
 
     def run(*tensors: torch.Tensor) -> torch.Tensor:
-        return made.run("key", lambda x: (2 * x,), [Rows(tensors, (2, 2))], lambda outputs: outputs[0].clone())[0]
+        with made.run("key", lambda x: (2 * x,), [StackedInput(tensors, (2, 2))]) as (outputs, _):
+            return outputs[0].clone()
 
     assert run(first, second).tolist() == [[2, 2], [4, 4]]
     with pytest.raises(RuntimeError):

@@ -15,6 +15,8 @@ from torch import Tensor
 import sam
 from fastsam_kernels import MAX_TOKENS, AbsorbedTokens, ImageTokens
 from sam import ImageEmbedding, Prompt, Sam
+from sam.inference import fused_decoder, fused_transformer
+from sam.inference.packed_weights import pack_decoder
 from sam.modeling.mask_decoder import MaskDecoder
 
 SIDE = 4 * 8  # of TINY's low-resolution masks
@@ -161,7 +163,7 @@ def test_padding_is_exact() -> None:
 def test_masks_of_some_prompts_only() -> None:
     """The transformer and predicted IoU first; upscaling for the rows that are asked for, in their order."""
     model = random_model(TINY)
-    decoder, encoder = model.mask_decoder, model.prompt_encoder
+    packed, encoder = pack_decoder(model.mask_decoder), model.prompt_encoder
     features = model.encode(random_image(48, 60)).features
     coords, labels = torch.rand(6, 2, 2) * 60, torch.ones(6, 2, dtype=torch.int64)
     arguments = (
@@ -172,27 +174,25 @@ def test_masks_of_some_prompts_only() -> None:
     )
     wanted, rows = MaskDecoder.mask_slice(True), torch.tensor([4, 1])
     for kernels in ("reference", "torch"):
-        masks, iou = decoder.decode(*arguments, mask_slice=wanted, kernels=kernels)
-        decoded = decoder.decode_tokens(*arguments, kernels=kernels)
+        masks, iou = fused_decoder.decode(packed, *arguments, mask_slice=wanted, kernels=kernels)
+        decoded = fused_decoder.decode_tokens(packed, *arguments, kernels=kernels)
         assert torch.equal(decoded.iou[:, wanted], iou)
-        some = decoder.decode_masks(decoded, wanted, rows, kernels)
+        some = fused_decoder.decode_masks(decoded, wanted, rows, kernels)
         assert some.shape == (2, 3, SIDE, SIDE)
         assert_close_l2(some, masks[rows], 1e-5, kernels)
-        assert decoder.decode_masks(decoded, wanted, rows[:0], kernels).shape == (0, 3, SIDE, SIDE)
+        assert fused_decoder.decode_masks(decoded, wanted, rows[:0], kernels).shape == (0, 3, SIDE, SIDE)
 
 
 def test_folding_is_used_up_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond it the image is projected; what a user put in place of a projection is never folded."""
-    from sam.modeling import transformer
-
     calls: list[int] = []
-    original = transformer.two_way_attention
+    original = fused_transformer.two_way_attention
 
     def counted(image: ImageTokens, absorbed: AbsorbedTokens, *rest: object, **options: object) -> object:
         calls.append(absorbed.keys.shape[2])
         return original(image, absorbed, *rest, **options)
 
-    monkeypatch.setattr(transformer, "two_way_attention", counted)
+    monkeypatch.setattr(fused_transformer, "two_way_attention", counted)
     model = random_model(TINY)
     embedding = model.encode(random_image(48, 60))
     most = MAX_TOKENS - OUTPUT_TOKENS - 1  # a padding point goes with points
@@ -212,13 +212,15 @@ def test_folding_is_used_up_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("kernels", ["reference", "torch"])
 @pytest.mark.parametrize("points", [1, 20])
 def test_tokens_that_are_not_wanted_back_change_nothing(points: int, kernels: str) -> None:
-    transformer = random_model(TINY).mask_decoder.transformer
+    packed = pack_decoder(random_model(TINY).mask_decoder)
     draws = torch.Generator().manual_seed(0)
     keys, key_pe, tokens = (
         torch.randn(shape, generator=draws) for shape in ((2, 16, 64), (1, 16, 64), (2, OUTPUT_TOKENS + points, 64))
     )
-    every, image = transformer.attend(keys, key_pe, tokens, kernels=kernels)
-    some, same_image = transformer.attend(keys, key_pe, tokens, answers=OUTPUT_TOKENS, kernels=kernels)
+    every, image = fused_transformer.run_transformer(packed, keys, key_pe, tokens, kernels=kernels)
+    some, same_image = fused_transformer.run_transformer(
+        packed, keys, key_pe, tokens, num_output_tokens=OUTPUT_TOKENS, kernels=kernels
+    )
     assert every.shape == tokens.shape
     assert torch.equal(same_image, image)
     torch.testing.assert_close(some, every[:, :OUTPUT_TOKENS])
@@ -243,7 +245,8 @@ def test_gradients_reach_every_weight() -> None:
     encoder, decoder = model.prompt_encoder, model.mask_decoder
     for kernels in ("reference", "torch"):
         model.zero_grad()
-        masks, iou = decoder.decode(
+        masks, iou = fused_decoder.decode(
+            pack_decoder(decoder),
             torch.randn(1, 64, 8, 8, generator=torch.Generator().manual_seed(1)),
             encoder.get_dense_pe(),
             encoder.embed_tokens(torch.full((2, 2, 2), 20.0), torch.ones(2, 2, dtype=torch.int64)),

@@ -23,7 +23,7 @@ from models import TINY, random_image, random_model
 from torch import Tensor
 
 from sam import Prompt, Sam, load_model
-from sam.inference import Bucket, Graphs, Rows, Runtime
+from sam.inference import Bucket, Graphs, Runtime, StackedInput
 from sam.sessions.interactive import InteractiveSession
 
 
@@ -152,8 +152,9 @@ def test_an_image_is_copied_once_and_again_when_it_changed() -> None:
     image, other = torch.ones(1, 3), torch.full((1, 3), 5.0)
 
     def run(*tensors: Tensor) -> Tensor:
-        rows = [Rows(tensors, (2, 3))]
-        return graphs.run("key", lambda x: (x + 0,), rows, lambda outputs: outputs[0].clone())[0]
+        rows = [StackedInput(tensors, (2, 3))]
+        with graphs.run("key", lambda x: (x + 0,), rows) as (outputs, _):
+            return outputs[0].clone()
 
     run(image)
     held = graphs._buffers[("input", 0), (2, 3), torch.float32].tensor
@@ -166,15 +167,11 @@ def test_an_image_is_copied_once_and_again_when_it_changed() -> None:
 
 
 def test_results_that_are_fed_back_are_copied_each_time() -> None:
-    graphs, found = Graphs(torch.device("cpu"), Rerun), []
-
-    def use(outputs: tuple[Tensor, ...]) -> Tensor:
-        found.append(float(outputs[0]))
-        return outputs[0]
-
-    value, _ = graphs.run("key", lambda x: (2 * x,), [Rows.of(torch.ones(1))], use)
-    for _ in range(3):
-        value, _ = graphs.run("key", lambda x: (2 * x,), [Rows.of(value)], use)
+    graphs, value, found = Graphs(torch.device("cpu"), Rerun), torch.ones(1), []
+    for _ in range(4):
+        with graphs.run("key", lambda x: (2 * x,), [StackedInput.of(value)]) as (outputs, _):
+            found.append(float(outputs[0]))
+            value = outputs[0]
     assert found == [2, 4, 8, 16]
 
 

@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sam
 from sam import Prompt, Sam
+from sam.inference import fused_decoder
+from sam.inference.packed_weights import pack_decoder
 from sam.modeling.image_encoder import (
     Attention,
     Block,
@@ -128,7 +130,8 @@ def test_absent_tokens_change_nothing(tiny: Sam) -> None:
     for kernels in ("reference", "torch"):
         results = []
         for some_coords, some_labels in ((coords, labels), (padded_coords, padded_labels)):
-            logits, iou = tiny.mask_decoder.decode(
+            logits, iou = fused_decoder.decode(
+                pack_decoder(tiny.mask_decoder),
                 features,
                 tiny.prompt_encoder.get_dense_pe(),
                 tiny.prompt_encoder.embed_tokens(some_coords, some_labels),
@@ -200,7 +203,8 @@ def test_gradients_reach_every_parameter(kernels: str) -> None:
     for dense_input in (None, masks):
         sparse, dense = model.prompt_encoder(points, boxes, dense_input)
         sparse = torch.cat([sparse, model.prompt_encoder(points, None, None)[0]], dim=1)
-        logits, iou = model.mask_decoder.decode(
+        logits, iou = fused_decoder.decode(
+            pack_decoder(model.mask_decoder),
             features,
             model.prompt_encoder.get_dense_pe(),
             sparse,
@@ -224,7 +228,8 @@ def test_gradcheck_of_the_decoder() -> None:
     for kernels in ("reference", "torch"):
 
         def masks(features: torch.Tensor, sparse: torch.Tensor, kernels: str = kernels) -> torch.Tensor:
-            return model.mask_decoder.decode(features, pe, sparse, dense, mask_slice=slice(1, 2), kernels=kernels)[0]
+            packed = pack_decoder(model.mask_decoder)
+            return fused_decoder.decode(packed, features, pe, sparse, dense, mask_slice=slice(1, 2), kernels=kernels)[0]
 
         features = torch.randn(1, 16, 2, 2, dtype=torch.float64, requires_grad=True)
         sparse = torch.randn(2, 1, 16, dtype=torch.float64, requires_grad=True)

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 import sam
 from sam import Prompt, Sam
-from sam.inference import TOKENS, Bucket, Runtime
+from sam.inference import TOKEN_BUCKETS, Bucket, Runtime
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +48,9 @@ def compilations() -> int:
 def test_nothing_is_compiled_after_the_warm_up(compiled: Sam) -> None:
     assert compiled.runtime is not None
     warmed = compiled.runtime.warmup(multimask=(True,), mask_input=(False,))
-    assert len([step for step in warmed if step.what.startswith("Bucket")]) == 3 * len(TOKENS)
+    assert len([step for step in warmed if step.what.startswith("Bucket")]) == 3 * len(TOKEN_BUCKETS)
     assert set(compiled.runtime.buckets) == {
-        Bucket(1, prompts, tokens, True, False, torch.float32) for prompts in (1, 2, 4) for tokens in TOKENS
+        Bucket(1, prompts, tokens, True, False, torch.float32) for prompts in (1, 2, 4) for tokens in TOKEN_BUCKETS
     }
     assert all(step.seconds > 0 for step in warmed)
     assert compiled.runtime.warmup(multimask=(True,), mask_input=(False,))[1:] == []  # but for the encoder's run

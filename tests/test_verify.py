@@ -14,6 +14,8 @@ from models import TINY, random_model
 import sam
 from sam import Sam
 from sam.cli import main
+from sam.inference.eligibility import look
+from sam.inference.packed_weights import PackedDecoder, pack_decoder
 from sam.verify import drawn_image, verify
 
 
@@ -33,25 +35,20 @@ def test_a_right_model_passes(kernels: str, dtype: torch.dtype) -> None:
     assert all(check.mask_iou is not None for check in checks if check.operation == "image to masks")
 
 
-def corrupt(owner: torch.nn.Module, name: str) -> None:
-    """The first row of what ``owner`` keeps under ``name``."""
-    kept = owner._derived[name][1]  # type: ignore[operator,index]
-    while not isinstance(kept, torch.Tensor):
-        kept = kept[0]
-    kept[0] += 3
+def packed(model: Sam) -> PackedDecoder:
+    return look(model.mask_decoder).packed(pack_decoder, model.mask_decoder)
 
 
 def in_upscaling(model: Sam) -> None:
-    corrupt(model.mask_decoder, "upscaling")
+    packed(model).upscaling.weight1[0] += 3  # type: ignore[union-attr]
 
 
 def in_hypernetworks(model: Sam) -> None:
-    corrupt(model.mask_decoder, "hypernetworks 1:None")
+    packed(model).hypernetworks[0][0][1] += 3
 
 
 def in_positions(model: Sam) -> None:
-    [name] = model.prompt_encoder._derived  # of the grid
-    corrupt(model.prompt_encoder, name)
+    model.prompt_encoder.get_dense_pe()[0] += 3
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from fastsam_kernels import nms
 from sam import SamAutomaticMaskGenerator
 from sam.embedding import ImageEmbedding
 from sam.images.geometry import ImageGeometry
-from sam.modeling.mask_decoder import DecodedPrompts
+from sam.inference.fused_decoder import DecodedPrompts
+from sam.inference.packed_weights import pack_decoder
 from sam.prompts.batch import PromptBatch
 from sam.utils import amg
 
@@ -60,6 +61,8 @@ class Tail:
         embedding = ImageEmbedding(torch.zeros(1, 256, SIDE // 4, SIDE // 4, device=self.model.device), geometry)
         generator = SamAutomaticMaskGenerator(self.model, None, point_grids=self.grid, output_mode="coco_rle")
 
+        packed = pack_decoder(self.model.mask_decoder)
+
         def run() -> list[dict[str, Any]]:
             first = 0
 
@@ -67,7 +70,7 @@ class Tail:
                 nonlocal first
                 rows = torch.arange(first, first + len(batch), device=self.iou.device)
                 first += len(batch)
-                return DecodedPrompts(rows, rows, F.pad(self.iou[rows], (1, 0)), (1, 1))
+                return DecodedPrompts(rows, rows, F.pad(self.iou[rows], (1, 0)), (1, 1), packed)
 
             def decode_masks(decoded: DecodedPrompts, multimask_output: bool, rows: Tensor) -> Tensor:
                 return self.low_res[decoded.keys[rows]]

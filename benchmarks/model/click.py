@@ -57,7 +57,8 @@ def _by_modules(model: sam.Sam, full_size: bool = True) -> Predict:
     ) -> tuple[Tensor, Tensor]:
         sparse, dense = model.prompt_encoder((coords, labels), None, mask_inputs)
         image_pe = model.prompt_encoder.get_dense_pe()
-        low_res, iou = model.mask_decoder(features, image_pe, sparse, dense, multimask)
+        masks = model.mask_decoder.mask_slice(multimask)
+        low_res, iou = (x[:, masks] for x in model.mask_decoder.predict_masks(features, image_pe, sparse, dense))
         if full_size:
             _ = model.postprocess_masks(low_res, size, size) > 0
         return low_res, iou

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import sam
 from fastsam_kernels import hypernetwork_masks
+from sam.inference import fused_decoder
+from sam.inference.packed_weights import PackedDecoder, pack_decoder
 from sam.modeling.mask_decoder import MaskDecoder
 from sam.prompts.tensors import append_padding_point
 
@@ -20,10 +22,10 @@ from ..peers import chosen_peers
 from . import decoder_work
 
 
-def _decoder(device: torch.device, dtype: torch.dtype) -> MaskDecoder:
+def _decoder(device: torch.device, dtype: torch.dtype) -> PackedDecoder:
     torch.manual_seed(0)
     model = sam.build_from_config(sam.VARIANTS["vit_b"])
-    return model.mask_decoder.requires_grad_(False).to(device, dtype)
+    return pack_decoder(model.mask_decoder.requires_grad_(False).to(device, dtype))
 
 
 def _mask_head(device: torch.device, dtype: torch.dtype) -> Problem:
@@ -34,13 +36,13 @@ def _mask_head(device: torch.device, dtype: torch.dtype) -> Problem:
     wanted, rows = MaskDecoder.mask_slice(True), few_rows(prompts)
 
     def official() -> Tensor:
-        return decoder._masks_by_modules(keys, tokens, slice(None), grid)[:, wanted].float()
+        return fused_decoder.masks_by_modules(decoder, keys, tokens, slice(None), grid)[:, wanted].float()
 
     def ours(kernels: str) -> Form:
         return lambda: hypernetwork_masks(
             keys,
-            decoder._upscaling(),
-            decoder._hypernetworks(tokens, wanted),
+            decoder.upscaling,
+            fused_decoder.hypernetworks(decoder, tokens, wanted),
             grid=grid,
             out_dtype=torch.float32,
             kernels=kernels,
@@ -48,7 +50,7 @@ def _mask_head(device: torch.device, dtype: torch.dtype) -> Problem:
 
     def truth() -> Tensor:
         wide = _decoder(device, torch.float64)
-        return wide._masks_by_modules(keys[rows].double(), tokens[rows].double(), wanted, grid)
+        return fused_decoder.masks_by_modules(wide, keys[rows].double(), tokens[rows].double(), wanted, grid)
 
     forms: dict[str, Form] = {"reference": official, "torch": ours("torch")}
     if device.type == "cuda":
@@ -73,7 +75,8 @@ def _clicks(prompts: int, kept: slice = slice(None)) -> Callable[[torch.device, 
 
         def official(model: sam.Sam, coords: Tensor, labels: Tensor, features: Tensor) -> Tensor:
             sparse, dense = model.prompt_encoder((coords, labels), None, None)
-            return model.mask_decoder(features, model.prompt_encoder.get_dense_pe(), sparse, dense, True)[0]
+            masks, _ = model.mask_decoder.predict_masks(features, model.prompt_encoder.get_dense_pe(), sparse, dense)
+            return masks[:, MaskDecoder.mask_slice(True)]
 
         def truth() -> Tensor:
             chosen = torch.arange(prompts, device=device)[kept][rows]
@@ -95,9 +98,9 @@ def _clicks(prompts: int, kept: slice = slice(None)) -> Callable[[torch.device, 
 
 def _decode(model: sam.Sam, features: Tensor, coords: Tensor, labels: Tensor, kept: slice, kernels: str) -> Tensor:
     """As the model decodes, a chunk of prompts at a time, with the image's side made anew."""
-    encoder, decoder = model.prompt_encoder, model.mask_decoder
+    encoder, packed = model.prompt_encoder, pack_decoder(model.mask_decoder)
     image_pe, wanted = encoder.get_dense_pe(), MaskDecoder.mask_slice(True)
-    shared = decoder.share_image_side(features, image_pe, encoder.no_mask_embed.weight)
+    projections = fused_decoder.project_images(packed, features, image_pe, encoder.no_mask_embed.weight)
     dense = encoder.no_mask_embed.weight.view(1, -1, 1, 1)
     size, wide = model.prompts_per_chunk, torch.promote_types(features.dtype, torch.float32)
     places = range(len(coords))[kept]
@@ -106,10 +109,12 @@ def _decode(model: sam.Sam, features: Tensor, coords: Tensor, labels: Tensor, ke
     for start in range(0, len(coords), size):
         some = slice(start, start + size)
         sparse = encoder.embed_tokens(*append_padding_point(coords[some], labels[some]))
-        decoded = decoder.decode_tokens(features, image_pe, sparse, dense, shared=shared, kernels=kernels)
+        decoded = fused_decoder.decode_tokens(
+            packed, features, image_pe, sparse, dense, projections=projections, kernels=kernels
+        )
         rows = [place - start for place in places if start <= place < start + size]
         index = None if len(rows) == len(sparse) else torch.tensor(rows, device=features.device)
-        masks[filled : filled + len(rows)] = decoder.decode_masks(decoded, wanted, index, kernels)
+        masks[filled : filled + len(rows)] = fused_decoder.decode_masks(decoded, wanted, index, kernels)
         filled += len(rows)
     return masks
 

@@ -7,8 +7,8 @@ function. Padding is exact: absent tokens are masked out of every attention, and
 reads.
 """
 
-from .buckets import TOKENS, Bucket
-from .graphs import Graphs, Rows
-from .runtime import Runtime, Warmed
+from .buckets import TOKEN_BUCKETS, Bucket
+from .graphs import Graphs, StackedInput
+from .runtime import Runtime, WarmupStep
 
-__all__ = ["TOKENS", "Bucket", "Graphs", "Rows", "Runtime", "Warmed"]
+__all__ = ["TOKEN_BUCKETS", "Bucket", "Graphs", "Runtime", "StackedInput", "WarmupStep"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-TOKENS = (2, 3, 6, 11)  # a click or a box; both; 5 points; 10 points, up to which image projections are folded
+TOKEN_BUCKETS = (2, 3, 6, 11)  # a click or a box; both; 5 points; 10 points, up to which image projections are absorbed
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Limits:
         self, images: int, prompts: int, tokens: int, multimask: bool, with_masks: bool, dtype: torch.dtype
     ) -> Bucket | str:
         """The bucket of a request, or what about it fits none."""
-        if tokens > TOKENS[-1]:
-            return f"prompts of more than {TOKENS[-1]} tokens"
+        if tokens > TOKEN_BUCKETS[-1]:
+            return f"prompts of more than {TOKEN_BUCKETS[-1]} tokens"
         if prompts > self.prompts:
             return f"more than {self.prompts} prompts at once"
         if images > self.images:
@@ -57,7 +57,7 @@ class Limits:
         return Bucket(
             images=_next_power_of_two(images),
             prompts=_next_power_of_two(prompts),
-            tokens=next(size for size in TOKENS if size >= tokens),
+            tokens=next(size for size in TOKEN_BUCKETS if size >= tokens),
             multimask=multimask,
             with_masks=with_masks,
             dtype=dtype,

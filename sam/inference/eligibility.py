@@ -66,11 +66,12 @@ class Snapshot(Stale):
         generation: a number that no other snapshot has.
         intrusion: a sentence on the first hook, patched method or weight that is no plain tensor; None without any.
         why_not_fused: a sentence on what keeps the part from running fused; None where nothing does.
+        weights: all parameters and buffers that are plain tensors.
     """
 
     __slots__ = (
-        *("generation", "intrusion", "why_not_fused", "_values"),
-        *("_hooks", "_modules", "_states", "_sizes", "_kinds", "_contents", "_members", "_weights", "_addresses"),
+        *("generation", "intrusion", "why_not_fused", "weights", "_values"),
+        *("_hooks", "_modules", "_states", "_sizes", "_kinds", "_contents", "_members", "_addresses"),
         *("_versioned", "_versions", "_constants", "_constant_values", "_methods", "_functions"),
     )
 
@@ -84,10 +85,10 @@ class Snapshot(Stale):
         contents = (state[kind] for state in self._states for kind in ("_modules", "_parameters", "_buffers"))
         self._contents = list(filter(None, contents))  # what joins an empty one has no part in what a stock module does
         self._members = self._present_members()
-        self._weights = [member for member in self._members if isinstance(member, Tensor) and is_plain(member)]
-        self._weights = [weight for weight in self._weights if weight.layout == torch.strided]
-        self._addresses = list(map(Tensor.data_ptr, self._weights))
-        self._versioned = [weight for weight in self._weights if not weight.is_inference()]
+        self.weights = [member for member in self._members if isinstance(member, Tensor) and is_plain(member)]
+        self.weights = [weight for weight in self.weights if weight.layout == torch.strided]
+        self._addresses = list(map(Tensor.data_ptr, self.weights))
+        self._versioned = [weight for weight in self.weights if not weight.is_inference()]
         self._versions = list(map(_version, self._versioned))
         self._constants = list(_constants(self._modules))
         self._constant_values = self._present_constants()
@@ -109,7 +110,7 @@ class Snapshot(Stale):
             not self.is_stale
             and len(members) == len(self._members)
             and all(map(is_, members, self._members))
-            and list(map(Tensor.data_ptr, self._weights)) == self._addresses
+            and list(map(Tensor.data_ptr, self.weights)) == self._addresses
             and list(map(_version, self._versioned)) == self._versions
             and list(map(len, self._states)) == self._sizes
             and list(map(type, self._modules)) == self._kinds
@@ -117,16 +118,16 @@ class Snapshot(Stale):
             and [methods.get(name) for methods, name in self._methods] == self._functions
         )
 
-    def packed(self, make: Callable[[Any], T], part: Any) -> T:
-        """Return ``make(part)``, computed once for this generation."""
+    def packed(self, make: Callable[[Any, int], T], part: Any) -> T:
+        """Return ``make(part, generation)``, computed once for this generation."""
         value = self._values.get(make)
         if value is None:
             with PACKING:
                 value = self._values.get(make)
                 if value is None:
-                    with packing(self._weights):
-                        value = make(part)
-                    finish(self._weights)
+                    with packing(self.weights):
+                        value = make(part, self.generation)
+                    finish(self.weights)
                     self._values[make] = value
         return value
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
 Outputs = tuple[Tensor, ...]
 
 _WARM_UPS = 2  # runs before a capture: kernels are compiled and weights derived in the first
@@ -21,17 +21,17 @@ _HEADROOM = 2 << 30  # bytes free on the device below which cached blocks are gi
 
 
 @dataclass(frozen=True)
-class Rows:
-    """An input: tensors to be put one below the other, into a buffer of ``shape``.
+class StackedInput:
+    """Tensors to be put one below the other, into a buffer of ``shape``.
 
-    What of the buffer they do not fill holds anything; it must not matter to the rows that are read.
+    Buffer rows beyond the tensors are undefined; the captured function must not let them affect valid rows.
     """
 
     tensors: Sequence[Tensor]
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Rows:
+    def of(cls, tensor: Tensor) -> StackedInput:
         return cls((tensor,), tuple(tensor.shape))
 
 
@@ -131,31 +131,28 @@ class Graphs:
         self._buffers: dict[Hashable, _Buffer] = {}
         self._recordings: dict[Hashable, tuple[Recording, Outputs]] = {}
 
+    @contextmanager
     def run(
-        self,
-        key: Hashable,
-        function: Callable[..., Outputs],
-        inputs: Sequence[Rows | None],
-        use: Callable[[Outputs], T],
-    ) -> tuple[T, float | None]:
-        """``use(function(*inputs))``, with ``function`` replayed.
+        self, key: Hashable, function: Callable[..., Outputs], inputs: Sequence[StackedInput | None]
+    ) -> Iterator[tuple[Outputs, float | None]]:
+        """Replay ``function(*inputs)`` and hold its outputs for the length of the context.
 
         Args:
             key: stands for everything that ``function`` does besides reading ``inputs``.
             function: of tensors, or None, to tensors of the same shapes each time; it may not wait for the device.
             inputs: one for each of its arguments.
-            use: of the results, which the next run overwrites.
 
-        Returns:
-            what ``use`` returned, and the seconds that recording took if this was the first use.
+        Yields:
+            the outputs, which the next run overwrites, and the seconds that the capture took if this was the first use.
         """
         with self._lock:
             stream = torch.cuda.current_stream(self._device) if self._done is not None else None
             if stream is not None and self._done is not None:
                 stream.wait_event(self._done)
             try:
-                arguments = [self._filled(index, rows) for index, rows in enumerate(inputs)]
-                key = (key, *((rows.shape, rows.tensors[0].dtype) if rows else None for rows in inputs))
+                arguments = [self._filled(index, stacked) for index, stacked in enumerate(inputs)]
+                kinds = ((stacked.shape, stacked.tensors[0].dtype) if stacked else None for stacked in inputs)
+                key = (key, *kinds)
                 seconds = None
                 if key not in self._recordings:
                     start = time.perf_counter()
@@ -165,7 +162,7 @@ class Graphs:
                 recording.replay()
                 for output in outputs:
                     torch.autograd.graph.increment_version(output)  # a replay writes unseen
-                return use(outputs), seconds
+                yield outputs, seconds
             finally:
                 # Also after an error: what was begun is still running, and the next request may be on another stream.
                 if stream is not None and self._done is not None:
@@ -178,11 +175,11 @@ class Graphs:
                 self._done.synchronize()
             self._recordings.clear()
 
-    def _filled(self, index: int, rows: Rows | None) -> Tensor | None:
-        if rows is None:
+    def _filled(self, index: int, stacked: StackedInput | None) -> Tensor | None:
+        if stacked is None:
             return None
-        buffer = self._buffer(("input", index), rows.shape, rows.tensors[0].dtype)
-        buffer.fill(rows.tensors)
+        buffer = self._buffer(("input", index), stacked.shape, stacked.tensors[0].dtype)
+        buffer.fill(stacked.tensors)
         return buffer.tensor
 
     def _buffer(self, place: Hashable, shape: tuple[int, ...], dtype: torch.dtype) -> _Buffer:

@@ -5,42 +5,41 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..embedding import ImageEmbedding, ImageProjections
+from ..images.geometry import ImageGeometry
 from ..modeling.common import is_ours
 from ..modeling.image_encoder import Block, ImageEncoderViT
 from ..modeling.mask_decoder import MaskDecoder
-from ..modeling.transformer import SharedImageSide
 from ..prompts.batch import PromptBatch
 from ..prompts.labels import LABEL_ABSENT
-from .buckets import TOKENS, Bucket, Limits, as_table
+from . import fused_decoder
+from .buckets import TOKEN_BUCKETS, Bucket, Limits, as_table
+from .decode import FusedParts, image_projections
 from .eligibility import look
-from .graphs import Graphs, Recorder, Rows
+from .graphs import Graphs, Recorder, StackedInput
+from .packed_weights import PackedDecoder, pack_decoder
+from .parts import Model
 
-if TYPE_CHECKING:
-    from ..embedding import ImageEmbedding
-    from ..modeling import Sam
-
-T = TypeVar("T")
 logger = logging.getLogger("sam")
 
-_LARGEST_IMAGE_BATCH = 8
-_MOST_GRAPHS = 256
+_MAX_PADDED_IMAGES = 8
+_MAX_COMPILED_GRAPHS = 256
 # Of a graph. The image side of a prompt is 2 MB in bf16 and several are alive: a pool for more would be gigabytes.
 _REPLAYED = Limits(images=16, prompts=32)
 
 
 @dataclass(frozen=True)
-class Warmed:
-    """What :meth:`Runtime.warmup` did for one shape, and the seconds that it took."""
+class WarmupStep:
+    """One shape that :meth:`Runtime.warmup` made ready, and the seconds that it took."""
 
     what: str
     seconds: float
@@ -79,7 +78,7 @@ class Runtime:
     a weight, a hook or a module new graphs are recorded, or the request runs eagerly.
     """
 
-    def __init__(self, model: Sam, *, compile_encoder: bool = True, recorder: Recorder | None = None) -> None:
+    def __init__(self, model: Model, *, compile_encoder: bool = True, recorder: Recorder | None = None) -> None:
         """
         Args:
             model: a decoder with hooks or modules of a user's own runs eagerly.
@@ -89,7 +88,7 @@ class Runtime:
         self._model = model
         self._lock = threading.Lock()
         self._first_use: dict[Bucket, float] = {}
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._recorder = recorder
         self._decoder_graphs, self._encoder_graphs = _GraphsOfWeights(recorder), _GraphsOfWeights(recorder)
         self._compiles_encoder = compile_encoder and is_ours(model.image_encoder, ImageEncoderViT)
@@ -126,12 +125,12 @@ class Runtime:
     def warmup(
         self,
         prompts: tuple[int, ...] | None = None,
-        tokens: tuple[int, ...] = TOKENS,
+        tokens: tuple[int, ...] = TOKEN_BUCKETS,
         multimask: tuple[bool, ...] = (True, False),
         mask_input: tuple[bool, ...] = (False, True),
         images: tuple[int, ...] = (1,),
         image_batches: tuple[int, ...] = (1,),
-    ) -> list[Warmed]:
+    ) -> list[WarmupStep]:
         """Compile or record what requests will need, so that none of them waits.
 
         A shape that was not made ready is at its first use: a CUDA graph then costs that request two runs and a
@@ -145,17 +144,14 @@ class Runtime:
         Returns:
             what was made ready and how long it took; nothing twice.
         """
-        from ..embedding import ImageEmbedding
-        from ..images.geometry import ImageGeometry
-
         model, done = self._model, []
-        size, grid = model.image_encoder.img_size, model.prompt_encoder.image_embedding_size
+        size, grid = model.image_size, model.prompt_encoder.image_embedding_size
         for count in image_batches:
             start = time.perf_counter()
             with torch.no_grad():
                 self.image_features(torch.zeros(count, 3, size, size, device=model.device, dtype=model.dtype))
                 self._wait()
-            done.append(Warmed(f"encoder, {count} images", time.perf_counter() - start))
+            done.append(WarmupStep(f"encoder, {count} images", time.perf_counter() - start))
         features = torch.zeros(1, model.prompt_encoder.embed_dim, *grid, device=model.device, dtype=model.dtype)
         geometry, low = ImageGeometry.longest_side(size, size, size), model.low_res_size
         for several in images:
@@ -177,7 +173,7 @@ class Runtime:
                                 model.decode(embeddings, batch, multi)
                             if len(self._first_use) > before:
                                 bucket, seconds = next(reversed(self._first_use.items()))
-                                done.append(Warmed(str(bucket), seconds))
+                                done.append(WarmupStep(str(bucket), seconds))
         self._wait()
         return done
 
@@ -189,71 +185,64 @@ class Runtime:
         """
         model, count = self._model, len(pixels)
         kernels = model.resolved_kernels
-        weights = self._replayable_encoder(pixels)
-        if weights is not None:
-            features, _ = self._encoder_graphs.now(model.device, weights).run(
+        generation = self._replayable_encoder(pixels)
+        if generation is not None:
+            with self._encoder_graphs.now(model.device, generation).run(
                 ("encoder", kernels),
                 lambda rows: (model.image_encoder(rows, kernels),),
-                [Rows.of(pixels)],
-                lambda outputs: outputs[0].clone(),
-            )
-            return features
+                [StackedInput.of(pixels)],
+            ) as (outputs, _):
+                return outputs[0].clone()
         padded = count
         if self._compiles_encoder and count:
-            padded = min(1 << (count - 1).bit_length(), max(count, _LARGEST_IMAGE_BATCH))
+            padded = min(1 << (count - 1).bit_length(), max(count, _MAX_PADDED_IMAGES))
         if padded > count:
             pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, padded - count))
         return model.image_encoder(pixels, kernels)[:count]
 
-    def decode(
-        self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask: bool
-    ) -> tuple[Tensor, Tensor] | None:
-        """Logits [P, C, h, w] and predicted IoU [P, C] of at most a chunk of prompts; None where no bucket fits."""
-        rows = slice(len(batch))
-        return self.decode_then(
-            embeddings, batch, multimask, use=lambda logits, iou: (logits[rows].clone(), iou[rows].clone())
-        )
+    @contextmanager
+    def run(
+        self, parts: FusedParts, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask: bool
+    ) -> Iterator[tuple[Tensor, Tensor] | None]:
+        """Decode at most a chunk of prompts, and hold the outputs for the length of the context.
 
-    def decode_then(
-        self,
-        embeddings: Sequence[ImageEmbedding],
-        batch: PromptBatch,
-        multimask: bool,
-        *,
-        use: Callable[[Tensor, Tensor], T],
-    ) -> T | None:
-        """``use(logits, iou)`` of the padded batch; None where no bucket fits.
+        No graph has what is done with them: what depends on the size of an image would be recorded for every size.
 
         Args:
-            embeddings, batch: at most a chunk of prompts, and their images.
-            multimask: three masks a prompt instead of one.
-            use: takes what it needs of the results, which the next request overwrites. No graph has it: what depends
-                on the size of an image would be recorded for every size.
+            parts: the model's, as they are now.
+            embeddings, batch: the prompts and their images.
+            multimask: three masks per prompt instead of one.
+
+        Yields:
+            logits and predicted IoU of the padded batch, which the next request overwrites; None where no bucket fits.
         """
         bucket = self._bucket_of(len(embeddings), batch, multimask)
         if bucket is None:
-            return None
+            yield None
+            return
         kernels = self._model.resolved_kernels
-        image = self._image_rows(embeddings, bucket)
+        image = self._image_inputs(parts, embeddings, bucket)
         prompts = _padded(batch, bucket)
 
         if not self._replays:
-            tensors = [None if rows is None else rows.tensors[0] for rows in image]
+            tensors = [None if stacked is None else stacked.tensors[0] for stacked in image]
             with nullcontext() if bucket in self._first_use else self._lock:  # one thread compiles
                 start = time.perf_counter()
-                logits, iou = self._compiled(*tensors, *prompts, multimask=multimask, kernels=kernels)
+                outputs = self._compiled(*tensors, *prompts, multimask=multimask, kernels=kernels)
                 self._first_use.setdefault(bucket, time.perf_counter() - start)
-            return use(logits, iou)
+            yield outputs
+            return
 
-        used, seconds = self._graphs_now().run(
+        generation = (self._settings(), parts.generation)
+        graphs = self._decoder_graphs.now(self._model.device, generation, forget=self._first_use.clear)
+        with graphs.run(
             bucket,
-            lambda *tensors: self._decode_padded(*tensors, multimask=multimask, kernels=kernels),
-            [*image, *(None if tensor is None else Rows.of(tensor) for tensor in prompts)],
-            lambda outputs: use(*outputs),
-        )
-        if seconds is not None:
-            self._first_use.setdefault(bucket, seconds)
-        return used
+            lambda *tensors: self._decode_padded(*tensors, multimask=multimask, kernels=kernels, packed=parts.packed),
+            [*image, *(None if tensor is None else StackedInput.of(tensor) for tensor in prompts)],
+        ) as ((logits, iou), seconds):
+            if seconds is not None:
+                self._first_use.setdefault(bucket, seconds)
+            yield logits, iou
 
     # Graphs ------------------------------------------------------------------------------------------------
 
@@ -268,52 +257,46 @@ class Runtime:
         precisions = (backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
         return self._model.device, self._model.resolved_kernels, precisions
 
-    def _graphs_now(self) -> Graphs:
-        """The decoder's graphs for the weights as they are."""
-        parts = (self._model.prompt_encoder, self._model.mask_decoder)
-        weights = (self._settings(), *(look(part).generation for part in parts))
-        return self._decoder_graphs.now(self._model.device, weights, forget=self._first_use.clear)
-
     def _replayable_encoder(self, pixels: Tensor) -> Hashable | None:
-        """The encoder's weights if its pass over ``pixels`` can be replayed, else None."""
+        """Return what its graphs belong to if the encoder's pass over ``pixels`` can be replayed, else None."""
         model, encoder = self._model, self._model.image_encoder
         if self._compiles_encoder or not self._replays or not is_ours(encoder, ImageEncoderViT):
             return None
         if torch.is_grad_enabled() or torch.is_autocast_enabled(model.device.type):
             return None
-        if pixels.shape != (1, 3, encoder.img_size, encoder.img_size) or pixels.device != model.device:
+        if pixels.shape != (1, 3, model.image_size, model.image_size) or pixels.device != model.device:
             return None
         snapshot = look(encoder)
         if snapshot.intrusion is not None:  # a hook would see nothing of a replay
             return None
         return self._settings(), snapshot.generation
 
-    def _image_rows(self, embeddings: Sequence[ImageEmbedding], bucket: Bucket) -> list[Rows | None]:
-        """Features, keys, k, v and q of block 0: the features where there are mask inputs, else the rest."""
+    def _image_inputs(
+        self, parts: FusedParts, embeddings: Sequence[ImageEmbedding], bucket: Bucket
+    ) -> list[StackedInput | None]:
+        """Return features, keys, k, v and q of block 0: the features where there are mask inputs, else the rest."""
 
-        def rows(tensors: list[Tensor]) -> Rows:
-            return Rows(tensors, (bucket.images, *tensors[0].shape[1:]))
+        def stacked(tensors: Sequence[Tensor]) -> StackedInput:
+            return StackedInput(tensors, (bucket.images, *tensors[0].shape[1:]))
 
-        model = self._model
-        if bucket.with_masks or model.resolved_kernels == "reference":
-            return [rows([embedding.ready_features() for embedding in embeddings]), None, None, None, None]
-        sides = [model.shared_image_side([embedding]) for embedding in embeddings]
-        fields = ([getattr(side, name) for side in sides] for name in ("keys", "k", "v", "q"))
-        return [None, *map(rows, fields)]
+        if bucket.with_masks or self._model.resolved_kernels == "reference":
+            return [stacked([embedding.ready_features() for embedding in embeddings]), None, None, None, None]
+        projections = [image_projections(parts, embedding).tensors for embedding in embeddings]
+        return [None, *map(stacked, zip(*projections, strict=True))]
 
     # Both --------------------------------------------------------------------------------------------------
 
     def _bucket_of(self, images: int, batch: PromptBatch, multimask: bool) -> Bucket | None:
         model = self._model
         eager = torch.is_grad_enabled() or torch.is_autocast_enabled(model.device.type)
-        if len(batch) == 0 or not model.uses_fused_decoder or (self._replays and eager):
+        if len(batch) == 0 or (self._replays and eager):
             return None
         with_masks = batch.mask_inputs is not None
         fit = self.limits.fit(images, len(batch), batch.labels.shape[1], multimask, with_masks, model.dtype)
         if isinstance(fit, Bucket):
             return fit
-        if fit not in self._told:  # once: such a request runs, slower
-            self._told.add(fit)
+        if fit not in self._warned:  # once: such a request runs, slower
+            self._warned.add(fit)
             logger.warning("%s fit no shape made ready and run eagerly", fit)
         return None
 
@@ -331,23 +314,26 @@ class Runtime:
         *,
         multimask: bool,
         kernels: str,
+        packed: PackedDecoder | None = None,
     ) -> tuple[Tensor, Tensor]:
-        encoder, decoder = self._model.prompt_encoder, self._model.mask_decoder
-        wanted = MaskDecoder.mask_slice(multimask)
+        encoder = self._model.prompt_encoder
+        if packed is None:  # compiled: of the weights that the compiled function is given
+            packed = pack_decoder(self._model.mask_decoder)
         image_pe = encoder.get_dense_pe()
         dense = encoder.no_mask_embed.weight.view(1, -1, 1, 1) if masks is None else encoder._embed_masks(masks)
-        shared = None if keys is None or k is None or v is None or q is None else SharedImageSide(keys, k, v, q)
-        decoded = decoder.decode_tokens(
-            image_pe if features is None else features,  # of which only the grid is read beside ``shared``
+        projections = [tensor for tensor in (keys, k, v, q) if tensor is not None]
+        return fused_decoder.decode(
+            packed,
+            image_pe if features is None else features,  # of which only the grid is read beside ``projections``
             image_pe,
             encoder.embed_tokens(coords, labels),
             dense,
+            mask_slice=MaskDecoder.mask_slice(multimask),
             image_index=image_index,
             token_mask=labels != LABEL_ABSENT,
-            shared=shared,
+            projections=ImageProjections(*projections) if projections else None,
             kernels=kernels,
         )
-        return decoder.decode_masks(decoded, wanted, None, kernels), decoded.iou[:, wanted]
 
     @cached_property
     def _compiled(self) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -381,4 +367,4 @@ def _padded(batch: PromptBatch, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor 
 
 def _allow_many_graphs() -> None:
     # A graph a bucket and a kind of block; torch gives up compiling after eight of a function otherwise.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_COMPILED_GRAPHS)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: F401 - as above
 from torch import Tensor, nn  # noqa: F401
 
-from fastsam_kernels import check_kernels, preprocess_image, requires_autograd, resolve_kernels
+from fastsam_kernels import check_kernels, preprocess_image, resolve_kernels
 
 from ..checks import naming, require
 from ..config import SamConfig
@@ -18,21 +18,21 @@ from ..embedding import ImageEmbedding
 from ..images.geometry import ImageGeometry
 from ..images.prepare import CheckedImage, PreparedImage
 from ..images.tensors import normalize_and_pad
-from ..inference.eligibility import look, why_not_fused
+from ..inference import decode
+from ..inference.fused_decoder import DecodedPrompts
+from ..inference.module_decoder import MadeMasks
 from ..masks import upscale
 from ..masks.results import MaskPrediction
 from ..prompts.batch import PromptBatch, ragged_chunks
 from ..prompts.checks import check_mask_inputs
-from ..prompts.labels import LABEL_ABSENT
 from ..prompts.prompt import Prompt
 from ..system.device_profile import device_profile
 from ..system.malloc import keep_freed_memory
 from .common import Fp32Buffers, is_ours, uncompiled
 from .identity import hash_of_model
 from .image_encoder import ImageEncoderViT
-from .mask_decoder import AnsweredPrompts, DecodedPrompts, MaskDecoder
+from .mask_decoder import MaskDecoder
 from .prompt_encoder import PromptEncoder
-from .transformer import SharedImageSide
 from .weight_cache import WeightCache, weights_of
 
 if TYPE_CHECKING:
@@ -75,6 +75,11 @@ class Sam(WeightCache, Fp32Buffers):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
     @property
+    def image_size(self) -> int:
+        """Side in pixels of the square that the image encoder takes."""
+        return self.image_encoder.img_size
+
+    @property
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
@@ -96,6 +101,9 @@ class Sam(WeightCache, Fp32Buffers):
     @kernels.setter
     def kernels(self, kernels: str) -> None:
         self._kernels = check_kernels(kernels)
+        for part in self.children():
+            if isinstance(part, WeightCache):
+                part.kernels = kernels
 
     @property
     def resolved_kernels(self) -> str:
@@ -231,7 +239,7 @@ class Sam(WeightCache, Fp32Buffers):
         Raises:
             ValueError: a side is 0, or vanishes when the longer one is resized.
         """
-        return ImageGeometry.longest_side(height, width, self.image_encoder.img_size)
+        return ImageGeometry.longest_side(height, width, self.image_size)
 
     # Masks -------------------------------------------------------------------------------------------------
 
@@ -296,8 +304,9 @@ class Sam(WeightCache, Fp32Buffers):
 
         tokens = getattr(self.mask_decoder, "num_mask_tokens", 4)
         masks_each = len(range(tokens)[MaskDecoder.mask_slice(multimask_output)])
-        low_res = torch.empty((total, masks_each, *self.low_res_size), device=self.device, dtype=self._logits_dtype)
-        iou = torch.empty((total, masks_each), device=self.device, dtype=self._logits_dtype)
+        dtype = decode.logits_dtype(self)
+        low_res = torch.empty((total, masks_each, *self.low_res_size), device=self.device, dtype=dtype)
+        iou = torch.empty((total, masks_each), device=self.device, dtype=dtype)
         geometries = [embedding.geometry for embedding in embeddings]
         for chunk in ragged_chunks(prompts, geometries, self.device, self.prompts_per_chunk):
             rows = chunk.rows
@@ -312,31 +321,21 @@ class Sam(WeightCache, Fp32Buffers):
     def decode(
         self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
     ) -> tuple[Tensor, Tensor]:
-        """Low-resolution logits [P, C, h, w] and predicted IoU [P, C], fp32 at least, of a batch of prompts.
+        """Decode prompts to low-resolution logits [P, C, h, w] and predicted IoU [P, C], fp32 at least.
 
-        ``batch.image_index`` counts ``embeddings``; without it there is one of them. Prompts are decoded a chunk
-        at a time, so memory does not grow with their number beyond the result.
+        See :func:`sam.inference.decode.decode`.
         """
-        size = self.prompts_per_chunk
-        chunks = [batch.rows(start, start + size) for start in range(0, max(len(batch), 1), size)]
-        decoded = [self._decode_chunk(embeddings, chunk, multimask_output) for chunk in chunks]
-        if len(decoded) == 1:
-            return decoded[0]
-        logits, iou = zip(*decoded, strict=True)
-        return torch.cat(logits), torch.cat(iou)
+        return decode.decode(self, embeddings, batch, multimask_output)
 
-    def _decode_chunk(
-        self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
-    ) -> tuple[Tensor, Tensor]:
-        if self.runtime is not None:
-            found = self.runtime.decode(embeddings, batch, multimask_output)
-            if found is not None:
-                return found[0].to(self._logits_dtype), found[1].to(self._logits_dtype)
-        if not self.uses_fused_decoder:
-            return self._decode_by_modules(embeddings, batch, multimask_output)
-        decoded = self._decode_tokens(embeddings, batch)
-        iou = decoded.iou[:, MaskDecoder.mask_slice(multimask_output)]
-        return self.decode_masks(decoded, multimask_output), iou.to(self._logits_dtype)
+    def decode_tokens(self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch) -> DecodedPrompts | MadeMasks:
+        """Run the first half of :meth:`decode`: all but the masks. See :func:`sam.inference.decode.decode_tokens`."""
+        return decode.decode_tokens(self, embeddings, batch)
+
+    def decode_masks(
+        self, decoded: DecodedPrompts | MadeMasks, multimask_output: bool, rows: Tensor | None = None
+    ) -> Tensor:
+        """Run the second half of :meth:`decode`, of the prompts ``rows`` [R] only where they are given."""
+        return decode.decode_masks(self, decoded, multimask_output, rows)
 
     @property
     def uses_fused_decoder(self) -> bool:
@@ -344,90 +343,7 @@ class Sam(WeightCache, Fp32Buffers):
 
         They do where a user hooked, patched, subclassed or replaced something in there.
         """
-        return why_not_fused(prompt_encoder=self.prompt_encoder, mask_decoder=self.mask_decoder) is None
-
-    def _decode_by_modules(
-        self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Logits and predicted IoU by the official calls, which take prompts of one image and of one kind."""
-        alike = len(embeddings) == 1 and batch.of_one_kind
-        answers = []
-        for part in [batch] if alike else [batch.rows(row, row + 1) for row in range(len(batch))]:
-            image = 0 if part.image_index is None or len(embeddings) == 1 else int(part.image_index[0])
-            points, boxes = part.points_and_boxes()
-            sparse, dense = self.prompt_encoder(points=points, boxes=boxes, masks=part.mask_inputs)
-            masks, iou = self.mask_decoder(
-                image_embeddings=embeddings[image].ready_features(),
-                image_pe=self.prompt_encoder.get_dense_pe(),
-                sparse_prompt_embeddings=sparse,
-                dense_prompt_embeddings=dense,
-                multimask_output=multimask_output,
-            )
-            answers.append((masks.to(self._logits_dtype), iou.to(self._logits_dtype)))
-        logits, iou = zip(*answers, strict=True)
-        return torch.cat(logits), torch.cat(iou)
-
-    def decode_tokens(
-        self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch
-    ) -> DecodedPrompts | AnsweredPrompts:
-        """The first half of :meth:`decode`, of a batch as one chunk: all but the masks, their predicted IoU included.
-
-        It holds the image side of each prompt: ask for :attr:`prompts_per_chunk` prompts or so at a time.
-        """
-        if not self.uses_fused_decoder:
-            both = [self._decode_by_modules(embeddings, batch, multimask) for multimask in (False, True)]
-            return AnsweredPrompts(*(torch.cat(parts, dim=1) for parts in zip(*both, strict=True)))
-        return self._decode_tokens(embeddings, batch)
-
-    def _decode_tokens(self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch) -> DecodedPrompts:
-        if batch.mask_inputs is not None:
-            dense = self.prompt_encoder._embed_masks(batch.mask_inputs)
-        else:
-            dense = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
-        share = batch.mask_inputs is None and self._kernels != "reference"
-        return self.mask_decoder.decode_tokens(
-            _rows([embedding.ready_features() for embedding in embeddings]),
-            self.prompt_encoder.get_dense_pe(),
-            self.prompt_encoder.embed_tokens(batch.coords, batch.labels),
-            dense,
-            image_index=batch.image_index if len(embeddings) > 1 else None,
-            token_mask=batch.labels != LABEL_ABSENT if batch.ragged else None,
-            shared=self.shared_image_side(embeddings) if share else None,
-            kernels=self._kernels,
-        )
-
-    def decode_masks(
-        self, decoded: DecodedPrompts | AnsweredPrompts, multimask_output: bool, rows: Tensor | None = None
-    ) -> Tensor:
-        """The second half: low-resolution logits [P, C, h, w], fp32 at least, or of the prompts ``rows`` [R] only."""
-        masks = MaskDecoder.mask_slice(multimask_output)
-        if isinstance(decoded, AnsweredPrompts):
-            return decoded.logits[:, masks] if rows is None else decoded.logits[rows, masks]
-        return self.mask_decoder.decode_masks(decoded, masks, rows, self._kernels).to(self._logits_dtype)
-
-    def shared_image_side(self, embeddings: Sequence[ImageEmbedding]) -> SharedImageSide:
-        """What prompts without a mask input share of each image, kept in its embedding; one row an image."""
-        prompt_encoder, mask_decoder = uncompiled(self.prompt_encoder), uncompiled(self.mask_decoder)
-        no_mask = prompt_encoder.no_mask_embed.weight
-        weights = (no_mask, *mask_decoder.transformer.first_block.image_side_weights())
-        narrowed = torch.is_autocast_enabled(self.device.type) and torch.get_autocast_dtype(self.device.type)
-        key = narrowed, look(prompt_encoder).generation, look(mask_decoder).generation
-
-        def side(embedding: ImageEmbedding) -> SharedImageSide:
-            def make() -> SharedImageSide:
-                return mask_decoder.share_image_side(embedding.ready_features(), prompt_encoder.get_dense_pe(), no_mask)
-
-            # An adapter may be turned on and off, and a graph serves one backward pass.
-            if not mask_decoder.transformer.first_block.is_official or requires_autograd(embedding.features, *weights):
-                return make()
-            return embedding.shared_image_side(key, make)
-
-        sides = [side(embedding) for embedding in embeddings]
-        if len(sides) == 1:
-            return sides[0]
-        return SharedImageSide(
-            *(torch.cat([getattr(side, name) for side in sides]) for name in ("keys", "k", "v", "q"))
-        )
+        return decode.why_not_fused_decoder(self) is None
 
     def masks(self, low_res: Tensor, geometry: ImageGeometry, return_logits: bool) -> Tensor:
         if return_logits:
@@ -447,10 +363,10 @@ class Sam(WeightCache, Fp32Buffers):
             expected = (1, encoder.embed_dim, *encoder.image_embedding_size)
             if embedding.features.shape != expected:
                 raise ValueError(f"this model's features are {list(expected)}, got {list(embedding.features.shape)}")
-        if embedding.geometry.image_size != self.image_encoder.img_size:
+        if embedding.geometry.image_size != self.image_size:
             raise ValueError(
                 f"the embedding is of an image of {embedding.geometry.image_size} px, "
-                f"the model takes {self.image_encoder.img_size} px"
+                f"the model takes {self.image_size} px"
             )
         if embedding.device != self.device:
             raise ValueError(
@@ -464,13 +380,9 @@ class Sam(WeightCache, Fp32Buffers):
         return kept.value if kept is not None else self.model_hash
 
     @property
-    def _logits_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.dtype, torch.float32)
-
-    @property
     def low_res_size(self) -> tuple[int, int]:
         """(height, width) of low-resolution logits and of mask inputs."""
-        side = 4 * self.image_encoder.img_size // 16  # where the prompt encoder is a user's own
+        side = 4 * self.image_size // 16  # where the prompt encoder is a user's own
         return getattr(self.prompt_encoder, "mask_input_size", (side, side))
 
     @property
@@ -509,7 +421,7 @@ class Sam(WeightCache, Fp32Buffers):
         outputs = []
         for record, features in zip(batched_input, self.image_features(pixels), strict=True):
             size = record["image"].shape[-2:]
-            geometry = ImageGeometry(record["original_size"], size, self.image_encoder.img_size)
+            geometry = ImageGeometry(record["original_size"], size, self.image_size)
             points = (record["point_coords"], record["point_labels"]) if "point_coords" in record else None
             if record.get("mask_inputs") is not None:
                 check_mask_inputs(record["mask_inputs"].shape, self.low_res_size)
@@ -530,7 +442,7 @@ class Sam(WeightCache, Fp32Buffers):
         Of an ``input_size`` beyond the encoder's square only the square counts, as officially.
         """
         require("masks", masks, Tensor, "a torch.Tensor [P, C, h, w]")
-        side = self.image_encoder.img_size
+        side = self.image_size
         height, width = input_size
         geometry = ImageGeometry(original_size, (min(height, side), min(width, side)), side)
         return upscale.upscale_masks(masks, geometry)
@@ -538,7 +450,7 @@ class Sam(WeightCache, Fp32Buffers):
     def preprocess(self, x: Tensor) -> Tensor:
         """Normalise resized pixels [..., 3, h, w] in 0..255 and pad them to the encoder's square."""
         require("x", x, Tensor, "a torch.Tensor [..., 3, h, w] in 0..255")
-        image_size = self.image_encoder.img_size
+        image_size = self.image_size
         return normalize_and_pad(x, self.pixel_mean, self.pixel_std, image_size).to(self.dtype)
 
 

@@ -89,14 +89,25 @@ class WeightCache(nn.Module):
     finished.
 
     Attributes:
+        kernels: implementation of the operations when a program calls the module itself; "reference" calls the modules
+            in it, as officially.
         generation: incremented whenever the cache is cleared.
     """
+
+    kernels = "auto"
 
     def __init__(self) -> None:
         super().__init__()
         self._packed: dict[str, _Packed] = {}
         self._snapshot: Any = None  # of sam.inference.eligibility
         self.generation = 0
+
+    def _fused(self, *inputs: Any) -> Any:
+        """Compute ``forward`` fused, or return None where the official operations shall run.
+
+        ``sam.inference`` puts the fused form of a class here.
+        """
+        return None
 
     def packed(self, name: str, make: Callable[[], T], *sources: Tensor) -> T:
         """Return ``make()``, a function of ``sources`` alone, computed once for their present values."""

@@ -12,7 +12,8 @@ from fastsam_kernels import Resizing, packed_masks
 
 from ..checks import require, require_model
 from ..embedding import ImageEmbedding
-from ..inference import TOKENS
+from ..inference import TOKEN_BUCKETS
+from ..inference.decode import decoding
 from ..modeling import Sam
 from ..prompts.batch import PromptBatch
 from ..prompts.labels import LABEL_ABSENT
@@ -66,7 +67,7 @@ class InteractiveSession:
         self._host = torch.zeros(
             self._words[0] * self._words[1] + 1, dtype=torch.int32, device="cpu", pin_memory=on_gpu
         )
-        self._asked = torch.zeros(1, TOKENS[-1], 3, dtype=torch.float32, device="cpu", pin_memory=on_gpu)
+        self._asked = torch.zeros(1, TOKEN_BUCKETS[-1], 3, dtype=torch.float32, device="cpu", pin_memory=on_gpu)
         self.reset()
 
     @property
@@ -110,18 +111,16 @@ class InteractiveSession:
         resizing = Resizing(geometry.image_size, geometry.input_size, geometry.original_size)
         threshold, kernels = self._model.mask_threshold, self._model.kernels
 
-        def use(logits: Tensor, iou: Tensor) -> bool:
+        def answer(logits: Tensor, iou: Tensor) -> None:
             """Keep the logits of the best mask, and send its words and predicted IoU to the host."""
             best = iou[0].argmax()[None]
             torch.index_select(logits[0].to(self._logits.dtype), 0, best, out=self._logits[0])
             words = packed_masks(self._logits[0], resizing, threshold=threshold, kernels=kernels).flatten()
             score = iou[0].index_select(0, best).float().view(torch.int32)
             self._host.copy_(torch.cat([words, score]), non_blocking=True)
-            return True
 
-        model, images = self._model, [self._embedding]
-        if model.runtime is None or not model.runtime.decode_then(images, batch, ambiguous, use=use):
-            use(*model.decode(images, batch, ambiguous))
+        with decoding(self._model, [self._embedding], batch, ambiguous) as (logits, iou):
+            answer(logits, iou)
         if self._model.device.type == "cuda":
             torch.cuda.current_stream(self._model.device).synchronize()
         self._points, self._labels, self._box, self._answered = points, labels, box, True
@@ -131,8 +130,8 @@ class InteractiveSession:
     def _batch(self, coords: np.ndarray, labels: np.ndarray) -> PromptBatch:
         """One prompt of a bucket's length, through one copy to the device."""
         count = len(labels)
-        length = next((size for size in TOKENS if size >= count), count)
-        asked = self._asked[:, :length] if length <= TOKENS[-1] else self._asked.new_zeros(1, length, 3)
+        length = next((size for size in TOKEN_BUCKETS if size >= count), count)
+        asked = self._asked[:, :length] if length <= TOKEN_BUCKETS[-1] else self._asked.new_zeros(1, length, 3)
         table = asked[0].numpy()
         table[:count, :2], table[:count, 2], table[count:] = coords, labels, (0, 0, LABEL_ABSENT)
         there = asked.to(self._model.device, non_blocking=True)

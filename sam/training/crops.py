@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ..config import SamConfig
+from ..inference.fused_decoder import decode, project_images
+from ..inference.packed_weights import pack_decoder
 from ..modeling import Sam
 from ..modeling.build import build_empty
 from ..modeling.image_encoder import ImageEncoderViT
@@ -83,19 +85,20 @@ class CropModel:
         row, column = self.origin
         image_pe = encoder.get_dense_pe()[..., row : row + self.grid, column : column + self.grid]
         sparse = encoder.embed_tokens(coords + self._offset, labels)
-        shared = None
+        packed, projections = pack_decoder(decoder), None
         if mask_inputs is None:
             dense = encoder.no_mask_embed.weight.view(1, -1, 1, 1)
-            shared = decoder.share_image_side(features, image_pe, encoder.no_mask_embed.weight)
+            projections = project_images(packed, features, image_pe, encoder.no_mask_embed.weight)
         else:
             dense = encoder._downscale_masks(mask_inputs[:, None])
-        return decoder.decode(
+        return decode(
+            packed,
             features,
             image_pe,
             sparse,
             dense,
             mask_slice=slice(None),
             image_index=image_index,
-            shared=shared,
+            projections=projections,
             kernels="torch",
         )

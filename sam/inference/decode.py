@@ -1,0 +1,184 @@
+"""Prompts to masks: fused where :mod:`sam.inference.eligibility` allows it, else by the official calls."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastsam_kernels import requires_autograd
+
+from ..embedding import ImageEmbedding, ImageProjections
+from ..modeling.common import uncompiled
+from ..modeling.mask_decoder import MaskDecoder
+from ..modeling.prompt_encoder import PromptEncoder
+from ..prompts.batch import PromptBatch
+from ..prompts.labels import LABEL_ABSENT
+from . import fused_decoder
+from .eligibility import look, why_not_fused
+from .fused_decoder import DecodedPrompts
+from .module_decoder import MadeMasks, decode_by_modules
+from .packed_weights import Linear, PackedDecoder, pack_decoder
+from .parts import Model
+
+
+@dataclass(frozen=True)
+class FusedParts:
+    """The parts that decode one request fused.
+
+    Attributes:
+        prompt_encoder: the module; its weights are read as they are.
+        packed: the mask decoder.
+        generation: of both; None where autograd records and nothing is kept.
+    """
+
+    prompt_encoder: PromptEncoder
+    packed: PackedDecoder
+    generation: Hashable | None
+
+
+def fused_parts(model: Model) -> FusedParts | None:
+    """Return the parts of ``model`` as they are now; None where they do not run fused. One look per request."""
+    prompt_encoder, mask_decoder = uncompiled(model.prompt_encoder), uncompiled(model.mask_decoder)
+    if type(prompt_encoder) is not PromptEncoder or type(mask_decoder) is not MaskDecoder:
+        return None
+    encoder, decoder = look(prompt_encoder), look(mask_decoder)
+    if encoder.why_not_fused is not None or decoder.why_not_fused is not None:
+        return None
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in (*encoder.weights, *decoder.weights)):
+        return FusedParts(prompt_encoder, pack_decoder(mask_decoder), None)
+    generation = encoder.generation, decoder.generation
+    return FusedParts(prompt_encoder, decoder.packed(pack_decoder, mask_decoder), generation)
+
+
+def why_not_fused_decoder(model: Model) -> str | None:
+    """Return a sentence on what keeps prompts from being decoded fused; None where nothing does."""
+    return why_not_fused(prompt_encoder=model.prompt_encoder, mask_decoder=model.mask_decoder)
+
+
+def logits_dtype(model: Model) -> torch.dtype:
+    """Return the dtype of logits and predicted IoU: fp32 at least."""
+    return torch.promote_types(model.dtype, torch.float32)
+
+
+def decode(
+    model: Model, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
+) -> tuple[Tensor, Tensor]:
+    """Return low-resolution logits [P, C, h, w] and predicted IoU [P, C], fp32 at least, of a batch of prompts.
+
+    ``batch.image_index`` counts ``embeddings``; without it there is one of them. Prompts are decoded a chunk
+    at a time, so memory does not grow with their number beyond the result.
+    """
+    size, parts = model.prompts_per_chunk, fused_parts(model)
+    chunks = [batch.rows(start, start + size) for start in range(0, max(len(batch), 1), size)]
+    decoded = [_decode_chunk(model, parts, embeddings, chunk, multimask_output) for chunk in chunks]
+    if len(decoded) == 1:
+        return decoded[0]
+    logits, iou = zip(*decoded, strict=True)
+    return torch.cat(logits), torch.cat(iou)
+
+
+def _decode_chunk(
+    model: Model,
+    parts: FusedParts | None,
+    embeddings: Sequence[ImageEmbedding],
+    batch: PromptBatch,
+    multimask_output: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = logits_dtype(model)
+    if parts is None:
+        return decode_by_modules(model.prompt_encoder, model.mask_decoder, embeddings, batch, multimask_output, dtype)
+    if model.runtime is not None:
+        with model.runtime.run(parts, embeddings, batch, multimask_output) as outputs:
+            if outputs is not None:
+                logits, iou = (output[: len(batch)] for output in outputs)
+                return logits.to(dtype, copy=True), iou.to(dtype, copy=True)
+    decoded = _decode_tokens(model, parts, embeddings, batch)
+    masks = MaskDecoder.mask_slice(multimask_output)
+    logits = fused_decoder.decode_masks(decoded, masks, kernels=model.kernels)
+    return logits.to(dtype), decoded.iou[:, masks].to(dtype)
+
+
+def decode_tokens(model: Model, embeddings: Sequence[ImageEmbedding], batch: PromptBatch) -> DecodedPrompts | MadeMasks:
+    """Run the first half of :func:`decode` on a batch as one chunk: all but the masks, their predicted IoU included.
+
+    The result holds the image side of each prompt: ask for ``prompts_per_chunk`` prompts or so at a time.
+    """
+    parts, dtype = fused_parts(model), logits_dtype(model)
+    if parts is None:
+        both = [
+            decode_by_modules(model.prompt_encoder, model.mask_decoder, embeddings, batch, multimask_output, dtype)
+            for multimask_output in (False, True)
+        ]
+        return MadeMasks(*(torch.cat(halves, dim=1) for halves in zip(*both, strict=True)))
+    return _decode_tokens(model, parts, embeddings, batch)
+
+
+def decode_masks(
+    model: Model, decoded: DecodedPrompts | MadeMasks, multimask_output: bool, rows: Tensor | None = None
+) -> Tensor:
+    """Run the second half: low-resolution logits [P, C, h, w], fp32 at least, or of the prompts ``rows`` [R] only."""
+    masks = MaskDecoder.mask_slice(multimask_output)
+    if isinstance(decoded, MadeMasks):
+        return decoded.logits[:, masks] if rows is None else decoded.logits[rows, masks]
+    return fused_decoder.decode_masks(decoded, masks, rows, model.kernels).to(logits_dtype(model))
+
+
+@contextmanager
+def decoding(
+    model: Model, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Decode at most a chunk of prompts, and hold logits and predicted IoU for the length of the context.
+
+    They may be a graph's own memory, which the next request overwrites, and have more rows than prompts.
+    """
+    parts = fused_parts(model)
+    if parts is not None and model.runtime is not None:
+        with model.runtime.run(parts, embeddings, batch, multimask_output) as outputs:
+            if outputs is not None:
+                yield outputs
+                return
+    yield model.decode(embeddings, batch, multimask_output)
+
+
+def _decode_tokens(
+    model: Model, parts: FusedParts, embeddings: Sequence[ImageEmbedding], batch: PromptBatch
+) -> DecodedPrompts:
+    encoder, masks = parts.prompt_encoder, batch.mask_inputs
+    dense = encoder.no_mask_embed.weight.view(1, -1, 1, 1) if masks is None else encoder._embed_masks(masks)
+    projections = None
+    if masks is None and model.kernels != "reference":
+        projections = ImageProjections.cat([image_projections(parts, embedding) for embedding in embeddings])
+    features = [embedding.ready_features() for embedding in embeddings]
+    return fused_decoder.decode_tokens(
+        parts.packed,
+        features[0] if len(features) == 1 else torch.cat(features),
+        encoder.get_dense_pe(),
+        encoder.embed_tokens(batch.coords, batch.labels),
+        dense,
+        image_index=batch.image_index if len(embeddings) > 1 else None,
+        token_mask=batch.labels != LABEL_ABSENT if batch.ragged else None,
+        projections=projections,
+        kernels=model.kernels,
+    )
+
+
+def image_projections(parts: FusedParts, embedding: ImageEmbedding) -> ImageProjections:
+    """Return block 0's projections of an image, which all its prompts without a mask input share."""
+    encoder, packed = parts.prompt_encoder, parts.packed
+
+    def make() -> ImageProjections:
+        no_mask = encoder.no_mask_embed.weight
+        return fused_decoder.project_images(packed, embedding.ready_features(), encoder.get_dense_pe(), no_mask)
+
+    block = packed.blocks[0]
+    projections = (block.token_to_image.k, block.token_to_image.v, block.image_to_token.q)
+    known = all(type(projection) is Linear for projection in projections)
+    if parts.generation is None or not known or requires_autograd(embedding.features):
+        return make()  # an adapter may be turned on and off, and a graph serves one backward pass
+    kind = embedding.device.type
+    narrowed = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    return embedding.projections((parts.generation, narrowed), make)

@@ -1,0 +1,207 @@
+"""The weights of a mask decoder as its fused form reads them: an immutable snapshot, made in one function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastsam_kernels import LayerNormWeights, UpscalingWeights, ValueProjection, pack_upscaling
+
+from ..modeling.common import LayerNorm2d
+from ..modeling.mask_decoder import MaskDecoder
+from ..modeling.transformer import Attention, TwoWayAttentionBlock
+
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer: [..., in] -> [..., out]."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """A layer norm over the last dimension."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """An attention; its four projections as :class:`Linear`, or modules of a user's own.
+
+    Attributes:
+        q, k, v, out: the projections.
+        num_heads: of the attention.
+        value: ``v`` as an operand, where its weights are known.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    num_heads: int
+    value: Any
+
+    @property
+    def can_absorb(self) -> bool:
+        """True where all projections are known weights, which the tokens can carry."""
+        return all(type(projection) is Linear for projection in (self.q, self.k, self.v, self.out))
+
+
+@dataclass(frozen=True)
+class PackedBlock:
+    """A two-way block; norms as :class:`LayerNorm`, or modules of a user's own.
+
+    ``image_norm`` is ``norm4``, that of the image tokens, as an operand, where its weights are known.
+    """
+
+    self_attn: PackedAttention
+    token_to_image: PackedAttention
+    image_to_token: PackedAttention
+    norm1: Function
+    norm2: Function
+    norm3: Function
+    norm4: Function
+    image_norm: Any
+    mlp: Function
+    skip_first_layer_pe: bool
+
+    @property
+    def can_absorb(self) -> bool:
+        """True where the projections between tokens and image can be absorbed, and the image's norm fused."""
+        return self.image_norm is not None and self.token_to_image.can_absorb and self.image_to_token.can_absorb
+
+
+@dataclass(frozen=True)
+class PackedDecoder:
+    """All that the fused mask decoder reads of the weights of one generation.
+
+    Attributes:
+        generation: of the decoder (:func:`sam.inference.eligibility.look`).
+        output_tokens: [1 + M, C], that of the predicted IoU first.
+        blocks, final_attn, norm_final_attn: of the transformer.
+        can_absorb: the projections of the image can be absorbed into the tokens.
+        predict_iou: the head [P, C] -> [P, M].
+        upscaling: both transposed convolutions as matrices; None where a user changed ``output_upscaling``.
+        upscale: ``output_upscaling`` itself.
+        upscaling_eps: of its norm.
+        hypernetworks: weights [M, in, out] and biases [M, 1, out] of each layer, for all masks.
+        mask_mlps: the M hypernetworks themselves.
+    """
+
+    generation: int
+    output_tokens: Tensor
+    blocks: tuple[PackedBlock, ...]
+    final_attn: PackedAttention
+    norm_final_attn: Function
+    can_absorb: bool
+    predict_iou: Function
+    upscaling: UpscalingWeights | None
+    upscale: Function
+    upscaling_eps: float
+    hypernetworks: tuple[tuple[Tensor, Tensor], ...]
+    mask_mlps: tuple[Function, ...]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.output_tokens)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.output_tokens.dtype
+
+
+def pack_decoder(decoder: MaskDecoder, generation: int = 0) -> PackedDecoder:
+    """Pack the weights of ``decoder``, of which :func:`sam.inference.eligibility.look` has no objection.
+
+    Differentiable where autograd records: the weights themselves are read, or functions of them.
+    """
+    transformer, upscaling = decoder.transformer, decoder.output_upscaling
+    blocks = tuple(_pack_block(block) for block in transformer.layers)  # type: ignore[arg-type]
+    final_attn = _pack_attention(transformer.final_attn_token_to_image)
+    mlps = tuple(decoder.output_hypernetworks_mlps)
+    matrices, eps = _pack_upscaling(upscaling)
+    return PackedDecoder(
+        generation=generation,
+        output_tokens=torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]),
+        blocks=blocks,
+        final_attn=final_attn,
+        norm_final_attn=_pack_norm(transformer.norm_final_attn),
+        can_absorb=final_attn.can_absorb and all(block.can_absorb for block in blocks),
+        predict_iou=decoder.iou_prediction_head,
+        upscaling=matrices,
+        upscale=upscaling,
+        upscaling_eps=eps,
+        hypernetworks=tuple(
+            (
+                torch.stack([linear.weight.t() for linear in layer]),  # [masks, in, out]
+                torch.stack([linear.bias for linear in layer])[:, None],  # [masks, 1, out]
+            )
+            for layer in zip(*(mlp.layers for mlp in mlps), strict=True)
+        ),
+        mask_mlps=mlps,
+    )
+
+
+def _pack_block(block: TwoWayAttentionBlock) -> PackedBlock:
+    norm4 = _pack_norm(block.norm4)
+    return PackedBlock(
+        self_attn=_pack_attention(block.self_attn),
+        token_to_image=_pack_attention(block.cross_attn_token_to_image),
+        image_to_token=_pack_attention(block.cross_attn_image_to_token),
+        norm1=_pack_norm(block.norm1),
+        norm2=_pack_norm(block.norm2),
+        norm3=_pack_norm(block.norm3),
+        norm4=norm4,
+        image_norm=LayerNormWeights(norm4.weight, norm4.bias, norm4.eps) if type(norm4) is LayerNorm else None,
+        mlp=block.mlp,
+        skip_first_layer_pe=block.skip_first_layer_pe,
+    )
+
+
+def _pack_attention(attention: Attention) -> PackedAttention:
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
+    q, k, v, out = map(_pack_linear, projections)
+    value = ValueProjection(v.weight, v.bias) if type(v) is Linear else None
+    return PackedAttention(q, k, v, out, attention.num_heads, value)
+
+
+def _pack_linear(layer: nn.Module) -> Any:
+    known = type(layer) is nn.Linear and layer.bias is not None
+    return Linear(layer.weight, layer.bias) if known else layer  # type: ignore[arg-type]
+
+
+def _pack_norm(layer: nn.Module) -> Any:
+    known = type(layer) is nn.LayerNorm and layer.weight is not None and layer.bias is not None
+    return LayerNorm(layer.weight, layer.bias, layer.eps) if known else layer  # type: ignore[arg-type]
+
+
+_UPSCALING = (nn.ConvTranspose2d, LayerNorm2d, nn.GELU, nn.ConvTranspose2d, nn.GELU)
+
+
+def _pack_upscaling(upscaling: nn.Sequential) -> tuple[UpscalingWeights | None, float]:
+    """Pack ``output_upscaling`` if it is what the operation computes; another activation runs as modules."""
+    layers = list(upscaling)
+    exact = all(layer.approximate == "none" for layer in layers if isinstance(layer, nn.GELU))
+    if tuple(map(type, layers)) != _UPSCALING or not exact:
+        return None, 0.0
+    first, norm, _, second, _ = layers
+    weights = [getattr(layer, name) for layer in (first, norm, second) for name in ("weight", "bias")]
+    return pack_upscaling(*weights), norm.eps  # type: ignore[return-value]
