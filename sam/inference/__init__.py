@@ -7,6 +7,7 @@ function. Padding is exact: absent tokens are masked out of every attention, and
 reads.
 """
 
+from . import direct_calls  # noqa: F401 - gives the modules their fused forms
 from .buckets import TOKEN_BUCKETS, Bucket
 from .graphs import Graphs, StackedInput
 from .runtime import Runtime, WarmupStep

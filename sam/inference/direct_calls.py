@@ -1,0 +1,90 @@
+"""Modules that a program calls itself, ``model.mask_decoder(...)``, fused by the same rule as ``model.predict``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..modeling.mask_decoder import MaskDecoder
+from . import fused_decoder
+from ..system.device_profile import profile_of
+from .eligibility import look, why_not_now
+from .fused_transformer import project_image
+from .packed_weights import PackedDecoder, pack_decoder
+
+
+def _fused_mask_decoder(
+    decoder: MaskDecoder,
+    image_embeddings: Tensor,
+    image_pe: Tensor,
+    sparse: Tensor,
+    dense: Tensor,
+    multimask_output: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """Compute :meth:`MaskDecoder.forward` fused; None where the official operations shall run."""
+    inputs = (image_embeddings, image_pe, sparse, dense)
+    if decoder.kernels == "reference" or why_not_now(*inputs, part=decoder) is not None:
+        return None
+    if type(decoder) is not MaskDecoder or not _are_usual(*inputs):
+        return None
+    snapshot = look(decoder)
+    if snapshot.why_not_fused is not None:
+        return None
+    packed = snapshot.packed(pack_decoder, decoder)
+    if any(x.device != packed.output_tokens.device for x in inputs) or image_embeddings.dtype != packed.dtype:
+        return None
+    return _decode(packed, *inputs, MaskDecoder.mask_slice(multimask_output), decoder.kernels)
+
+
+def _are_usual(image_embeddings: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor) -> bool:
+    """Tell whether all inputs have P rows or one, and all prompts the same positions."""
+    inputs = (image_embeddings, image_pe, sparse, dense)
+    rows = {len(x) for x in inputs if x.ndim}
+    if [x.ndim for x in inputs] != [4, 4, 3, 4] or len(rows - {1}) > 1 or 0 in rows:
+        return False
+    return _is_one_row(image_pe) and image_pe.shape[1:] == image_embeddings.shape[1:] == dense.shape[1:]
+
+
+def _is_one_row(x: Tensor) -> bool:
+    return len(x) == 1 or x.stride(0) == 0
+
+
+def _decode(
+    packed: PackedDecoder,
+    image_embeddings: Tensor,
+    image_pe: Tensor,
+    sparse: Tensor,
+    dense: Tensor,
+    mask_slice: slice,
+    kernels: str,
+) -> tuple[Tensor, Tensor]:
+    prompts = max(len(image_embeddings), len(sparse), len(dense))
+    sparse = sparse.expand(prompts, -1, -1)
+    projections = None
+    if prompts > 1 and _is_one_row(image_embeddings) and _is_one_row(dense):
+        image_embeddings, dense = image_embeddings[:1], dense[:1]
+        keys = (image_embeddings + dense.to(packed.dtype)).flatten(2).transpose(1, 2).contiguous()
+        key_pe = image_pe[:1].flatten(2).transpose(1, 2).to(packed.dtype)
+        projections = project_image(packed.blocks[0], keys, key_pe)
+    else:
+        image_embeddings, dense = (x.expand(prompts, -1, -1, -1) for x in (image_embeddings, dense))
+    size, masks, iou = prompts_per_chunk(sparse.device), [], []
+    for start in range(0, prompts, size):
+        rows = slice(start, start + size)
+        of_images = slice(None) if projections is not None else rows
+        logits, predicted_iou = fused_decoder.decode(
+            packed,
+            image_embeddings[of_images],
+            image_pe,
+            sparse[rows],
+            dense[of_images],
+            mask_slice=mask_slice,
+            projections=projections,
+            kernels=kernels,
+        )
+        masks.append(logits.to(packed.dtype))
+        iou.append(predicted_iou)
+    return (masks[0], iou[0]) if len(masks) == 1 else (torch.cat(masks), torch.cat(iou))
+
+
+MaskDecoder._fused = _fused_mask_decoder  # type: ignore[assignment, method-assign]
