@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..modeling.mask_decoder import MaskDecoder
+from ..system.device_profile import device_profile
 from . import fused_decoder
-from ..system.device_profile import profile_of
 from .eligibility import look, why_not_now
 from .fused_transformer import project_image
 from .packed_weights import PackedDecoder, pack_decoder
@@ -68,7 +68,7 @@ def _decode(
         projections = project_image(packed.blocks[0], keys, key_pe)
     else:
         image_embeddings, dense = (x.expand(prompts, -1, -1, -1) for x in (image_embeddings, dense))
-    size, masks, iou = prompts_per_chunk(sparse.device), [], []
+    size, masks, iou = device_profile(sparse.device).prompts_per_chunk, [], []
     for start in range(0, prompts, size):
         rows = slice(start, start + size)
         of_images = slice(None) if projections is not None else rows

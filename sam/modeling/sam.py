@@ -452,7 +452,3 @@ class Sam(WeightCache, Fp32Buffers):
         require("x", x, Tensor, "a torch.Tensor [..., 3, h, w] in 0..255")
         image_size = self.image_size
         return normalize_and_pad(x, self.pixel_mean, self.pixel_std, image_size).to(self.dtype)
-
-
-def _rows(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
