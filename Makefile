@@ -76,7 +76,7 @@ gpu-test:
 gpu-tune:
 	mkdir -p $(OUT)
 	$(call within,$(GPU_SECONDS)) benchmarks tune $(TUNE) --write 2>&1 | tee $(OUT)/gpu-tune.log; status=$$?; \
-	tar -czf $(OUT)/tiles.tgz -C fastsam_kernels tile_configs && exit $$status
+	tar -czf $(OUT)/tiles.tgz -C fastsam_kernels/triton tile_configs && exit $$status
 
 gpu-bench:
 	mkdir -p $(OUT)

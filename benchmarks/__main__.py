@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     tune = commands.add_parser("tune", help="choose tiles on this GPU among those whose numerics pass")
     tune.add_argument("--operation", action="append", help="only this one; may be repeated")
     tune.add_argument("--workers", type=int, default=os.cpu_count(), help="that compile (default: one a core)")
-    tune.add_argument("--write", action="store_true", help="change fastsam_kernels/tile_configs/*.json")
+    tune.add_argument("--write", action="store_true", help="change fastsam_kernels/triton/tile_configs/*.json")
     tune.add_argument("--dry-run", action="store_true", help="compile all candidates, no GPU needed; estimate a run")
     tune.add_argument("--arch", type=int, default=90, help="of a dry run (default: %(default)s)")
     tune.add_argument("--gpu-cores", type=int, default=16, help="beside the GPU, of a dry run (default: %(default)s)")

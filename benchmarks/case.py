@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastsam_kernels.launch import Launch, Launches
-from fastsam_kernels.tile_config import TileConfig
+from fastsam_kernels.triton.launch import Launch, Launches
+from fastsam_kernels.triton.tiles import TileConfig
 
 from .measure import Form, Work
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from fastsam_kernels.launch import Launch
-from fastsam_kernels.tile_config import SHARED_MEMORY, lookup, read_entries
+from fastsam_kernels.triton.launch import Launch
+from fastsam_kernels.triton.tiles import ShapeClass, architectures, entries_for, lookup
 
 from .operations import OPERATIONS
 
 # Compiled with the tiles of sm_80 to see that it would; no kernel runs there.
 AMD = "gfx942"
-ARCHES: tuple[int | str, ...] = (*SHARED_MEMORY, AMD)
+ARCHES: tuple[int | str, ...] = (*architectures(), AMD)
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ def compile_cases(operations: list[str] | None = None, arches: list[int | str] |
                         yield CompileCase(operation, shape, dtype, arch, launch)
 
 
-def _dtypes(operation: str, shape_class: str, arch: int) -> list[torch.dtype]:
-    """What the operation's file has tiles for, each once."""
+def _dtypes(operation: str, shape_class: ShapeClass, arch: int) -> list[torch.dtype]:
+    """Return the dtypes that the operation has tiles for, each once."""
     names = {
         dtype: None
-        for entry in read_entries(operation)
-        if shape_class in entry["shape"] and arch in entry["arch"]
+        for entry in entries_for(operation, arch)
+        if shape_class in entry["shape"]
         for dtype in entry["dtype"]
     }
     return [getattr(torch, name) for name in names]

@@ -18,17 +18,15 @@ from typing import Any
 import torch
 
 from fastsam_kernels.dispatch import is_triton_interpreter
-from fastsam_kernels.launch import Launch
-from fastsam_kernels.tile_config import SHARED_MEMORY
+from fastsam_kernels.triton.launch import Launch
+from fastsam_kernels.triton.tiles import architectures
 
 from . import ttgir, wgmma
 from .compile_cases import AMD, CompileCase
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.bool: "i1"}
-# Of a multiprocessor: registers, warps, programs; its shared memory is a block's limit and 1 KB that the system keeps.
-_REGISTERS_AN_SM = 65536
-_WARPS_AN_SM = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
-_PROGRAMS_AN_SM = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
+# Of a multiprocessor; its shared memory is a block's limit and 1 KB that the system keeps.
+_REGISTERS_PER_SM = 65536
 _AMD_SHARED_MEMORY = 64 * 1024  # LDS of a compute unit of CDNA 3
 
 
@@ -177,20 +175,20 @@ def inspect(case: CompileCase) -> Compiled:
 def _read_nvidia(compiled: Any, arch: int, num_warps: int) -> dict[str, Any]:
     usage, machine_code = _dump(compiled.asm["cubin"])
     names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", machine_code, re.M)
-    registers, limit = int(usage["REG"]), SHARED_MEMORY[arch]
+    registers, gpu = int(usage["REG"]), architectures()[arch]
     return {
         "registers": registers,
         "stack": int(usage["STACK"]),
         "spills": sum(name.startswith(("LDL", "STL")) for name in names),
-        "shared_limit": limit,
+        "shared_limit": gpu.shared_memory,
         "tensor_core": _count(r"HGMMA|UTC\w*MMA|HMMA|QGMMA|IMMA", names),
         "wide_loads": sum(bool(re.match(r"LDG\.E.*128|LDGSTS.*128|UBLKCP|UTMALDG", name)) for name in names),
         "instructions": len(names),
         "programs_an_sm": min(
-            _REGISTERS_AN_SM // (32 * num_warps * (-(-registers // 8) * 8)),
-            (limit + 1024) // (compiled.metadata.shared + 1024),
-            _WARPS_AN_SM[arch] // num_warps,
-            _PROGRAMS_AN_SM[arch],
+            _REGISTERS_PER_SM // (32 * num_warps * (-(-registers // 8) * 8)),
+            (gpu.shared_memory + 1024) // (compiled.metadata.shared + 1024),
+            gpu.warps_per_sm // num_warps,
+            gpu.programs_per_sm,
         ),
     }
 

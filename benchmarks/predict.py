@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 import sam
-from fastsam_kernels.launch import Launch
-from fastsam_kernels.tile_config import lookup
+from fastsam_kernels.cross_attention.shapes import TokenShape
+from fastsam_kernels.triton.launch import Launch
+from fastsam_kernels.triton.tiles import lookup
 
 from .case import meta
 from .compile_cases import CompileCase
@@ -103,14 +104,15 @@ def steps(arch: int) -> Iterator[Step]:
 
 
 def _rel_pos(variant: str, window: int, arch: int) -> Step:
-    from fastsam_kernels.rel_pos_attention.kernel import plan, shape_class
+    from fastsam_kernels.rel_pos_attention.triton.kernel import plan
+    from fastsam_kernels.rel_pos_attention.triton.shapes import AttentionShape
 
     size = rel_pos_attention.SIZES[variant]
     bf16, channels, side = torch.bfloat16, size.heads * size.head_dim, window or size.grid
     qkv = meta(1, size.grid, size.grid, 3 * channels, dtype=bf16)
     table = meta(2 * side - 1, size.head_dim, dtype=bf16)
     out, bias = meta(1, size.grid, size.grid, channels, dtype=bf16), meta(3 * channels, dtype=bf16)
-    tile = lookup("rel_pos_attention", arch, bf16, shape_class(size.head_dim, window))
+    tile = lookup("rel_pos_attention", arch, bf16, AttentionShape.of(size.head_dim, window))
     launch = plan(qkv, table, table, bias, out, size.heads, window, tile)
     rows = launch.tile.blocks["BLOCK_K"] // launch.constants["COLS"]
     return Step(
@@ -126,14 +128,14 @@ def _rel_pos(variant: str, window: int, arch: int) -> Step:
 
 
 def _two_way(prompts: int, arch: int) -> Iterator[Step]:
-    from fastsam_kernels.two_way_attention.two_way_kernel import plan, shape_class
+    from fastsam_kernels.two_way_attention.triton.kernel import plan
 
     bf16, tokens = torch.bfloat16, CLICK_TOKENS
     absorbed = (prompts, HEADS, tokens, CHANNELS)
     update = ((prompts, 4096, CHANNELS), (4096, CHANNELS), absorbed, absorbed[:3], absorbed, (CHANNELS,), (CHANNELS,))
     inputs = [meta(*shape, dtype=bf16) for shape in (*update, absorbed, (128, CHANNELS), (128,))]
     outputs = [meta(*shape, dtype=bf16) for shape in ((prompts, 4096, CHANNELS), (prompts, tokens, 128))]
-    tile = lookup("two_way_attention", arch, bf16, shape_class(tokens))
+    tile = lookup("two_way_attention", arch, bf16, TokenShape.of(tokens))
     first, combine = plan(*two_way_attention.operands(inputs), *outputs, tile).launches
     blocks = first.tile.blocks
     share = 4096 / first.constants["SPLITS"]
@@ -151,14 +153,14 @@ def _two_way(prompts: int, arch: int) -> Iterator[Step]:
 
 
 def _hypernetwork(prompts: int, arch: int) -> Step:
-    from fastsam_kernels.hypernetwork_masks.kernel import plan
+    from fastsam_kernels.hypernetwork_masks.triton.kernel import plan
 
     bf16 = torch.bfloat16
-    weights = [meta(*shape, dtype=bf16) for shape in ((256, 256), (256,), (64,), (64,), (64, 128), (128,))]
+    weights = hypernetwork_masks.meta_weights(bf16)
     keys, hyper = meta(prompts, 4096, 256, dtype=bf16), meta(prompts, 3, 32, dtype=bf16)
     out = meta(prompts, 3, 256, 256, dtype=torch.float32)
     tile = lookup("hypernetwork_masks", arch, bf16)
-    launch = plan(keys, *weights, hyper, out, (64, 64), hypernetwork_masks.EPS, tile)
+    launch = plan(keys, weights, hyper, out, (64, 64), hypernetwork_masks.EPS, tile)
     trips = {
         "hypernetwork_masks_kernel: ab": 4,
         "hypernetwork_masks_kernel: start": 256 / launch.tile.blocks["BLOCK_C"],
@@ -168,7 +170,7 @@ def _hypernetwork(prompts: int, arch: int) -> Step:
 
 
 def _mask_postprocess(arch: int) -> Iterator[Step]:
-    from fastsam_kernels.mask_postprocess.kernel import plan
+    from fastsam_kernels.mask_postprocess.triton.kernel import plan
 
     resizing, tile = mask_postprocess.SQUARE, lookup("mask_postprocess", arch, torch.float32)
     for what, masks in (("statistics", 3072), ("bits", _SURVIVORS)):
@@ -217,7 +219,7 @@ def tile_shares(block_w: int, offset: float, masks: int = 128) -> dict[str, floa
 
 
 def _nms(boxes: int, arch: int) -> Iterator[Step]:
-    from fastsam_kernels.nms.kernel import plan, words_of
+    from fastsam_kernels.nms.triton.kernel import plan, words_of
 
     made, bits = meta(boxes, 4, dtype=torch.float32), meta(boxes, words_of(boxes), dtype=torch.int32)
     tile = lookup("nms", arch, torch.float32)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastsam_kernels.tile_config import read_entries
+from fastsam_kernels.triton.tiles import architectures, entries_for
 from sam.build_sam import NANO_CHECKPOINT
 from sam.checkpoint import read_checkpoint
 
@@ -47,7 +47,8 @@ def _interpreted(operation: str) -> str:
     name = getattr(OPERATIONS[operation], "TESTS", f"test_{operation}.py")  # several operations may share a file
     tests = ROOT / "tests" / "kernels" / name
     names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # and bool as it is
-    of_tiles = sorted({names.get(dtype, dtype) for entry in read_entries(operation) for dtype in entry["dtype"]})
+    entries = [entry for arch in architectures() for entry in entries_for(operation, arch)]
+    of_tiles = sorted({names.get(dtype, dtype) for entry in entries for dtype in entry["dtype"]})
     return f"{', '.join(of_tiles)}: `{tests.relative_to(ROOT)}`" if tests.exists() else "no"
 
 
@@ -77,10 +78,10 @@ def _ran(case: str, form: str) -> str:
 
 def _tuned(operation: str) -> str:
     tuned = [
-        f"sm_{arch} {dtype}"
-        for entry in read_entries(operation)
-        if not entry["provisional"]
-        for arch in entry["arch"]
+        f"sm_{gpu.arch} {dtype}"
+        for gpu in architectures().values()
+        for entry in gpu.tiles
+        if entry["operation"] == operation and not entry["provisional"]
         for dtype in entry["dtype"]
     ]
     return ", ".join(dict.fromkeys(tuned)) or "provisional"

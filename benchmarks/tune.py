@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastsam_kernels.tile_config import TileConfig, arch_of
+from fastsam_kernels.triton.tiles import TILE_FOLDER, TileConfig, arch_of, architectures, lookup
 from sam.system.atomic_write import write_atomically
 
 from .case import Result, TuneProblem, parts, relative_error, rows_of
@@ -26,8 +26,6 @@ from .measure import time_forms
 from .provenance import describe, provenance
 from .runner import error_budget, name_of
 from .tuning_plan import FINALISTS, Planned, compile_all, counting, in_a_line, planned
-
-_FOLDER = Path(__file__).parents[1] / "fastsam_kernels" / "tile_configs"
 
 
 @dataclass(frozen=True)
@@ -80,48 +78,55 @@ def _poison(out: Result) -> None:
         part.fill_(torch.nan if part.is_floating_point() else torch.iinfo(part.dtype).max)
 
 
-def write_choice(operation: str, shape: str, arch: int, dtype: torch.dtype, best: Trial, facts: dict[str, Any]) -> None:
-    """Put the choice before the file's other entries, and take (arch, dtype, shape) out of those it replaces."""
-    path = _FOLDER / f"{operation}.json"
+def write_choice(
+    operation: str,
+    shape: str,
+    arch: int,
+    dtype: torch.dtype,
+    best: Trial,
+    facts: dict[str, Any],
+    folder: Path = TILE_FOLDER,
+) -> None:
+    """Put the choice before the other entries of the architecture's file, and take its like out of them."""
+    path = folder / f"sm_{arch}.json"
     document = json.loads(path.read_text())
     name = name_of(dtype)
     entry = {
-        "arch": [arch],
+        "operation": operation,
         "dtype": [name],
-        "shape": [shape],
+        "shape": [str(shape)],
         "tile": numbers_of(best.tile),
         "provisional": False,
         "provenance": f"{best.milliseconds:.4g} ms, best of those that passed; {describe(facts)}",
     }
-    document["tiles"] = [entry, *(rest for old in document["tiles"] for rest in _without(old, arch, name, shape))]
+    document["tiles"] = [entry, *(rest for old in document["tiles"] for rest in _without(old, operation, name, shape))]
     with write_atomically(path) as partial:
         partial.write_text(to_json(document))
+    architectures.cache_clear()
+    lookup.cache_clear()
 
 
-def _without(entry: dict[str, Any], arch: int, dtype: str, shape: str) -> Iterator[dict[str, Any]]:
-    """The entry less one combination, as one to three entries; the whole of it if it has others only."""
-    if arch not in entry["arch"] or dtype not in entry["dtype"] or shape not in entry["shape"]:
+def _without(entry: dict[str, Any], operation: str, dtype: str, shape: str) -> Iterator[dict[str, Any]]:
+    """Yield the entry less one combination, as up to two entries; all of it if it has others only."""
+    if operation != entry["operation"] or dtype not in entry["dtype"] or shape not in entry["shape"]:
         yield entry
         return
-    rest = {
-        axis: [value for value in entry[axis] if value != chosen]
-        for axis, chosen in (("arch", arch), ("dtype", dtype), ("shape", shape))
-    }
-    if rest["arch"]:
-        yield {**entry, "arch": rest["arch"]}
-    if rest["dtype"]:
-        yield {**entry, "arch": [arch], "dtype": rest["dtype"]}
-    if rest["shape"]:
-        yield {**entry, "arch": [arch], "dtype": [dtype], "shape": rest["shape"]}
+    dtypes = [value for value in entry["dtype"] if value != dtype]
+    shapes = [value for value in entry["shape"] if value != shape]
+    if dtypes:
+        yield {**entry, "dtype": dtypes}
+    if shapes:
+        yield {**entry, "dtype": [dtype], "shape": shapes}
 
 
 def to_json(document: dict[str, Any]) -> str:
-    """The file as people read it: one line a field."""
+    """Return the file as people read it: one line per field."""
     entries = [
         "    {\n" + ",\n".join(f'      "{key}": {json.dumps(value)}' for key, value in entry.items()) + "\n    }"
         for entry in document["tiles"]
     ]
-    return f'{{\n  "operation": "{document["operation"]}",\n  "tiles": [\n' + ",\n".join(entries) + "\n  ]\n}\n"
+    limits = "".join(f'  "{key}": {value},\n' for key, value in document.items() if key != "tiles")
+    return f'{{\n{limits}  "tiles": [\n' + ",\n".join(entries) + "\n  ]\n}\n"
 
 
 def tune(

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastsam_kernels.launch import Launch, Launches
-from fastsam_kernels.tile_config import TileConfig, lookup
+from fastsam_kernels.triton.launch import Launch, Launches
+from fastsam_kernels.triton.tiles import ShapeClass, TileConfig, lookup
 
 from .case import TuneProblem
 from .compile_cases import CompileCase
@@ -43,7 +43,7 @@ class Planned:
     """One problem: an operation, a class of its shapes, and how to make it for a device and dtype."""
 
     operation: str
-    shape: str
+    shape: ShapeClass
 
     def make(self, device: torch.device, dtype: torch.dtype, arch: int) -> TuneProblem:
         """The problem with its candidates, the committed tile first and no launch twice."""

@@ -1,29 +1,32 @@
 """Operations of Segment Anything that are worth a kernel, each checked against a plain PyTorch reference."""
 
 from .connected_components import connected_components
-from .dispatch import KERNELS, UnsupportedKernelError, check_kernels, requires_autograd, resolve_kernels
+from .cross_attention import MAX_TOKENS, AbsorbedTokens, ImageTokens, LayerNormWeights, ValueProjection
+from .dispatch import (
+    KERNELS,
+    Kernels,
+    UnsupportedKernelError,
+    check_kernels,
+    choice_for,
+    limitation,
+    requires_autograd,
+    resolve_kernels,
+)
 from .hypernetwork_masks import UpscalingWeights, hypernetwork_masks, pack_upscaling
+from .image_to_token_attention import image_to_token_attention
 from .mask_postprocess import MaskStatistics, Resizing, mask_statistics, pack_masks, packed_masks, unpack_masks
 from .nms import nms, ranked_nms
 from .preprocess_image import preprocess_image
 from .rel_pos_attention import rel_pos_attention
-from .two_way_attention import (
-    MAX_TOKENS,
-    AbsorbedTokens,
-    ImageTokens,
-    LayerNormWeights,
-    ValueProjection,
-    image_to_token_attention,
-    token_to_image_attention,
-    two_way_attention,
-    without_unused_queries,
-)
+from .token_to_image_attention import token_to_image_attention
+from .two_way_attention import two_way_attention, without_unused_queries
 
 __all__ = [
     "KERNELS",
     "MAX_TOKENS",
     "AbsorbedTokens",
     "ImageTokens",
+    "Kernels",
     "LayerNormWeights",
     "MaskStatistics",
     "Resizing",
@@ -31,9 +34,11 @@ __all__ = [
     "UpscalingWeights",
     "ValueProjection",
     "check_kernels",
+    "choice_for",
     "connected_components",
     "hypernetwork_masks",
     "image_to_token_attention",
+    "limitation",
     "mask_statistics",
     "nms",
     "pack_masks",

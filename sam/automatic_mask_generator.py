@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fastsam_kernels import nms
+from fastsam_kernels import choice_for, nms
 
 from .amg.crop_pipeline import Criteria, Crop, masks_of_crop
 from .amg.memory_plan import MaskMemory, parse_bytes
@@ -331,7 +331,7 @@ def _grid(points: Any) -> np.ndarray:
 
 def _on_the_host(kernels: str) -> str:
     """Return what ``kernels`` of a model means for boxes that are on the host already."""
-    return "reference" if kernels == "reference" else "torch"
+    return "reference" if choice_for(kernels, "nms") == "reference" else "torch"
 
 
 def _clean(data: MaskData, min_area: int, nms_thresh: float, device: torch.device, kernels: str = "auto") -> MaskData:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from fastsam_kernels import Kernels
+
 from .checkpoint import read_checkpoint
 from .config import SamConfig, variant_config
 from .modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer  # noqa: F401
@@ -23,7 +25,7 @@ def load_model(
     variant: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    kernels: str = "auto",
+    kernels: Kernels = "auto",
     *,
     image_size: int | None = None,
     compile: bool = False,
@@ -36,7 +38,8 @@ def load_model(
         variant: what the weights must be; None infers it from them.
         device: None takes the CUDA device if there is one, else the CPU.
         dtype: of the image encoder and the mask decoder; None is fp32. Prompts are encoded in fp32 always.
-        kernels: "auto", "reference", "torch" or "triton"; resolved for the model's device at every call.
+        kernels: "auto", "reference", "torch" or "triton", or a mapping from operations to one of them like
+            ``{"rel_pos_attention": "torch"}``, "auto" for the rest; resolved for the model's device at every call.
         image_size: side of the padded square input in pixels; None takes the checkpoint's.
         compile: run the encoder through ``torch.compile``, and the decoder too or, on a CUDA device, as CUDA graphs;
             a shape at its first use or all of them by ``model.runtime.warmup()``; see :mod:`sam.inference`.

@@ -27,8 +27,9 @@ from benchmarks.operations import OPERATIONS, rel_pos_attention
 from benchmarks.provenance import ROOT, form_name, provenance, read_rows
 from benchmarks.runner import Row, run_case, to_table
 from benchmarks.tuning_plan import Planned, Verdict, planned
-from fastsam_kernels.launch import Launch, Launches
-from fastsam_kernels.tile_config import TileConfig, read_entries
+from fastsam_kernels.cross_attention.shapes import TokenShape
+from fastsam_kernels.triton.launch import Launch, Launches
+from fastsam_kernels.triton.tiles import TILE_FOLDER, AnyShape, TileConfig
 
 CPU = torch.device("cpu")
 
@@ -298,7 +299,7 @@ def test_operations_are_tuned_in_the_order_of_their_worth(monkeypatch: pytest.Mo
     asked = [about.operation for about in planned(["preprocess_image", "two_way_attention"])]
     assert list(dict.fromkeys(asked)) == ["preprocess_image", "two_way_attention"]
     left_out = {operation for operation, module in OPERATIONS.items() if module.TUNING} - set(tuning_plan.ORDER)
-    sources = "".join(path.read_text() for path in (ROOT / "sam" / "modeling").glob("*.py"))
+    sources = "".join(path.read_text() for path in (ROOT / "sam").rglob("*.py"))
     for operation in left_out:
         assert f"    {operation}(" not in sources, f"{operation} is launched by the model and has no place in ORDER"
     with pytest.raises(ValueError, match="nothing to tune in 'nms'; known: hypernetwork_masks"):
@@ -318,7 +319,7 @@ def test_an_interrupted_run_says_what_is_left(
 
 def test_statistics_are_tuned_from_nothing() -> None:
     """Their launches join to what is there, so that each trial must begin without a pixel."""
-    problem = OPERATIONS["mask_postprocess"].TUNING["any"](CPU, torch.float32)
+    problem = OPERATIONS["mask_postprocess"].TUNING[AnyShape.ANY](CPU, torch.float32)
     trials = tune.try_all(replace(problem, candidates=problem.candidates[:2]), CPU, 0.0)
     assert [trial.reason for trial in trials] == ["", ""]
     assert problem.launch(problem.candidates[0]).constants["STATISTICS"]  # type: ignore[union-attr]
@@ -374,31 +375,33 @@ def test_no_candidate_sums_over_fewer_than_16_products(operation: str, dtype: to
             assert launch.constants["T_PADDED"] * launch.tile.blocks["HEADS"] >= 16, tile
 
 
-def test_a_choice_replaces_exactly_one_combination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_choice_replaces_exactly_one_combination(tmp_path: Path) -> None:
     """And the file stays what people read: rewriting what was read changes nothing."""
-    operation = "hypernetwork_masks"
-    source = Path(tune._FOLDER / f"{operation}.json")
+    source = TILE_FOLDER / "sm_90.json"
     assert tune.to_json(json.loads(source.read_text())) == source.read_text()
     shutil.copy(source, tmp_path)
-    monkeypatch.setattr(tune, "_FOLDER", tmp_path)
 
-    def chosen(entries: list[dict]) -> dict[tuple[int, str, str], dict]:
-        table: dict[tuple[int, str, str], dict] = {}
-        for entry in entries:
-            for arch in entry["arch"]:
-                for dtype in entry["dtype"]:
-                    for shape in entry["shape"]:
-                        table.setdefault((arch, dtype, shape), entry["tile"])
+    def chosen(document: dict[str, Any]) -> dict[tuple[str, str, str], dict]:
+        table: dict[tuple[str, str, str], dict] = {}
+        for entry in document["tiles"]:
+            for dtype in entry["dtype"]:
+                for shape in entry["shape"]:
+                    table.setdefault((entry["operation"], dtype, shape), entry["tile"])
         return table
 
-    before = chosen(read_entries(operation))
-    best = tune.Trial(TileConfig({"BLOCK_N": 128, "BLOCK_C": 64}, 8, 3), milliseconds=1.25)
-    tune.write_choice(operation, "any", 90, torch.bfloat16, best, {**provenance(), "gpu": "NVIDIA H100"})
-    document = json.loads((tmp_path / f"{operation}.json").read_text())
-    after = chosen(document["tiles"])
-    assert after.pop((90, "bfloat16", "any")) == {"BLOCK_N": 128, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3}
-    del before[(90, "bfloat16", "any")]
+    before = chosen(json.loads(source.read_text()))
+    best = tune.Trial(TileConfig({"BLOCK_N": 128, "HEADS": 4}, 8, 3), milliseconds=1.25)
+    facts, shape = {**provenance(), "gpu": "NVIDIA H100"}, TokenShape.UP_TO_8
+    tune.write_choice("token_to_image_attention", shape, 90, torch.bfloat16, best, facts, tmp_path)
+    document = json.loads((tmp_path / "sm_90.json").read_text())
+    after = chosen(document)
+    replaced = ("token_to_image_attention", "bfloat16", "8 tokens")
+    assert after.pop(replaced) == {"BLOCK_N": 128, "HEADS": 4, "num_warps": 8, "num_stages": 3}
+    del before[replaced]
     assert after == before
+    assert {key: value for key, value in document.items() if key != "tiles"} == {
+        key: value for key, value in json.loads(source.read_text()).items() if key != "tiles"
+    }
     assert document["tiles"][0]["provisional"] is False
     assert "1.25 ms" in document["tiles"][0]["provenance"]
     assert "NVIDIA H100" in document["tiles"][0]["provenance"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import torch
 from models import TINY, random_image, random_model
 
 import sam
-from fastsam_kernels import dispatch
+from fastsam_kernels.dispatch import Implementation, Operation
 from sam import Prompt, Sam
 from sam.engine import Engine
 
@@ -19,21 +18,16 @@ pytest.importorskip("scipy")
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, set[str]]]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     """The ``kernels`` that each operation was called with."""
     seen: dict[str, set[str]] = {}
-    select_implementation = dispatch.select_implementation
+    select = Operation.select
 
-    def noting(operation: str, kernels: str, *arguments: object, **options: object) -> str:
-        seen.setdefault(operation, set()).add(kernels)
-        return select_implementation(operation, kernels, *arguments, **options)  # type: ignore[arg-type]
+    def noting(self: Operation[Any], kernels: str, *arguments: Any) -> Implementation[Any]:
+        seen.setdefault(self.name, set()).add(kernels)
+        return select(self, kernels, *arguments)
 
-    for name, module in list(sys.modules.items()):
-        if (
-            name.startswith("fastsam_kernels.")
-            and getattr(module, "select_implementation", None) is select_implementation
-        ):
-            monkeypatch.setattr(module, "select_implementation", noting)
+    monkeypatch.setattr(Operation, "select", noting)
     return seen
 
 

@@ -453,7 +453,9 @@ def test_kernels_resolve_where_the_model_is(tiny: Sam, monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match=r"kernels must be one of"):
         sam.load_model(kernels="fast")
     tiny.kernels = "triton"
-    with pytest.raises(ValueError, match=r"the Triton form of \w+ cannot run here: it needs a CUDA device, got cpu"):
+    with pytest.raises(
+        ValueError, match=r"'triton' implementation of \w+ cannot run here: it needs a CUDA device, got cpu"
+    ):
         tiny.predict(tiny.encode(random_image(9, 9)), [Prompt([(1, 1)], [1])])
 
 

@@ -64,7 +64,7 @@ def passes(prompts: int) -> list[Pass]:
 
 
 def _splits(prompts: int) -> int:
-    from fastsam_kernels.two_way_attention.token_to_image_kernel import shares_of
+    from fastsam_kernels.token_to_image_attention.triton.kernel import shares_of
 
     return shares_of(prompts, IMAGE_TOKENS)[0]
 

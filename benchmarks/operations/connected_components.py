@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastsam_kernels import connected_components
-from fastsam_kernels.launch import Launch
-from fastsam_kernels.tile_config import TileConfig
+from fastsam_kernels.triton.launch import Launch
+from fastsam_kernels.triton.tiles import AnyShape, ShapeClass, TileConfig
 
 from ..case import Case, Problem, TuneProblem, draw, few_rows, meta
 from ..measure import Form, Work
@@ -49,7 +49,7 @@ CASES = [
 
 
 def _launches(dtype: torch.dtype, tile: TileConfig) -> Iterator[tuple[str, Launch]]:
-    from fastsam_kernels.connected_components.kernel import plan
+    from fastsam_kernels.connected_components.triton.kernel import plan
 
     masks = meta(64, 1024, 1024, dtype=dtype)
     parents, labels = (meta(64, 1024, 1024, dtype=torch.int32) for _ in range(2))
@@ -57,8 +57,8 @@ def _launches(dtype: torch.dtype, tile: TileConfig) -> Iterator[tuple[str, Launc
         yield f"{name}, 1024x1024", launch
 
 
-LAUNCHES = {"any": _launches}
+LAUNCHES = {AnyShape.ANY: _launches}
 
 
 # Three launches that only mean something together: there is nothing that ``tune`` could time by itself.
-TUNING: dict[str, Callable[[torch.device, torch.dtype], TuneProblem]] = {}
+TUNING: dict[ShapeClass, Callable[[torch.device, torch.dtype], TuneProblem]] = {}

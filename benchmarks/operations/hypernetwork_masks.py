@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastsam_kernels import UpscalingWeights, hypernetwork_masks, pack_upscaling
-from fastsam_kernels.hypernetwork_masks import reference
-from fastsam_kernels.launch import Launch
-from fastsam_kernels.tile_config import TileConfig
+from fastsam_kernels.hypernetwork_masks.reference import reference
+from fastsam_kernels.triton.launch import Launch
+from fastsam_kernels.triton.tiles import AnyShape, TileConfig
 
 from ..case import Case, Problem, TuneProblem, candidates, draw, few_rows, meta
 from ..measure import Form, Work
@@ -27,8 +27,15 @@ def _weights(device: torch.device, dtype: torch.dtype) -> UpscalingWeights:
     return pack_upscaling(*tensors)
 
 
+def meta_weights(dtype: torch.dtype) -> UpscalingWeights:
+    """The weights of SAM without memory."""
+    shapes = ((256, 256), (256,), (64,), (64,), (64, 128), (128,))
+    return UpscalingWeights(*(meta(*shape, dtype=dtype) for shape in shapes))
+
+
 def _truth(keys: Tensor, weights: UpscalingWeights, hyper: Tensor, grid: tuple[int, int]) -> Tensor:
-    return reference(keys.double(), UpscalingWeights(*(w.double() for w in weights)), hyper.double(), grid, EPS)
+    wide = UpscalingWeights(*(w.double() for w in weights))
+    return reference(keys.double(), wide, hyper.double(), grid, EPS, torch.float64)
 
 
 def work(prompts: int, masks: int, element_size: int) -> Work:
@@ -68,20 +75,20 @@ CASES = [
 
 
 def _launches(dtype: torch.dtype, tile: TileConfig) -> Iterator[tuple[str, Launch]]:
-    from fastsam_kernels.hypernetwork_masks.kernel import plan
+    from fastsam_kernels.hypernetwork_masks.triton.kernel import plan
 
-    weights = [meta(*shape, dtype=dtype) for shape in ((256, 256), (256,), (64,), (64,), (64, 128), (128,))]
+    weights = meta_weights(dtype)
     for masks in (3, 1):
         keys, hyper = meta(64, 4096, 256, dtype=dtype), meta(64, masks, 32, dtype=dtype)
         out = meta(64, masks, 256, 256, dtype=torch.float32)
-        yield f"{masks} masks, 64x64", plan(keys, *weights, hyper, out, (64, 64), EPS, tile)
+        yield f"{masks} masks, 64x64", plan(keys, weights, hyper, out, (64, 64), EPS, tile)
 
 
-LAUNCHES = {"any": _launches}
+LAUNCHES = {AnyShape.ANY: _launches}
 
 
 def _tuning(device: torch.device, dtype: torch.dtype) -> TuneProblem:
-    from fastsam_kernels.hypernetwork_masks.kernel import plan
+    from fastsam_kernels.hypernetwork_masks.triton.kernel import plan
 
     prompts, side = (64, 64) if device.type != "cpu" else (1, 4)  # the interpreter only shows that it works
     weights, grid = _weights(device, dtype), (side, side)
@@ -90,10 +97,10 @@ def _tuning(device: torch.device, dtype: torch.dtype) -> TuneProblem:
     rows = few_rows(prompts)
     exact = dtype == torch.float32
     return TuneProblem(
-        launch=lambda tile: plan(keys, *weights, hyper, out, grid, EPS, tile),
+        launch=lambda tile: plan(keys, weights, hyper, out, grid, EPS, tile),
         out=out,
         truth=lambda: _truth(keys[rows], weights, hyper[rows], grid),
-        plain=lambda: reference(keys[rows], weights, hyper[rows], grid, EPS),
+        plain=lambda: reference(keys[rows], weights, hyper[rows], grid, EPS, dtype),
         rows=rows,
         candidates=candidates(
             (4, 8), (1, 2, 3), BLOCK_N=(16, 32) if exact else (32, 64, 128), BLOCK_C=(32, 64) if exact else (256, 128)
@@ -101,4 +108,4 @@ def _tuning(device: torch.device, dtype: torch.dtype) -> TuneProblem:
     )
 
 
-TUNING = {"any": _tuning}
+TUNING = {AnyShape.ANY: _tuning}

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastsam_kernels import AbsorbedTokens, ImageTokens, LayerNormWeights, image_to_token_attention
-from fastsam_kernels.launch import Launch
-from fastsam_kernels.tile_config import TileConfig
+from fastsam_kernels.cross_attention.shapes import TokenShape, padded_tokens
+from fastsam_kernels.triton.launch import Launch
+from fastsam_kernels.triton.tiles import TileConfig
 
 from ..case import Case, Problem, TuneProblem, candidates, draw, few_rows, meta
 from ..measure import Form, Work
@@ -83,7 +84,7 @@ CASES = [
 
 
 def _launches(tokens: int, dtype: torch.dtype, tile: TileConfig) -> Iterator[tuple[str, Launch]]:
-    from fastsam_kernels.two_way_attention.image_to_token_kernel import plan
+    from fastsam_kernels.image_to_token_attention.triton.kernel import plan
 
     absorbed = (64, HEADS, tokens, 256)
     shapes = ((64, 4096, 256), (4096, 256), absorbed, absorbed[:3], absorbed, (256,), (256,))
@@ -92,11 +93,11 @@ def _launches(tokens: int, dtype: torch.dtype, tile: TileConfig) -> Iterator[tup
 
 
 TESTS = "test_two_way_attention.py"
-LAUNCHES = {"8 tokens": partial(_launches, CLICK_TOKENS), "16 tokens": partial(_launches, MAX_TOKENS)}
+LAUNCHES = {TokenShape.UP_TO_8: partial(_launches, CLICK_TOKENS), TokenShape.UP_TO_16: partial(_launches, MAX_TOKENS)}
 
 
 def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProblem:
-    from fastsam_kernels.two_way_attention.image_to_token_kernel import padded_tokens, plan
+    from fastsam_kernels.image_to_token_attention.triton.kernel import plan
 
     prompts, image_tokens = (128, 4096) if device.type != "cpu" else (1, 64)
     made, rows = inputs(prompts, image_tokens, tokens, device, dtype), few_rows(prompts)
@@ -119,4 +120,4 @@ def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProble
     )
 
 
-TUNING = {"8 tokens": partial(_tuning, CLICK_TOKENS), "16 tokens": partial(_tuning, MAX_TOKENS)}
+TUNING = {TokenShape.UP_TO_8: partial(_tuning, CLICK_TOKENS), TokenShape.UP_TO_16: partial(_tuning, MAX_TOKENS)}

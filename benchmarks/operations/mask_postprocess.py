@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsam_kernels import Resizing, mask_statistics, packed_masks
-from fastsam_kernels.launch import Launch
 from fastsam_kernels.mask_postprocess import MaskStatistics
-from fastsam_kernels.tile_config import TileConfig
+from fastsam_kernels.triton.launch import Launch
+from fastsam_kernels.triton.tiles import AnyShape, TileConfig
 
 from ..case import Case, Problem, TuneProblem, candidates, few_rows, meta
 from ..measure import Form, Work
@@ -77,7 +77,7 @@ CASES = [
 
 
 def _launches(dtype: torch.dtype, tile: TileConfig) -> Iterator[tuple[str, Launch]]:
-    from fastsam_kernels.mask_postprocess.kernel import plan
+    from fastsam_kernels.mask_postprocess.triton.kernel import plan
 
     low_res = meta(192, 256, 256, dtype=dtype)
     for name, resizing in (("1024x1024", SQUARE), ("1500x2250", PHOTOGRAPH)):
@@ -88,12 +88,12 @@ def _launches(dtype: torch.dtype, tile: TileConfig) -> Iterator[tuple[str, Launc
         yield f"bits, {name}", plan(low_res, resizing, 0.0, 0.0, words, tile, statistics=False)
 
 
-LAUNCHES = {"any": _launches}
+LAUNCHES = {AnyShape.ANY: _launches}
 
 
 def _tuning(device: torch.device, dtype: torch.dtype) -> TuneProblem:
     """On the statistics: they are taken of every mask, bits are made of the few that stay."""
-    from fastsam_kernels.mask_postprocess.kernel import no_pixels, plan
+    from fastsam_kernels.mask_postprocess.triton.kernel import no_pixels, plan
 
     # The interpreter only shows that it works.
     masks, side, size = (512, 256, 1024) if device.type != "cpu" else (1, 16, 64)
@@ -111,4 +111,4 @@ def _tuning(device: torch.device, dtype: torch.dtype) -> TuneProblem:
     )
 
 
-TUNING = {"any": _tuning}
+TUNING = {AnyShape.ANY: _tuning}

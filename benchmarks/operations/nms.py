@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastsam_kernels import nms
-from fastsam_kernels.launch import Launch
-from fastsam_kernels.tile_config import TileConfig
+from fastsam_kernels.triton.launch import Launch
+from fastsam_kernels.triton.tiles import AnyShape, ShapeClass, TileConfig
 
 from ..case import Case, Problem, TuneProblem, meta
 from ..measure import Form, Work
@@ -56,7 +56,7 @@ CASES = [Case(f"nms, {count} boxes", _case(count), dtypes=(torch.float32,)) for 
 
 
 def _launches(dtype: torch.dtype, tile: TileConfig) -> Iterator[tuple[str, Launch]]:
-    from fastsam_kernels.nms.kernel import plan, words_of
+    from fastsam_kernels.nms.triton.kernel import plan, words_of
 
     for count in (300, 3072, 16384):
         boxes, bits = meta(count, 4, dtype=dtype), meta(count, words_of(count), dtype=torch.int32)
@@ -65,8 +65,8 @@ def _launches(dtype: torch.dtype, tile: TileConfig) -> Iterator[tuple[str, Launc
             yield f"{name}, {count} boxes", launch
 
 
-LAUNCHES = {"any": _launches}
+LAUNCHES = {AnyShape.ANY: _launches}
 
 
 # Two launches that only mean something together: there is nothing that ``tune`` could time by itself.
-TUNING: dict[str, Callable[[torch.device, torch.dtype], TuneProblem]] = {}
+TUNING: dict[ShapeClass, Callable[[torch.device, torch.dtype], TuneProblem]] = {}

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from fastsam_kernels import preprocess_image
-from fastsam_kernels.launch import Launch
-from fastsam_kernels.tile_config import TileConfig
+from fastsam_kernels.triton.launch import Launch
+from fastsam_kernels.triton.tiles import AnyShape, TileConfig
 
 from ..case import Case, Problem, TuneProblem, candidates, meta
 from ..measure import Form, Work
@@ -67,7 +67,7 @@ CASES = [
 
 
 def _launches(dtype: torch.dtype, tile: TileConfig) -> Iterator[tuple[str, Launch]]:
-    from fastsam_kernels.preprocess_image.kernel import plan
+    from fastsam_kernels.preprocess_image.triton.kernel import plan
 
     mean, out = meta(3, dtype=torch.float32), meta(3, SIDE, SIDE, dtype=dtype)
     for height, width in ((600, 800), (3000, 4000)):
@@ -75,11 +75,11 @@ def _launches(dtype: torch.dtype, tile: TileConfig) -> Iterator[tuple[str, Launc
         yield f"{height}x{width}", plan(image, (768, SIDE), mean, mean, out, tile)
 
 
-LAUNCHES = {"any": _launches}
+LAUNCHES = {AnyShape.ANY: _launches}
 
 
 def _tuning(device: torch.device, dtype: torch.dtype) -> TuneProblem:
-    from fastsam_kernels.preprocess_image.kernel import plan
+    from fastsam_kernels.preprocess_image.triton.kernel import plan
 
     # The interpreter only shows that it works.
     (height, width), side = ((3000, 4000), SIDE) if device.type != "cpu" else ((48, 64), 32)
@@ -103,4 +103,4 @@ def _tuning(device: torch.device, dtype: torch.dtype) -> TuneProblem:
     )
 
 
-TUNING = {"any": _tuning}
+TUNING = {AnyShape.ANY: _tuning}

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsam_kernels import rel_pos_attention
-from fastsam_kernels.launch import Launch
-from fastsam_kernels.rel_pos_attention import gather_rel_pos, reference
-from fastsam_kernels.tile_config import TileConfig
+from fastsam_kernels.rel_pos_attention.reference import reference
+from fastsam_kernels.rel_pos_attention.tables import gather_rel_pos
+from fastsam_kernels.rel_pos_attention.triton.shapes import AttentionShape
+from fastsam_kernels.triton.launch import Launch
+from fastsam_kernels.triton.tiles import TileConfig
 
 from ..case import Case, Problem, TuneProblem, candidates, draw, meta
 from ..measure import Form, Work
@@ -196,7 +198,7 @@ def _launches(
     names: tuple[str, ...], window_size: int
 ) -> Callable[[torch.dtype, TileConfig], Iterator[tuple[str, Launch]]]:
     def launches(dtype: torch.dtype, tile: TileConfig) -> Iterator[tuple[str, Launch]]:
-        from fastsam_kernels.rel_pos_attention.kernel import plan
+        from fastsam_kernels.rel_pos_attention.triton.kernel import plan
 
         for name in names:
             heads, head_dim, grid = SIZES[name]
@@ -212,16 +214,16 @@ def _launches(
 
 
 LAUNCHES = {
-    "windowed, d 64": _launches(("vit_b", "vit_l", "nano"), WINDOW),
-    "windowed, d 80": _launches(("vit_h",), WINDOW),
-    "global, d 64": _launches(("vit_b", "vit_l", "nano"), 0),
-    "global, d 80": _launches(("vit_h",), 0),
+    AttentionShape.WINDOWED_64: _launches(("vit_b", "vit_l", "nano"), WINDOW),
+    AttentionShape.WINDOWED_80: _launches(("vit_h",), WINDOW),
+    AttentionShape.GLOBAL_64: _launches(("vit_b", "vit_l", "nano"), 0),
+    AttentionShape.GLOBAL_80: _launches(("vit_h",), 0),
 }
 
 
 def _tuning(name: str, window_size: int) -> Callable[[torch.device, torch.dtype], TuneProblem]:
     def tuning(device: torch.device, dtype: torch.dtype) -> TuneProblem:
-        from fastsam_kernels.rel_pos_attention.kernel import plan
+        from fastsam_kernels.rel_pos_attention.triton.kernel import plan
 
         size, batch, window = SIZES[name], 8, window_size
         if device.type == "cpu":  # the interpreter only shows that it works
@@ -250,8 +252,8 @@ def _tuning(name: str, window_size: int) -> Callable[[torch.device, torch.dtype]
 
 
 TUNING = {
-    "windowed, d 64": _tuning("vit_l", WINDOW),
-    "windowed, d 80": _tuning("vit_h", WINDOW),
-    "global, d 64": _tuning("vit_l", 0),
-    "global, d 80": _tuning("vit_h", 0),
+    AttentionShape.WINDOWED_64: _tuning("vit_l", WINDOW),
+    AttentionShape.WINDOWED_80: _tuning("vit_h", WINDOW),
+    AttentionShape.GLOBAL_64: _tuning("vit_l", 0),
+    AttentionShape.GLOBAL_80: _tuning("vit_h", 0),
 }

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastsam_kernels import ImageTokens, ValueProjection, token_to_image_attention
-from fastsam_kernels.launch import Launch
-from fastsam_kernels.tile_config import TileConfig
+from fastsam_kernels.cross_attention.shapes import TokenShape
+from fastsam_kernels.triton.launch import Launch
+from fastsam_kernels.triton.tiles import TileConfig
 
 from ..case import Case, Problem, TuneProblem, candidates, draw, few_rows, meta
 from ..measure import Form, Work
@@ -80,7 +81,7 @@ CASES = [
 
 
 def _launches(tokens: int, dtype: torch.dtype, tile: TileConfig) -> Iterator[tuple[str, Launch]]:
-    from fastsam_kernels.two_way_attention.token_to_image_kernel import plan
+    from fastsam_kernels.token_to_image_attention.triton.kernel import plan
 
     shapes = ((64, HEADS, tokens, 256), (64, 4096, 256), (4096, 256), (128, 256), (128,))
     inputs = [meta(*shape, dtype=dtype) for shape in shapes]
@@ -90,11 +91,11 @@ def _launches(tokens: int, dtype: torch.dtype, tile: TileConfig) -> Iterator[tup
 
 
 TESTS = "test_two_way_attention.py"
-LAUNCHES = {"8 tokens": partial(_launches, CLICK_TOKENS), "16 tokens": partial(_launches, MAX_TOKENS)}
+LAUNCHES = {TokenShape.UP_TO_8: partial(_launches, CLICK_TOKENS), TokenShape.UP_TO_16: partial(_launches, MAX_TOKENS)}
 
 
 def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProblem:
-    from fastsam_kernels.two_way_attention.token_to_image_kernel import plan
+    from fastsam_kernels.token_to_image_attention.triton.kernel import plan
 
     prompts, image_tokens = (128, 4096) if device.type != "cpu" else (1, 64)
     inputs, rows = _inputs(prompts, image_tokens, tokens, device, dtype), few_rows(prompts)
@@ -115,4 +116,4 @@ def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProble
     )
 
 
-TUNING = {"8 tokens": partial(_tuning, CLICK_TOKENS), "16 tokens": partial(_tuning, MAX_TOKENS)}
+TUNING = {TokenShape.UP_TO_8: partial(_tuning, CLICK_TOKENS), TokenShape.UP_TO_16: partial(_tuning, MAX_TOKENS)}

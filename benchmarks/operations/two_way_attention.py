@@ -17,8 +17,9 @@ from fastsam_kernels import (
     token_to_image_attention,
     two_way_attention,
 )
-from fastsam_kernels.launch import Launch
-from fastsam_kernels.tile_config import TileConfig
+from fastsam_kernels.cross_attention.shapes import TokenShape, padded_tokens
+from fastsam_kernels.triton.launch import Launch
+from fastsam_kernels.triton.tiles import TileConfig
 
 from ..case import Case, Problem, Result, TuneProblem, candidates, draw, few_rows, meta
 from ..measure import Form, Work
@@ -99,7 +100,7 @@ CASES = [
 
 
 def _launches(tokens: int, dtype: torch.dtype, tile: TileConfig) -> Iterator[tuple[str, Launch]]:
-    from fastsam_kernels.two_way_attention.two_way_kernel import plan
+    from fastsam_kernels.two_way_attention.triton.kernel import plan
 
     absorbed = (64, HEADS, tokens, 256)
     update = ((64, 4096, 256), (4096, 256), absorbed, absorbed[:3], absorbed, (256,), (256,))
@@ -110,11 +111,11 @@ def _launches(tokens: int, dtype: torch.dtype, tile: TileConfig) -> Iterator[tup
 
 
 TESTS = "test_two_way_pass.py"
-LAUNCHES = {"8 tokens": partial(_launches, CLICK_TOKENS), "16 tokens": partial(_launches, MAX_TOKENS)}
+LAUNCHES = {TokenShape.UP_TO_8: partial(_launches, CLICK_TOKENS), TokenShape.UP_TO_16: partial(_launches, MAX_TOKENS)}
 
 
 def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProblem:
-    from fastsam_kernels.two_way_attention.two_way_kernel import padded_tokens, plan
+    from fastsam_kernels.two_way_attention.triton.kernel import plan
 
     prompts, image_tokens = (128, 4096) if device.type != "cpu" else (1, 64)
     inputs, rows = _inputs(prompts, image_tokens, tokens, device, dtype), few_rows(prompts)
@@ -140,4 +141,4 @@ def _tuning(tokens: int, device: torch.device, dtype: torch.dtype) -> TuneProble
     )
 
 
-TUNING = {"8 tokens": partial(_tuning, CLICK_TOKENS), "16 tokens": partial(_tuning, MAX_TOKENS)}
+TUNING = {TokenShape.UP_TO_8: partial(_tuning, CLICK_TOKENS), TokenShape.UP_TO_16: partial(_tuning, MAX_TOKENS)}

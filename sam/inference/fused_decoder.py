@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsam_kernels import UnsupportedKernelError, hypernetwork_masks
+from fastsam_kernels import UnsupportedKernelError, choice_for, hypernetwork_masks
 
 from ..embedding import ImageProjections
 from .fused_transformer import project_image, run_transformer
@@ -142,8 +142,8 @@ def decode_masks(
     packed, keys, mask_tokens = decoded.packed, decoded.keys, decoded.mask_tokens
     if rows is not None:
         keys, mask_tokens = keys.index_select(0, rows), mask_tokens.index_select(0, rows)
-    if kernels == "triton" and packed.upscaling is None:
-        raise UnsupportedKernelError("hypernetwork_masks has a Triton form for the official upscaling with GELU only")
+    if packed.upscaling is None and choice_for(kernels, "hypernetwork_masks") == "triton":
+        raise UnsupportedKernelError("the 'triton' implementation of hypernetwork_masks takes the official upscaling only")
     if kernels == "reference" or packed.upscaling is None:
         return masks_by_modules(packed, keys, mask_tokens, mask_slice, decoded.grid)
     return hypernetwork_masks(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: F401 - as above
 from torch import Tensor, nn  # noqa: F401
 
-from fastsam_kernels import check_kernels, preprocess_image, resolve_kernels
+from fastsam_kernels import Kernels, check_kernels, preprocess_image, resolve_kernels
 
 from ..checks import naming, require
 from ..config import SamConfig
@@ -95,15 +95,18 @@ class Sam(WeightCache, Fp32Buffers):
 
     @property
     def kernels(self) -> str:
-        """ "auto", "reference", "torch" or "triton", as asked for; :attr:`resolved_kernels` is what runs."""
+        """ "auto", "reference", "torch" or "triton", and what was chosen for single operations: "auto, nms=torch".
+
+        Set it to one of the four, or to a mapping like ``{"nms": "torch"}``; :attr:`resolved_kernels` is what runs.
+        """
         return self._kernels
 
     @kernels.setter
-    def kernels(self, kernels: str) -> None:
+    def kernels(self, kernels: Kernels) -> None:
         self._kernels = check_kernels(kernels)
         for part in self.children():
             if isinstance(part, WeightCache):
-                part.kernels = kernels
+                part.kernels = self._kernels
 
     @property
     def resolved_kernels(self) -> str:

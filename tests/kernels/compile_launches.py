@@ -151,7 +151,7 @@ class Simulation:
 
     def run(self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], options: dict[str, Any]) -> None:
         """Compile a launch for the device and hold it against its limits."""
-        from fastsam_kernels.tile_config import SHARED_MEMORY
+        from fastsam_kernels.triton.tiles import architectures
 
         self.launches += 1
         if not all(1 <= size <= most for size, most in zip(grid, _LARGEST_GRID, strict=False)):
@@ -165,7 +165,7 @@ class Simulation:
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), "")
             raise LaunchError(f"{kernel.__name__}: {type(error).__name__}: {reason}") from error
-        shared, limit = compiled.metadata.shared, SHARED_MEMORY[self.arch]
+        shared, limit = compiled.metadata.shared, architectures()[self.arch].shared_memory
         if shared > limit:
             raise LaunchError(f"{kernel.__name__}: {shared} bytes of shared memory, over {limit}")
         self.compiled[compiled.hash] = kernel.__name__
@@ -207,10 +207,11 @@ SIMULATION = Simulation()
 
 def _stand_in_for_a_gpu() -> None:
     """The functions of ``torch.cuda`` that tests and dispatch ask, answered for the device that is not here."""
-    from fastsam_kernels.tile_config import SHARED_MEMORY
+    from fastsam_kernels.triton.tiles import architectures
 
     def properties(device: Any = None) -> SimpleNamespace:
-        return SimpleNamespace(shared_memory_per_block_optin=SHARED_MEMORY[SIMULATION.arch], multi_processor_count=132)
+        limit = architectures()[SIMULATION.arch].shared_memory
+        return SimpleNamespace(shared_memory_per_block_optin=limit, multi_processor_count=132)
 
     answers = {
         "is_available": lambda: True,
@@ -251,12 +252,12 @@ def pytest_configure(config: pytest.Config) -> None:
     from triton.runtime import JITFunction
 
     from benchmarks.machine_code import pretend
-    from fastsam_kernels import dispatch
+    from fastsam_kernels.dispatch import device as devices
 
     SIMULATION.arch = config.getoption("--arch")
     config.option.assertmode = "plain"
     pretend(SIMULATION.arch)
-    dispatch._device_constraint = lambda device: None if device.type == "meta" else "it is no GPU"
+    devices.triton_limitation = lambda device: None if device.type == "meta" else "it is no GPU"
     real = JITFunction.run
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:

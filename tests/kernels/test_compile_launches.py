@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from fastsam_kernels import nms
-from fastsam_kernels.launch import Launch
-from fastsam_kernels.nms.kernel import plan, words_of
-from fastsam_kernels.tile_config import TileConfig, arch_of, lookup
+from fastsam_kernels.triton.launch import Launch
+from fastsam_kernels.nms.triton.kernel import plan, words_of
+from fastsam_kernels.triton.tiles import TileConfig, arch_of, lookup
 
 
 def launches(device):

@@ -56,7 +56,7 @@ import dataclasses
 from benchmarks import compile_report
 from benchmarks.compile_cases import compile_cases
 from benchmarks.machine_code import compile_launch
-from fastsam_kernels.tile_config import TileConfig
+from fastsam_kernels.triton.tiles import TileConfig
 
 def too_large(*arguments):
     case = next(compile_cases(["hypernetwork_masks"], [80]))
@@ -155,7 +155,7 @@ from dataclasses import replace
 
 import torch
 from benchmarks.tuning_plan import Planned, compile_all
-from fastsam_kernels.tile_config import TileConfig
+from fastsam_kernels.triton.tiles import TileConfig
 
 if __name__ == "__main__":
     about = Planned("hypernetwork_masks", "any")

@@ -15,11 +15,11 @@ import torch
 from triton.runtime import driver
 from benchmarks.machine_code import _Device
 from fastsam_kernels import Resizing
-from fastsam_kernels.connected_components import kernel as components
-from fastsam_kernels.mask_postprocess import kernel as masks
-from fastsam_kernels.nms import kernel as nms
-from fastsam_kernels.preprocess_image import kernel as preprocess
-from fastsam_kernels.tile_config import lookup
+from fastsam_kernels.connected_components.triton import kernel as components
+from fastsam_kernels.mask_postprocess.triton import kernel as masks
+from fastsam_kernels.nms.triton import kernel as nms
+from fastsam_kernels.preprocess_image.triton import kernel as preprocess
+from fastsam_kernels.triton.tiles import lookup
 
 driver.set_active(_Device(90))
 found = {}

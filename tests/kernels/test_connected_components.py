@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernels.foundation import kernel_without, large
 
 from fastsam_kernels import UnsupportedKernelError, connected_components
-from fastsam_kernels.tile_config import SHARED_MEMORY, TileConfig, arch_of, lookup
+from fastsam_kernels.triton.tiles import TileConfig, arch_of, architectures, lookup
 
 
 def canonical(mask: np.ndarray) -> np.ndarray:
@@ -80,7 +80,7 @@ def test_triton_form(device: torch.device, seed: int) -> None:
 @pytest.mark.parametrize("block_w", [32, pytest.param(64, marks=pytest.mark.slow)])
 def test_blocks_of_columns(device: torch.device, mask: np.ndarray, block_w: int) -> None:
     """Runs over several blocks; the result does not hang on the tile."""
-    from fastsam_kernels.connected_components.kernel import plan
+    from fastsam_kernels.connected_components.triton.kernel import plan
 
     masks = torch.from_numpy(mask[None]).to(device)
     parents, labels = (torch.empty(masks.shape, dtype=torch.int32, device=device) for _ in range(2))
@@ -102,7 +102,7 @@ def test_any_strides_and_other_masks_do_not_matter(device: torch.device, kernels
 @large
 def test_offsets_are_64_bit(device: torch.device) -> None:
     """Masks 2^30 bytes apart; without its casts the kernel reads others."""
-    from fastsam_kernels.connected_components import kernel
+    from fastsam_kernels.connected_components.triton import kernel
 
     masks = torch.from_numpy(np.random.default_rng(0).random((3, 4, 5)) < 0.6).to(device)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -126,11 +126,11 @@ def test_offsets_are_64_bit(device: torch.device) -> None:
 @pytest.mark.parametrize("width", [1, 12, 31, 33, 64, 65, 200, 3000])
 def test_a_pixel_has_one_thread(width: int) -> None:
     """Two would read the pointers that others change, and go on differently: undefined where they meet."""
-    from fastsam_kernels.connected_components.kernel import plan
+    from fastsam_kernels.connected_components.triton.kernel import plan
 
     masks = torch.empty(2, 3, width, dtype=torch.bool, device="meta")
     numbers = torch.empty(masks.shape, dtype=torch.int32, device="meta")
-    for arch in SHARED_MEMORY:
+    for arch in architectures():
         for launch in plan(masks, numbers, numbers, lookup("connected_components", arch, torch.bool)):
             assert 32 * launch.tile.num_warps <= launch.tile.blocks["BLOCK_W"]
             assert launch.grid[0] * launch.tile.blocks["BLOCK_W"] >= masks.numel()
@@ -139,7 +139,7 @@ def test_a_pixel_has_one_thread(width: int) -> None:
 @pytest.mark.parametrize("block_w", [1, 16])
 def test_a_block_narrower_than_a_warp_is_refused(block_w: int) -> None:
     """Its threads would outnumber its pixels; without a whole warp there would be none to launch."""
-    from fastsam_kernels.connected_components.kernel import plan
+    from fastsam_kernels.connected_components.triton.kernel import plan
 
     masks = torch.empty(1, 3, 40, dtype=torch.bool, device="meta")
     numbers = torch.empty(masks.shape, dtype=torch.int32, device="meta")
@@ -148,7 +148,7 @@ def test_a_block_narrower_than_a_warp_is_refused(block_w: int) -> None:
 
 
 def test_opcheck(device: torch.device) -> None:
-    from fastsam_kernels.connected_components.kernel import connected_components_triton
+    from fastsam_kernels.connected_components.triton.custom_op import connected_components_triton
 
     masks = torch.from_numpy(np.random.default_rng(0).random((3, 2, 4)) < 0.5).to(device)
     results = torch.library.opcheck(connected_components_triton, (masks.permute(1, 2, 0),))
@@ -157,7 +157,7 @@ def test_opcheck(device: torch.device) -> None:
 
 
 def test_nothing_and_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastsam_kernels.dispatch._device_constraint", lambda device: None)
+    monkeypatch.setattr("fastsam_kernels.dispatch.device.triton_limitation", lambda device: None)
     for shape in ((0, 3, 4), (2, 0, 4)):
         empty = torch.zeros(shape, dtype=torch.bool)
         assert connected_components(empty, kernels="torch").shape == shape

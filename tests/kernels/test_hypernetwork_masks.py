@@ -16,8 +16,8 @@ from models import TINY, random_model
 from torch import Tensor
 
 from fastsam_kernels import UnsupportedKernelError, UpscalingWeights, hypernetwork_masks, pack_upscaling
-from fastsam_kernels.hypernetwork_masks import reference
-from fastsam_kernels.tile_config import TileConfig, arch_of, lookup
+from fastsam_kernels.hypernetwork_masks.reference import reference
+from fastsam_kernels.triton.tiles import TileConfig, arch_of, lookup
 
 EPS = 1e-6
 Inputs = tuple[Tensor, UpscalingWeights, Tensor, tuple[int, int]]
@@ -52,7 +52,7 @@ def make_inputs(
 
 
 def formula(keys: Tensor, weights: UpscalingWeights, hyper: Tensor, grid: tuple[int, int]) -> Tensor:
-    return reference(keys, weights, hyper, grid, EPS)
+    return reference(keys, weights, hyper, grid, EPS, keys.dtype)
 
 
 def check(inputs: Inputs, kernels: str, out_dtype: torch.dtype | None, what: str) -> None:
@@ -73,7 +73,7 @@ def test_reference_is_the_decoder_s_modules() -> None:
     first, norm, _, second, _ = decoder.output_upscaling
     weights = pack_upscaling(first.weight, first.bias, norm.weight, norm.bias, second.weight, second.bias)
     hyper = decoder._hypernetworks(mask_tokens, slice(None))
-    assert_close_l2(reference(keys, weights, hyper, (8, 8), EPS), expected, 1e-12, "the formula")
+    assert_close_l2(reference(keys, weights, hyper, (8, 8), EPS, keys.dtype), expected, 1e-12, "the formula")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,7 +119,7 @@ def test_triton_form(
 @pytest.mark.parametrize(("block_n", "block_c"), [(256, 256), (16, 128)])
 def test_other_tiles(device: torch.device, block_n: int, block_c: int) -> None:
     """The result does not hang on the tile; the large one makes a full grid bearable in the interpreter in fp32."""
-    from fastsam_kernels.hypernetwork_masks.kernel import plan
+    from fastsam_kernels.hypernetwork_masks.triton.kernel import plan
 
     grid = (64, 64) if block_n == 256 else (5, 5)
     if device.type != "cpu":
@@ -128,7 +128,7 @@ def test_other_tiles(device: torch.device, block_n: int, block_c: int) -> None:
     keys, weights, hyper, grid = inputs
     out = torch.empty(1, 3, 4 * grid[0], 4 * grid[1], device=device)
     tile = TileConfig({"BLOCK_N": block_n, "BLOCK_C": block_c}, num_warps=4, num_stages=1)
-    plan(keys, *weights, hyper, out, grid, EPS, tile).run()
+    plan(keys, weights, hyper, out, grid, EPS, tile).run()
     assert_within_budget(out, formula, inputs, f"tiles of {block_n} tokens, {block_c} channels")
 
 
@@ -155,12 +155,12 @@ def test_keys_of_any_strides_between_guard_bands(device: torch.device, kernels: 
 
 
 def test_nothing_is_written_beside_the_output(device: torch.device) -> None:
-    from fastsam_kernels.hypernetwork_masks.kernel import plan
+    from fastsam_kernels.hypernetwork_masks.triton.kernel import plan
 
     keys, weights, hyper, grid = make_inputs(2, (5, 7), 3, torch.float16, device)
     out, buffer = guarded_output((2, 3, 20, 28), torch.float32, device)
     tile = lookup("hypernetwork_masks", arch_of(device), torch.float16)
-    plan(keys, *weights, hyper, out, grid, EPS, tile).run()
+    plan(keys, weights, hyper, out, grid, EPS, tile).run()
     assert_bands_untouched(buffer, out.numel())
     expected = hypernetwork_masks(keys, weights, hyper, grid=grid, out_dtype=torch.float32, kernels="triton")
     assert torch.equal(out, expected)
@@ -195,8 +195,8 @@ def far_apart(keys: Tensor) -> Tensor:
 
 @large
 def test_offsets_are_64_bit(device: torch.device) -> None:
-    from fastsam_kernels.hypernetwork_masks import kernel
-    from fastsam_kernels.hypernetwork_masks.kernel import plan
+    from fastsam_kernels.hypernetwork_masks.triton import kernel
+    from fastsam_kernels.hypernetwork_masks.triton.kernel import plan
 
     keys, weights, hyper, grid = make_inputs(3, (2, 2), 1, torch.float16, device)
     expected = hypernetwork_masks(keys, weights, hyper, grid=grid, kernels="triton")
@@ -204,7 +204,7 @@ def test_offsets_are_64_bit(device: torch.device) -> None:
     assert torch.equal(hypernetwork_masks(far, weights, hyper, grid=grid, kernels="triton"), expected)
     # The same kernel without its casts reads the wrong prompt: this test can fail.
     out = torch.zeros_like(expected)
-    launch = plan(far, *weights, hyper, out, grid, EPS, lookup("hypernetwork_masks", arch_of(device), torch.float16))
+    launch = plan(far, weights, hyper, out, grid, EPS, lookup("hypernetwork_masks", arch_of(device), torch.float16))
     mutated = kernel_without(kernel, kernel.hypernetwork_masks_kernel, ".to(tl.int64)")
     replace(launch, kernel=mutated).run()
     assert torch.equal(out[:2], expected[:2])
@@ -212,7 +212,7 @@ def test_offsets_are_64_bit(device: torch.device) -> None:
 
 
 def test_opcheck(device: torch.device) -> None:
-    from fastsam_kernels.hypernetwork_masks.kernel import hypernetwork_masks_triton
+    from fastsam_kernels.hypernetwork_masks.triton.custom_op import hypernetwork_masks_triton
 
     keys, weights, hyper, grid = make_inputs(2, (3, 5), 2, torch.float16, device)
     for some_keys in (keys, keys.transpose(1, 2).contiguous().transpose(1, 2)):
@@ -238,7 +238,7 @@ def test_fast_gelu(device: torch.device) -> None:
     import triton
     import triton.language as tl
 
-    from fastsam_kernels.triton_math import gelu
+    from fastsam_kernels.triton.math import gelu
 
     @triton.jit
     def apply(x_ptr, y_ptr, BLOCK: tl.constexpr):  # noqa: N803
@@ -287,8 +287,10 @@ def test_what_the_triton_form_does_not_do(
     changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if torch.cuda.is_available():
-        monkeypatch.setattr("fastsam_kernels.dispatch._device_constraint", lambda device: None)
-    with pytest.raises(UnsupportedKernelError, match=f"Triton form of hypernetwork_masks cannot run here: {message}"):
+        monkeypatch.setattr("fastsam_kernels.dispatch.device.triton_limitation", lambda device: None)
+    with pytest.raises(
+        UnsupportedKernelError, match=f"'triton' implementation of hypernetwork_masks cannot run here: {message}"
+    ):
         unsupported(**changes)
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastsam_kernels.launch import Launch, stream_key
-from fastsam_kernels.tile_config import TileConfig
+from fastsam_kernels.triton.launch import Launch, stream_key
+from fastsam_kernels.triton.tiles import TileConfig
 
 
 class Kernel:
@@ -54,8 +54,8 @@ def test_a_launch_on_the_host_asks_for_no_gpu(monkeypatch: pytest.MonkeyPatch) -
 def test_kept_tables_are_those_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another stream might read them before they are filled, or after their memory was given away."""
     from fastsam_kernels import Resizing
-    from fastsam_kernels.mask_postprocess import kernel as masks
-    from fastsam_kernels.preprocess_image import kernel as preprocess
+    from fastsam_kernels.mask_postprocess.triton import kernel as masks
+    from fastsam_kernels.preprocess_image.triton import kernel as preprocess
 
     cpu, streams = torch.device("cpu"), {0: 11, 1: 22}
     assert stream_key(cpu) == 0

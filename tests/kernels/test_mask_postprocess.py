@@ -24,9 +24,9 @@ from fastsam_kernels import (
     packed_masks,
     unpack_masks,
 )
-from fastsam_kernels.mask_postprocess import reference
+from fastsam_kernels.mask_postprocess.reference import resized as full_size
 from fastsam_kernels.mask_postprocess.resize_map import axis
-from fastsam_kernels.tile_config import arch_of, lookup
+from fastsam_kernels.triton.tiles import arch_of, lookup
 
 
 def resizing_of(height: int, width: int, image_size: int) -> Resizing:
@@ -49,7 +49,7 @@ def near(count: Tensor, logits: Tensor, cut: float, tolerance: float) -> bool:
 
 
 def check(low_res: Tensor, resizing: Resizing, kernels: str, threshold: float = 0.0, offset: float = 1.0) -> None:
-    logits = reference(low_res, resizing).double()
+    logits = full_size(low_res, resizing).double()
     height, width = resizing.output_size
     tolerance = 1e-5 * float(low_res.abs().max())
     packed = packed_masks(low_res, resizing, threshold=threshold, kernels=kernels)
@@ -192,7 +192,7 @@ def test_one_linear_map() -> None:
             np.add.at(matrix, (np.arange(len(first))[:, None], first[:, None] + np.arange(weights.shape[1])), weights)
             matrices.append(torch.from_numpy(matrix))
         ours = matrices[0] @ low_res[0].double() @ matrices[1].T
-        error = (ours - reference(low_res, resizing)[0]).abs().max() / low_res.abs().max()
+        error = (ours - full_size(low_res, resizing)[0]).abs().max() / low_res.abs().max()
         assert error < 1e-6
 
 
@@ -223,7 +223,7 @@ def test_repeats_and_batches_are_bit_equal(device: torch.device, kernels: str) -
 
 
 def test_nothing_is_written_beside_the_output(device: torch.device) -> None:
-    from fastsam_kernels.mask_postprocess.kernel import no_pixels, plan
+    from fastsam_kernels.mask_postprocess.triton.kernel import no_pixels, plan
 
     low_res, resizing = smooth_logits(2, 16).to(device), resizing_of(40, 33, 64)
     tile = lookup("mask_postprocess", arch_of(device), torch.float32)
@@ -239,7 +239,7 @@ def test_nothing_is_written_beside_the_output(device: torch.device) -> None:
 
 @large
 def test_offsets_are_64_bit(device: torch.device) -> None:
-    from fastsam_kernels.mask_postprocess import kernel
+    from fastsam_kernels.mask_postprocess.triton import kernel
 
     low_res, resizing = smooth_logits(3, 4).half().to(device), resizing_of(16, 16, 16)
     expected = packed_masks(low_res, resizing, kernels="triton")
@@ -260,7 +260,7 @@ def test_offsets_are_64_bit(device: torch.device) -> None:
 
 
 def test_opcheck(device: torch.device) -> None:
-    from fastsam_kernels.mask_postprocess.kernel import mask_statistics_triton, packed_masks_triton
+    from fastsam_kernels.mask_postprocess.triton.custom_op import mask_statistics_triton, packed_masks_triton
 
     low_res = smooth_logits(2, 8).to(device)
     for logits in (low_res, low_res.transpose(1, 2)):
@@ -281,6 +281,6 @@ def test_bad_and_unsupported_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
         packed_masks(torch.zeros(1, 16, 16, dtype=torch.int64), resizing)
     with pytest.raises(ValueError, match=r"input_size must lie in the image_size square .*\(65, 64\)"):
         packed_masks(torch.zeros(1, 16, 16), Resizing(64, (65, 64), (20, 20)))
-    monkeypatch.setattr("fastsam_kernels.dispatch._device_constraint", lambda device: None)
+    monkeypatch.setattr("fastsam_kernels.dispatch.device.triton_limitation", lambda device: None)
     with pytest.raises(UnsupportedKernelError, match=r"low_res must be fp32, fp16 or bf16, got torch.float64"):
         packed_masks(torch.zeros(1, 16, 16).double(), resizing, kernels="triton")

@@ -115,8 +115,8 @@ def test_products_are_rounded_before_they_are_added(device: torch.device) -> Non
 
 def test_offsets_are_64_bit(device: torch.device) -> None:
     """The most boxes have 2^23 words: no offset needs more than 32 bits, and the limit keeps it so."""
-    from fastsam_kernels.nms import MAX_BOXES
-    from fastsam_kernels.nms.kernel import words_of
+    from fastsam_kernels.nms.triton.implementation import MAX_BOXES
+    from fastsam_kernels.nms.triton.kernel import words_of
 
     assert words_of(MAX_BOXES) * MAX_BOXES < 2**31
     boxes = torch.zeros(MAX_BOXES + 1, 4, device=device)
@@ -125,7 +125,7 @@ def test_offsets_are_64_bit(device: torch.device) -> None:
 
 
 def test_opcheck(device: torch.device) -> None:
-    from fastsam_kernels.nms.kernel import nms_triton
+    from fastsam_kernels.nms.triton.custom_op import nms_triton
 
     boxes = torch.from_numpy(draw(5, 0)[0]).to(device)
     results = torch.library.opcheck(nms_triton, (boxes.T.contiguous().T, 0.5))

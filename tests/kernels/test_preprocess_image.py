@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastsam_kernels import UnsupportedKernelError, preprocess_image
-from fastsam_kernels.tile_config import arch_of, lookup
+from fastsam_kernels.triton.tiles import arch_of, lookup
 
 MEAN, STD = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
 SIZES = [
@@ -88,7 +88,7 @@ def test_any_strides_and_repeats(device: torch.device, kernels: str) -> None:
 
 
 def test_nothing_is_written_beside_the_output(device: torch.device) -> None:
-    from fastsam_kernels.preprocess_image.kernel import plan
+    from fastsam_kernels.preprocess_image.triton.kernel import plan
 
     image = torch.from_numpy(random_image(30, 40)).to(device)
     out, buffer = guarded_output((3, 20, 20), torch.float32, device)
@@ -101,7 +101,7 @@ def test_nothing_is_written_beside_the_output(device: torch.device) -> None:
 @large
 def test_offsets_are_64_bit(device: torch.device) -> None:
     """Rows 2^30 bytes apart, in memory that is reserved but never touched; an offset that wraps stays inside."""
-    from fastsam_kernels.preprocess_image import kernel
+    from fastsam_kernels.preprocess_image.triton import kernel
 
     image = torch.from_numpy(random_image(3, 8)).to(device)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -120,7 +120,7 @@ def test_offsets_are_64_bit(device: torch.device) -> None:
 
 
 def test_opcheck(device: torch.device) -> None:
-    from fastsam_kernels.preprocess_image.kernel import preprocess_image_triton
+    from fastsam_kernels.preprocess_image.triton.custom_op import preprocess_image_triton
 
     image = torch.from_numpy(random_image(9, 8)).to(device)
     for subject in (image, image.transpose(0, 1)):

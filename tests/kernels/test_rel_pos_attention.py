@@ -15,8 +15,10 @@ from models import TINY, random_model
 from torch import Tensor
 
 from fastsam_kernels import UnsupportedKernelError, rel_pos_attention
-from fastsam_kernels.rel_pos_attention import reference
-from fastsam_kernels.tile_config import arch_of, lookup
+from fastsam_kernels.rel_pos_attention import eager
+from fastsam_kernels.rel_pos_attention.reference import reference
+from fastsam_kernels.rel_pos_attention.triton.shapes import AttentionShape
+from fastsam_kernels.triton.tiles import arch_of, lookup
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, int, int]
 
@@ -92,8 +94,8 @@ def test_torch_form(device: torch.device, dtype: torch.dtype, shape: Any) -> Non
 
 @pytest.mark.parametrize(("scores", "queries"), [(1, 1), (500, 12), (3000, 1024)])
 def test_torch_form_in_any_blocks(scores: int, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("_SCORES_A_THREAD", scores), ("_SCORES_ELSEWHERE", scores), ("_QUERIES_AT_ONCE", queries)):
-        monkeypatch.setitem(attend_globals(), name, value)
+    for name, value in (("_SCORES_PER_THREAD", scores), ("_SCORES_GPU", scores), ("_QUERY_CHUNK", queries)):
+        monkeypatch.setattr(eager, name, value)
     for shape in ((2, (7, 5), 3, 3, 32), (1, (9, 6), 0, 5, 32)):
         check(make_inputs(*shape, torch.float32), "torch", f"blocks of {scores} scores, {shape}")
 
@@ -104,11 +106,6 @@ def test_large_scores_stay_finite(device: torch.device) -> None:
         qkv, *rest = make_inputs(1, (4, 5), window_size, 1, 32, torch.float32, device)
         for kernels in ("torch", "triton"):
             check((60 * qkv, *rest), kernels, f"scores in the thousands, {kernels}, window {window_size}")
-
-
-def attend_globals() -> dict[str, Any]:
-    """Of the operation's module, whose name the package gives to the function."""
-    return rel_pos_attention.__globals__
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -147,8 +144,8 @@ def test_any_shape(batch: int, height: int, width: int, window_size: int, head_d
 
 def test_other_tiles(device: torch.device) -> None:
     """The result does not hang on the tile."""
-    from fastsam_kernels.rel_pos_attention.kernel import plan
-    from fastsam_kernels.tile_config import TileConfig
+    from fastsam_kernels.rel_pos_attention.triton.kernel import plan
+    from fastsam_kernels.triton.tiles import TileConfig
 
     for shape in ((1, (6, 7), 5, 1, 64), (1, (9, 5), 0, 1, 80)):
         inputs = make_inputs(*shape, torch.float16, device)
@@ -176,12 +173,12 @@ def test_qkv_of_any_strides_between_guard_bands(
 
 
 def test_nothing_is_written_beside_the_output(device: torch.device) -> None:
-    from fastsam_kernels.rel_pos_attention.kernel import plan, shape_class
+    from fastsam_kernels.rel_pos_attention.triton.kernel import plan
 
     for shape in ((2, (5, 7), 3, 2, 32), (1, (5, 7), 0, 1, 80)):
         inputs = make_inputs(*shape, torch.float16, device)
         out, buffer = guarded_output((*inputs[0].shape[:3], shape[3] * shape[4]), torch.float16, device)
-        tile = lookup("rel_pos_attention", arch_of(device), torch.float16, shape_class(shape[4], shape[2]))
+        tile = lookup("rel_pos_attention", arch_of(device), torch.float16, AttentionShape.of(shape[4], shape[2]))
         launch = plan(*inputs[:4], out, *inputs[4:], tile)
         scratch = launch.arguments["scratch_ptr"]
         inner, around = guarded_output(scratch.shape, scratch.dtype, device)
@@ -220,8 +217,8 @@ def far_apart(qkv: Tensor, axis: int) -> Tensor:
 @large
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_offsets_are_64_bit(device: torch.device, axis: int) -> None:
-    from fastsam_kernels.rel_pos_attention import kernel
-    from fastsam_kernels.rel_pos_attention.kernel import plan, shape_class
+    from fastsam_kernels.rel_pos_attention.triton import kernel
+    from fastsam_kernels.rel_pos_attention.triton.kernel import plan
 
     inputs = make_inputs(3, (3, 3), 3, 1, 32, torch.float16, device)
     expected = attend(inputs, "triton")
@@ -229,7 +226,7 @@ def test_offsets_are_64_bit(device: torch.device, axis: int) -> None:
     assert torch.equal(attend(far, "triton"), expected)
     # The same kernel without its casts reads something else: this test can fail.
     out = torch.zeros_like(expected)
-    tile = lookup("rel_pos_attention", arch_of(device), torch.float16, shape_class(32, 3))
+    tile = lookup("rel_pos_attention", arch_of(device), torch.float16, AttentionShape.of(32, 3))
     launch = plan(*far[:4], out, *far[4:], tile)
     mutated = kernel_without(kernel, kernel.rel_pos_attention_kernel, ".to(tl.int64)")
     replace(launch, kernel=mutated).run()
@@ -237,7 +234,7 @@ def test_offsets_are_64_bit(device: torch.device, axis: int) -> None:
 
 
 def test_opcheck(device: torch.device) -> None:
-    from fastsam_kernels.rel_pos_attention.kernel import rel_pos_attention_triton
+    from fastsam_kernels.rel_pos_attention.triton.custom_op import rel_pos_attention_triton
 
     for window_size in (3, 0):
         inputs = make_inputs(2, (4, 5), window_size, 1, 32, torch.float16, device)
@@ -289,10 +286,12 @@ def test_no_bias_is_a_bias_of_zero(device: torch.device, kernels: str) -> None:
 def test_what_the_triton_form_does_not_do(
     dtype: torch.dtype, head_dim: int, grad: bool, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastsam_kernels.dispatch._device_constraint", lambda device: None)
+    monkeypatch.setattr("fastsam_kernels.dispatch.device.triton_limitation", lambda device: None)
     inputs = make_inputs(1, (2, 3), 0, 1, head_dim, dtype)
     inputs[0].requires_grad_(grad)
-    with pytest.raises(UnsupportedKernelError, match=f"Triton form of rel_pos_attention cannot run here: {message}"):
+    with pytest.raises(
+        UnsupportedKernelError, match=f"'triton' implementation of rel_pos_attention cannot run here: {message}"
+    ):
         attend(inputs, "triton")
     assert attend(inputs, "auto").shape == (1, 2, 3, head_dim)
 

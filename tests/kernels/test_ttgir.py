@@ -143,8 +143,8 @@ import triton.language as tl
 
 from benchmarks.machine_code import compile_launch
 from benchmarks.ttgir import overwrites
-from fastsam_kernels.launch import Launch
-from fastsam_kernels.tile_config import TileConfig
+from fastsam_kernels.triton.launch import Launch
+from fastsam_kernels.triton.tiles import TileConfig
 
 
 @triton.jit

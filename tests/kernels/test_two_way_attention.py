@@ -27,7 +27,8 @@ from kernels.foundation import DTYPES, assert_bands_untouched, guarded, guarded_
 from torch import Tensor
 
 from fastsam_kernels import UnsupportedKernelError
-from fastsam_kernels.tile_config import arch_of, lookup
+from fastsam_kernels.cross_attention.shapes import TokenShape
+from fastsam_kernels.triton.tiles import arch_of, lookup
 
 
 class Operation:
@@ -46,13 +47,12 @@ class Operation:
 
     def plan(self, inputs: Inputs, out: Tensor) -> Any:
         tokens = inputs[self.by_prompt[0]].shape[2]
-        shape_class = "8 tokens" if tokens <= 8 else "16 tokens"
-        tile = lookup(self.name, arch_of(out.device), inputs[0].dtype, shape_class)
+        tile = lookup(self.name, arch_of(out.device), inputs[0].dtype, TokenShape.of(tokens))
         if self.name == "token_to_image_attention":
-            from fastsam_kernels.two_way_attention.token_to_image_kernel import plan
+            from fastsam_kernels.token_to_image_attention.triton.kernel import plan
 
             return plan(*to_image_operands(inputs), out, tile)
-        from fastsam_kernels.two_way_attention.image_to_token_kernel import plan as plan_to_token
+        from fastsam_kernels.image_to_token_attention.triton.kernel import plan as plan_to_token
 
         return plan_to_token(*to_token_operands(inputs), out, tile)
 
@@ -172,7 +172,7 @@ def test_repeats_and_batches_are_bit_equal(operation: Operation, device: torch.d
 
 def test_few_prompts_are_shared_by_more_programs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The class of a request decides, no batch within it changes a bit, and any number of shares is right."""
-    from fastsam_kernels.two_way_attention import token_to_image_kernel
+    from fastsam_kernels.token_to_image_attention.triton import kernel as token_to_image_kernel
 
     of_sam = {prompts: token_to_image_kernel.shares_of(prompts, 4096) for prompts in (1, 4, 5, 16, 17, 1024)}
     few, some, many = (32, 128), (16, 256), (8, 512)
@@ -204,7 +204,8 @@ def test_large_scores_do_not_overflow(operation: Operation, device: torch.device
 @large
 def test_offsets_are_64_bit(operation: Operation, device: torch.device) -> None:
     """The keys of three prompts 2^30 elements apart; the kernel without its casts reads what is not a key."""
-    from fastsam_kernels.two_way_attention import image_to_token_kernel, token_to_image_kernel
+    from fastsam_kernels.image_to_token_attention.triton import kernel as image_to_token_kernel
+    from fastsam_kernels.token_to_image_attention.triton import kernel as token_to_image_kernel
 
     inputs = list(operation.inputs(3, 7, 2, torch.float16, device))
     expected = operation.public(*inputs, kernels="triton")
@@ -232,8 +233,8 @@ def test_offsets_are_64_bit(operation: Operation, device: torch.device) -> None:
 
 @pytest.mark.parametrize("indexed", [False, True])
 def test_opcheck(operation: Operation, device: torch.device, indexed: bool) -> None:
-    from fastsam_kernels.two_way_attention.image_to_token_kernel import image_to_token_triton
-    from fastsam_kernels.two_way_attention.token_to_image_kernel import token_to_image_triton
+    from fastsam_kernels.image_to_token_attention.triton.custom_op import image_to_token_triton
+    from fastsam_kernels.token_to_image_attention.triton.custom_op import token_to_image_triton
 
     inputs = operation.inputs(2, 7, 4, torch.float16, device, images=1 if indexed else 0)
     index = torch.zeros(2, dtype=torch.int64, device=device) if indexed else None
@@ -277,12 +278,14 @@ def test_what_the_triton_forms_do_not_do(
     operation: Operation, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if torch.cuda.is_available():
-        monkeypatch.setattr("fastsam_kernels.dispatch._device_constraint", lambda device: None)
+        monkeypatch.setattr("fastsam_kernels.dispatch.device.triton_limitation", lambda device: None)
     sizes = {"prompts": 1, "tokens": 7, "grid": 2, "dtype": torch.float32, "channels": 64, **changes}
     grad = sizes.pop("grad", False)
     inputs = operation.inputs(**sizes)
     inputs[0].requires_grad_(grad)
-    with pytest.raises(UnsupportedKernelError, match=f"Triton form of {operation.name} cannot run here: {message}"):
+    with pytest.raises(
+        UnsupportedKernelError, match=f"'triton' implementation of {operation.name} cannot run here: {message}"
+    ):
         operation.public(*inputs, kernels="triton")
     if not grad:
         assert torch.equal(operation.public(*inputs), operation.public(*inputs, kernels="torch"))

@@ -24,17 +24,17 @@ from kernels.foundation import DTYPES, assert_bands_untouched, guarded, guarded_
 from torch import Tensor
 
 from fastsam_kernels import UnsupportedKernelError
-from fastsam_kernels.launch import Launches
-from fastsam_kernels.tile_config import TileConfig, arch_of, lookup
+from fastsam_kernels.cross_attention.shapes import TokenShape
+from fastsam_kernels.triton.launch import Launches
+from fastsam_kernels.triton.tiles import TileConfig, arch_of, lookup
 
 KEYS, BY_PROMPT = 0, (2, 3, 4, 7)
 
 
 def plan(inputs: Inputs, out_keys: Tensor, out: Tensor) -> Launches:
-    from fastsam_kernels.two_way_attention.two_way_kernel import plan
+    from fastsam_kernels.two_way_attention.triton.kernel import plan
 
-    shape_class = "8 tokens" if out.shape[1] <= 8 else "16 tokens"
-    tile = lookup("two_way_attention", arch_of(out.device), inputs[0].dtype, shape_class)
+    tile = lookup("two_way_attention", arch_of(out.device), inputs[0].dtype, TokenShape.of(out.shape[1]))
     return plan(*two_way_operands(inputs), out_keys, out, tile)
 
 
@@ -66,12 +66,12 @@ def test_triton_form(device: torch.device, prompts: int, tokens: int, grid: int,
 @pytest.fixture(params=["own", "sm_90"])
 def tiles_of(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
     """The tiles of the device, those of sm_80 where it is the interpreter, and there those of sm_90 too."""
-    from fastsam_kernels.two_way_attention import two_way_kernel
+    from fastsam_kernels.two_way_attention.triton import custom_op
 
     if request.param != "own":
         if device.type == "cuda":
             pytest.skip("a device runs its own tiles")
-        monkeypatch.setattr(two_way_kernel, "arch_of", lambda device: int(request.param.removeprefix("sm_")))
+        monkeypatch.setattr(custom_op, "arch_of", lambda device: int(request.param.removeprefix("sm_")))
     return request.param
 
 
@@ -92,12 +92,13 @@ def test_operands_of_all_heads_loaded_once(
 def test_bit_equal_to_two_kernels_of_the_same_tiles(
     tiles_of: str, device: torch.device, prompts: int, tokens: int, grid: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    from fastsam_kernels.two_way_attention import image_to_token_kernel, token_to_image_kernel, two_way_kernel
+    from fastsam_kernels.image_to_token_attention.triton import kernel as image_to_token_kernel
+    from fastsam_kernels.token_to_image_attention.triton import kernel as token_to_image_kernel
+    from fastsam_kernels.two_way_attention.triton import custom_op
 
     inputs = two_way_inputs(prompts, tokens, grid, dtype, device, head_dim=head_dim)
     *update, queries, value_weight, value_bias = inputs
-    arch, shape_class = two_way_kernel.arch_of(device), "8 tokens" if tokens <= 8 else "16 tokens"
-    tile = lookup("two_way_attention", arch, dtype, shape_class)
+    tile = lookup("two_way_attention", custom_op.arch_of(device), dtype, TokenShape.of(tokens))
     blocks = tile.blocks
     out_keys, out = torch.empty_like(update[0]), queries.new_empty(prompts, tokens, HEADS * head_dim)
     update_blocks = {"BLOCK_N": blocks["BLOCK_N"], "TILES": 2, "HEADS": blocks["HEADS"]}
@@ -159,7 +160,7 @@ def test_batches_are_bit_equal(device: torch.device) -> None:
 @large
 def test_offsets_are_64_bit(device: torch.device) -> None:
     """The keys of three prompts 2^30 elements apart; the kernel without its casts reads what is not a key."""
-    from fastsam_kernels.two_way_attention import two_way_kernel
+    from fastsam_kernels.two_way_attention.triton import kernel as two_way_kernel
 
     inputs = list(two_way_inputs(3, 7, 2, torch.float16, device))
     expected = two_way(*inputs, kernels="triton")
@@ -182,7 +183,7 @@ def test_offsets_are_64_bit(device: torch.device) -> None:
 
 
 def test_opcheck_and_one_graph(device: torch.device) -> None:
-    from fastsam_kernels.two_way_attention.two_way_kernel import two_way_triton
+    from fastsam_kernels.two_way_attention.triton.custom_op import two_way_triton
 
     inputs = two_way_inputs(2, 7, 3, torch.float16, device, images=1)
     index = torch.zeros(2, dtype=torch.int64, device=device)

@@ -1,0 +1,1 @@
+"""The Triton implementation of ``image_to_token_attention``."""

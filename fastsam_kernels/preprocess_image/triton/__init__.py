@@ -1,0 +1,1 @@
+"""The Triton implementation of ``preprocess_image``."""

@@ -1,0 +1,1 @@
+"""The Triton implementation of ``rel_pos_attention``."""

@@ -1,0 +1,1 @@
+"""The Triton implementation of ``token_to_image_attention``."""
