@@ -143,7 +143,9 @@ def decode_masks(
     if rows is not None:
         keys, mask_tokens = keys.index_select(0, rows), mask_tokens.index_select(0, rows)
     if packed.upscaling is None and choice_for(kernels, "hypernetwork_masks") == "triton":
-        raise UnsupportedKernelError("the 'triton' implementation of hypernetwork_masks takes the official upscaling only")
+        raise UnsupportedKernelError(
+            "the 'triton' implementation of hypernetwork_masks takes the official upscaling only"
+        )
     if kernels == "reference" or packed.upscaling is None:
         return masks_by_modules(packed, keys, mask_tokens, mask_slice, decoded.grid)
     return hypernetwork_masks(
