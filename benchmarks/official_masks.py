@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import sam
-from sam.automatic_mask_generator import NANO_THRESHOLDS
+from sam.amg.defaults import NANO_THRESHOLDS
 from sam.masks import rle, rle_encode
 
 from .peers import import_segment_anything, official_copy

@@ -39,8 +39,6 @@ from .utils.amg import (
 _OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 # No image has a side of more than 2^30 pixels; how many layers one has room for is known when it comes.
 _MOST_LAYERS = 30
-# The embedded model rates its own masks low: with SAM's thresholds, the defaults below, next to nothing is left.
-NANO_THRESHOLDS = {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.8}
 
 
 class SamAutomaticMaskGenerator:

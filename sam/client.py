@@ -21,9 +21,12 @@ import numpy as np
 from PIL import Image
 
 from .masks import rle
+from .masks.formats import MaskFormat, find_format
+from .prompts import wire
+from .prompts.prompt import Prompt
 
 T = TypeVar("T")
-_HANDLE = re.compile("[0-9a-f]{32}")
+_IDENTIFIER = re.compile(wire.IDENTIFIER)
 _MASKS_OF_A_PROMPT = 3
 _MAX_ERROR_TEXT, _MAX_PATH = 1000, 16
 
@@ -45,6 +48,18 @@ class ServiceError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class _Answer:
+    """One answer of HTTP, whoever gave it."""
+
+    status: int
+    media_type: str
+    content: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.content)
+
+
+@dataclass(frozen=True)
 class RemoteImage:
     """An image that the service has embedded, of ``height`` x ``width`` pixels."""
 
@@ -60,7 +75,7 @@ class RemoteMasks:
     Attributes:
         masks: [C, H, W] bool.
         predicted_iou: [C].
-        best: place of the mask of the highest predicted IoU.
+        best: index of the mask of the highest predicted IoU.
         reference: of that mask, to be given as ``mask_input`` of a next prompt; None if it was not kept.
     """
 
@@ -71,12 +86,12 @@ class RemoteMasks:
 
 
 class Client:
-    """Asks a service; not for sharing between threads.
+    """Send requests to a service; one client per thread.
 
     Every method raises :class:`ServiceError` when the service refuses, or something else answers for it, and
-    ``OSError`` when it is not there, breaks off, or takes longer than ``timeout`` seconds for one answer as a whole.
+    ``OSError`` when it is not there, breaks off, or takes longer than ``timeout`` seconds for one whole answer.
     An answer of more than ``max_answer_bytes``, or whose masks are not of the image's size, is not the service's. One
-    whose masks take more than ``max_mask_bytes``, a byte a pixel of each, is refused before any of them is decoded.
+    whose masks take more than ``max_mask_bytes``, one byte per pixel of each, is refused before any of them is decoded.
     """
 
     def __init__(
@@ -111,26 +126,54 @@ class Client:
         body = head.encode() + data + f"\r\n--{boundary}--\r\n".encode()
         sizes = _possible_sizes(data)
         return self._post(
-            "/v1/embed", body, f"multipart/form-data; boundary={boundary}", lambda answer: _read_image(answer, sizes)
+            "/v1/embed",
+            body,
+            f"multipart/form-data; boundary={boundary}",
+            lambda answer: _read_image(answer.json(), sizes),
         )
 
     def segment(
-        self, image: RemoteImage, prompts: Sequence[dict[str, Any]], multimask_output: bool = True
+        self, image: RemoteImage, prompts: Sequence[Prompt | dict[str, Any]], multimask_output: bool = True
     ) -> list[RemoteMasks]:
-        """Masks for each prompt: ``{"points": [[x, y]], "labels": [1], "box": [...], "mask_input": reference}``."""
-        question = {"embedding": image.embedding, "prompts": list(prompts), "multimask": multimask_output}
-        return self._ask("/v1/segment", question, lambda answer: self._read_prompts(answer, image, len(prompts)))
+        """Return the masks of each prompt.
+
+        Args:
+            prompts: as :class:`sam.Prompt`, or as a document
+                ``{"points": [[x, y]], "labels": [1], "box": [...], "mask_input": reference}``.
+        """
+        return self._ask(
+            "/v1/segment",
+            _segment_request(image, prompts, multimask_output),
+            lambda answer: self._read_prompts(answer.json(), image, len(prompts)),
+        )
 
     def automatic(self, image: RemoteImage, **options: Any) -> list[dict[str, Any]]:
-        """Records of everything, as :class:`sam.SamAutomaticMaskGenerator` gives them, masks as [H, W] bool."""
+        """Return records of everything, as :class:`sam.SamAutomaticMaskGenerator` gives them, masks as [H, W] bool."""
         most = _MASKS_OF_A_PROMPT * int(options.get("points_per_side", 32)) ** 2
-        question = {"embedding": image.embedding, **options}
-        return self._ask("/v1/automatic", question, lambda answer: self._read_records(answer, image, most))
+        request = {"embedding": image.embedding, **options}
+        return self._ask("/v1/automatic", request, lambda answer: self._read_records(answer.json(), image, most))
+
+    def segment_as(
+        self, output: str, image: RemoteImage, prompts: Sequence[Prompt | dict[str, Any]], multimask_output: bool = True
+    ) -> bytes:
+        """Return the masks of prompts in a format of :data:`sam.masks.formats.FORMATS`, as the service sent them.
+
+        The content is a file, for JSON formats the whole answer; only its media type and size are checked.
+        """
+        form = find_format(output)
+        request = {**_segment_request(image, prompts, multimask_output), "output": output}
+        return self._ask("/v1/segment", request, lambda answer: _read_file(answer, form))
+
+    def automatic_as(self, output: str, image: RemoteImage, **options: Any) -> bytes:
+        """Return the masks of everything in a format, as :meth:`segment_as` does."""
+        form = find_format(output)
+        request = {"embedding": image.embedding, **options, "output": output}
+        return self._ask("/v1/automatic", request, lambda answer: _read_file(answer, form))
 
     def ready(self) -> bool:
-        """Whether the service takes requests; False also when it cannot be reached."""
+        """Tell whether the service takes requests; False also when it cannot be reached."""
         try:
-            return self._send("GET", "/v2/health/ready", None, {})[0] == 200
+            return self._send("GET", "/v2/health/ready", None, {}).status == 200
         except (OSError, ServiceError):
             return False
 
@@ -143,24 +186,21 @@ class Client:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _ask(self, path: str, question: dict[str, Any], read: Callable[[Any], T]) -> T:
-        return self._post(path, json.dumps(question).encode(), "application/json", read)
+    def _ask(self, path: str, request: dict[str, Any], read: Callable[[_Answer], T]) -> T:
+        return self._post(path, json.dumps(request).encode(), "application/json", read)
 
-    def _post(self, path: str, body: bytes, kind: str, read: Callable[[Any], T]) -> T:
-        status, text = self._send("POST", path, body, {"Content-Type": kind})
+    def _post(self, path: str, body: bytes, content_type: str, read: Callable[[_Answer], T]) -> T:
+        answer = self._send("POST", path, body, {"Content-Type": content_type})
         try:
-            answer = json.loads(text)
-            if status == 200:
+            if answer.status == 200:
                 return read(answer)
-            error = _dict(_dict(answer)["error"])
-            code, message, request_id = _text(error["code"]), _text(error["message"]), _text(answer["request_id"])
-            refusal = ServiceError(status, code, message, request_id, _path(error.get("where", [])))
+            refusal = _read_refusal(answer)
         except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError, MemoryError) as problem:
-            message = f"not an answer of the service: {text[:100]!r}"
-            raise ServiceError(status, "unknown", message, "unknown") from problem
+            message = f"not an answer of the service: {answer.content[:100]!r}"
+            raise ServiceError(answer.status, "unknown", message, "unknown") from problem
         raise refusal
 
-    def _send(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> tuple[int, bytes]:
+    def _send(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> _Answer:
         self._deadline = time.monotonic() + self._timeout
         for last in (False, True):
             try:
@@ -170,7 +210,7 @@ class Client:
                 self._connection.sock.settimeout(self._seconds_left())
                 self._connection.request(method, self._base + path, body, {**self._headers, **headers})
                 answer = self._connection.getresponse()
-                return answer.status, self._read(answer)
+                return _Answer(answer.status, answer.headers.get_content_type(), self._read(answer))
             except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
                 self._connection.close()  # the service ended an idle connection; asking again changes nothing there
                 if last:
@@ -198,8 +238,8 @@ class Client:
 
     def _read_prompts(self, answer: Any, image: RemoteImage, count: int) -> list[RemoteMasks]:
         prompts, result = _list(_dict(answer)["prompts"], count), answer["result"]
-        if len(prompts) != count or not (result is None or _HANDLE.fullmatch(result)):
-            raise ValueError("not the prompts that were asked")
+        if len(prompts) != count or not (result is None or _IDENTIFIER.fullmatch(result)):
+            raise ValueError("not an answer to these prompts")
         all_records = [_list(_dict(prompt)["masks"], _MASKS_OF_A_PROMPT) for prompt in prompts]
         self._check_room(sum(map(len, all_records)), image)
         results = []
@@ -207,7 +247,7 @@ class Client:
             masks = np.stack([_mask(record, image) for record in records])
             scores = np.array([_number(record["predicted_iou"]) for record in records], np.float32)
             best = _count(prompt["best"], 0, len(records) - 1)
-            reference = {"result": result, "prompt": index, "mask": best} if result else None
+            reference = wire.mask_reference(result, index, best) if result else None
             results.append(RemoteMasks(masks, scores, best, reference))
         return results
 
@@ -270,10 +310,30 @@ def _possible_sizes(data: bytes) -> set[tuple[int, int]] | None:
         return None
 
 
+def _segment_request(
+    image: RemoteImage, prompts: Sequence[Prompt | dict[str, Any]], multimask_output: bool
+) -> dict[str, Any]:
+    documents = [wire.to_dict(prompt) if isinstance(prompt, Prompt) else prompt for prompt in prompts]
+    return {"embedding": image.embedding, "prompts": documents, "multimask": multimask_output}
+
+
+def _read_refusal(answer: _Answer) -> ServiceError:
+    document = _dict(answer.json())
+    error = _dict(document["error"])
+    code, message, request_id = _text(error["code"]), _text(error["message"]), _text(document["request_id"])
+    return ServiceError(answer.status, code, message, request_id, _path(error.get("where", [])))
+
+
+def _read_file(answer: _Answer, form: MaskFormat) -> bytes:
+    if answer.media_type != form.media_type:
+        raise ValueError(f"not of type {form.media_type}")
+    return answer.content
+
+
 def _read_image(answer: Any, sizes: set[tuple[int, int]] | None) -> RemoteImage:
     handle, size = _dict(answer)["embedding"], _dict(answer["image"])
     height, width = (_count(size[name], 1) for name in ("height", "width"))
-    if not _HANDLE.fullmatch(handle) or (sizes is not None and (height, width) not in sizes):
+    if not _IDENTIFIER.fullmatch(handle) or (sizes is not None and (height, width) not in sizes):
         raise ValueError("not the image that was sent")
     return RemoteImage(handle, height, width)
 

@@ -20,8 +20,8 @@ from pycocotools import mask as coco
 import sam
 from fastsam_kernels import nms
 from sam import Sam, SamAutomaticMaskGenerator, SamPredictor
+from sam.amg.defaults import NANO_THRESHOLDS
 from sam.amg.memory_plan import MaskMemory, parse_bytes
-from sam.automatic_mask_generator import NANO_THRESHOLDS
 
 Generator = Callable[..., SamAutomaticMaskGenerator]
 # What the embedded model thinks of its masks, at the small size of these tests, is lower still.

@@ -15,7 +15,7 @@ from pycocotools import mask as coco
 
 import sam
 from sam import SamAutomaticMaskGenerator
-from sam.automatic_mask_generator import NANO_THRESHOLDS
+from sam.amg.defaults import NANO_THRESHOLDS
 from sam.cli import auto, main
 from sam.system.atomic_write import partial_folder
 

@@ -25,8 +25,9 @@ from serving import file_of, multipart
 from waiting import SECONDS, wait_until
 
 from sam.engine import Engine
-from sam.masks import rle, rle_encode
-from sam.server import Settings, app, outputs
+from sam.masks import formats, rle, rle_encode
+from sam.masks.formats import MaskSet
+from sam.server import Settings, app
 from sam.server.connections import Connection
 from sam.server.service import warm_up
 
@@ -140,7 +141,7 @@ class Encoding:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.at_once, self.most_at_once = 0, 0, 0
         self.go, self._lock, self._decode = threading.Event(), threading.Lock(), rle.decode
-        monkeypatch.setattr(outputs.rle, "decode", self)
+        monkeypatch.setattr(rle, "decode", self)
 
     def __call__(self, encoded: dict[str, Any]) -> np.ndarray:
         with self._lock:
@@ -227,11 +228,11 @@ def test_a_body_that_is_on_its_way_at_the_end_of_the_drain(gated: tuple[Local, G
 
 
 def test_a_large_npz_is_written_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outputs, "_STRIP_BYTES", 60)
+    monkeypatch.setattr(formats, "_STRIP_BYTES", 60)
     masks = np.random.default_rng(0).random((3, 17, 29)) < 0.5
     checks: list[None] = []
     encoded = rle_encode.encode(torch.from_numpy(masks))
-    data = outputs.npz(encoded, (17, 29), 10**6, lambda: checks.append(None), scores=np.arange(3.0))
+    data = formats.npz(MaskSet(encoded, (17, 29), {"scores": np.arange(3.0)}, lambda: checks.append(None)))
     loaded = np.load(io.BytesIO(data), allow_pickle=False)
     np.testing.assert_array_equal(loaded["masks"], masks)
     np.testing.assert_array_equal(loaded["scores"], np.arange(3.0))
@@ -242,10 +243,10 @@ def test_many_runs_are_compressed_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     masks = torch.rand(7, 20, 20, generator=torch.Generator().manual_seed(0)) < 0.5
     masks[3] = False
     encoded = rle_encode.encode(masks)
-    whole = outputs.segmentations(encoded, "rle", lambda: None)
-    monkeypatch.setattr(outputs, "_MANY_RUNS", 300)
+    whole = formats.compressed_rles(MaskSet(encoded, (20, 20)))
+    monkeypatch.setattr(formats, "_MAX_RUNS", 300)
     checks: list[None] = []
-    assert outputs.segmentations(encoded, "rle", lambda: checks.append(None)) == whole
+    assert formats.compressed_rles(MaskSet(encoded, (20, 20), check=lambda: checks.append(None))) == whole
     assert len(whole) == 7
     assert 2 <= len(checks) < 7
 

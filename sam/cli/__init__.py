@@ -6,18 +6,20 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__
-from . import auto, convert, demo, info, run, segment, serve, verify
+from .parsers import add_commands
+from .run import split
 
 
 class _Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._given: Sequence[str] = ()
-        # Of what begins with a minus, argparse only takes a single plain number for a value: no -5,10 and no -1e-3.
+        # Of arguments that begin with a minus argparse takes plain numbers for values: no -5,10 and no -1e-3.
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf\b|nan\b)", re.IGNORECASE)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -32,11 +34,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line and of all commands."""
     parser = _Parser(prog="fastsam", description="Segment Anything on the command line.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (segment, auto, serve, info, verify, convert, demo, run):
-        command.add_parser(commands)
+    add_commands(commands)
     return parser
 
 
@@ -45,12 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     A command that could do a part of its work only returns 1.
     """
-    own, program = run.split(sys.argv[1:] if arguments is None else arguments)
+    own, program = split(sys.argv[1:] if arguments is None else arguments)
     args = build_parser().parse_args(own, argparse.Namespace(program=program))
     if arguments is None and hasattr(args, "prepare"):
         args.prepare()
     try:
-        status = args.run(args)
+        # The work of a command, and with it torch, is imported only now: options and their errors need none of it.
+        status = import_module(f".{args.command}", __name__).run(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
         if args.traceback:
             raise

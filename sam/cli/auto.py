@@ -1,4 +1,4 @@
-"""``auto IMAGE_OR_FOLDER``: masks of everything in images, as PNGs with a table or as COCO JSON."""
+"""``auto IMAGE_OR_FOLDER``: masks of everything in images, as PNGs with a table or in another format."""
 
 from __future__ import annotations
 
@@ -15,75 +15,22 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..automatic_mask_generator import NANO_THRESHOLDS, SamAutomaticMaskGenerator
-from ..images.read import MAX_MEGAPIXELS, is_image_name, read_image
+from ..amg.defaults import NANO_THRESHOLDS
+from ..automatic_mask_generator import SamAutomaticMaskGenerator
+from ..images.read import is_image_name, read_image
 from ..masks import rle
+from ..masks.formats import MaskFormat, encode_records
 from ..masks.overlay import draw_overlay
 from ..system.atomic_write import new_folder, write_atomically
-from .options import add_model_options, add_traceback_option, file_name, model_from
+from .model import model_from
+from .parsers import AUTOMATIC_SETTINGS, mask_formats
 from .provenance import RECORD, Origin, Record
 
-_SETTINGS: tuple[tuple[str, type, Any, str], ...] = (
-    ("points_per_side", int, 32, "clicks along a side of the grid"),
-    ("points_per_batch", int, 64, "clicks decoded together"),
-    ("pred_iou_thresh", float, 0.88, "masks of a predicted IoU up to this go"),
-    ("stability_score_thresh", float, 0.95, "masks of a lower stability go"),
-    ("stability_score_offset", float, 1.0, "how far stability moves the threshold, in logits"),
-    ("box_nms_thresh", float, 0.7, "IoU of boxes above which the worse of two masks goes"),
-    ("crop_n_layers", int, 0, "layers of crops to look at besides the whole image"),
-    ("crop_nms_thresh", float, 0.7, "as --box-nms-thresh, between crops"),
-    ("crop_overlap_ratio", float, 512 / 1500, "overlap of crops, as a share of the shorter side"),
-    ("crop_n_points_downscale_factor", int, 1, "how much thinner the grid is a layer"),
-    ("min_mask_region_area", int, 0, "fill holes and drop islands smaller than this, in pixels"),
-)
 # The columns of the official script's table.
 _COLUMNS = (
     "id", "area", "bbox_x0", "bbox_y0", "bbox_w", "bbox_h", "point_input_x", "point_input_y", "predicted_iou",
     "stability_score", "crop_box_x0", "crop_box_y0", "crop_box_w", "crop_box_h",
 )  # fmt: skip
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "auto",
-        help="masks of everything in an image or a folder of images",
-        epilog="The embedded nano rates its own masks low: with SAM's thresholds next to nothing of them is left. So "
-        "other defaults suit it, which are named beside SAM's.",
-    )
-    parser.add_argument("source", type=file_name, metavar="IMAGE_OR_FOLDER", help="a photograph, or a folder of them")
-    parser.add_argument(
-        "--out",
-        "--output",
-        type=file_name,
-        default="out",
-        metavar="DIR",
-        help="folder for the results (default: out)",
-    )
-    parser.add_argument(
-        "--format",
-        choices=("png", "coco"),
-        default="png",
-        help="png: a folder an image, a PNG a mask and metadata.csv; coco: a JSON an image (default: png)",
-    )
-    parser.add_argument("--convert-to-rle", action="store_const", dest="format", const="coco", help="as --format coco")
-    parser.add_argument("--overlay", action="store_true", help="also draw the masks on the image")
-    parser.add_argument("--force", action="store_true", help="replace results that are there, whatever made them")
-    parser.add_argument("--max-memory", metavar="SIZE", help="for clicks and masks, such as 500MB (default: about 2GB)")
-    parser.add_argument(
-        "--max-megapixels",
-        type=float,
-        default=MAX_MEGAPIXELS,
-        metavar="N",
-        help=f"refuse larger images (default: {MAX_MEGAPIXELS:g}; 0 lifts the limit)",
-    )
-    settings = parser.add_argument_group("automatic masks")
-    for name, kind, default, purpose in _SETTINGS:
-        suited = f"; {NANO_THRESHOLDS[name]:g} for the embedded nano" if name in NANO_THRESHOLDS else ""
-        option = f"--{name.replace('_', '-')}"
-        settings.add_argument(option, type=kind, metavar="N", help=f"{purpose} (default: {default:.3g}{suited})")
-    add_model_options(parser)
-    add_traceback_option(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,8 +54,6 @@ def run(args: argparse.Namespace) -> int:
                 continue
             image = read_image(path, args.max_megapixels or None)
             records = generator.generate(image)
-            for one in records:
-                one["bbox"] = rle.bounding_box(one["segmentation"])
             target.remove(record)
             record.add(target.results, origin)
             target.write(image, records)
@@ -164,25 +109,27 @@ def _generator(args: argparse.Namespace) -> tuple[SamAutomaticMaskGenerator, dic
     suited = NANO_THRESHOLDS if model.name == "nano" else {}
     settings = {
         name: suited.get(name, default) if (given := getattr(args, name)) is None else given
-        for name, _, default, _ in _SETTINGS
+        for name, _, default, _ in AUTOMATIC_SETTINGS
     }
     generator = SamAutomaticMaskGenerator(model, **settings, output_mode="coco_rle", max_memory=args.max_memory)
-    return generator, {"model_hash": model.model_hash, **settings}
+    # A folder of PNGs and one JSON of run lengths have different names; other formats may share one with either.
+    form = {} if args.format in ("png", "coco") else {"format": args.format}
+    return generator, {"model_hash": model.model_hash, **settings, **form}
 
 
 class _Target:
-    """Where the results of one image go. They appear under their names only when they are whole."""
+    """The results of one image in a folder. They appear under their names only when they are whole."""
 
     def __init__(self, out: Path, name: str, args: argparse.Namespace) -> None:
         self.out = out
-        self._coco = args.format == "coco"
-        self._masks = out / (f"{name}.json" if self._coco else name)
+        self._form = mask_formats()[args.format]
+        self._masks = out / (name if self._form is None else name + self._form.suffix)
         self._overlay = out / f"{name}_overlay.png"
-        self._wanted = [self._masks, self._overlay] if args.overlay else [self._masks]
+        self._results = [self._masks, self._overlay] if args.overlay else [self._masks]
 
     @property
     def results(self) -> list[str]:
-        return [path.name for path in self._wanted]
+        return [path.name for path in self._results]
 
     def is_finished(self, origin: Origin, record: Record) -> bool:
         """Tell whether all results are there.
@@ -192,13 +139,13 @@ class _Target:
         """
         for path in self._replaced(record):
             record.check(path, origin)
-        return all(map(self._is_whole, self._wanted))
+        return all(map(self._is_whole, self._results))
 
     def _is_whole(self, path: Path) -> bool:
         return (path / "metadata.csv" if self._is_folder(path) else path).is_file()
 
     def _is_folder(self, path: Path) -> bool:
-        return path == self._masks and not self._coco
+        return path == self._masks and self._form is None
 
     def _replaced(self, record: Record) -> list[Path]:
         """List what new results take the place of: those of their names, and an earlier overlay, of other masks.
@@ -207,9 +154,9 @@ class _Target:
         """
         made = record.get(self._overlay.name)
         ours = made is not None and made.command == "auto"
-        if self._overlay in self._wanted or not ours or not self._overlay.is_file():
-            return self._wanted
-        return [*self._wanted, self._overlay]
+        if self._overlay in self._results or not ours or not self._overlay.is_file():
+            return self._results
+        return [*self._results, self._overlay]
 
     def remove(self, record: Record) -> None:
         """Remove what is to be replaced.
@@ -227,19 +174,23 @@ class _Target:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-            if path not in self._wanted:
+            if path not in self._results:
                 record.forget(path.name)
 
     def write(self, image: np.ndarray, records: list[dict[str, Any]]) -> None:
-        if self._overlay in self._wanted:
+        if self._overlay in self._results:
             with write_atomically(self._overlay) as partial:
                 _draw(image, records).save(partial)
-        (_write_coco if self._coco else _write_pngs)(records, self._masks)
+        if self._form is None:
+            _write_pngs(records, self._masks)
+        else:
+            _write_file(self._form, records, image.shape[:2], self._masks)
 
 
-def _write_coco(records: list[dict[str, Any]], target: Path) -> None:
+def _write_file(form: MaskFormat, records: list[dict[str, Any]], size: tuple[int, ...], target: Path) -> None:
+    masks = encode_records(form, records, (size[0], size[1]))
     with write_atomically(target) as partial:
-        partial.write_text(json.dumps(records) + "\n")
+        partial.write_bytes(masks if isinstance(masks, bytes) else (json.dumps(masks) + "\n").encode())
 
 
 def _write_pngs(records: list[dict[str, Any]], target: Path) -> None:
@@ -249,12 +200,12 @@ def _write_pngs(records: list[dict[str, Any]], target: Path) -> None:
         for number, record in enumerate(records):
             mask = rle.decode(record["segmentation"])
             Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"{number}.png")
-            numbers = (*record["bbox"], *record["point_coords"][0], record["predicted_iou"])
+            numbers = (*rle.bounding_box(record["segmentation"]), *record["point_coords"][0], record["predicted_iou"])
             table.writerow((number, record["area"], *numbers, record["stability_score"], *record["crop_box"]))
 
 
 def _draw(image: np.ndarray, records: list[dict[str, Any]]) -> Image.Image:
-    """The masks on the image, small ones over large ones."""
+    """Draw the masks on the image, small ones over large ones."""
     order = sorted(records, key=lambda record: -record["area"])
     masks = np.zeros((len(order), *image.shape[:2]), bool)
     for mask, record in zip(masks, order, strict=True):

@@ -15,21 +15,11 @@ from ..masks.overlay import draw_overlay
 from ..modeling import Sam
 from ..prompts.prompt import Prompt
 from ..system.atomic_write import write_atomically
-from .options import add_model_options, add_traceback_option, file_name, model_from
+from .model import model_from
 
 _COINS = [(44, 54), (101, 57), (341, 43), (211, 192), (171, 262), (345, 189)]
 _CUP, _SPOON = (290, 215), (365, 285)
 _CAT_EYES = [(135, 85, 208, 148), (290, 108, 343, 165)]
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("demo", help="clicks, a box and a correction on photographs from scikit-image")
-    parser.add_argument(
-        "--out", type=file_name, default="out", metavar="DIR", help="folder for the overlays (default: out)"
-    )
-    add_model_options(parser)
-    add_traceback_option(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -13,21 +13,6 @@ import torch
 
 from ..build_sam import NANO_CHECKPOINT, load_model
 from ..checkpoint import read_checkpoint
-from .options import add_traceback_option, file_name
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("info", help="what a checkpoint holds and what would run it here")
-    parser.add_argument(
-        "checkpoint",
-        nargs="?",
-        type=file_name,
-        metavar="CHECKPOINT",
-        help="file or folder (default: the embedded nano)",
-    )
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    add_traceback_option(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

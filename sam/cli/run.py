@@ -13,29 +13,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from .options import add_traceback_option
 
 HOOK = Path(__file__).parent / "run_hook"
 
 DESCRIPTION = """Run a program in a Python of its own, in which, as in every Python process that it starts,
 segment_anything is this package. In a folder that has a package called sam itself, `python -m sam` is that package;
 `fastsam run` serves both."""
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "run",
-        help="run a program written for segment_anything, unmodified, with this package in its place",
-        description=DESCRIPTION,
-        usage="fastsam run [-h] [--replace-local] (SCRIPT | -m MODULE) [ARGUMENTS ...]",
-    )
-    parser.add_argument(
-        "--replace-local", action="store_true", help="also in place of a copy of segment_anything of the program's own"
-    )
-    add_traceback_option(parser)
-    parser.set_defaults(run=run)
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

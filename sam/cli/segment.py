@@ -1,9 +1,10 @@
-"""``segment IMAGE``: masks for one prompt, as an overlay, as PNGs and as JSON."""
+"""``segment IMAGE``: masks for one prompt, as an overlay, as PNGs or in another format, and as JSON."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,65 +12,61 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..images.read import MAX_MEGAPIXELS, read_image
-from ..masks import rle
+from ..images.read import read_image
+from ..masks.formats import FORMATS, MaskFormat, MaskSet, encode_masks
 from ..masks.overlay import draw_overlay
 from ..masks.results import MaskPrediction
 from ..masks.rle_encode import encode
 from ..modeling import Sam
-from ..prompts.prompt import Prompt
+from ..prompts import wire
 from ..system.atomic_write import write_atomically
-from .options import Steps, add_model_options, add_traceback_option, file_name, model_from
+from .model import model_from
+from .parsers import mask_formats
 from .provenance import Origin, Record
+from .steps import Steps
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("segment", help="masks for clicks and boxes on one image")
-    parser.add_argument("image", metavar="IMAGE", help="a photograph")
-    parser.add_argument(
-        "--point",
-        action="append",
-        default=[],
-        type=_point,
-        metavar="X,Y[,LABEL]",
-        help="a click in pixels; label 1 (default) is the object, 0 the background; may be repeated",
-    )
-    parser.add_argument("--box", type=_box, metavar="X0,Y0,X1,Y1", help="a box in pixels")
-    parser.add_argument("--single", action="store_true", help="one mask in place of three alternatives")
-    parser.add_argument(
-        "--out",
-        type=file_name,
-        default="out",
-        metavar="DIR",
-        help="folder for the results (default: out); those of this image's last run are replaced",
-    )
-    parser.add_argument("--force", action="store_true", help="replace also what something else than this image made")
-    parser.add_argument(
-        "--max-megapixels",
-        type=float,
-        default=MAX_MEGAPIXELS,
-        metavar="N",
-        help=f"refuse larger images (default: {MAX_MEGAPIXELS:g}; 0 lifts the limit)",
-    )
-    add_model_options(parser)
-    add_traceback_option(parser)
-    parser.set_defaults(run=run)
+@dataclass(frozen=True)
+class _Target:
+    """The names of the results of one image in a folder.
+
+    Attributes:
+        form: of the masks; None for a PNG per mask.
+        masks: names of the files that hold them: one per mask, one in all, or none where the JSON does.
+    """
+
+    stem: str
+    form: MaskFormat | None
+    masks: list[str]
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> _Target:
+        stem, form = Path(args.image).stem, mask_formats()[args.format]
+        if form is None:
+            return cls(stem, form, [f"{stem}_mask_{index}.png" for index in range(1 if args.single else 3)])
+        return cls(stem, form, [] if form.is_json else [f"{stem}_masks{form.suffix}"])
+
+    @property
+    def overlay(self) -> str:
+        return f"{self.stem}_overlay.png"
+
+    @property
+    def document(self) -> str:
+        return f"{self.stem}.json"
+
+    @property
+    def results(self) -> list[str]:
+        return [self.overlay, *self.masks, self.document]
 
 
 def run(args: argparse.Namespace) -> None:
     if not args.point and args.box is None:
         raise ValueError("nothing to segment: give --point X,Y or --box X0,Y0,X1,Y1")
-    points, labels = None, None
-    if args.point:
-        points, labels = [p[:2] for p in args.point], [p[2] for p in args.point]
-    prompt = Prompt(points, labels, args.box)
+    prompt = wire.from_clicks(args.point, args.box)
     image = read_image(args.image, args.max_megapixels or None)
-    out = Path(args.out)
-    stem = Path(args.image).stem
-    mask_names = [f"{stem}_mask_{index}.png" for index in range(1 if args.single else 3)]
-    results = [f"{stem}_overlay.png", *mask_names, f"{stem}.json"]
+    out, target = Path(args.out), _Target.of(args)
     origin, record = Origin.of(Path(args.image), {"command": "segment"}), Record(out)
-    for name in () if args.force else results:
+    for name in () if args.force else target.results:
         record.check(out / name, origin)
 
     steps = Steps(total=4)
@@ -85,44 +82,48 @@ def run(args: argparse.Namespace) -> None:
             for name in record.results_of(origin.file, "segment"):
                 (out / name).unlink(missing_ok=True)
                 record.forget(name)
-            record.add(results, origin)
-            records = _write_masks(prediction, [out / name for name in mask_names])
+            record.add(target.results, origin)
+            records = _write_masks(prediction, target, out)
             best = int(prediction.iou_predictions[0].argmax())
             overlay = draw_overlay(image, prediction.masks[0, best : best + 1].cpu().numpy(), [prompt])
-            with write_atomically(out / f"{stem}_overlay.png") as partial:
+            with write_atomically(out / target.overlay) as partial:
                 overlay.save(partial)
             document = {
                 "image": {"file": Path(args.image).name, "height": image.shape[0], "width": image.shape[1]},
-                "prompt": {"points": points, "labels": labels, "box": args.box},
+                "prompt": wire.to_dict(prompt),
                 "model": _describe(model, args.checkpoint),
                 "milliseconds": {name: round(ms, 1) for name, ms in steps.milliseconds.items()},
                 "masks": records,
             }
-            with write_atomically(out / f"{stem}.json") as partial:
+            with write_atomically(out / target.document) as partial:
                 partial.write_text(json.dumps(document, indent=2) + "\n")
     finally:
         steps.close()
     for index, mask in enumerate(records):
         mark = "  <- overlay" if index == best else ""
         print(f"mask {index}: predicted IoU {mask['predicted_iou']:.3f}, {mask['area']} px{mark}")
-    print(f"wrote to {out}: {', '.join(results)}")
+    print(f"wrote to {out}: {', '.join(target.results)}")
 
 
-def _write_masks(prediction: MaskPrediction, paths: list[Path]) -> list[dict[str, Any]]:
-    masks = prediction.masks[0].cpu()
-    records = []
-    for index, (path, mask, encoded) in enumerate(zip(paths, masks, encode(masks), strict=True)):
-        with write_atomically(path) as partial:
-            Image.fromarray(mask.numpy().astype(np.uint8) * 255).save(partial)
-        records.append(
-            {
-                "file": path.name,
-                "predicted_iou": float(prediction.iou_predictions[0, index]),
-                "area": rle.area(encoded),
-                "bbox": rle.bounding_box(encoded),
-                "segmentation": {"size": encoded["size"], "counts": rle.compress(encoded["counts"])},
-            }
+def _write_masks(prediction: MaskPrediction, target: _Target, out: Path) -> list[dict[str, Any]]:
+    """Write the files of the masks, and return their records for the document."""
+    masks, predicted_iou = prediction.masks[0].cpu(), prediction.iou_predictions[0].cpu().numpy()
+    rles, size = encode(masks), (masks.shape[1], masks.shape[2])
+    in_document = target.form if target.form is not None and target.form.is_json else FORMATS["rle"]
+    records = encode_masks(in_document, MaskSet(rles, size), predicted_iou.tolist())
+    if target.form is None:
+        for name, mask in zip(target.masks, masks.numpy(), strict=True):
+            with write_atomically(out / name) as partial:
+                Image.fromarray(mask.astype(np.uint8) * 255).save(partial)
+        return [{"file": name, **record} for name, record in zip(target.masks, records, strict=True)]
+    for name in target.masks:
+        best = [rles[int(predicted_iou.argmax())]]
+        content = target.form.encode(
+            MaskSet(best if target.form.best_only else rles, size, {"predicted_iou": predicted_iou[None]})
         )
+        assert isinstance(content, bytes)
+        with write_atomically(out / name) as partial:
+            partial.write_bytes(content)
     return records
 
 
@@ -136,24 +137,3 @@ def _describe(model: Sam, checkpoint: str | None) -> dict[str, Any]:
         "kernels": model.resolved_kernels,
         "torch": torch.__version__,
     }
-
-
-def _numbers(text: str, counts: tuple[int, ...], form: str) -> list[float]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if len(values) not in counts:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
-    return values
-
-
-def _point(text: str) -> tuple[float, float, int]:
-    x, y, *label = _numbers(text, (2, 3), "X,Y or X,Y,LABEL")
-    if label and label[0] not in (0, 1):
-        raise argparse.ArgumentTypeError(f"the label in {text!r} must be 1 (object) or 0 (background)")
-    return x, y, int(label[0]) if label else 1
-
-
-def _box(text: str) -> list[float]:
-    return _numbers(text, (4,), "X0,Y0,X1,Y1")

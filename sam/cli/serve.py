@@ -5,30 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
-
-from .options import add_model_options, add_traceback_option, model_from
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "serve",
-        help="answer over HTTP, with a page to click on",
-        epilog="Replicas that serve each other's handles share the variable SAM_HANDLE_SECRET, 16 to 64 bytes.",
-    )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
-    parser.add_argument("--token", help="what clients must show (default: the variable SAM_TOKEN, if it is set)")
-    parser.add_argument("--insecure", action="store_true", help="let other machines in without a token")
-    parser.add_argument("--max-batch", type=int, default=16, metavar="N", help="prompts decoded together (default: 16)")
-    parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests waiting (default: 256)")
-    parser.add_argument("--deadline", type=float, default=30.0, metavar="S", help="seconds a request (default: 30)")
-    parser.add_argument(
-        "--cache-mb", type=int, default=1024, metavar="MB", help="of image embeddings kept (default: 1024)"
-    )
-    add_model_options(parser)
-    add_traceback_option(parser)
-    parser.set_defaults(run=run, prepare=wait_passively)
 
 
 def wait_passively() -> None:
@@ -48,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ImportError(f"{error}: pip install 'fastsam-kernels[serve]'") from None
     from ..engine import Engine
+    from .model import model_from
 
     token = args.token or os.environ.get("SAM_TOKEN") or None
     settings = Settings(args.host, args.port, token, args.insecure)

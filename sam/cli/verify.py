@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -15,23 +14,7 @@ from ..images.read import read_image
 from ..modeling import Sam
 from ..system.atomic_write import write_atomically
 from ..verify import Check, verify
-from .options import add_model_options, add_traceback_option, file_name, model_from
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "verify", help="hold every operation, on your weights and machine, against plain PyTorch in fp64"
-    )
-    parser.add_argument(
-        "checkpoint", nargs="?", type=file_name, metavar="CHECKPOINT", help="weights (default: the embedded nano)"
-    )
-    parser.add_argument(
-        "--image", type=file_name, metavar="FILE", help="look at this photograph (default: a drawn one)"
-    )
-    parser.add_argument("--json", type=file_name, metavar="FILE", help="write the checks there")
-    add_model_options(parser, checkpoint=False)
-    add_traceback_option(parser)
-    parser.set_defaults(run=run)
+from .model import model_from
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from .labels import POINT_LABELS
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Corners = TypeVar("Corners", bound="np.ndarray | Sequence[float]")
 
 MAX_COORDINATE = 1e30  # pixels; what fp32 makes of them on the way to a token is finite
 
@@ -53,6 +55,18 @@ def check_labels(labels: np.ndarray | Tensor) -> None:
     bad = np.logical_and.reduce([array != label for label in POINT_LABELS])
     if bad.any():
         raise ValueError(f"labels must be 1 (object), 0 (background) or -1 (padding), got {array[bad].flat[0]}")
+
+
+def check_corners(box: Corners) -> Corners:
+    """Return a box whose corners are in order.
+
+    Raises:
+        ValueError: they are not.
+    """
+    x0, y0, x1, y1 = box
+    if x1 < x0 or y1 < y0:
+        raise ValueError(f"box must be x0, y0, x1, y1 with x0 <= x1 and y0 <= y1, got {[float(side) for side in box]}")
+    return box
 
 
 def check_mask_inputs(shape: Sequence[int], low_res_size: tuple[int, int]) -> None:

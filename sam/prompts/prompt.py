@@ -1,22 +1,15 @@
-"""Prompts as people give them, checked, and as the decoder takes them, batched."""
+"""One prompt as people give it, checked."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from ..images.geometry import ImageGeometry
-from .checks import as_array, check_coordinates, check_finite, check_labels
-from .labels import (
-    LABEL_BOX_BOTTOM_RIGHT,
-    LABEL_BOX_TOP_LEFT,
-    LABEL_PADDING,
-)
-
-Corners = TypeVar("Corners", bound="np.ndarray | Sequence[float]")
+from .checks import as_array, check_coordinates, check_corners, check_finite, check_labels
+from .labels import LABEL_BOX_BOTTOM_RIGHT, LABEL_BOX_TOP_LEFT, LABEL_PADDING
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,18 +89,6 @@ class OfficialPrompt(Prompt):
 
     def _check_corners(self, box: np.ndarray) -> None:
         pass
-
-
-def check_corners(box: Corners) -> Corners:
-    """Return a box whose corners are in order.
-
-    Raises:
-        ValueError: they are not.
-    """
-    x0, y0, x1, y1 = box
-    if x1 < x0 or y1 < y0:
-        raise ValueError(f"box must be x0, y0, x1, y1 with x0 <= x1 and y0 <= y1, got {[float(side) for side in box]}")
-    return box
 
 
 def _numbers(name: str, values: Any, shape: str, dtype: Any = None) -> np.ndarray:

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import anyio
 import anyio.from_thread
 import anyio.to_thread
-import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -24,6 +23,8 @@ from .. import __version__
 from .. import engine as engines
 from ..embedding import ImageEmbedding
 from ..engine import AutomaticOptions, Engine, KeyedImage, PromptMasks
+from ..masks.formats import MaskFormat, find_format
+from ..prompts import wire
 from ..prompts.prompt import Prompt
 from . import openapi, outputs
 from .bodies import Upload
@@ -264,62 +265,51 @@ async def _segment(service: Service, asked: SegmentRequest, subject: _Subject, r
     if remembered:
         logits = [answer.low_res_logits for answer in answers if answer.low_res_logits is not None]
         result = service.results.put(subject.key, logits, [answer.best for answer in answers])
-    limit = service.settings.max_output_pixels
+    form, limit = find_format(asked.output), service.settings.max_output_pixels
 
     def respond(check: Callable[[], None]) -> Response:
+        masks = outputs.prompt_masks(answers, form, subject.size, limit, check)
+        document = {"request_id": request_id, **subject.json(), "result": result}
         headers = {"X-Embedding": subject.key, **({"X-Result": result} if result else {})}
-        if asked.output == "png":
-            best = [answer.rles[answer.best] for answer in answers]
-            return Response(
-                outputs.label_png(best, subject.size, limit, check), media_type="image/png", headers=headers
-            )
-        if asked.output == "npz":
-            rles = [encoded for answer in answers for encoded in answer.rles]
-            scores = np.stack([answer.predicted_iou for answer in answers])
-            body = outputs.npz(rles, subject.size, limit, check, predicted_iou=scores)
-            return Response(body, media_type="application/octet-stream", headers=headers)
-        records = outputs.prompt_records(answers, asked.output, subject.size, limit, check)
-        return _json({"request_id": request_id, **subject.json(), "result": result, "prompts": records}, headers)
+        return _masks_response(form, masks, "prompts", document, headers)
 
     runs = sum(len(encoded["counts"]) for answer in answers for encoded in answer.rles)
-    if asked.output == "rle" and runs <= _FEW_RUNS:
+    if not form.needs_pixels and runs <= _FEW_RUNS:
         return respond(lambda: None)
     return await service.encode(respond)
 
 
 def _prompt(service: Service, prompt: PromptRequest, embedding: str) -> Prompt:
-    labels = prompt.labels if prompt.labels is not None or prompt.points is None else [1] * len(prompt.points)
     reference = prompt.mask_input
     mask_input = None
     if reference is not None:
         mask_input = service.results.mask_input(reference.result, embedding, reference.prompt, reference.mask)
-    return Prompt(prompt.points, labels, prompt.box, mask_input)
+    return wire.from_dict(vars(prompt), mask_input)
 
 
 async def _automatic(service: Service, asked: AutomaticRequest, subject: _Subject, request_id: str) -> Response:
     options = AutomaticOptions(**asked.model_dump(exclude={"embedding", "output"}))
     records = await asyncio.wrap_future(service.engine.automatic(subject.source, options))
-    limit = service.settings.max_output_pixels
+    form, limit = find_format(asked.output), service.settings.max_output_pixels
 
     def respond(check: Callable[[], None]) -> Response:
-        headers = {"X-Embedding": subject.key}
-        # Small ones last, so that a picture of labels shows them.
-        rles = [record["segmentation"] for record in sorted(records, key=lambda record: -record["area"])]
-        if asked.output == "png":
-            return Response(
-                outputs.label_png(rles, subject.size, limit, check), media_type="image/png", headers=headers
-            )
-        if asked.output == "npz":
-            body = outputs.npz(rles, subject.size, limit, check)
-            return Response(body, media_type="application/octet-stream", headers=headers)
-        masks = outputs.automatic_records(records, asked.output, subject.size, limit, check)
-        return _json({"request_id": request_id, **subject.json(), "masks": masks}, headers)
+        masks = outputs.automatic_masks(records, form, subject.size, limit, check)
+        document = {"request_id": request_id, **subject.json()}
+        return _masks_response(form, masks, "masks", document, {"X-Embedding": subject.key})
 
     return await service.encode(respond)
 
 
-def _json(document: dict[str, Any], headers: dict[str, str]) -> Response:
-    return Response(json.dumps(document, allow_nan=False), media_type="application/json", headers=headers)
+def _masks_response(
+    form: MaskFormat,
+    masks: bytes | list[dict[str, Any]],
+    name: str,
+    document: dict[str, Any],
+    headers: dict[str, str],
+) -> Response:
+    """Answer with the file of the masks, or with a document that holds their records under ``name``."""
+    content = masks if isinstance(masks, bytes) else json.dumps({**document, name: masks}, allow_nan=False)
+    return Response(content, media_type=form.media_type, headers=headers)
 
 
 def _describe(engine: Engine) -> dict[str, Any]:

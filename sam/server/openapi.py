@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ..masks.formats import FORMATS
 from .errors import KINDS
 from .schemas import AutomaticRequest, EmbedRequest, SegmentRequest
 
@@ -91,8 +92,8 @@ def _answer(name: str) -> dict[str, Any]:
         "application/json": {"schema": {"type": "object"}, "example": _EXAMPLES[name]},
     }
     if name in ("segment", "automatic"):
-        for kind in ("image/png", "application/octet-stream"):
-            content[kind] = {"schema": {"type": "string", "format": "binary"}}
+        for form in FORMATS.values():
+            content.setdefault(form.media_type, {"schema": {"type": "string", "format": "binary"}})
     return content
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -19,22 +19,26 @@ from pydantic import (
     model_validator,
 )
 
-from ..prompts.checks import MAX_COORDINATE
-from ..prompts.prompt import check_corners
+from ..masks.formats import FORMATS, find_format
+from ..prompts import wire
+from ..prompts.checks import check_corners
 from .errors import ApiError
 
-MAX_PROMPTS = 1024
-MAX_POINTS = 64
-Output = Literal["rle", "png", "polygons", "npz"]
-Identifier = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-Coordinate = Annotated[FiniteFloat, Field(strict=True, ge=0, le=2**24)]
-# A box may reach over the image's edges, as in Python.
-Side = Annotated[FiniteFloat, Field(strict=True, ge=-MAX_COORDINATE, le=MAX_COORDINATE)]
+# Looked up for each request and each description of the routes, so that the table alone says which there are.
+Output = Annotated[
+    str,
+    AfterValidator(lambda name: find_format(name).name),
+    Field(json_schema_extra=lambda schema: schema.update(enum=list(FORMATS))),
+]
+Identifier = Annotated[str, Field(pattern=f"^{wire.IDENTIFIER}$")]
+Coordinate = Annotated[FiniteFloat, Field(strict=True, ge=wire.POINTS.low, le=wire.POINTS.high)]
+Side = Annotated[FiniteFloat, Field(strict=True, ge=wire.BOX.low, le=wire.BOX.high)]
 Box = Annotated[tuple[Side, Side, Side, Side], AfterValidator(check_corners)]
+Label = Annotated[StrictInt, Field(ge=wire.LABELS.low, le=wire.LABELS.high)]
 Share = Annotated[FiniteFloat, Field(strict=True, ge=0, le=1)]
 # One error says enough, and to note each of 65,536 takes long.
-Points = Annotated[list[tuple[Coordinate, Coordinate]], Field(min_length=1, max_length=MAX_POINTS, fail_fast=True)]
-Labels = Annotated[list[Annotated[StrictInt, Field(ge=0, le=1)]], Field(max_length=MAX_POINTS, fail_fast=True)]
+Points = Annotated[list[tuple[Coordinate, Coordinate]], Field(min_length=1, max_length=wire.MAX_POINTS, fail_fast=True)]
+Labels = Annotated[list[Label], Field(max_length=wire.MAX_POINTS, fail_fast=True)]
 Request = TypeVar("Request", bound=BaseModel)
 
 
@@ -46,29 +50,21 @@ class MaskReference(_Strict):
     """A mask of an earlier result on the same image, as a hint of where the object is."""
 
     result: Identifier
-    prompt: Annotated[StrictInt, Field(ge=0, lt=MAX_PROMPTS)] = 0
-    mask: Annotated[StrictInt, Field(ge=0, lt=16)] | None = Field(None, description="default: the best one")
+    prompt: Annotated[StrictInt, Field(ge=0, lt=wire.MAX_PROMPTS)] = 0
+    mask: Annotated[StrictInt, Field(ge=0, lt=wire.MAX_MASKS)] | None = Field(None, description="default: the best one")
 
 
 class PromptRequest(_Strict):
     """One question about the image; any combination of points, a box and a mask."""
 
-    points: Points | None = Field(None, description="clicks as [x, y] in pixels, inside the image")
-    labels: Labels | None = Field(
-        None, description="1 for a click on the object, 0 for one on the background; default: all 1"
-    )
-    box: Box | None = Field(
-        None,
-        description="x0, y0, x1, y1 in pixels, x0 <= x1, y0 <= y1; may reach over the edges, but must meet the image",
-    )
+    points: Points | None = Field(None, description=wire.POINTS.description)
+    labels: Labels | None = Field(None, description=wire.LABELS.description)
+    box: Box | None = Field(None, description=wire.BOX.description)
     mask_input: MaskReference | None = None
 
     @model_validator(mode="after")
-    def _something_is_asked(self) -> PromptRequest:
-        if self.points is None and self.box is None:
-            raise ValueError("points or a box are needed")
-        if self.labels is not None and (self.points is None or len(self.labels) != len(self.points)):
-            raise ValueError("as many labels as points are needed")
+    def _check_parts(self) -> PromptRequest:
+        wire.check_parts(self.points, self.labels, self.box)
         return self
 
 
@@ -76,13 +72,13 @@ class EmbedRequest(_Strict):
     """Nothing but the image."""
 
 
-Prompts = Annotated[list[PromptRequest], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+Prompts = Annotated[list[PromptRequest], Field(min_length=1, max_length=wire.MAX_PROMPTS, fail_fast=True)]
 
 
 class SegmentRequest(_Strict):
     embedding: Identifier | None = Field(None, description="of an earlier answer, in place of the image")
     prompts: Prompts
-    multimask: StrictBool = Field(True, description="three masks a prompt instead of one")
+    multimask: StrictBool = Field(True, description="three masks per prompt instead of one")
     output: Output = "rle"
 
 

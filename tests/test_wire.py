@@ -1,0 +1,85 @@
+"""The grammar of prompts in requests, answers and on the command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sam import Prompt
+from sam.prompts import wire
+
+DOCUMENTS: list[dict[str, Any]] = [
+    {"points": [[1.0, 2.5], [30.0, 4.0]], "labels": [1, 0], "box": None},
+    {"points": None, "labels": None, "box": [-1.0, 0.5, 7.0, 8.0]},
+    {"points": [[0.0, 0.0]], "labels": [0], "box": [0.0, 0.0, 1.0, 1.0]},
+]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_there_and_back(document: dict[str, Any]) -> None:
+    assert wire.to_dict(wire.from_dict(document)) == document
+    present = {name: value for name, value in document.items() if value is not None}
+    assert wire.to_dict(wire.from_dict(present)) == document
+
+
+def test_labels_are_of_the_object_where_none_are_given() -> None:
+    assert wire.from_dict({"points": [[1, 2], [3, 4]]}).labels.tolist() == [1, 1]
+
+
+def test_masks_are_referred_to() -> None:
+    reference = wire.mask_reference("0" * 32, 3, 1)
+    document = wire.to_dict(Prompt(box=(0, 0, 1, 1)), reference)
+    assert document["mask_input"] == {"result": "0" * 32, "prompt": 3, "mask": 1}
+    logits = np.zeros((1, 4, 4), np.float32)
+    prompt = wire.from_dict(document, logits)
+    np.testing.assert_array_equal(prompt.mask_input, logits)
+    with pytest.raises(ValueError, match="mask_input must be a reference to an earlier mask in a request"):
+        wire.to_dict(prompt)
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({}, "points or a box are needed"),
+        ({"points": None, "box": None}, "points or a box are needed"),
+        ({"labels": [1]}, "points or a box are needed"),
+        ({"box": [0, 0, 1, 1], "labels": [1]}, "as many labels as points are needed"),
+        ({"points": [[1, 1]], "labels": []}, "as many labels as points are needed"),
+        ({"points": [[1, 1]], "labels": [7]}, "labels must be 1"),
+        ({"point": [[1, 1]]}, "a prompt has points, labels, box, mask_input, got 'point'"),
+        ({"box": [3, 0, 1, 1]}, "x0 <= x1"),
+    ],
+)
+def test_refusals(document: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        wire.from_dict(document)
+
+
+def test_padding_is_no_label_of_a_request() -> None:
+    with pytest.raises(ValueError, match=r"labels must be 1 \(object\) or 0 \(background\) in a request"):
+        wire.to_dict(Prompt([(1, 1)], [-1]))
+
+
+def test_texts() -> None:
+    assert wire.parse_point("1,2.5") == (1.0, 2.5, 1)
+    assert wire.parse_point("-1e-1,2,0") == (-0.1, 2.0, 0)
+    assert wire.parse_box("1,2,3,4") == [1.0, 2.0, 3.0, 4.0]
+    prompt = wire.from_clicks([wire.parse_point("1,2,0")], wire.parse_box("1,2,3,4"))
+    assert wire.to_dict(prompt) == {"points": [[1.0, 2.0]], "labels": [0], "box": [1.0, 2.0, 3.0, 4.0]}
+    assert wire.to_dict(wire.from_clicks([], [1, 2, 3, 4]))["points"] is None
+
+
+def test_schemas_of_requests_have_the_limits_of_the_grammar() -> None:
+    schemas = pytest.importorskip("sam.server.schemas", reason="needs the extra serve")
+    schema = schemas.PromptRequest.model_json_schema()["properties"]
+    points, labels, box = (schema[name]["anyOf"][0] for name in ("points", "labels", "box"))
+    x = points["items"]["prefixItems"][0]
+    assert (points["maxItems"], x["minimum"], x["maximum"]) == (wire.MAX_POINTS, wire.POINTS.low, wire.POINTS.high)
+    label = labels["items"]
+    assert (labels["maxItems"], label["minimum"], label["maximum"]) == (wire.MAX_POINTS, 0, 1)
+    assert (box["prefixItems"][0]["minimum"], box["prefixItems"][3]["maximum"]) == (wire.BOX.low, wire.BOX.high)
+    assert [schema[name]["description"] for name in ("points", "labels", "box")] == [
+        part.description for part in (wire.POINTS, wire.LABELS, wire.BOX)
+    ]
