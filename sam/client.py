@@ -1,4 +1,4 @@
-"""A client of the service: an image is sent once, prompts name its embedding. It believes no answer it cannot check."""
+"""A client of the service: an image is sent once, prompts name its embedding. Answers are checked before use."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _MAX_ERROR_TEXT, _MAX_PATH = 1000, 16
 
 
 class ServiceError(RuntimeError):
-    """The service refused, or the answer is none of the service's: a proxy's page, for example.
+    """Raised when the service refuses, or when something else answers: a proxy's page, for example.
 
     Attributes:
-        status: of HTTP.
-        code: one of the service's fixed codes, for example ``queue_full``; ``unknown`` when it is none of its answers.
-        request_id: to be found in the service's log; ``unknown`` as well.
-        where: path to the value that was refused, for example ``("prompts", 0, "points", 1)``; empty if no value was.
+        status: status of HTTP.
+        code: one of the service's fixed codes, for example ``queue_full``; ``unknown`` if something else answered.
+        request_id: id in the service's log; ``unknown`` if something else answered.
+        where: path to the refused value, for example ``("prompts", 0, "points", 1)``; empty if there is none.
     """
 
     def __init__(self, status: int, code: str, message: str, request_id: str, where: Sequence[str | int] = ()) -> None:
@@ -76,7 +76,7 @@ class RemoteMasks:
         masks: [C, H, W] bool.
         predicted_iou: [C].
         best: index of the mask of the highest predicted IoU.
-        reference: of that mask, to be given as ``mask_input`` of a next prompt; None if it was not kept.
+        reference: names that mask as ``mask_input`` of a later prompt; None if the service did not store it.
     """
 
     masks: np.ndarray
@@ -178,6 +178,7 @@ class Client:
             return False
 
     def close(self) -> None:
+        """Close the connection; a later request opens a new one."""
         self._connection.close()
 
     def __enter__(self) -> Client:
@@ -275,7 +276,7 @@ class Client:
 
 
 class _Forward(io.BufferedReader):
-    """A reader of so many bytes at a time: a chunk whose size is negative would else mean all that ever comes."""
+    """A reader that refuses chunks of a negative size, which would mean all bytes that ever come."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or size < 0:
@@ -284,7 +285,7 @@ class _Forward(io.BufferedReader):
 
 
 class _InTime(io.RawIOBase):
-    """What a socket receives, each piece within what is left of one deadline for them all."""
+    """Bytes received by a socket, each piece within the time left of one deadline for them all."""
 
     def __init__(self, connection: socket.socket, pieces: io.RawIOBase, seconds_left: Callable[[], float]) -> None:
         self._connection, self._pieces, self._seconds_left = connection, pieces, seconds_left
@@ -302,7 +303,7 @@ class _InTime(io.RawIOBase):
 
 
 def _possible_sizes(data: bytes) -> set[tuple[int, int]] | None:
-    """(height, width) as stored and turned by a quarter; None for what is no image here."""
+    """Return (height, width) as stored and turned by a quarter; None if it cannot be read as an image here."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return {image.size, image.size[::-1]}

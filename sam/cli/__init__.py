@@ -43,9 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; a mistake of the user's is one line on stderr and exit status 2.
+    """Run one command and return its exit status.
 
-    A command that could do a part of its work only returns 1.
+    A mistake of the user's is one line on stderr and status 2; a command that did only a part of its work returns 1.
     """
     own, program = split(sys.argv[1:] if arguments is None else arguments)
     args = build_parser().parse_args(own, argparse.Namespace(program=program))

@@ -34,6 +34,7 @@ _COLUMNS = (
 
 
 def run(args: argparse.Namespace) -> int:
+    """Segment every image of a folder; return 1 if some failed, else 0."""
     images = find_images(Path(args.source))
     out = Path(args.out)
     if out.resolve() == Path(args.source).resolve():
@@ -132,10 +133,10 @@ class _Target:
         return [path.name for path in self._results]
 
     def is_finished(self, origin: Origin, record: Record) -> bool:
-        """Tell whether all results are there.
+        """Tell whether all results exist.
 
         Raises:
-            ValueError: one is there that was made from something else, or nobody knows what from.
+            ValueError: one has another origin, or none in the record.
         """
         for path in self._replaced(record):
             record.check(path, origin)
@@ -148,7 +149,7 @@ class _Target:
         return path == self._masks and self._form is None
 
     def _replaced(self, record: Record) -> list[Path]:
-        """List what new results take the place of: those of their names, and an earlier overlay, of other masks.
+        """List the files that new results replace: those of their names, and an earlier overlay of other masks.
 
         An overlay that is not asked for and not in the record as ours is somebody else's picture, and stays.
         """
@@ -159,7 +160,7 @@ class _Target:
         return [*self._results, self._overlay]
 
     def remove(self, record: Record) -> None:
-        """Remove what is to be replaced.
+        """Remove the files that new results replace.
 
         Raises:
             ValueError: a folder of that name holds something else; nothing was removed.
@@ -178,6 +179,7 @@ class _Target:
                 record.forget(path.name)
 
     def write(self, image: np.ndarray, records: list[dict[str, Any]]) -> None:
+        """Write the masks, and the overlay if there is to be one."""
         if self._overlay in self._results:
             with write_atomically(self._overlay) as partial:
                 _draw(image, records).save(partial)

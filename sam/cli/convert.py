@@ -11,6 +11,7 @@ from .steps import Steps
 
 
 def run(args: argparse.Namespace) -> None:
+    """Read weights in any known layout and write them in another."""
     target = Path(args.target)
     if target.exists() and not args.force:
         raise ValueError(f"{target} exists; --force replaces it")

@@ -23,6 +23,7 @@ _CAT_EYES = [(135, 85, 208, 148), (290, 108, 343, 165)]
 
 
 def run(args: argparse.Namespace) -> None:
+    """Segment three photographs, print a table and draw the masks."""
     try:
         from skimage import data
     except ImportError:
@@ -33,24 +34,24 @@ def run(args: argparse.Namespace) -> None:
 
     coins = np.repeat(data.coins()[:, :, None], 3, axis=2)
     embedding = table.encode("coins", coins)
-    table.ask("coins", embedding, coins, "six clicks in one call", [Prompt([xy], [1]) for xy in _COINS])
+    table.predict("coins", embedding, coins, "six clicks in one call", [Prompt([xy], [1]) for xy in _COINS])
 
     coffee = data.coffee()
     embedding = table.encode("coffee", coffee)
-    low_res = table.ask("coffee_click", embedding, coffee, "a click on the cup", [Prompt([_CUP], [1])])
+    low_res = table.predict("coffee_click", embedding, coffee, "a click on the cup", [Prompt([_CUP], [1])])
     corrected = Prompt([_CUP, _SPOON], [1, 0], mask_input=low_res)
-    table.ask("coffee_correction", embedding, coffee, "a second: not the spoon", [corrected], single=True)
+    table.predict("coffee_correction", embedding, coffee, "a second: not the spoon", [corrected], single=True)
 
     chelsea = data.chelsea()
     embedding = table.encode("chelsea", chelsea)
-    table.ask("chelsea", embedding, chelsea, "boxes on the cat's eyes", [Prompt(box=box) for box in _CAT_EYES])
+    table.predict("chelsea", embedding, chelsea, "boxes on the cat's eyes", [Prompt(box=box) for box in _CAT_EYES])
     print(f"\noverlays: {', '.join(str(path) for path in table.written)}")
     if args.checkpoint is None:
         print("nano is small and saw only drawn scenes: real use takes the official weights (--checkpoint FILE)")
 
 
 class _Table:
-    """Asks the model, prints a row for each question and draws its answer."""
+    """A printed table with one row per request, and one overlay per answer."""
 
     def __init__(self, model: Sam, out: Path) -> None:
         self.model, self.out = model, out
@@ -71,12 +72,12 @@ class _Table:
         self._row(name, "(image embedding)", f"{milliseconds:.0f}")
         return embedding
 
-    def ask(
+    def predict(
         self,
         name: str,
         embedding: ImageEmbedding,
         image: np.ndarray,
-        question: str,
+        description: str,
         prompts: Sequence[Prompt],
         single: bool = False,
     ) -> np.ndarray:
@@ -87,7 +88,7 @@ class _Table:
         rows, best = np.arange(len(prompts)), prediction.iou_predictions.argmax(dim=1).cpu().numpy()
         masks = prediction.masks.cpu().numpy()[rows, best]
         scores = prediction.iou_predictions.cpu().numpy()[rows, best]
-        self._row("", question, f"{milliseconds:.0f}", f"{scores.mean():.3f}", f"{masks.any(axis=0).mean():.1%}")
+        self._row("", description, f"{milliseconds:.0f}", f"{scores.mean():.3f}", f"{masks.any(axis=0).mean():.1%}")
         path = self.out / f"{name}.png"
         with write_atomically(path) as partial:
             draw_overlay(image, masks, prompts).save(partial)

@@ -47,6 +47,7 @@ def add_commands(commands: Any) -> None:
 
 
 def add_segment(commands: Any) -> None:
+    """Add the parser of ``segment``."""
     parser = commands.add_parser("segment", help="masks for clicks and boxes on one image")
     parser.add_argument("image", metavar="IMAGE", help="a photograph")
     parser.add_argument(
@@ -72,6 +73,7 @@ def add_segment(commands: Any) -> None:
 
 
 def add_auto(commands: Any) -> None:
+    """Add the parser of ``auto``."""
     parser = commands.add_parser(
         "auto",
         help="masks of everything in an image or a folder of images",
@@ -101,6 +103,7 @@ def add_auto(commands: Any) -> None:
 
 
 def add_serve(commands: Any) -> None:
+    """Add the parser of ``serve``."""
     parser = commands.add_parser(
         "serve",
         help="answer over HTTP, with a page to click on",
@@ -121,6 +124,7 @@ def add_serve(commands: Any) -> None:
 
 
 def add_info(commands: Any) -> None:
+    """Add the parser of ``info``."""
     parser = commands.add_parser("info", help="what a checkpoint holds and what would run it here")
     parser.add_argument(
         "checkpoint",
@@ -134,6 +138,7 @@ def add_info(commands: Any) -> None:
 
 
 def add_verify(commands: Any) -> None:
+    """Add the parser of ``verify``."""
     parser = commands.add_parser(
         "verify", help="hold every operation, on your weights and machine, against plain PyTorch in fp64"
     )
@@ -148,6 +153,7 @@ def add_verify(commands: Any) -> None:
 
 
 def add_convert(commands: Any) -> None:
+    """Add the parser of ``convert``."""
     parser = commands.add_parser("convert", help="rewrite weights in another layout or file format")
     parser.add_argument("source", type=file_name, metavar="IN", help="file or folder in any known layout")
     parser.add_argument(
@@ -162,6 +168,7 @@ def add_convert(commands: Any) -> None:
 
 
 def add_demo(commands: Any) -> None:
+    """Add the parser of ``demo``."""
     parser = commands.add_parser("demo", help="clicks, a box and a correction on photographs from scikit-image")
     parser.add_argument(
         "--out", type=file_name, default="out", metavar="DIR", help="folder for the overlays (default: out)"
@@ -170,6 +177,7 @@ def add_demo(commands: Any) -> None:
 
 
 def add_run(commands: Any) -> None:
+    """Add the parser of ``run``."""
     parser = commands.add_parser(
         "run",
         help="run a program written for segment_anything, unmodified, with this package in its place",

@@ -1,4 +1,4 @@
-"""A record of what results were made from, kept beside them, so that a later run knows which of them are its own."""
+"""A record of the origins of results, stored beside them, so that a later run recognises its own."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ RECORD = "results.jsonl"
 
 @dataclass(frozen=True)
 class Origin:
-    """What a result is made from.
+    """The origin of a result: an image file and settings.
 
     Attributes:
-        file: the image's name, for people; images of the same bytes are the same.
-        sha256: of the image file.
-        settings: model and options that change results; ``command`` if it was another than ``auto``.
+        file: name of the image, for people; images of the same bytes are the same.
+        sha256: hash of the image file.
+        settings: model and options that change results; ``command`` if it was not ``auto``.
     """
 
     file: str
@@ -28,6 +28,7 @@ class Origin:
 
     @classmethod
     def of(cls, path: Path, settings: dict[str, Any]) -> Origin:
+        """Hash the image file ``path``."""
         digest = hashlib.sha256()
         with open(path, "rb") as file:
             while block := file.read(2**20):
@@ -39,7 +40,7 @@ class Origin:
         return str(self.settings.get("command", "auto"))
 
     def difference(self, other: Origin | None) -> str | None:
-        """Say how a result of origin ``other`` is none of this one; None if it is."""
+        """Describe how origin ``other`` differs from this one; None if it does not."""
         if other is None:
             return f"is not in {RECORD}, which says what results were made from"
         if other.command != self.command:
@@ -55,11 +56,11 @@ class Origin:
 
 
 class Record:
-    """The origins of the results in a folder, a line of JSON each; the last line of a name counts.
+    """The origins of the results in a folder, one line of JSON per result; the last line of a name counts.
 
     Attributes:
-        path: of the record.
-        damaged: lines that cannot be read, as one cut off by a run that was killed: their results are not known.
+        path: file of the record.
+        damaged: number of lines that cannot be read, for example cut off when a run was killed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -86,13 +87,14 @@ class Record:
         self._origins[entry["result"]] = origin
 
     def get(self, result: str) -> Origin | None:
+        """Return the origin of a result, None if it is not in the record."""
         return self._origins.get(result)
 
     def check(self, path: Path, origin: Origin) -> None:
         """Check that a result may be replaced by one of ``origin``, or is not there.
 
         Raises:
-            ValueError: it was made from something else, or nobody knows what from.
+            ValueError: it has another origin, or none in the record.
         """
         difference = origin.difference(self.get(path.name)) if path.exists() else None
         if difference is not None:
@@ -103,12 +105,12 @@ class Record:
         return [result for result, origin in self._origins.items() if origin.file == file and origin.command == command]
 
     def add(self, results: Iterable[str], origin: Origin) -> None:
-        """Note results before they appear under their names, so that none is ever of an origin it does not have."""
+        """Record results before they appear under their names, so that no result ever has a wrong origin."""
         self._write([{"result": result, **asdict(origin)} for result in results])
         self._origins.update(dict.fromkeys(results, origin))
 
     def forget(self, result: str) -> None:
-        """Note that a result is removed, so that no file that comes to its name is taken for it."""
+        """Record that a result is removed, so that a later file of its name is not taken for it."""
         self._write([{"result": result}])
         self._origins.pop(result, None)
 

@@ -36,11 +36,12 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _begins_program(argument: str) -> bool:
-    """Whether a dash begins no option of ours: a module, the end of the options, or the script on stdin."""
+    """Tell whether a dash begins the program: a module, the end of our options, or the script on stdin."""
     return argument in ("-", "--") or argument.startswith("-m")
 
 
 def run(args: argparse.Namespace) -> None:
+    """Replace this process by the program, with the official packages served from this one."""
     if not args.program or args.program == ["-m"]:
         raise ValueError("run needs a SCRIPT, or -m MODULE")
     for flag, name in (("-I", "isolated"), ("-E", "ignore_environment"), ("-S", "no_site")):
@@ -53,14 +54,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def interpreter_flags() -> list[str]:
-    """The options that this Python was started with."""
+    """Return the options that this Python was started with."""
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     unbuffered = getattr(sys.__stdout__, "write_through", False)  # which sys.flags does not tell
     return [*flags, "-u"] if unbuffered else flags
 
 
 def environment(replace_local: bool) -> dict[str, str]:
-    """The variables with which a Python, and each that it starts, serves official packages from this one."""
+    """Return the variables with which a Python, and each that it starts, serves official packages from this one."""
     variables = {**os.environ, "FASTSAM_RUN": sys.prefix}
     paths = os.environ.get("PYTHONPATH")  # an empty one is none, but an empty part of one is the working directory
     others = [path for path in paths.split(os.pathsep) if path != str(HOOK)] if paths else []

@@ -60,6 +60,7 @@ class _Target:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Segment one image and write its results."""
     if not args.point and args.box is None:
         raise ValueError("nothing to segment: give --point X,Y or --box X0,Y0,X1,Y1")
     prompt = wire.from_clicks(args.point, args.box)

@@ -19,6 +19,7 @@ def wait_passively() -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Serve the model over HTTP until a signal; return the exit status."""
     try:
         from ..server import Settings, serve
     except ImportError as error:

@@ -19,6 +19,7 @@ class Steps:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
+        """Time one named step, and advance the bar at its end."""
         self._bar.set_description_str(name)
         start = time.perf_counter()
         yield
@@ -28,4 +29,5 @@ class Steps:
         self._bar.update()
 
     def close(self) -> None:
+        """Remove the bar."""
         self._bar.close()

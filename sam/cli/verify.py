@@ -18,6 +18,7 @@ from .model import model_from
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run all checks, print one line per check; return 1 if some are over budget, else 0."""
     model = model_from(args)
     image = None if args.image is None else read_image(args.image)
     print(describe(model))
@@ -41,12 +42,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(model: Sam) -> str:
+    """Return one line on the model, its weights and the machine."""
     where = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
     dtype, kernels = str(model.dtype).removeprefix("torch."), model.resolved_kernels
     return f"{model.name} {model.model_hash}, {dtype}, kernels {kernels}, {where}, torch {torch.__version__}"
 
 
 def to_line(check: Check) -> str:
+    """Return one line on a check: its error, noise, budget and verdict."""
     verdict = "ok" if check.passed else "OVER BUDGET"
     masks = "" if check.mask_iou is None else f", mask IoU {check.mask_iou:.4f}"
     return (

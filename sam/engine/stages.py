@@ -158,9 +158,9 @@ class DecodeStage(Stage[SegmentJob, tuple[SegmentJob, int]]):
         for chunk in ragged_chunks(list(prompts.values()), geometries, self.model.device, self.max_batch):
             logits, iou = self.model.decode(embeddings, chunk.batch, multimask_output)
             predicted_iou = iou.float().cpu().numpy()
-            jobs = [work_items[position][0] for position in chunk.places]
+            jobs = [work_items[position][0] for position in chunk.positions]
             rles = self._rles(logits, [job.embedding.geometry for job in jobs])
-            for row, (job, position) in enumerate(zip(jobs, chunk.places, strict=True)):
+            for row, (job, position) in enumerate(zip(jobs, chunk.positions, strict=True)):
                 low_res = logits[row].float().cpu().numpy().copy() if job.keep_logits else None
                 results[position] = PromptMasks(rles[row], predicted_iou[row], low_res)
         return [result for result in results if result is not None]

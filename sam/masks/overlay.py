@@ -18,7 +18,7 @@ _FILL = 0.45  # weight of the mask's colour over the image
 
 
 def draw_overlay(image: np.ndarray, masks: np.ndarray, prompts: Sequence[Prompt] = ()) -> Image.Image:
-    """Masks in colour with a contour, prompts on top.
+    """Draw masks in colour with a contour, and prompts on top.
 
     Args:
         image: [H, W, 3] uint8.
@@ -42,13 +42,13 @@ def draw_overlay(image: np.ndarray, masks: np.ndarray, prompts: Sequence[Prompt]
             for (x, y), label in zip(prompt.points.tolist(), prompt.labels.tolist(), strict=True):
                 if label >= 0:
                     fill = (0, 200, 0) if label else (220, 0, 0)
-                    place = (x - radius, y - radius, x + radius, y + radius)
-                    draw.ellipse(place, fill=fill, outline=(255, 255, 255), width=2)
+                    disc = (x - radius, y - radius, x + radius, y + radius)
+                    draw.ellipse(disc, fill=fill, outline=(255, 255, 255), width=2)
     return picture
 
 
 def _contour(mask: np.ndarray) -> np.ndarray:
-    """Pixels of the mask with a neighbour outside it, two deep; the image's border is not an edge."""
+    """Return the pixels of the mask within 2 px of its edge; the image's border is not an edge."""
     inside = mask
     for _ in range(2):
         padded = np.pad(inside, 1, mode="edge")

@@ -10,7 +10,7 @@ Corner = tuple[int, int]
 
 
 def multipolygon(mask: np.ndarray) -> dict[str, Any]:
-    """[H, W] bool -> a GeoJSON-style ``MultiPolygon`` in pixels, x to the right and y down.
+    """Convert a mask [H, W] bool to a GeoJSON-style ``MultiPolygon`` in pixels, x to the right and y down.
 
     Pixels that touch at a corner only are apart. A polygon is a list of rings, its outline first (clockwise as
     seen on a screen) and its holes after it; a ring's last corner is its first.
@@ -47,16 +47,16 @@ def multipolygon(mask: np.ndarray) -> dict[str, Any]:
 
 
 def _runs(edges: np.ndarray) -> list[tuple[int, int, int, int]]:
-    """(line, start, stop, kind) of the runs of equal, non-zero edges along the lines of [N, L]."""
+    """Return (line, start, stop, kind) of the runs of equal, non-zero edges along the lines of [N, L]."""
     padded = np.pad(edges, ((0, 0), (1, 1)))
-    lines, places = np.nonzero(np.diff(padded, axis=1))
-    before, after = padded[lines, places], padded[lines, places + 1]
+    lines, positions = np.nonzero(np.diff(padded, axis=1))
+    before, after = padded[lines, positions], padded[lines, positions + 1]
     starts, stops = after != 0, before != 0
     return list(
         zip(
             lines[starts].tolist(),
-            places[starts].tolist(),
-            places[stops].tolist(),
+            positions[starts].tolist(),
+            positions[stops].tolist(),
             after[starts].tolist(),
             strict=True,
         )
@@ -69,7 +69,7 @@ def _nest(
     vertical: list[tuple[int, int, int, int]],
     ring_at_edge: dict[tuple[int, int, int], int],
 ) -> list[list[list[list[int]]]]:
-    """Each hole with the outline of the pixels around it, found at the next edge to its left."""
+    """Group each hole with the outline of the pixels around it, found at the next edge to its left."""
     # A ring's first edge is a topmost one: an outline goes to the right there, a hole to the left.
     holes = [index for index, ring in enumerate(rings) if ring[1] < ring[0]]
     polygons = {index: [ring] for index, ring in enumerate(rings) if ring[1] > ring[0]}
@@ -87,9 +87,9 @@ def _nest(
                 row = ring_of[y - 1, :x]  # the pixel above the hole's first edge belongs to what surrounds it
                 edges = np.flatnonzero(row >= 0)
                 hole = int(row[edges[-1]])
-            found = owner.get(hole, hole)
-            owner.update(dict.fromkeys(trail, found))
-            return found
+            result = owner.get(hole, hole)
+            owner.update(dict.fromkeys(trail, result))
+            return result
 
         for hole in holes:
             polygons[outline(hole)].append(rings[hole])

@@ -1,4 +1,4 @@
-"""What a prediction returns."""
+"""The result of a prediction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class MaskPrediction:
     """The masks of P prompts on one image; C is 3 with ``multimask_output``, else 1.
 
     Attributes:
-        masks: [P, C, H, W] at the original image's size: bool, or fp32 logits if they were asked for.
+        masks: [P, C, H, W] at the original image's size: bool, or fp32 logits with ``return_logits``.
         iou_predictions: [P, C] fp32, the model's own estimate of each mask's IoU.
         low_res_logits: [P, C, h, w] fp32; one of them can be the ``mask_input`` of a next prompt.
     """

@@ -14,7 +14,7 @@ import numpy as np
 
 
 def decode(rle: dict[str, Any]) -> np.ndarray:
-    """An RLE of either kind -> [H, W] bool.
+    """Decode an RLE of either kind to a mask [H, W] bool.
 
     Raises:
         ValueError: its counts do not fill the mask.
@@ -33,7 +33,7 @@ def decode(rle: dict[str, Any]) -> np.ndarray:
 
 
 def area(rle: dict[str, Any]) -> int:
-    """Number of mask pixels of an uncompressed RLE."""
+    """Return the number of mask pixels of an uncompressed RLE."""
     return sum(rle["counts"][1::2])
 
 
@@ -65,19 +65,19 @@ def _counts(rle: dict[str, Any]) -> np.ndarray:
 
 
 def compress(counts: Sequence[int]) -> str:
-    """Counts -> the string that pycocotools writes."""
+    """Compress counts to the string that pycocotools writes."""
     return compress_all([counts])[0]
 
 
 def compress_all(many_counts: Sequence[Sequence[int]]) -> list[str]:
-    """Counts of several masks -> their strings, in one go."""
+    """Compress the counts of several masks, one string per mask, in one pass."""
     if not many_counts:
         return []
     values = np.concatenate([np.asarray(counts, dtype=np.int64) for counts in many_counts])
     lengths = np.array([len(counts) for counts in many_counts])
-    place = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    position = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     differences = values.copy()
-    differences[2:] -= np.where(place[2:] > 2, values[:-2], 0)
+    differences[2:] -= np.where(position[2:] > 2, values[:-2], 0)
     size = max(int(np.abs(differences).max(initial=0)).bit_length() + 1, 1)  # with the sign
     groups = differences[:, None] >> (5 * np.arange(-(-size // 5) + 1))  # arithmetic shift: the sign comes along
     low = groups[:, :-1] & 31
@@ -90,7 +90,11 @@ def compress_all(many_counts: Sequence[Sequence[int]]) -> list[str]:
 
 
 def decompress(text: str | bytes) -> np.ndarray:
-    """The string that pycocotools writes -> counts, int64."""
+    """Decompress the string that pycocotools writes to counts, int64.
+
+    Raises:
+        ValueError: it is no such string.
+    """
     data = text.encode("ascii") if isinstance(text, str) else text
     codes = np.frombuffer(data, dtype=np.uint8).astype(np.int64) - 48
     if len(codes) == 0:
@@ -100,10 +104,10 @@ def decompress(text: str | bytes) -> np.ndarray:
         raise ValueError("not a compressed RLE")
     ends = np.flatnonzero(last)
     starts = np.concatenate([[0], ends[:-1] + 1])
-    place = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
-    values = np.add.reduceat((codes & 31) << (5 * place), starts)
+    position = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
+    values = np.add.reduceat((codes & 31) << (5 * position), starts)
     negative = (codes[ends] & 16) != 0
-    values -= np.where(negative, np.int64(1) << (5 * (place[ends] + 1)), 0)
+    values -= np.where(negative, np.int64(1) << (5 * (position[ends] + 1)), 0)
     # Undo the differences: odd and even places are running sums of their own, from the third count on.
     for parity in (1, 2):
         values[parity::2] = np.cumsum(values[parity::2])

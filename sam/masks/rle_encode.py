@@ -13,16 +13,16 @@ from fastsam_kernels import pack_masks
 
 
 def encode(masks: Tensor) -> list[dict[str, Any]]:
-    """[N, H, W] bool -> uncompressed RLEs, ``{"size": [H, W], "counts": [int, ...]}``."""
+    """Encode masks [N, H, W] bool as uncompressed RLEs, ``{"size": [H, W], "counts": [int, ...]}``."""
     return encode_packed(pack_masks(masks), (masks.shape[1], masks.shape[2]))
 
 
 def encode_packed(
     packed: Tensor, size: tuple[int, int], corner: tuple[int, int] = (0, 0), full_size: tuple[int, int] | None = None
 ) -> list[dict[str, Any]]:
-    """Masks as words along their columns -> uncompressed RLEs.
+    """Encode masks packed along their columns as uncompressed RLEs.
 
-    The words in which a run begins or ends are found where the masks are, and come over in one copy.
+    The words in which a run begins or ends are found on the masks' device and copied to the host in one copy.
 
     Args:
         packed: [N, width, ceil(height / 32)] int32, of ``fastsam_kernels.packed_masks``.
@@ -33,19 +33,19 @@ def encode_packed(
     height, width = full_size or size
     words = F.pad(packed, (0, 1))  # a run that reaches the last row ends in a word of its own
     above = F.pad(words[..., :-1] >> 31 & 1, (1, 0))
-    changes = (words ^ (words << 1 | above)).flatten()  # a bit for each pixel unlike the one above it
+    changes = (words ^ (words << 1 | above)).flatten()  # one bit per pixel unlike the one above it
     if packed.device.type == "cpu":
-        found = _nonzero_words(changes).numpy()
+        nonzero = _nonzero_words(changes).numpy()
     else:  # smooth masks have an edge above and one below in some columns
-        found = _copy_nonzero_words(changes, 2 * len(packed) * packed.shape[1]).numpy()
-    bits = np.unpackbits(found.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :4], axis=1, bitorder="little")
+        nonzero = _copy_nonzero_words(changes, 2 * len(packed) * packed.shape[1]).numpy()
+    bits = np.unpackbits(nonzero.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :4], axis=1, bitorder="little")
     entry, bit = np.nonzero(bits)
-    column, word = np.divmod(found[entry] >> 32, words.shape[2])
+    column, word = np.divmod(nonzero[entry] >> 32, words.shape[2])
     mask, column = np.divmod(column, max(packed.shape[1], 1))
     edges = (corner[0] + column) * height + corner[1] + 32 * word + bit
-    # A run over the end of a column ends there and begins anew at the same place: neither is an edge.
-    again = (edges[1:] == edges[:-1]) & (mask[1:] == mask[:-1])
-    real = ~(np.append(again, False) | np.insert(again, 0, False)) if len(edges) else np.ones(0, bool)
+    # A run over the end of a column ends there and begins anew at the same position: neither is an edge.
+    repeated = (edges[1:] == edges[:-1]) & (mask[1:] == mask[:-1])
+    real = ~(np.append(repeated, False) | np.insert(repeated, 0, False)) if len(edges) else np.ones(0, bool)
     edges, mask = edges[real], mask[real]
 
     encoded = []
@@ -57,21 +57,21 @@ def encode_packed(
 
 
 def _nonzero_words(words: Tensor) -> Tensor:
-    """Each word that is not 0, with its place in the upper half of 64 bits."""
-    places = words.nonzero()[:, 0]
-    return places << 32 | words[places].long() & 0xFFFFFFFF
+    """Return each word that is not 0, with its index in the upper half of 64 bits."""
+    positions = words.nonzero()[:, 0]
+    return positions << 32 | words[positions].long() & 0xFFFFFFFF
 
 
-def _copy_nonzero_words(words: Tensor, room: int) -> Tensor:
-    """As ``_nonzero_words``, on the host, in one copy that a device is not first asked the size of.
+def _copy_nonzero_words(words: Tensor, capacity: int) -> Tensor:
+    """Return the result of ``_nonzero_words`` on the host, in one copy and without a wait for its size.
 
-    It has ``room`` for so many; when there are more, a second copy brings all.
+    The copy has the ``capacity``; when there are more words, a second copy brings all.
     """
     while True:
-        places = torch.nonzero_static(words, size=room, fill_value=0)[:, 0]
-        found = places << 32 | words[places].long() & 0xFFFFFFFF
-        counted = torch.cat([words.count_nonzero()[None], found]).cpu()
+        positions = torch.nonzero_static(words, size=capacity, fill_value=0)[:, 0]
+        result = positions << 32 | words[positions].long() & 0xFFFFFFFF
+        counted = torch.cat([words.count_nonzero()[None], result]).cpu()
         count = int(counted[0])
-        if count <= room:
+        if count <= capacity:
             return counted[1 : count + 1]
-        room = count
+        capacity = count

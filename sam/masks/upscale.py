@@ -16,7 +16,7 @@ from ..system.device_profile import device_profile
 
 
 def upscale_masks(low_res_logits: Tensor, geometry: ImageGeometry) -> Tensor:
-    """Logits at the original image's size.
+    """Upscale logits to the original image's size.
 
     Two bilinear resizes as in the official code: to the padded square, whose padding is cut off, and from the
     resized input to the original image. They do not commute with one resize, so both are made; the second is left out
@@ -37,7 +37,7 @@ def upscale_masks(low_res_logits: Tensor, geometry: ImageGeometry) -> Tensor:
 
 
 def _resize_to_square(logits: Tensor, size: int) -> Tensor:
-    """Bilinear, [P, M, h, w] -> [P, M, size, size]."""
+    """Resize bilinearly, [P, M, h, w] -> [P, M, size, size]."""
     height, width = logits.shape[-2:]
     whole = height == width and size % height == 0 and logits.dtype in (torch.float32, torch.float64)
     if logits.device.type != "cpu" or not whole or requires_autograd(logits):
@@ -52,7 +52,7 @@ def _enlarge(small: Tensor, large: Tensor) -> None:
     """Write the bilinear resize of ``small`` [h, w] into ``large``, a whole number of times its size.
 
     Every k-th column, and every k-th row, has the same two weights, so each is a plain mix of two neighbours. PyTorch's
-    own resize gathers four values a pixel and takes three times as long on a CPU.
+    own resize gathers four values per pixel and takes three times as long on a CPU.
     """
     height, width = small.shape
     factor = large.shape[1] // width
@@ -69,7 +69,7 @@ def _enlarge(small: Tensor, large: Tensor) -> None:
 
 
 def masks_from_logits(low_res_logits: Tensor, geometry: ImageGeometry, mask_threshold: float) -> Tensor:
-    """Boolean masks at the original image's size, [P, M, h, w] -> [P, M, original height, original width].
+    """Return boolean masks at the original image's size, [P, M, h, w] -> [P, M, original height, original width].
 
     Float logits of that size exist for a few masks at a time only.
     """
@@ -120,15 +120,15 @@ def remove_small_regions(
     changed = small.flatten(1).any(dim=1)
     if mode == "holes":
         return masks | small, changed
-    kept = masks & ~small
+    remaining = masks & ~small
     sizes[:, 0] = 0
-    for index in (changed & ~kept.flatten(1).any(dim=1)).nonzero()[:, 0].tolist():
-        kept[index] = labels[index] == _largest(labels[index], sizes[index])
-    return kept, changed
+    for index in (changed & ~remaining.flatten(1).any(dim=1)).nonzero()[:, 0].tolist():
+        remaining[index] = labels[index] == _largest(labels[index], sizes[index])
+    return remaining, changed
 
 
 def _largest(labels: Tensor, sizes: Tensor) -> int:
-    """The label of most pixels; of several, the one that OpenCV names first: it goes by blocks of 2 x 2 pixels."""
+    """Return the label of most pixels; of several, the one that OpenCV numbers first, by blocks of 2 x 2 pixels."""
     most = (sizes == sizes.max()).nonzero()[:, 0]
     if len(most) == 1:
         return int(most)

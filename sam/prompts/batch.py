@@ -35,7 +35,7 @@ class PromptBatch:
         coords: [P, S, 2] fp32 or fp64, pixels of the padded input.
         labels: [P, S], the prompt encoder's ``LABEL_*``; ``LABEL_ABSENT`` fills the shorter prompts.
         mask_inputs: [P, 1, h, w] fp32, or None.
-        image_index: [P] int64, which image each prompt asks about; None when there is one image.
+        image_index: [P] int64, the image of each prompt; None when there is one image.
         ragged: some label is ``LABEL_ABSENT``.
     """
 
@@ -49,7 +49,7 @@ class PromptBatch:
         return self.labels.shape[0]
 
     def rows(self, start: int, stop: int) -> PromptBatch:
-        """Prompts ``start`` to ``stop``."""
+        """Return prompts ``start`` to ``stop``."""
         cut = slice(start, stop)
         return PromptBatch(
             self.coords[cut],
@@ -61,12 +61,12 @@ class PromptBatch:
 
     @property
     def of_one_kind(self) -> bool:
-        """Whether all have as many points and all or none have a box."""
+        """Tell whether all prompts have as many points and all or none have a box."""
         boxed = (self.labels[:, -1:] == LABEL_BOX_BOTTOM_RIGHT).flatten().tolist()
         return not self.ragged and len(set(boxed)) <= 1
 
     def points_and_boxes(self) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
-        """What the official prompt encoder takes: (points, their labels) and boxes, of prompts of one kind."""
+        """Return the official prompt encoder's arguments, (points, labels) and boxes, of prompts of one kind."""
         present = (self.labels != LABEL_ABSENT).all(dim=0)
         coords, labels = self.coords[:, present], self.labels[:, present]
         if bool((labels[:, -1:] == LABEL_BOX_BOTTOM_RIGHT).any()):
@@ -84,7 +84,7 @@ class PromptBatch:
         mask_inputs: Tensor | None,
         device: torch.device,
     ) -> PromptBatch:
-        """Prompts of one kind each, already in the input frame: the official ``predict_torch`` arguments.
+        """Batch prompts of one kind, already in the input frame: the official ``predict_torch`` arguments.
 
         Args:
             points: coordinates [P, N, 2] and labels [P, N].
@@ -115,17 +115,17 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class RaggedChunk:
-    """Some of the prompts of a ragged request, and their places in it."""
+    """Some of the prompts of a ragged request, and their positions in it."""
 
-    places: list[int]
+    positions: list[int]
     batch: PromptBatch
 
     @property
     def rows(self) -> slice | Tensor:
-        """The places as an index of tensors on the batch's device."""
-        if all(later == place + 1 for place, later in pairwise(self.places)):
-            return slice(self.places[0], self.places[-1] + 1)
-        return upload(np.array(self.places, np.int64), self.batch.coords.device)
+        """Return the positions as an index of tensors on the batch's device."""
+        if all(later == position + 1 for position, later in pairwise(self.positions)):
+            return slice(self.positions[0], self.positions[-1] + 1)
+        return upload(np.array(self.positions, np.int64), self.batch.coords.device)
 
 
 def ragged_chunks(
@@ -138,11 +138,11 @@ def ragged_chunks(
 
     Args:
         prompts: for each image its prompts.
-        geometries: one an image.
-        prompts_per_chunk: the most prompts of a chunk.
+        geometries: one per image.
+        prompts_per_chunk: maximum number of prompts per chunk.
 
     Yields:
-        chunks that together hold every prompt once; a place counts prompts image by image.
+        chunks that together hold every prompt once; positions count prompts image by image.
     """
     entries: list[tuple[int, int, np.ndarray, np.ndarray, np.ndarray | None]] = []
     for index, (of_image, geometry) in enumerate(zip(prompts, geometries, strict=True)):
@@ -156,13 +156,13 @@ def ragged_chunks(
 
 
 def _collate(chunk: list[tuple[Any, ...]], with_mask: bool, device: torch.device) -> RaggedChunk:
-    places, images, all_coords, all_labels, masks = zip(*chunk, strict=True)
+    positions, images, all_coords, all_labels, masks = zip(*chunk, strict=True)
     longest = max(len(labels) for labels in all_labels)
     coords = np.zeros((len(chunk), longest, 2), np.float32)
     labels = np.full((len(chunk), longest), LABEL_ABSENT, np.int64)
-    for row, (some_coords, some_labels) in enumerate(zip(all_coords, all_labels, strict=True)):
-        coords[row, : len(some_labels)] = some_coords
-        labels[row, : len(some_labels)] = some_labels
+    for row, (prompt_coords, prompt_labels) in enumerate(zip(all_coords, all_labels, strict=True)):
+        coords[row, : len(prompt_labels)] = prompt_coords
+        labels[row, : len(prompt_labels)] = prompt_labels
     batch = PromptBatch(
         upload(coords, device),
         upload(labels, device),
@@ -170,9 +170,9 @@ def _collate(chunk: list[tuple[Any, ...]], with_mask: bool, device: torch.device
         upload(np.array(images, np.int64), device),
         ragged=bool((labels == LABEL_ABSENT).any()),
     )
-    return RaggedChunk(list(places), batch)
+    return RaggedChunk(list(positions), batch)
 
 
 def upload(table: np.ndarray, device: torch.device) -> Tensor:
-    """Without a wait for the device, where the encoder may still be at work."""
+    """Copy a table to ``device`` without a wait for it: the encoder may still be at work there."""
     return torch.from_numpy(table).to(device, non_blocking=True)

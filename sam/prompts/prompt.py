@@ -23,7 +23,7 @@ class Prompt:
         mask_input: [1, h, w] low-resolution logits, as an earlier prediction returned them.
 
     Raises:
-        TypeError: what is no array of numbers.
+        TypeError: a value is no array of numbers.
         ValueError: points without labels or the reverse, lengths that differ, a label outside {-1, 0, 1}, a wrong
             shape, a box with x1 < x0 or y1 < y0, NaN or infinity, a coordinate further than ``MAX_COORDINATE`` (1e30)
             from 0.
@@ -72,7 +72,7 @@ class Prompt:
             object.__setattr__(self, name, value)
 
     def tokens(self, geometry: ImageGeometry) -> tuple[np.ndarray, np.ndarray]:
-        """Coordinates [S, 2] in the input frame and labels [S], in the order the model was trained with."""
+        """Return coordinates [S, 2] in the input frame and labels [S], in the order the model was trained with."""
         coords, labels = np.empty((0, 2)), np.empty(0, np.int64)
         if self.points is not None:
             coords, labels = self.points, self.labels

@@ -11,22 +11,22 @@ from .labels import LABEL_BOX_BOTTOM_RIGHT, LABEL_BOX_TOP_LEFT, LABEL_PADDING
 
 
 def append_padding_point(points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Points [P, N, 2] and labels [P, N] with the one padding point that a prompt without a box ends with."""
+    """Append the padding point of a prompt without a box to points [P, N, 2] and labels [P, N]."""
     padded_points = torch.cat([points, points.new_zeros(points.shape[0], 1, 2)], dim=1)
     padding = labels.new_full((labels.shape[0], 1), LABEL_PADDING)
     return padded_points, torch.cat([labels, padding], dim=1)
 
 
 def box_labels(corners: Tensor) -> Tensor:
-    """Labels [P, 2] of box corners [P, 2, 2]."""
+    """Return the labels [P, 2] of box corners [P, 2, 2]."""
     pair = torch.arange(LABEL_BOX_TOP_LEFT, LABEL_BOX_BOTTOM_RIGHT + 1, device=corners.device)
     return pair.expand(corners.shape[0], 2)
 
 
 def check_prompts(points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None) -> None:
-    """Raise ``ValueError`` for prompts of values that no model takes.
+    """Raise ``ValueError`` for values of prompts that no model takes.
 
-    Values elsewhere than on the CPU are not read back; those of a graph that is made or of ``torch.func`` cannot be.
+    Only values on the CPU are read; values of traced graphs or of ``torch.func`` cannot be.
     """
     for name, values, check in (
         ("points", points and points[0], check_coordinates),

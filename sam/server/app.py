@@ -1,4 +1,4 @@
-"""The routes."""
+"""The routes of the service, and the steps of one request."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from .bodies import Upload
 from .errors import ApiError
 from .middleware import Gatekeeper
 from .schemas import AutomaticRequest, EmbedRequest, PromptRequest, SegmentRequest, read_document, read_fields
-from .service import Service, unless_gone
+from .service import Service, cancel_on_disconnect
 from .settings import Settings
 from .uploads import decode_image
 
 T = TypeVar("T")
 STATIC = Path(__file__).parent / "static"
-# Answers of up to so many prompts are remembered, so that a next prompt can refer to their masks.
+# Answers of up to this many prompts are stored, so that a later prompt can refer to their masks.
 _REMEMBERED_PROMPTS = 16
-# What is checked, and written, at once; more is left to a thread, so that others are not kept waiting.
+# Up to these sizes a request is validated and answered on the event loop; larger ones go to a thread.
 _SMALL_TEXT, _FEW_PROMPTS, _FEW_RUNS = 2**16, 32, 2**13
 _POLICY = "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
 
 
 def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
-    """The ASGI application around an engine; ``app.state.service`` is its state.
+    """Make the ASGI application around an engine; ``app.state.service`` is its state.
 
     It warms up when it is started and does not close the engine.
     """
@@ -120,7 +120,7 @@ def _add_other_routes(app: FastAPI, service: Service) -> None:
 
 
 def _static(path: Path) -> Callable[[], Awaitable[Response]]:
-    """The file from memory: no request chooses a range or a date of it."""
+    """Serve the file from memory: no request chooses a range or a date of it."""
     content, kind = path.read_bytes(), mimetypes.guess_type(path.name)[0]
     headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"}
 
@@ -136,7 +136,7 @@ async def _answer(
     schema: type[Any],
     work: Callable[[Service, Any, _Subject, str], Awaitable[Response]],
 ) -> Response:
-    """Read, take a place, check, compute; within the deadline and only as long as the client stays."""
+    """Read the body, admit, validate and compute, within the deadline and while the client stays."""
     deadline = asyncio.get_running_loop().time() + service.engine.deadline
     service.check_open()
     try:
@@ -161,13 +161,13 @@ async def _compute(
     deadline: float,
 ) -> Response:
     async def checked_work() -> Response:
-        asked, subject = await _understand(service, schema, upload)
+        parameters, subject = await _validate(service, schema, upload)
         upload.close()
-        return await work(service, asked, subject, request.state.request_id)
+        return await work(service, parameters, subject, request.state.request_id)
 
     try:
         with anyio.fail_after(max(0.001, deadline - asyncio.get_running_loop().time())):
-            response = await unless_gone(request.receive, checked_work)
+            response = await cancel_on_disconnect(request.receive, checked_work)
     except (TimeoutError, engines.DeadlineExceededError):
         raise ApiError("deadline_exceeded") from None
     except engines.QueueFullError:
@@ -182,7 +182,7 @@ async def _compute(
 
 
 class _Subject:
-    """The image that a request is about: an embedding that is kept, or pixels that may become one."""
+    """The image of a request: a cached embedding, or pixels that may become one."""
 
     def __init__(self, key: str, source: ImageEmbedding | KeyedImage) -> None:
         self.key = key
@@ -196,16 +196,16 @@ class _Subject:
         return {"embedding": self.key, "image": {"height": self.size[0], "width": self.size[1]}}
 
 
-async def _understand(service: Service, schema: type[BaseModel], upload: Upload) -> tuple[Any, _Subject]:
-    asked = await service.aside(lambda: _read_text(schema, upload), upload.text_size, _SMALL_TEXT)
-    key = getattr(asked, "embedding", None)
+async def _validate(service: Service, schema: type[BaseModel], upload: Upload) -> tuple[Any, _Subject]:
+    parameters = await service.run_in_thread(lambda: _read_text(schema, upload), upload.text_size, _SMALL_TEXT)
+    key = getattr(parameters, "embedding", None)
     if (key is None) == (upload.image is None):
         raise ApiError("invalid_request", ["image"])
     subject = await _subject(service, key, upload)
-    if isinstance(asked, SegmentRequest):
-        for index, prompt in enumerate(asked.prompts):
+    if isinstance(parameters, SegmentRequest):
+        for index, prompt in enumerate(parameters.prompts):
             _check_inside(prompt, subject.size, index)
-    return asked, subject
+    return parameters, subject
 
 
 def _read_text(schema: type[BaseModel], upload: Upload) -> BaseModel:
@@ -244,7 +244,7 @@ def _check_inside(prompt: PromptRequest, size: tuple[int, int], index: int) -> N
             raise ApiError("out_of_image", ["prompts", index, "box"])
 
 
-async def _embed(service: Service, asked: EmbedRequest, subject: _Subject, request_id: str) -> Response:
+async def _embed(service: Service, parameters: EmbedRequest, subject: _Subject, request_id: str) -> Response:
     await asyncio.wrap_future(service.engine.embed(_pixels(subject)))
     return JSONResponse({"request_id": request_id, **subject.json()})
 
@@ -254,18 +254,20 @@ def _pixels(subject: _Subject) -> KeyedImage:
     return subject.source
 
 
-async def _segment(service: Service, asked: SegmentRequest, subject: _Subject, request_id: str) -> Response:
-    prompts = await service.aside(
-        lambda: [_prompt(service, prompt, subject.key) for prompt in asked.prompts], len(asked.prompts), _FEW_PROMPTS
+async def _segment(service: Service, parameters: SegmentRequest, subject: _Subject, request_id: str) -> Response:
+    prompts = await service.run_in_thread(
+        lambda: [_prompt(service, prompt, subject.key) for prompt in parameters.prompts],
+        len(parameters.prompts),
+        _FEW_PROMPTS,
     )
     remembered = len(prompts) <= _REMEMBERED_PROMPTS
-    future = service.engine.segment(subject.source, prompts, asked.multimask, keep_logits=remembered)
+    future = service.engine.segment(subject.source, prompts, parameters.multimask, keep_logits=remembered)
     answers: list[PromptMasks] = await asyncio.wrap_future(future)
     result = None
     if remembered:
         logits = [answer.low_res_logits for answer in answers if answer.low_res_logits is not None]
         result = service.results.put(subject.key, logits, [answer.best for answer in answers])
-    form, limit = find_format(asked.output), service.settings.max_output_pixels
+    form, limit = find_format(parameters.output), service.settings.max_output_pixels
 
     def respond(check: Callable[[], None]) -> Response:
         masks = outputs.prompt_masks(answers, form, subject.size, limit, check)
@@ -287,10 +289,10 @@ def _prompt(service: Service, prompt: PromptRequest, embedding: str) -> Prompt:
     return wire.from_dict(vars(prompt), mask_input)
 
 
-async def _automatic(service: Service, asked: AutomaticRequest, subject: _Subject, request_id: str) -> Response:
-    options = AutomaticOptions(**asked.model_dump(exclude={"embedding", "output"}))
+async def _automatic(service: Service, parameters: AutomaticRequest, subject: _Subject, request_id: str) -> Response:
+    options = AutomaticOptions(**parameters.model_dump(exclude={"embedding", "output"}))
     records = await asyncio.wrap_future(service.engine.automatic(subject.source, options))
-    form, limit = find_format(asked.output), service.settings.max_output_pixels
+    form, limit = find_format(parameters.output), service.settings.max_output_pixels
 
     def respond(check: Callable[[], None]) -> Response:
         masks = outputs.automatic_masks(records, form, subject.size, limit, check)
@@ -313,7 +315,7 @@ def _masks_response(
 
 
 def _describe(engine: Engine) -> dict[str, Any]:
-    """Metadata in the form of the Open Inference Protocol."""
+    """Return metadata in the form of the Open Inference Protocol."""
     model = engine.model
     return {
         "name": model.name,

@@ -1,4 +1,4 @@
-"""From the bytes of a request to its parts, never holding more than the limits allow."""
+"""Bodies of requests, read into their parts within limits of size and time."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .settings import MEBIBYTE, Settings
 
 # Bytes of a body that are read without one of the places for large bodies.
 SMALL_BODY = 2**16
-# Bytes a second that a body must come at, after a grace of `Settings.body_seconds`.
-LEAST_RATE = 2**15
+# Bytes per second at which a body must arrive, after a grace of `Settings.body_seconds`.
+MIN_RATE = 2**15
 _MAX_FIELDS = 8
 _MAX_CONTENT_TYPE = 512
 # Larger pieces are parsed in a thread, and so many bytes at a time.
@@ -34,12 +34,12 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Upload:
-    """The parts of a request.
+    """The parts of one request.
 
     Attributes:
         image: a file that holds it; over a mebibyte it lies on disk.
         text: a JSON document, or the text of each other part.
-        close: gives back what it takes; may be called again.
+        close: releases memory and disk; may be called again.
     """
 
     image: BinaryIO | None
@@ -52,7 +52,7 @@ class Upload:
 
 
 class BodyReader:
-    """Reads bodies: large ones a few at a time, all of them together within a budget of bytes.
+    """Read bodies: large ones a few at a time, all together within a budget of bytes.
 
     Attributes:
         held: bytes of bodies that are being read, or whose images are not decoded.
@@ -69,7 +69,7 @@ class BodyReader:
         """Read the body of a request, multipart or JSON; the caller closes it.
 
         Args:
-            deadline: on the event loop's clock; a body that lags behind :data:`LEAST_RATE` is given up earlier.
+            deadline: on the event loop's clock; a body that lags behind :data:`MIN_RATE` is given up earlier.
 
         Raises:
             ApiError: too large, too slow, cut off, of another type, or not readable.
@@ -96,14 +96,14 @@ class BodyReader:
                 scope.deadline = min(deadline, begun + self.settings.body_seconds)
                 async for piece in request.stream():
                     self._count(body, len(piece))
-                    # What it waits for a place and for the parser is not the client's time.
+                    # Time spent waiting for a place and for the parser is not the client's.
                     before, scope.deadline, waiting = clock(), deadline, True
                     if body.received > SMALL_BODY and not large:
                         await self.large.acquire_on_behalf_of(request)
                         large = True
                     await self._feed(body, piece)
                     begun, waiting = begun + clock() - before, False
-                    grace = self.settings.body_seconds + body.received / LEAST_RATE
+                    grace = self.settings.body_seconds + body.received / MIN_RATE
                     scope.deadline = min(deadline, begun + grace)
         except TimeoutError:
             raise ApiError("queue_full" if waiting else "request_timeout") from None
@@ -127,7 +127,7 @@ class BodyReader:
 
 
 def _body_for(request: Request, settings: Settings) -> _Document | _Form:
-    """An empty body of the kind that the headers announce; nothing else of them is believed."""
+    """Make an empty body of the kind that the headers announce; nothing else of them is believed."""
     if any(coding.strip().lower() != "identity" for coding in request.headers.getlist("content-encoding")):
         raise ApiError("unsupported_media_type")
     kinds = request.headers.getlist("content-type")
@@ -148,7 +148,7 @@ def _body_for(request: Request, settings: Settings) -> _Document | _Form:
 
 
 def _check_charset(parameters: dict[bytes, bytes]) -> None:
-    """Text is UTF-8; a codec that a client names is never looked up."""
+    """Refuse a charset other than UTF-8; a codec that a client names is never looked up."""
     if parameters.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
         raise ApiError("unsupported_media_type")
 

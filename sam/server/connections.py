@@ -1,4 +1,4 @@
-"""Limits of connections that uvicorn does not set: of their number, of heads, of pieces, of answers not read."""
+"""Limits of connections that uvicorn does not have: their number, heads, pieces of bodies and unread answers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from .settings import Settings
 
 MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED = 2**15, 100, 8
-# So many pieces of a body may be tiny; each costs a call of Python, and a chunk of HTTP can hold a single byte.
+# This many pieces of a body may be tiny; each costs a call of Python, and a chunk of HTTP can hold a single byte.
 MAX_TINY_PIECES, TINY_PIECE = 1024, 64
-# Bytes a second at which an answer must be read.
-LEAST_RATE = 2**12
+# Bytes per second at which an answer must be read.
+MIN_RATE = 2**12
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -23,8 +23,8 @@ class Connections:
     """The connections of one server, at most ``settings.max_connections``.
 
     Attributes:
-        waiting: those that the service waits for, for a head or a body; the longest silent first.
-        unread: those whose answers wait to be read, the oldest first.
+        waiting: connections whose head or body the service waits for, the longest silent first.
+        unread: connections whose answers wait to be read, the oldest first.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -38,7 +38,7 @@ class Connections:
         return Connection(self, **arguments)
 
     def add(self, connection: Connection) -> bool:
-        """Take it in, in place of the one that was silent for the longest; False if all are being answered."""
+        """Accept a connection, in place of the one silent for the longest; return False if all are being answered."""
         while len(self.open) >= self.settings.max_connections:
             if not self.waiting:
                 return False
@@ -94,12 +94,12 @@ class Connection(HttpToolsProtocol):
         self._in_head = True
         # Bytes since the parser last got anywhere: at the end of a head, in a body, at the end of a request.
         self._unparsed = 0
-        # What it found of the request.
+        # Counts of the request so far.
         self._head_bytes = self._headers = self._pieces = self._body_bytes = 0
 
     @property
     def unread_bytes(self) -> int:
-        """Bytes of answers that the client's side has not taken yet."""
+        """Return the number of bytes of answers that the client has not read yet."""
         return self.transport.get_write_buffer_size()
 
     def give_up(self) -> None:
@@ -136,7 +136,7 @@ class Connection(HttpToolsProtocol):
             self.send_400_response("The head of the request, a trailer or a chunk's extension is too large.")
 
     def head_without_upgrade(self) -> bytes:
-        """The head that was just parsed, once more."""
+        """Return the head that was just parsed, without the field Upgrade."""
         line = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
         fields = [b"%b: %b\r\n" % field for field in self.headers if field[0] != b"upgrade"]
         return b"".join([line, *fields, b"\r\n"])
@@ -234,12 +234,12 @@ class Connection(HttpToolsProtocol):
         left = self.unread_bytes
         if left == 0:
             self._all.unread.pop(self, None)
-        elif before - left < LEAST_RATE * self._settings.unread_seconds and before >= left:
+        elif before - left < MIN_RATE * self._settings.unread_seconds and before >= left:
             self.give_up()
         else:
             self._await_reader()
 
 
 def as_protocol_class(connections: Connections) -> type[asyncio.Protocol]:
-    """What ``uvicorn.Config`` takes as ``http``: it only calls it."""
+    """Return the factory of connections as the class that ``uvicorn.Config`` declares; it only calls it."""
     return cast("type[asyncio.Protocol]", connections.protocol)

@@ -1,4 +1,4 @@
-"""Every error a client can see: a fixed code, a fixed sentence, and never the text of an exception."""
+"""Errors that clients see: a fixed code and a fixed sentence, never the text of an exception."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ KINDS: dict[str, _Kind] = {
 
 
 class ApiError(Exception):
-    """Ends a request with one of :data:`KINDS`; ``where`` is the path to the value in the request."""
+    """End a request with one of :data:`KINDS`; ``where`` is the path to the value in the request."""
 
     def __init__(self, code: str, where: Sequence[str | int] | None = None) -> None:
         super().__init__(code)

@@ -1,4 +1,4 @@
-"""What Prometheus reads. Each service has a registry of its own."""
+"""Metrics for Prometheus; each service has a registry of its own."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
 class Metrics:
+    """Counters, gauges and histograms of one service."""
+
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter("sam_requests", "Requests answered.", ["route", "status"], registry=self.registry)
@@ -36,6 +38,7 @@ class Metrics:
             self.requests.labels(route, str(status))
 
     def render(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 

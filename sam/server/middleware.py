@@ -1,4 +1,4 @@
-"""What happens to every request before and after its route: an id, the token, a log line, metrics."""
+"""Steps of every request before and after its route: an id, the token, a log line, metrics."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ log = logging.getLogger("sam.server")
 OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
-# All that the routes read. The rest is left here: frameworks parse cookies, ranges and queries for whoever asks.
+# All that the routes read. Other headers are dropped: frameworks would parse cookies, ranges and queries.
 _READ_BY_ROUTES = (b"content-type", b"content-encoding", b"content-length")
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+?)\.?(?::[0-9]*)?")
 _CLIENT_LEFT = 499
 
 
 class Gatekeeper:
-    """ASGI middleware; its answers carry ``X-Request-ID``, the client's own if that is a plain one."""
+    """ASGI middleware that admits or refuses; answers carry ``X-Request-ID``, the client's own if it is plain."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app = app
@@ -107,14 +107,17 @@ class Gatekeeper:
 
 
 def _name_of(hosts: list[str]) -> str | None:
-    """The name or address in the one Host header, in lower case; None if there is no such name."""
+    """Return the name or address in the one Host header, in lower case; None if there is none."""
     found = _HOST.fullmatch(hosts[0].lower()) if len(hosts) == 1 else None
     return found[1] if found else None
 
 
 def _is_foreign(headers: Headers) -> bool:
-    """Whether a page of another site asks. Browsers say so by Sec-Fetch-Site, but only to https and this machine;
-    else by Origin, which they send with every POST."""
+    """Tell whether a page of another site sent the request.
+
+    Browsers say so by Sec-Fetch-Site, but only to https and this machine; else by Origin, which they send with every
+    POST.
+    """
     sites = headers.getlist("sec-fetch-site")
     if sites:
         return any(site not in ("same-origin", "none") for site in sites)
@@ -124,7 +127,7 @@ def _is_foreign(headers: Headers) -> bool:
 
 
 def _shows_token(authorization: str, token: str) -> bool:
-    """``Bearer TOKEN``, or for browsers ``Basic`` with the token as the password."""
+    """Check ``Bearer TOKEN``, or for browsers ``Basic`` with the token as the password."""
     scheme, _, credentials = authorization.partition(" ")
     shown = b""
     if scheme.lower() == "bearer":

@@ -1,4 +1,4 @@
-"""What OpenAPI says of the routes beyond their names: bodies, answers, examples."""
+"""OpenAPI descriptions of the routes: bodies, answers, examples."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _REFUSALS = (400, 401, 403, 408, 413, 415, 422, 503, 504, 507)
 
 
 def route(name: str) -> dict[str, Any]:
-    """Keyword arguments of a route's decorator."""
+    """Return the keyword arguments of a route's decorator."""
     refusals = [401, 403]
     if name in _SCHEMAS:
         refusals = [*_REFUSALS] if name == "embed" else [*_REFUSALS, 404]
@@ -141,7 +141,7 @@ def _body(name: str) -> dict[str, Any]:
 
 
 def _inline(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema without references, which would point outside the request's place in the document."""
+    """Return the schema without references, which would point outside the request's place in the document."""
     definitions = schema.pop("$defs", {})
 
     def resolve(node: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The process: listen, drain on SIGTERM, end with a status that says why."""
+"""The process of the service: listen, drain on SIGTERM, end with a status that says why."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _BACKLOG, _OTHER_FILES = 128, 64
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
+    """Format records as JSON, one object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
         ours = record.name == log.name
@@ -111,7 +111,7 @@ class _Server(uvicorn.Server):
 
 
 def configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    """How uvicorn serves the application: HTTP is parsed in C, within the limits of :mod:`.connections`."""
+    """Return uvicorn's configuration: HTTP is parsed in C, within the limits of :mod:`.connections`."""
     return uvicorn.Config(
         app, settings.host, settings.port, log_config=None, access_log=False, server_header=False, proxy_headers=False,
         http=as_protocol_class(Connections(settings)), ws="none", loop="asyncio", backlog=_BACKLOG,
@@ -165,7 +165,7 @@ def _log_as_json() -> None:
 
 
 def _within_descriptors(settings: Settings) -> Settings:
-    """Fewer connections where the process may not open so many files: each can have an upload on disk beside it."""
+    """Lower the number of connections to the files this process may open: each can have an upload on disk beside it."""
     if resource is None:
         return settings
     allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -180,14 +180,14 @@ def _within_descriptors(settings: Settings) -> Settings:
 
 
 def _end_after(seconds: float) -> None:
-    """Let the system end this process after so many seconds, never for 0; where there is no such timer, nothing."""
+    """Let the system end this process after ``seconds``; 0 cancels that. Without such a timer do nothing."""
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _threads_are_left(before: set[threading.Thread]) -> bool:
-    """Whether threads of the service still run a moment after they were told to end."""
+    """Tell whether threads of the service still run a moment after they were told to end."""
     others = [each for each in threading.enumerate() if each not in before]
     for each in others:
         each.join(_SPARE_SECONDS / len(others))

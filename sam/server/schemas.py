@@ -1,4 +1,4 @@
-"""The JSON of requests, checked strictly."""
+"""Schemas of requests, validated strictly."""
 
 from __future__ import annotations
 
@@ -69,13 +69,15 @@ class PromptRequest(_Strict):
 
 
 class EmbedRequest(_Strict):
-    """Nothing but the image."""
+    """A request that holds nothing but the image."""
 
 
 Prompts = Annotated[list[PromptRequest], Field(min_length=1, max_length=wire.MAX_PROMPTS, fail_fast=True)]
 
 
 class SegmentRequest(_Strict):
+    """Prompts on one image."""
+
     embedding: Identifier | None = Field(None, description="of an earlier answer, in place of the image")
     prompts: Prompts
     multimask: StrictBool = Field(True, description="three masks per prompt instead of one")
@@ -83,6 +85,8 @@ class SegmentRequest(_Strict):
 
 
 class AutomaticRequest(_Strict):
+    """Options of masks of everything on one image."""
+
     embedding: Identifier | None = Field(None, description="of an earlier answer, in place of the image")
     points_per_side: Annotated[StrictInt, Field(ge=1, le=64)] = 32
     pred_iou_thresh: Share = 0.88
@@ -95,15 +99,15 @@ _NAMES = {
     name for model in (MaskReference, PromptRequest, SegmentRequest, AutomaticRequest) for name in model.model_fields
 }
 _PROMPTS = TypeAdapter(Prompts)
-# What is text also where it looks like a number.
+# Fields that are text even if they look like a number.
 _TEXTS = ("embedding", "output")
 _MAX_SMALL_TEXT = 1024
-# How often these stand in the largest document that is valid, with room to spare: a parser's time goes by them.
+# How often these occur in the largest valid document, with a margin: they determine a parser's time.
 _MOST = {"[": 2**17, "{": 2**13, ",": 2**18, '"': 2**15, ":": 2**13}
 
 
 def read_document(schema: type[Request], document: bytes) -> Request:
-    """A JSON document as a ``schema``; the error names the place, never what stood there.
+    """Validate a JSON document; the error names the place, never the value.
 
     Raises:
         ApiError: no JSON in UTF-8, or not of the schema.
@@ -120,7 +124,7 @@ def read_document(schema: type[Request], document: bytes) -> Request:
 
 
 def read_fields(schema: type[Request], fields: dict[str, str]) -> Request:
-    """The fields of a form as a ``schema``. Each is JSON where it is JSON, else text: ``output=png`` needs no quotes.
+    """Validate the fields of a form. Each is JSON if it parses as JSON, else text: ``output=png`` needs no quotes.
 
     Raises:
         ApiError: not of the schema.
@@ -144,7 +148,7 @@ def read_fields(schema: type[Request], fields: dict[str, str]) -> Request:
 
 
 def _check_effort(text: str) -> None:
-    """Refuse what would take a parser long: it stops every other thread meanwhile."""
+    """Refuse text that would keep a parser busy: every other thread waits meanwhile."""
     if any(text.count(sign) > most for sign, most in _MOST.items()):
         raise ApiError("invalid_request", [])
 

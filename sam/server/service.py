@@ -1,4 +1,4 @@
-"""The state that the routes share: the engine, whether it may be asked, and what is kept between requests."""
+"""The state that the routes share: the engine, whether it takes requests, and results kept between them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _IDLE_SECONDS = 5.0
 
 
 class ResultStore:
-    """Low-resolution logits of late answers by id, the oldest out first, under a budget of bytes."""
+    """Low-resolution logits of recent answers by id, evicted oldest first under a budget of bytes."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -41,7 +41,7 @@ class ResultStore:
         self._entries: OrderedDict[str, tuple[str, list[np.ndarray], list[int]]] = OrderedDict()
 
     def put(self, embedding: str, logits: list[np.ndarray], best: list[int]) -> str | None:
-        """An id for them; None if they are larger than the budget."""
+        """Store the logits and return their id; None if they are larger than the budget."""
         size = sum(array.nbytes for array in logits)
         if size > self.budget:
             return None
@@ -54,7 +54,7 @@ class ResultStore:
         return key
 
     def mask_input(self, key: str, embedding: str, prompt: int, mask: int | None) -> np.ndarray:
-        """[1, h, w] logits of one mask; the best one for None.
+        """Return the logits [1, h, w] of one mask; of the best one for None.
 
         Raises:
             ApiError: no such result on this embedding.
@@ -74,7 +74,7 @@ class Service:
 
     Attributes:
         stop: called when the model failed, so that the process can end.
-        in_flight: requests to the model that were let in and are not answered.
+        in_flight: number of requests to the model that were admitted and are not answered.
     """
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
@@ -93,7 +93,7 @@ class Service:
         self._decoding = anyio.CapacityLimiter(2)
         # So is an answer of masks of the largest size; more at once would all be late.
         self._encoding = anyio.CapacityLimiter(2)
-        self._aside = anyio.CapacityLimiter(4)
+        self._threads = anyio.CapacityLimiter(4)
         self._answering: set[anyio.CancelScope] = set()
         engine.on_failure = self._model_failed
 
@@ -102,7 +102,7 @@ class Service:
         return self.warm and not self.draining and self.engine.failure is None
 
     def start(self) -> None:
-        """Warm up beside the event loop that is running; ready once that is done."""
+        """Warm up in a thread; the service is ready once that is done."""
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._warm_up, name="sam-warm-up", daemon=True).start()
 
@@ -128,7 +128,7 @@ class Service:
         """Refuse a request before its body is read, if it would be refused now.
 
         Raises:
-            ApiError: why nobody is let in.
+            ApiError: the service takes no requests now; the code says why.
         """
         if self.engine.failure is not None:
             raise ApiError("model_failed")
@@ -140,7 +140,7 @@ class Service:
             raise ApiError("queue_full")
 
     def admit(self) -> None:
-        """Let one request to the model in, whose body is there.
+        """Admit one request to the model, whose body has arrived.
 
         Raises:
             ApiError: as :meth:`check_open`.
@@ -163,10 +163,10 @@ class Service:
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """What is within is given up when the time to drain is over.
+        """Cancel the block when the time to drain is over.
 
         Raises:
-            ApiError: it was.
+            ApiError: it was cancelled.
         """
         with anyio.CancelScope() as scope:
             self._answering.add(scope)
@@ -178,7 +178,7 @@ class Service:
             raise ApiError("draining")
 
     async def drain(self) -> None:
-        """Let nobody in any more and wait for those inside; who is not answered by then is told so."""
+        """Admit no more requests and wait for those in flight; late ones get the error ``draining``."""
         self.draining = True
         log.info("draining", extra={"fields": {"in_flight": self.in_flight}})
         until = asyncio.get_running_loop().time() + self.settings.drain_seconds
@@ -188,28 +188,28 @@ class Service:
             scope.cancel()
 
     async def decode(self, work: Callable[[], T]) -> T:
-        """``work()``, which checks for its end itself, in one of a few threads."""
-        return await _in_thread(work, self._decoding)
+        """Run ``work()`` in one of a few threads; it checks for cancellation itself."""
+        return await _run_limited(work, self._decoding)
 
     async def encode(self, work: Callable[[Callable[[], None]], T]) -> T:
-        """``work(check)`` in one of a few threads; ``check``, to be called now and then, raises once nobody waits."""
-        return await _in_thread(lambda: work(anyio.from_thread.check_cancelled), self._encoding)
+        """Run ``work(check)`` in one of a few threads; ``check``, called now and then, raises once nobody waits."""
+        return await _run_limited(lambda: work(anyio.from_thread.check_cancelled), self._encoding)
 
-    async def aside(self, work: Callable[[], T], size: int = 1, small: int = 0) -> T:
-        """``work()`` in another thread, unless it is so small that the way there would take longer."""
+    async def run_in_thread(self, work: Callable[[], T], size: int = 1, small: int = 0) -> T:
+        """Run ``work()`` in another thread, or here if its ``size`` is ``small``: the way there would take longer."""
         if size <= small:
             return work()
-        return await _in_thread(work, self._aside)
+        return await _run_limited(work, self._threads)
 
 
-async def _in_thread(work: Callable[[], T], limiter: anyio.CapacityLimiter) -> T:
+async def _run_limited(work: Callable[[], T], limiter: anyio.CapacityLimiter) -> T:
     result = await anyio.to_thread.run_sync(work, limiter=limiter)
     await anyio.lowlevel.checkpoint_if_cancelled()  # the client may have left while nothing could be cancelled
     return result
 
 
 def warm_up(engine: Engine, every_size: bool) -> None:
-    """Ask what requests can ask, so that the first of them does not wait.
+    """Run every kind of request once, so that the first one does not wait.
 
     Where kernels are compiled, ``every_size`` of a batch is run: none is compiled for a request.
     """
@@ -230,10 +230,10 @@ def warm_up(engine: Engine, every_size: bool) -> None:
     engine.automatic(embedding, everything, deadline=limit).result(limit)
 
 
-async def unless_gone(receive: Callable[[], Awaitable[object]], work: Callable[[], Awaitable[T]]) -> T | None:
-    """What ``work`` gives, or None as soon as the client has left; then it is cancelled, or not begun at all.
+async def cancel_on_disconnect(receive: Callable[[], Awaitable[object]], work: Callable[[], Awaitable[T]]) -> T | None:
+    """Return the result of ``work``, or None as soon as the client has left: the work is cancelled or not begun.
 
-    ``receive`` is the ASGI channel after the whole body was read: what it gives next is the disconnect.
+    ``receive`` is the ASGI channel after the whole body was read: its next message is the disconnect.
     """
     with anyio.CancelScope() as scope:
         listener = asyncio.ensure_future(receive())
@@ -243,7 +243,7 @@ async def unless_gone(receive: Callable[[], Awaitable[object]], work: Callable[[
 
         listener.add_done_callback(leave)
         try:
-            await asyncio.sleep(0)  # who left while the image was decoded is known to have left now
+            await asyncio.sleep(0)  # a client that left while the image was decoded is known to have left now
             return None if listener.done() else await work()
         finally:
             listener.remove_done_callback(leave)

@@ -1,4 +1,4 @@
-"""What a service may be told, and the limits it keeps by default."""
+"""Settings of the service, and its limits by default."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ MEBIBYTE = 2**20
 
 @dataclass(frozen=True)
 class Settings:
-    """
+    """Settings of one service.
+
     Attributes:
         host, port: where to listen; port 0 takes a free one.
-        token: what clients must show; None lets everyone in.
+        token: secret that clients send; None lets everyone in.
         insecure: listen beyond this machine without a token.
-        max_body_bytes: of a request, counted as they arrive.
-        max_text_bytes: of the JSON in it.
+        max_body_bytes: size of a request, counted as it arrives.
+        max_text_bytes: size of the JSON in it.
         max_pixels: of an image, read from its header before anything is decoded.
-        max_output_pixels: of all masks of an answer of pictures or arrays.
-        result_cache_bytes: of low-resolution logits kept as mask inputs for later prompts.
-        drain_seconds: to answer what was accepted before the process ends.
-        max_connections: open at a time; the one that has kept the service waiting the longest makes room for the next.
-        max_uploads: bodies of more than 64 KiB that are read at a time.
-        max_held_bytes: of all bodies, in memory or on disk, from their first byte until the image is decoded.
-        max_unread_bytes: of answers that clients do not read; the oldest is given up for the next.
-        head_seconds: for a request's head to come, and for the next one on a connection to begin.
-        body_seconds: by which a body may lag behind 32 KiB a second.
-        unread_seconds: in which a client must read some of its answer.
+        max_output_pixels: pixels of all masks of an answer whose format needs them.
+        result_cache_bytes: size of all low-resolution logits stored as mask inputs for later prompts.
+        drain_seconds: time to answer accepted requests before the process ends.
+        max_connections: connections open at a time; the longest silent one is closed for the next.
+        max_uploads: number of bodies of more than 64 KiB that are read at a time.
+        max_held_bytes: size of all bodies, in memory or on disk, from their first byte until the image is decoded.
+        max_unread_bytes: size of all answers that clients have not read; the oldest is dropped for the next.
+        head_seconds: time for a request's head to arrive, and for the next one on a connection to begin.
+        body_seconds: time by which a body may lag behind 32 KiB per second.
+        unread_seconds: time in which a client must read some of its answer.
     """
 
     host: str = "127.0.0.1"
@@ -60,7 +61,7 @@ class Settings:
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine can reach the service."""
+        """Tell whether only this machine can reach the service."""
         if self.host == "localhost":
             return True
         try:

@@ -1,4 +1,4 @@
-"""From the bytes of an upload to an image."""
+"""Images of uploads, decoded within limits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def decode_image(file: BinaryIO, max_pixels: int, check_cancelled: Callable[[], 
     """Decode a JPEG, PNG or WebP file -> [H, W, 3] uint8 RGB, upright; alpha is dropped.
 
     Args:
-        check_cancelled: called now and then while it decodes; what it raises ends the decoding.
+        check_cancelled: called now and then; an exception from it ends the decoding.
 
     Raises:
         ApiError: another format, more pixels than the limit (by the header, before decoding), or damaged.
