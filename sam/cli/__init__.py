@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None and hasattr(args, "prepare"):
         args.prepare()
     try:
+        if hasattr(args, "check"):
+            args.check(args)
         # The work of a command, and with it torch, is imported only now: options and their errors need none of it.
         status = import_module(f".{args.command}", __name__).run(args)
     except (ValueError, TypeError, OSError, ImportError) as error:

@@ -70,6 +70,12 @@ def add_segment(commands: Any) -> None:
     _add_format(parser, "png: one PNG per mask, with run lengths in the JSON")
     parser.add_argument("--force", action="store_true", help="replace also what something else than this image made")
     _add_common(parser, megapixels=True)
+    parser.set_defaults(check=_check_segment)
+
+
+def _check_segment(args: argparse.Namespace) -> None:
+    if not args.point and args.box is None:
+        raise ValueError("nothing to segment: give --point X,Y or --box X0,Y0,X1,Y1")
 
 
 def add_auto(commands: Any) -> None:

@@ -61,8 +61,6 @@ class _Target:
 
 def run(args: argparse.Namespace) -> None:
     """Segment one image and write its results."""
-    if not args.point and args.box is None:
-        raise ValueError("nothing to segment: give --point X,Y or --box X0,Y0,X1,Y1")
     prompt = wire.from_clicks(args.point, args.box)
     image = read_image(args.image, args.max_megapixels or None)
     out, target = Path(args.out), _Target.of(args)
