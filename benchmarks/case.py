@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastsam_kernels.numerics import relative_error
 from fastsam_kernels.triton.launch import Launch, Launches
 from fastsam_kernels.triton.tiles import TileConfig
 
@@ -95,13 +96,9 @@ def parts(result: Result) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def relative_error(some: Result, truth: Result) -> float:
-    """Relative L2 of the worst part; infinite when something is not finite."""
-    errors = [
-        float((part.double() - exact.double()).norm() / exact.double().norm())
-        for part, exact in zip(parts(some), parts(truth), strict=True)
-    ]
-    return max(error if error == error else float("inf") for error in errors)  # NaN differs from itself
+def worst_error(found: Result, truth: Result) -> float:
+    """Return the relative error of the worst part; infinity when something is not finite."""
+    return max(relative_error(part, exact) for part, exact in zip(parts(found), parts(truth), strict=True))
 
 
 def rows_of(result: Result, rows: list[int]) -> Result:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from fastsam_kernels.numerics import Budget
 from sam.system.atomic_write import write_atomically
 
-from .case import Case, Problem, Result, parts, relative_error, rows_of
+from .case import Case, Problem, Result, parts, rows_of, worst_error
 from .cases import jobs
 from .measure import Timing, limit_ms, peak_memory, time_forms
 from .peers import PEERS
@@ -30,8 +31,7 @@ class Row:
     """One form of one case.
 
     Attributes:
-        error, budget: relative L2 against fp64, and what it may be: twice that of plain PyTorch in the same dtype
-            and the rounding of that dtype.
+        error, budget: relative L2 against fp64, and the limit of its :class:`Budget`.
         percent_of_limit: the machine's limit over the time.
         peak_bytes: memory beyond the inputs; None where it was in another process.
         speedup: over the reference, of medians; None for red numerics.
@@ -70,7 +70,7 @@ def run_case(case: Case, device: torch.device, dtype: torch.dtype, seconds: floa
     if compiled and problem.compile:
         forms[COMPILED] = _compile(problem)
     errors = form_errors(problem, forms)
-    budget = error_budget(errors[BASELINE], dtype)
+    budget = Budget(errors[BASELINE], dtype).limit
     memory = {name: peak_memory(form, device) if problem.here else None for name, form in forms.items()}
     timings = time_forms(forms, device, seconds, case.runs)
     limit = limit_ms(problem.work, device, dtype)
@@ -97,12 +97,7 @@ def run_case(case: Case, device: torch.device, dtype: torch.dtype, seconds: floa
 def form_errors(problem: Problem, forms: dict[str, Callable[[], Result]]) -> dict[str, float]:
     """Relative L2 error of each form on the problem's rows; infinite when something is not finite."""
     truth = parts(problem.truth())
-    return {name: relative_error(rows_of(form(), problem.rows), truth) for name, form in forms.items()}
-
-
-def error_budget(baseline: float, dtype: torch.dtype) -> float:
-    """Twice the error of plain PyTorch in the same dtype, and the rounding of one operation."""
-    return 2 * baseline + torch.finfo(dtype).eps
+    return {name: worst_error(rows_of(form(), problem.rows), truth) for name, form in forms.items()}
 
 
 def name_of(dtype: torch.dtype) -> str:

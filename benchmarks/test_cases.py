@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from fastsam_kernels.numerics import Budget
+
 from .case import Case
 from .cases import GROUPS
-from .runner import error_budget, form_errors
+from .runner import form_errors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if DEVICE.type == "cuda" else [torch.float32]
@@ -26,7 +28,7 @@ def test_case(benchmark: Any, case: Case, form: str, dtype: torch.dtype) -> None
         if form not in problem.forms:
             pytest.skip(f"no {form} form on {DEVICE}")
         errors = form_errors(problem, {name: problem.forms[name] for name in ("reference", form)})
-        assert errors[form] <= error_budget(errors["reference"], dtype)
+        assert errors[form] <= Budget(errors["reference"], dtype).limit
 
         def run() -> None:
             problem.forms[form]()

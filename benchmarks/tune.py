@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from fastsam_kernels.numerics import Budget
 from fastsam_kernels.triton.tiles import TILE_FOLDER, TileConfig, arch_of, architectures, lookup
 from sam.system.atomic_write import write_atomically
 
-from .case import Result, TuneProblem, parts, relative_error, rows_of
+from .case import Result, TuneProblem, parts, rows_of, worst_error
 from .measure import time_forms
 from .provenance import describe, provenance
-from .runner import error_budget, name_of
+from .runner import name_of
 from .tuning_plan import FINALISTS, Planned, compile_all, counting, in_a_line, planned
 
 
@@ -40,7 +41,7 @@ class Trial:
 def try_all(problem: TuneProblem, device: torch.device, seconds: float) -> list[Trial]:
     """Check every candidate, then time the right ones, the fastest few side by side."""
     truth, plain = parts(problem.truth()), parts(problem.plain())
-    budget = error_budget(relative_error(plain, truth), plain[0].dtype)
+    budget = Budget(worst_error(plain, truth), plain[0].dtype).limit
     rejected, right = [], []
     for tile in tqdm(problem.candidates, desc="check", disable=None, leave=False):
         reason = _check(problem, tile, truth, budget)
@@ -67,7 +68,7 @@ def _check(problem: TuneProblem, tile: TileConfig, truth: Result, budget: float)
     (problem.reset or partial(_poison, problem.out))()
     try:
         problem.launch(tile).run()
-        error = relative_error(rows_of(problem.out, problem.rows), truth)
+        error = worst_error(rows_of(problem.out, problem.rows), truth)
     except Exception as failure:  # out of shared memory or registers, or the compiler gave up
         return in_a_line(failure)
     return "" if error <= budget else f"error {error:.1e} over {budget:.1e}"

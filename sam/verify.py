@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsam_kernels.numerics import Budget, relative_error
+
 from .embedding import ImageEmbedding
 from .inference.decode import fused_parts
 from .inference.fused_decoder import DecodedPrompts, decode_masks, project_images
@@ -73,9 +75,8 @@ class _Models:
     ) -> Check:
         """``run`` on each of them; ``dtype`` is that of the arithmetic where it is not the model's."""
         found, plain, truth = (run(model).double() for model in (self.ours, self.plain, self.truth))
-        error, noise = _distance(found, truth), _distance(plain, truth)
-        rounding = torch.finfo(dtype or self.ours.dtype).eps
-        budget = 2 * noise + max(rounding, torch.finfo(torch.float32).eps)
+        error, noise = relative_error(found, truth), relative_error(plain, truth)
+        budget = Budget(noise, dtype or self.ours.dtype).limit
         return Check(operation, case, error, noise, budget, _least_iou(found, truth) if masks else None)
 
 
@@ -226,11 +227,6 @@ def drawn_image(side: int) -> np.ndarray:
         inside = 1 / (1 + np.exp(40 * (np.hypot(row - y, column - x) / radius - 1)))
         image += inside[..., None] * (rng.uniform(0, 255, 3) - image)
     return image.clip(0, 255).astype(np.uint8)
-
-
-def _distance(some: Tensor, truth: Tensor) -> float:
-    error = float((some - truth).norm() / truth.norm())
-    return error if error == error else float("inf")  # NaN differs from itself
 
 
 def _least_iou(some: Tensor, truth: Tensor) -> float:

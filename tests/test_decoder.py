@@ -14,6 +14,7 @@ from torch import Tensor
 
 import sam
 from fastsam_kernels import MAX_TOKENS, AbsorbedTokens, ImageTokens
+from fastsam_kernels.numerics import Budget
 from sam import ImageEmbedding, Prompt, Sam
 from sam.inference import fused_decoder, fused_transformer
 from sam.inference.packed_weights import pack_decoder
@@ -51,7 +52,7 @@ def assert_decoder_within_budget(
     dtype: torch.dtype = torch.float32,
     make: Callable[[], Sam] = lambda: random_model(TINY),
 ) -> None:
-    """Twice the error of the modules in the same dtype, and one rounding."""
+    """Hold the decoder to the budget; its baseline are the modules in the same dtype."""
     truth_model = make().double()
     truth_model.kernels = "reference"
     model = make().to(dtype=dtype)
@@ -66,8 +67,8 @@ def assert_decoder_within_budget(
     baseline = relative_l2(outputs(model, embeddings, prompts, multimask), truth)
     model.kernels = kernels
     error = relative_l2(outputs(model, embeddings, prompts, multimask), truth)
-    budget = 2 * baseline + torch.finfo(dtype).eps
-    assert error <= budget, f"{kernels}: {error:.2e} is over the budget of {budget:.2e} (modules {baseline:.2e})"
+    limit = Budget(baseline, dtype).limit
+    assert error <= limit, f"{kernels}: {error:.2e} is over the budget of {limit:.2e} (modules {baseline:.2e})"
 
 
 @pytest.mark.parametrize("multimask", [True, False])

@@ -16,6 +16,7 @@ from models import TINY, random_image, random_model
 from torch import Tensor
 
 import sam
+from fastsam_kernels.numerics import Budget
 from sam import Prompt, Sam
 from sam.images.prepare import prepare_image
 from sam.inference import Graphs, Runtime
@@ -59,8 +60,8 @@ def test_model_within_budget(name: str, kernels: str, dtype: torch.dtype) -> Non
     found = outputs(model, image)
     for what, expected in truth.items():
         error, baseline = relative_l2(found[what], expected), relative_l2(plain[what], expected)
-        budget = 2 * baseline + torch.finfo(dtype).eps
-        assert error <= budget, f"{what}: {error:.2e} is over the budget of {budget:.2e} (plain {baseline:.2e})"
+        limit = Budget(baseline, dtype).limit
+        assert error <= limit, f"{what}: {error:.2e} is over the budget of {limit:.2e} (plain {baseline:.2e})"
 
 
 def test_auto_is_triton_after_a_move() -> None:

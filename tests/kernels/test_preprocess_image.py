@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastsam_kernels import UnsupportedKernelError, preprocess_image
+from fastsam_kernels.numerics import Budget
 from fastsam_kernels.triton.tiles import arch_of, lookup
 
 MEAN, STD = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
@@ -37,10 +38,9 @@ def check(image: Tensor, size: tuple[int, int], side: int, kernels: str, dtype: 
         ).double()
         for precision in (torch.float64, torch.float32)
     )
-    # Rounding of the result, and in fp32 of the levels from which the mean is taken.
-    floor = torch.finfo(dtype).eps * truth.abs().max() + torch.finfo(torch.float32).eps * 255 / std.min()
-    error, baseline = ((values.double() - truth).abs().max() for values in (found, plain.to(dtype)))
-    assert error <= 2 * baseline + floor
+    error, baseline = (float((values.double() - truth).abs().max()) for values in (found, plain.to(dtype)))
+    of_levels = torch.finfo(torch.float32).eps * 255 / float(std.min())  # rounding of what the mean is taken from
+    assert error <= Budget(baseline, dtype, float(truth.abs().max())).limit + of_levels
     assert (found[:, size[0] :] == 0).all()
     assert (found[:, :, size[1] :] == 0).all()
 
