@@ -29,20 +29,20 @@ def _decoder(device: torch.device, dtype: torch.dtype) -> PackedDecoder:
 
 
 def _mask_head(device: torch.device, dtype: torch.dtype) -> Problem:
-    """The official ``output_upscaling`` and hypernetworks, which make four masks, against ours for the three asked."""
+    """The official ``output_upscaling`` and hypernetworks, which make four masks, against ours, which makes three."""
     prompts, grid = 64, (64, 64)
     decoder = _decoder(device, dtype)
     keys, tokens = draw((prompts, 4096, 256), device, dtype, 1), draw((prompts, 4, 256), device, dtype, 2)
-    wanted, rows = MaskDecoder.mask_slice(True), few_rows(prompts)
+    mask_slice, rows = MaskDecoder.mask_slice(True), few_rows(prompts)
 
     def official() -> Tensor:
-        return fused_decoder.masks_by_modules(decoder, keys, tokens, slice(None), grid)[:, wanted].float()
+        return fused_decoder.masks_by_modules(decoder, keys, tokens, slice(None), grid)[:, mask_slice].float()
 
     def ours(kernels: str) -> Form:
         return lambda: hypernetwork_masks(
             keys,
             decoder.upscaling,
-            fused_decoder.hypernetworks(decoder, tokens, wanted),
+            fused_decoder.hypernetworks(decoder, tokens, mask_slice),
             grid=grid,
             out_dtype=torch.float32,
             kernels=kernels,
@@ -50,7 +50,7 @@ def _mask_head(device: torch.device, dtype: torch.dtype) -> Problem:
 
     def truth() -> Tensor:
         wide = _decoder(device, torch.float64)
-        return fused_decoder.masks_by_modules(wide, keys[rows].double(), tokens[rows].double(), wanted, grid)
+        return fused_decoder.masks_by_modules(wide, keys[rows].double(), tokens[rows].double(), mask_slice, grid)
 
     forms: dict[str, Form] = {"reference": official, "torch": ours("torch")}
     if device.type == "cuda":
@@ -58,8 +58,8 @@ def _mask_head(device: torch.device, dtype: torch.dtype) -> Problem:
     return Problem(forms, truth, rows, work(prompts, 3, keys.element_size()), compile=False)
 
 
-def _clicks(prompts: int, kept: slice = slice(None)) -> Callable[[torch.device, torch.dtype], Problem]:
-    """One-point prompts on one image to three low-resolution masks each; of the prompts in ``kept`` only."""
+def _clicks(prompts: int, selected: slice = slice(None)) -> Callable[[torch.device, torch.dtype], Problem]:
+    """One-point prompts on one image to three low-resolution masks each; of the prompts in ``selected`` only."""
 
     def make(device: torch.device, dtype: torch.dtype) -> Problem:
         torch.manual_seed(0)
@@ -67,11 +67,11 @@ def _clicks(prompts: int, kept: slice = slice(None)) -> Callable[[torch.device, 
         features = draw((1, 256, 64, 64), device, dtype, 1)
         coords = 1024 * torch.rand(prompts, 1, 2, generator=torch.Generator().manual_seed(2)).to(device)
         labels = torch.ones(prompts, 1, dtype=torch.int64, device=device)
-        count = len(range(prompts)[kept])
+        count = len(range(prompts)[selected])
         rows = few_rows(count)
 
         def forms_of(model: sam.Sam, kernels: str) -> Form:
-            return lambda: _decode(model, features, coords, labels, kept, kernels)
+            return lambda: _decode(model, features, coords, labels, selected, kernels)
 
         def official(model: sam.Sam, coords: Tensor, labels: Tensor, features: Tensor) -> Tensor:
             sparse, dense = model.prompt_encoder((coords, labels), None, None)
@@ -79,31 +79,31 @@ def _clicks(prompts: int, kept: slice = slice(None)) -> Callable[[torch.device, 
             return masks[:, MaskDecoder.mask_slice(True)]
 
         def truth() -> Tensor:
-            chosen = torch.arange(prompts, device=device)[kept][rows]
+            chosen = torch.arange(prompts, device=device)[selected][rows]
             return official(copy.deepcopy(model).double(), coords[chosen], labels[chosen], features.double())
 
         forms: dict[str, Form] = {
-            "reference": lambda: official(model, coords, labels, features)[kept],
+            "reference": lambda: official(model, coords, labels, features)[selected],
             "torch": forms_of(model, "torch"),
         }
         if device.type == "cuda":
             forms["triton"] = forms_of(model, "triton")
         for name, peer in chosen_peers(model).items():
-            forms[name] = lambda peer=peer: peer.decode(features, coords, labels)[0][kept]  # type: ignore[misc]
+            forms[name] = lambda peer=peer: peer.decode(features, coords, labels)[0][selected]  # type: ignore[misc]
         moved, flops = decoder_work.totals(decoder_work.passes(prompts))
         return Problem(forms, truth, rows, Work(moved, flops), compile=count == prompts)
 
     return make
 
 
-def _decode(model: sam.Sam, features: Tensor, coords: Tensor, labels: Tensor, kept: slice, kernels: str) -> Tensor:
+def _decode(model: sam.Sam, features: Tensor, coords: Tensor, labels: Tensor, selected: slice, kernels: str) -> Tensor:
     """As the model decodes, a chunk of prompts at a time, with the image's side made anew."""
     encoder, packed = model.prompt_encoder, pack_decoder(model.mask_decoder)
-    image_pe, wanted = encoder.get_dense_pe(), MaskDecoder.mask_slice(True)
+    image_pe, mask_slice = encoder.get_dense_pe(), MaskDecoder.mask_slice(True)
     projections = fused_decoder.project_images(packed, features, image_pe, encoder.no_mask_embed.weight)
     dense = encoder.no_mask_embed.weight.view(1, -1, 1, 1)
     size, wide = model.prompts_per_chunk, torch.promote_types(features.dtype, torch.float32)
-    places = range(len(coords))[kept]
+    places = range(len(coords))[selected]
     masks = torch.empty(len(places), 3, 256, 256, device=features.device, dtype=wide)
     filled = 0
     for start in range(0, len(coords), size):
@@ -114,7 +114,7 @@ def _decode(model: sam.Sam, features: Tensor, coords: Tensor, labels: Tensor, ke
         )
         rows = [place - start for place in places if start <= place < start + size]
         index = None if len(rows) == len(sparse) else torch.tensor(rows, device=features.device)
-        masks[filled : filled + len(rows)] = fused_decoder.decode_masks(decoded, wanted, index, kernels)
+        masks[filled : filled + len(rows)] = fused_decoder.decode_masks(decoded, mask_slice, index, kernels)
         filled += len(rows)
     return masks
 

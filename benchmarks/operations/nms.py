@@ -33,17 +33,17 @@ def _case(count: int) -> Callable[[torch.device, torch.dtype], Problem]:
     def make(device: torch.device, dtype: torch.dtype) -> Problem:
         boxes, scores = _boxes(count, device)
 
-        def kept(kernels: str) -> Tensor:
+        def keep_flags(kernels: str) -> Tensor:
             """1 for each box that stays, [N]."""
             return torch.zeros(count, device=device).index_fill(0, nms(boxes, scores, THRESHOLD, kernels=kernels), 1.0)
 
         def form(kernels: str) -> Form:
-            return lambda: kept(kernels)
+            return lambda: keep_flags(kernels)
 
         names = ("reference", "torch", "triton") if device.type == "cuda" else ("reference", "torch")
         return Problem(
             forms={name: form(name) for name in names},
-            truth=lambda: kept("reference").double(),
+            truth=lambda: keep_flags("reference").double(),
             rows=list(range(count)),
             work=Work(bytes=20 * count, flops=0, scalar_ops=16 * count * count / 2),
             compile=False,

@@ -55,7 +55,7 @@ def _inputs(size: Size, batch: int, window_size: int, device: torch.device, dtyp
 
 
 def _truth(inputs: Inputs, rows: list[int]) -> Tensor:
-    """An image at a time in fp64, of the rows asked for."""
+    """Compute the formula in fp64, one image at a time, of these rows."""
     tables = [table.double() for table in (inputs.rel_pos_h, inputs.rel_pos_w, inputs.qkv_bias)]
     images = (inputs.qkv[row : row + 1].double() for row in rows)
     return torch.cat([reference(image, *tables, inputs.num_heads, inputs.window_size) for image in images])

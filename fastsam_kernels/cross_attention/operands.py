@@ -18,7 +18,7 @@ class ImageTokens(NamedTuple):
         tokens: [I, N, C]; I is P, or what ``image_index`` counts.
         pe: [N, C] positions, added to the tokens for scores and neither to values nor to the residual.
         image_index: [P] int64, the row of ``tokens`` of each prompt; None when every prompt has its own.
-        queries: [I, N, H * d], W_q (x_n + e_n) + b_q where they were kept, see :class:`AbsorbedTokens`.
+        queries: [I, N, H * d], W_q (x_n + e_n) + b_q where they are given, see :class:`AbsorbedTokens`.
     """
 
     tokens: Tensor
@@ -31,8 +31,8 @@ class AbsorbedTokens(NamedTuple):
     """Prompt tokens that have absorbed the projections of the image tokens that attend to them.
 
     Attributes:
-        keys: [P, H, T, C], W_q,h^T k_ht / sqrt(d); [P, H, T, d], k_ht / sqrt(d), beside kept image queries.
-        bias: [P, H, T], b_q,h . k_ht / sqrt(d), or zero beside kept image queries; -inf for tokens that are padding,
+        keys: [P, H, T, C], W_q,h^T k_ht / sqrt(d); [P, H, T, d], k_ht / sqrt(d), beside image queries.
+        bias: [P, H, T], b_q,h . k_ht / sqrt(d), or zero beside image queries; -inf for tokens that are padding,
             never for all of a prompt.
         values: [P, H, T, C], W_o,h v_ht + b_o / H.
     """

@@ -36,7 +36,7 @@ def eager(image: ImageTokens, absorbed: AbsorbedTokens, norm: LayerNormWeights) 
 
 
 def _scores_of_queries(image_queries: Tensor, token_keys: Tensor, index: Tensor | None) -> Tensor:
-    """Score tokens [P, H, T, d] against kept image queries [I, N, H * d]: [P, H, T, N]."""
+    """Score tokens [P, H, T, d] against image queries [I, N, H * d]: [P, H, T, N]."""
     prompts, heads, tokens, _ = token_keys.shape
     queries = image_queries.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)  # [I, H, d, N]
     if index is None or len(queries) > 1:

@@ -22,11 +22,11 @@ def brute_force(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> list
         union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both
         return float(both / union) if union > 0 else 0.0
 
-    kept: list[int] = []
+    keep: list[int] = []
     for index in sorted(range(len(scores)), key=lambda i: (-scores[i], i)):
-        if all(overlap(boxes[other], boxes[index]) <= threshold for other in kept):
-            kept.append(index)
-    return kept
+        if all(overlap(boxes[other], boxes[index]) <= threshold for other in keep):
+            keep.append(index)
+    return keep
 
 
 def draw(count: int, seed: int, largest: int = 8) -> tuple[np.ndarray, np.ndarray]:
@@ -42,9 +42,9 @@ def test_against_the_definition(count: int, seed: int, threshold: float) -> None
     boxes, scores = draw(count, seed)
     expected = brute_force(boxes, scores, threshold)
     for kernels in ("reference", "torch"):
-        kept = nms(torch.from_numpy(boxes), torch.from_numpy(scores), threshold, kernels=kernels)
-        assert kept.dtype == torch.int64
-        assert kept.tolist() == expected, kernels
+        keep = nms(torch.from_numpy(boxes), torch.from_numpy(scores), threshold, kernels=kernels)
+        assert keep.dtype == torch.int64
+        assert keep.tolist() == expected, kernels
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,8 @@ def test_against_the_definition(count: int, seed: int, threshold: float) -> None
 def test_several_blocks(device: torch.device, kernels: str, count: int, largest: int) -> None:
     for threshold in (0.3, 0.7):
         boxes, scores = draw(count, count, largest)
-        kept = nms(torch.from_numpy(boxes).to(device), torch.from_numpy(scores).to(device), threshold, kernels=kernels)
-        assert kept.tolist() == brute_force(boxes, scores, threshold)
+        keep = nms(torch.from_numpy(boxes).to(device), torch.from_numpy(scores).to(device), threshold, kernels=kernels)
+        assert keep.tolist() == brute_force(boxes, scores, threshold)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
@@ -71,8 +71,8 @@ def test_a_long_chain(device: torch.device, kernels: str) -> None:
     count = 600 if kernels == "torch" else 70
     left = torch.arange(float(count), device=device)
     boxes = torch.stack([left, torch.zeros_like(left), left + 4, torch.ones_like(left)], dim=1)
-    kept = nms(boxes, -left, 0.5, kernels=kernels)  # IoU is 3/5 with the next and 2/6 with the one after
-    assert kept.tolist() == list(range(0, count, 2))
+    keep = nms(boxes, -left, 0.5, kernels=kernels)  # IoU is 3/5 with the next and 2/6 with the one after
+    assert keep.tolist() == list(range(0, count, 2))
 
 
 @pytest.mark.parametrize("kernels", ["reference", "torch", "triton"])
@@ -108,9 +108,9 @@ def test_products_are_rounded_before_they_are_added(device: torch.device) -> Non
     for threshold in sorted(both / (areas[0] + areas[1:] - both))[-4:]:
         expected = brute_force(boxes, scores, float(threshold))
         for kernels in ("torch", "triton"):
-            kept = nms(torch.from_numpy(boxes).to(device), torch.from_numpy(scores).to(device), float(threshold),
+            keep = nms(torch.from_numpy(boxes).to(device), torch.from_numpy(scores).to(device), float(threshold),
                        kernels=kernels)  # fmt: skip
-            assert kept.tolist() == expected
+            assert keep.tolist() == expected
 
 
 def test_offsets_are_64_bit(device: torch.device) -> None:

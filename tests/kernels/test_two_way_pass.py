@@ -214,40 +214,41 @@ def test_fewer_tokens_may_ask_the_image_than_it_asks(device: torch.device, kerne
     assert_close_l2(some, learnt[:, :5], 1e-6, kernels)
 
 
-def kept_queries(inputs: Inputs) -> tuple[Inputs, Inputs, Tensor]:
-    """The same attention with the projection of the image's queries folded into the tokens, and with them kept."""
-    keys, key_pe, folded = inputs[:3]
-    (prompts, heads, tokens, channels), dtype = folded.shape, folded.dtype
+def with_image_queries(inputs: Inputs) -> tuple[Inputs, Inputs, Tensor]:
+    """The same attention with absorbed keys, and with image queries."""
+    keys, key_pe, absorbed = inputs[:3]
+    (prompts, heads, tokens, channels), dtype = absorbed.shape, absorbed.dtype
     draws = torch.Generator().manual_seed(5)
-    weight, bias, offered = (
-        torch.randn(shape, generator=draws, dtype=dtype).to(folded.device) / 4
+    weight, bias, token_keys = (
+        torch.randn(shape, generator=draws, dtype=dtype).to(absorbed.device) / 4
         for shape in ((heads, HEAD_DIM, channels), (heads, HEAD_DIM), (prompts, heads, tokens, HEAD_DIM))
     )
     queries = torch.einsum("inc,hdc->inhd", keys + key_pe, weight) + bias
-    padding = torch.zeros(prompts, heads, tokens, dtype=dtype, device=folded.device)
+    padding = torch.zeros(prompts, heads, tokens, dtype=dtype, device=absorbed.device)
     padding[:, :, -1] = -torch.inf
-    folded = torch.einsum("phtd,hdc->phtc", offered, weight)
-    asked = torch.einsum("phtd,hd->pht", offered, bias)
+    absorbed = torch.einsum("phtd,hdc->phtc", token_keys, weight)
+    bias_scores = torch.einsum("phtd,hd->pht", token_keys, bias)
     rest = inputs[4:]
-    return (keys, key_pe, folded, asked + padding, *rest), (keys, key_pe, offered, padding, *rest), queries.flatten(2)
+    with_absorbed = (keys, key_pe, absorbed, bias_scores + padding, *rest)
+    return with_absorbed, (keys, key_pe, token_keys, padding, *rest), queries.flatten(2)
 
 
 @pytest.mark.parametrize(("prompts", "images", "grid"), [(1, 0, 8), (1, 1, 4), (3, 0, 5), (3, 1, 5), (3, 2, 5)])
 @pytest.mark.parametrize("kernels", ["reference", "torch"])
-def test_kept_queries_of_the_image_give_the_same(kernels: str, prompts: int, images: int, grid: int) -> None:
+def test_image_queries_give_the_same(kernels: str, prompts: int, images: int, grid: int) -> None:
     inputs = two_way_inputs(prompts, 7, grid, torch.float64, images=images)
     index = torch.tensor([1, 0, 1])[:prompts] % images if images else None
-    folded, unfolded, queries = kept_queries(inputs)
-    expected = two_way(*folded, index=index, kernels="reference")
-    found = two_way(*unfolded, index=index, image_queries=queries, kernels=kernels)
+    absorbed, with_queries, queries = with_image_queries(inputs)
+    expected = two_way(*absorbed, index=index, kernels="reference")
+    found = two_way(*with_queries, index=index, image_queries=queries, kernels=kernels)
     for some, other in zip(found, expected, strict=True):
         torch.testing.assert_close(some, other, rtol=1e-10, atol=1e-10)
-    alone = to_token(*unfolded[:7], index=index, image_queries=queries, kernels=kernels)
+    alone = to_token(*with_queries[:7], index=index, image_queries=queries, kernels=kernels)
     assert torch.equal(alone, found[0])
 
 
-def test_gradients_with_kept_queries() -> None:
-    _, inputs, queries = kept_queries(two_way_inputs(2, 3, 2, torch.float64, images=1))
+def test_gradients_with_image_queries() -> None:
+    _, inputs, queries = with_image_queries(two_way_inputs(2, 3, 2, torch.float64, images=1))
     inputs = tuple(tensor.requires_grad_(tensor is not inputs[3]) for tensor in (*inputs, queries))
     index = torch.zeros(2, dtype=torch.int64)
 
@@ -257,8 +258,8 @@ def test_gradients_with_kept_queries() -> None:
     assert torch.autograd.gradcheck(attend, inputs, fast_mode=True)
 
 
-def test_kept_queries_have_no_triton_form_and_must_fit(device: torch.device) -> None:
-    _, inputs, queries = kept_queries(two_way_inputs(2, 7, 3, torch.float32, device))
+def test_image_queries_have_no_triton_form_and_must_fit(device: torch.device) -> None:
+    _, inputs, queries = with_image_queries(two_way_inputs(2, 7, 3, torch.float32, device))
     with pytest.raises(UnsupportedKernelError, match=r"it computes scores from the image tokens, and image\.queries"):
         two_way(*inputs, image_queries=queries, kernels="triton")
     for wrong in (queries[:1], queries[:, 1:], queries[..., 1:]):
