@@ -21,7 +21,7 @@ from . import fused_decoder
 from .eligibility import look, why_not_fused
 from .fused_decoder import DecodedPrompts
 from .module_decoder import MadeMasks, decode_by_modules
-from .packed_weights import Linear, PackedDecoder, pack_decoder
+from .packed_weights import Linear, PackedDecoder, pack_decoder, pack_image_pe
 from .parts import Model
 
 
@@ -31,11 +31,13 @@ class FusedParts:
 
     Attributes:
         prompt_encoder: the module; its weights are read as they are.
+        image_pe: its encoding of the grid, [1, C, h, w].
         packed: the mask decoder.
         generation: of both; None where autograd records and nothing is kept.
     """
 
     prompt_encoder: PromptEncoder
+    image_pe: Tensor
     packed: PackedDecoder
     generation: Hashable | None
 
@@ -49,9 +51,13 @@ def fused_parts(model: Model) -> FusedParts | None:
     if encoder.why_not_fused is not None or decoder.why_not_fused is not None:
         return None
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in (*encoder.weights, *decoder.weights)):
-        return FusedParts(prompt_encoder, pack_decoder(mask_decoder), None)
-    generation = encoder.generation, decoder.generation
-    return FusedParts(prompt_encoder, decoder.packed(pack_decoder, mask_decoder), generation)
+        return FusedParts(prompt_encoder, prompt_encoder.get_dense_pe(), pack_decoder(mask_decoder), None)
+    return FusedParts(
+        prompt_encoder,
+        encoder.packed(pack_image_pe, prompt_encoder),
+        decoder.packed(pack_decoder, mask_decoder),
+        (encoder.generation, decoder.generation),
+    )
 
 
 def why_not_fused_decoder(model: Model) -> str | None:
@@ -74,20 +80,21 @@ def decode(
     """
     size, parts = model.prompts_per_chunk, fused_parts(model)
     chunks = [batch.rows(start, start + size) for start in range(0, max(len(batch), 1), size)]
-    decoded = [_decode_chunk(model, parts, embeddings, chunk, multimask_output) for chunk in chunks]
+    decoded = [decode_chunk(model, parts, embeddings, chunk, multimask_output) for chunk in chunks]
     if len(decoded) == 1:
         return decoded[0]
     logits, iou = zip(*decoded, strict=True)
     return torch.cat(logits), torch.cat(iou)
 
 
-def _decode_chunk(
+def decode_chunk(
     model: Model,
     parts: FusedParts | None,
     embeddings: Sequence[ImageEmbedding],
     batch: PromptBatch,
     multimask_output: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Run :func:`decode` on one chunk, by ``parts`` or, where they are None, by the official calls."""
     dtype = logits_dtype(model)
     if parts is None:
         return decode_by_modules(model.prompt_encoder, model.mask_decoder, embeddings, batch, multimask_output, dtype)
@@ -156,7 +163,7 @@ def _decode_tokens(
     return fused_decoder.decode_tokens(
         parts.packed,
         features[0] if len(features) == 1 else torch.cat(features),
-        encoder.get_dense_pe(),
+        parts.image_pe,
         encoder.embed_tokens(batch.coords, batch.labels),
         dense,
         image_index=batch.image_index if len(embeddings) > 1 else None,
@@ -172,7 +179,7 @@ def image_projections(parts: FusedParts, embedding: ImageEmbedding) -> ImageProj
 
     def make() -> ImageProjections:
         no_mask = encoder.no_mask_embed.weight
-        return fused_decoder.project_images(packed, embedding.ready_features(), encoder.get_dense_pe(), no_mask)
+        return fused_decoder.project_images(packed, embedding.ready_features(), parts.image_pe, no_mask)
 
     block = packed.blocks[0]
     projections = (block.token_to_image.k, block.token_to_image.v, block.image_to_token.q)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastsam_kernels import requires_autograd
+
 from ..modeling.mask_decoder import MaskDecoder
+from ..modeling.prompt_encoder import PromptEncoder
 from ..system.device_profile import device_profile
 from . import fused_decoder
 from .eligibility import look, why_not_now
 from .fused_transformer import project_image
-from .packed_weights import PackedDecoder, pack_decoder
+from .packed_weights import PackedDecoder, pack_decoder, pack_image_pe
 
 
 def _fused_mask_decoder(
@@ -87,4 +90,16 @@ def _decode(
     return (masks[0], iou[0]) if len(masks) == 1 else (torch.cat(masks), torch.cat(iou))
 
 
+def _packed_image_pe(encoder: PromptEncoder) -> Tensor | None:
+    """Return :meth:`PromptEncoder.get_dense_pe` as it is packed; None where it shall be computed."""
+    matrix = getattr(encoder.pe_layer, "positional_encoding_gaussian_matrix", None)
+    if torch.compiler.is_compiling() or type(encoder) is not PromptEncoder or not isinstance(matrix, Tensor):
+        return None
+    snapshot = look(encoder)
+    if snapshot.why_not_fused is not None or requires_autograd(matrix):
+        return None
+    return snapshot.packed(pack_image_pe, encoder)
+
+
+PromptEncoder._fused = _packed_image_pe  # type: ignore[assignment, method-assign]
 MaskDecoder._fused = _fused_mask_decoder  # type: ignore[assignment, method-assign]

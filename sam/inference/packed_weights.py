@@ -14,6 +14,7 @@ from fastsam_kernels import LayerNormWeights, UpscalingWeights, ValueProjection,
 
 from ..modeling.common import LayerNorm2d
 from ..modeling.mask_decoder import MaskDecoder
+from ..modeling.prompt_encoder import PromptEncoder
 from ..modeling.transformer import Attention, TwoWayAttentionBlock
 
 Function = Callable[[Tensor], Tensor]
@@ -158,6 +159,11 @@ def pack_decoder(decoder: MaskDecoder, generation: int = 0) -> PackedDecoder:
         ),
         mask_mlps=mlps,
     )
+
+
+def pack_image_pe(encoder: PromptEncoder, generation: int = 0) -> Tensor:
+    """Compute the positional encoding of the image embedding's grid, [1, C, h, w]."""
+    return encoder.pe_layer(encoder.image_embedding_size)[None]
 
 
 def _pack_block(block: TwoWayAttentionBlock) -> PackedBlock:

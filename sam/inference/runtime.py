@@ -26,7 +26,7 @@ from .buckets import TOKEN_BUCKETS, Bucket, Limits, as_table
 from .decode import FusedParts, image_projections
 from .eligibility import look
 from .graphs import Graphs, Recorder, StackedInput
-from .packed_weights import PackedDecoder, pack_decoder
+from .packed_weights import pack_decoder
 from .parts import Model
 
 logger = logging.getLogger("sam")
@@ -237,7 +237,7 @@ class Runtime:
         graphs = self._decoder_graphs.now(self._model.device, generation, forget=self._first_use.clear)
         with graphs.run(
             bucket,
-            lambda *tensors: self._decode_padded(*tensors, multimask=multimask, kernels=kernels, packed=parts.packed),
+            lambda *tensors: self._decode_padded(*tensors, multimask=multimask, kernels=kernels, parts=parts),
             [*image, *(None if tensor is None else StackedInput.of(tensor) for tensor in prompts)],
         ) as ((logits, iou), seconds):
             if seconds is not None:
@@ -314,12 +314,13 @@ class Runtime:
         *,
         multimask: bool,
         kernels: str,
-        packed: PackedDecoder | None = None,
+        parts: FusedParts | None = None,
     ) -> tuple[Tensor, Tensor]:
         encoder = self._model.prompt_encoder
-        if packed is None:  # compiled: of the weights that the compiled function is given
-            packed = pack_decoder(self._model.mask_decoder)
-        image_pe = encoder.get_dense_pe()
+        if parts is None:  # compiled: of the weights that the compiled function is given
+            image_pe, packed = encoder.get_dense_pe(), pack_decoder(self._model.mask_decoder)
+        else:
+            image_pe, packed = parts.image_pe, parts.packed
         dense = encoder.no_mask_embed.weight.view(1, -1, 1, 1) if masks is None else encoder._embed_masks(masks)
         projections = [tensor for tensor in (keys, k, v, q) if tensor is not None]
         return fused_decoder.decode(

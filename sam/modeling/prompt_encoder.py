@@ -55,13 +55,9 @@ class PromptEncoder(WeightCache):
         self.no_mask_embed = nn.Embedding(1, embed_dim)
 
     def get_dense_pe(self) -> Tensor:
-        """The positional encoding of the image embedding's grid, [1, embed_dim, grid_h, grid_w], fp32."""
-        height, width = self.image_embedding_size  # programs change it to feed images of another size
-        return self.packed(
-            f"dense_pe {height}x{width}",
-            lambda: self.pe_layer((height, width))[None],
-            self.pe_layer.positional_encoding_gaussian_matrix,
-        )
+        """Return the positional encoding of the image embedding's grid, [1, embed_dim, grid_h, grid_w], fp32."""
+        packed = self._fused()
+        return self.pe_layer(self.image_embedding_size)[None] if packed is None else packed
 
     def embed_tokens(self, coords: Tensor, labels: Tensor) -> Tensor:
         """Sparse tokens of labelled points.

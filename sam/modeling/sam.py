@@ -12,18 +12,18 @@ from torch import Tensor, nn  # noqa: F401
 
 from fastsam_kernels import Kernels, check_kernels, preprocess_image, resolve_kernels
 
-from ..checks import naming, require
+from ..checks import require
 from ..config import SamConfig
 from ..embedding import ImageEmbedding
 from ..images.geometry import ImageGeometry
-from ..images.prepare import CheckedImage, PreparedImage
+from ..images.prepare import PreparedImage
 from ..images.tensors import normalize_and_pad
-from ..inference import decode
+from ..inference import decode, encode, predict
 from ..inference.fused_decoder import DecodedPrompts
 from ..inference.module_decoder import MadeMasks
 from ..masks import upscale
 from ..masks.results import MaskPrediction
-from ..prompts.batch import PromptBatch, ragged_chunks
+from ..prompts.batch import PromptBatch
 from ..prompts.checks import check_mask_inputs
 from ..prompts.prompt import Prompt
 from ..system.device_profile import device_profile
@@ -171,29 +171,7 @@ class Sam(WeightCache, Fp32Buffers):
         """
         if isinstance(images, (np.ndarray, PreparedImage)):
             return self.encode([images], resize_on_device=resize_on_device)[0]
-        if not isinstance(images, Sequence):
-            raise TypeError(f"an array [H, W, 3] or a list of them is wanted, got {type(images).__name__}")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        checked = []
-        for index, image in enumerate(images):
-            with naming(f"image {index}" if len(images) > 1 else None):
-                checked.append(self._checked(image))
-        if batch_size is None:
-            batch_size = device_profile(self.device).images_per_pass
-        embeddings = []
-        for start in range(0, len(checked), batch_size):
-            chunk = checked[start : start + batch_size]
-            batch = [i if isinstance(i, PreparedImage) else i.prepare(resize_on_device) for i in chunk]
-            pixels = [self.encoder_input(torch.from_numpy(image.pixels).to(self.device), image) for image in batch]
-            embeddings += self.embed(torch.stack(pixels), batch)
-        return embeddings
-
-    def _checked(self, image: np.ndarray | PreparedImage) -> CheckedImage | PreparedImage:
-        if not isinstance(image, PreparedImage):
-            return CheckedImage.of(image, self.image_geometry)
-        self.check_prepared(image)
-        return image
+        return encode.encode(self, images, batch_size, resize_on_device)
 
     def check_prepared(self, image: PreparedImage) -> None:
         """Raise ``ValueError`` unless ``image`` was prepared for a model of this size."""
@@ -215,9 +193,14 @@ class Sam(WeightCache, Fp32Buffers):
         """Return the encoder's input [3, size, size] of an image whose pixels [h, w, 3] uint8 are on this device.
 
         What is not resized yet is resized, normalised and padded in one pass.
+
+        Raises:
+            ValueError: an image that is not resized yet, for a model whose ``preprocess`` is a program's own.
         """
         if image.is_resized:
             return self.preprocess(pixels.permute(2, 0, 1))
+        if not self.has_stock_preprocessing:
+            raise ValueError("resize_on_device=True would go past the model's preprocess, which is not the stock one")
         return preprocess_image(
             pixels,
             image.geometry.input_size,
@@ -270,16 +253,16 @@ class Sam(WeightCache, Fp32Buffers):
         multimask_output: bool = True,
         return_logits: bool = False,
     ) -> MaskPrediction | list[MaskPrediction]:
-        """Masks for ragged prompts: every image its own number of them, every prompt its own points, box and mask.
+        """Predict masks for ragged prompts: any number per image, each with its own points, box and mask.
 
         Args:
             embeddings: one handle, or a list.
             prompts: the prompts of the image, or a list of them for each image.
-            multimask_output: three masks a prompt instead of one.
+            multimask_output: three masks per prompt instead of one.
             return_logits: fp32 logits in place of boolean masks.
 
         Returns:
-            one prediction an image, its rows in the order of the image's prompts.
+            one prediction per image, its rows in the order of the image's prompts.
 
         Raises:
             TypeError: no embeddings, or no lists of prompts.
@@ -290,36 +273,7 @@ class Sam(WeightCache, Fp32Buffers):
         require("prompts", prompts, Sequence, "a list of Prompt, or for several embeddings a list of such lists")
         if isinstance(embeddings, ImageEmbedding):
             return self.predict([embeddings], [prompts], multimask_output, return_logits)[0]
-        require("embeddings", embeddings, Sequence, "an ImageEmbedding or a list of them")
-        if len(embeddings) != len(prompts):
-            raise ValueError(f"{len(embeddings)} embeddings need as many lists of prompts, got {len(prompts)}")
-        for embedding in embeddings:
-            require("embeddings", embedding, ImageEmbedding, "an ImageEmbedding or a list of them")
-            self.check_embedding(embedding)
-        for index, of_image in enumerate(prompts):
-            require(f"the prompts of embedding {index}", of_image, Sequence, "a list of Prompt")
-            for prompt in of_image:
-                require(f"a prompt of embedding {index}", prompt, Prompt, "a sam.Prompt")
-        total = sum(len(of_image) for of_image in prompts)
-        for prompt in (prompt for of_image in prompts for prompt in of_image):
-            if prompt.mask_input is not None:
-                check_mask_inputs(prompt.mask_input.shape, self.low_res_size)
-
-        tokens = getattr(self.mask_decoder, "num_mask_tokens", 4)
-        masks_each = len(range(tokens)[MaskDecoder.mask_slice(multimask_output)])
-        dtype = decode.logits_dtype(self)
-        low_res = torch.empty((total, masks_each, *self.low_res_size), device=self.device, dtype=dtype)
-        iou = torch.empty((total, masks_each), device=self.device, dtype=dtype)
-        geometries = [embedding.geometry for embedding in embeddings]
-        for chunk in ragged_chunks(prompts, geometries, self.device, self.prompts_per_chunk):
-            rows = chunk.rows
-            low_res[rows], iou[rows] = self.decode(embeddings, chunk.batch, multimask_output)
-
-        counts = [len(of_image) for of_image in prompts]
-        return [
-            MaskPrediction(self.masks(logits, geometry, return_logits), scores, logits)
-            for logits, scores, geometry in zip(low_res.split(counts), iou.split(counts), geometries, strict=True)
-        ]
+        return predict.predict(self, embeddings, prompts, multimask_output, return_logits)
 
     def decode(
         self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
@@ -348,7 +302,21 @@ class Sam(WeightCache, Fp32Buffers):
         """
         return decode.why_not_fused_decoder(self) is None
 
+    @property
+    def has_stock_postprocessing(self) -> bool:
+        """True unless a program overrode or patched ``postprocess_masks``, which then makes all masks."""
+        return "postprocess_masks" not in self.__dict__ and type(self).postprocess_masks is _POSTPROCESS_MASKS
+
+    @property
+    def has_stock_preprocessing(self) -> bool:
+        """True unless a program overrode or patched ``preprocess``, which then makes every input of the encoder."""
+        return "preprocess" not in self.__dict__ and type(self).preprocess is _PREPROCESS
+
     def masks(self, low_res: Tensor, geometry: ImageGeometry, return_logits: bool) -> Tensor:
+        """Make masks [P, C, H, W] of low-resolution logits [P, C, h, w], or their logits at that size."""
+        if not self.has_stock_postprocessing:
+            logits = self.postprocess_masks(low_res, geometry.input_size, geometry.original_size)
+            return logits if return_logits else logits > self.mask_threshold
         if return_logits:
             return upscale.upscale_masks(low_res, geometry)
         return upscale.masks_from_logits(low_res, geometry, self.mask_threshold)
@@ -406,7 +374,7 @@ class Sam(WeightCache, Fp32Buffers):
                 point_coords, point_labels: [P, N, 2] in the input frame, and [P, N];
                 boxes: [P, 4] in the input frame;
                 mask_inputs: [P, 1, low-res height, low-res width] logits.
-            multimask_output: three masks a prompt instead of one.
+            multimask_output: three masks per prompt instead of one.
 
         Returns:
             one dictionary an image: masks [P, C, H, W] bool, iou_predictions [P, C] and low_res_logits
@@ -430,13 +398,12 @@ class Sam(WeightCache, Fp32Buffers):
                 check_mask_inputs(record["mask_inputs"].shape, self.low_res_size)
             batch = PromptBatch.from_tensors(points, record.get("boxes"), record.get("mask_inputs"), self.device)
             logits, iou = self.decode([ImageEmbedding(features[None], geometry)], batch, multimask_output)
-            outputs.append(
-                {
-                    "masks": self.masks(logits, geometry, return_logits=False),
-                    "iou_predictions": iou,
-                    "low_res_logits": logits,
-                }
-            )
+            if self.has_stock_postprocessing:
+                masks = self.masks(logits, geometry, return_logits=False)
+            else:
+                sizes = {"input_size": geometry.input_size, "original_size": geometry.original_size}
+                masks = self.postprocess_masks(logits, **sizes) > self.mask_threshold
+            outputs.append({"masks": masks, "iou_predictions": iou, "low_res_logits": logits})
         return outputs
 
     def postprocess_masks(self, masks: Tensor, input_size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:
@@ -455,3 +422,6 @@ class Sam(WeightCache, Fp32Buffers):
         require("x", x, Tensor, "a torch.Tensor [..., 3, h, w] in 0..255")
         image_size = self.image_size
         return normalize_and_pad(x, self.pixel_mean, self.pixel_std, image_size).to(self.dtype)
+
+
+_POSTPROCESS_MASKS, _PREPROCESS = Sam.postprocess_masks, Sam.preprocess

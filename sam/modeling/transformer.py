@@ -72,15 +72,16 @@ class TwoWayAttentionBlock(nn.Module):
     def forward(self, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor) -> tuple[Tensor, Tensor]:
         """Update tokens [P, T, C] and image tokens [P, N, C], given the positions of both."""
         if self.skip_first_layer_pe:
-            queries = self.self_attn(queries, queries, queries)
+            queries = self.self_attn(q=queries, k=queries, v=queries)
         else:
-            queries_with_pe = queries + query_pe
-            queries = queries + self.self_attn(queries_with_pe, queries_with_pe, queries)
+            q = queries + query_pe
+            queries = queries + self.self_attn(q=q, k=q, v=queries)
         queries = self.norm1(queries)
-        queries = self.norm2(queries + self.cross_attn_token_to_image(queries + query_pe, keys + key_pe, keys))
+        attended = self.cross_attn_token_to_image(q=queries + query_pe, k=keys + key_pe, v=keys)
+        queries = self.norm2(queries + attended)
         queries = self.norm3(queries + self.mlp(queries))
-        keys = self.norm4(keys + self.cross_attn_image_to_token(keys + key_pe, queries + query_pe, queries))
-        return queries, keys
+        attended = self.cross_attn_image_to_token(q=keys + key_pe, k=queries + query_pe, v=queries)
+        return queries, self.norm4(keys + attended)
 
 
 class TwoWayTransformer(nn.Module):
@@ -128,5 +129,5 @@ class TwoWayTransformer(nn.Module):
         queries = point_embedding
         for layer in self.layers:
             queries, keys = layer(queries=queries, keys=keys, query_pe=point_embedding, key_pe=key_pe)
-        attended = self.final_attn_token_to_image(queries + point_embedding, keys + key_pe, keys)
+        attended = self.final_attn_token_to_image(q=queries + point_embedding, k=keys + key_pe, v=keys)
         return self.norm_final_attn(queries + attended), keys

@@ -1,0 +1,60 @@
+"""Ragged prompts on handles to masks of the original size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..checks import require
+from ..embedding import ImageEmbedding
+from ..masks.results import MaskPrediction
+from ..modeling.mask_decoder import MaskDecoder
+from ..prompts.batch import ragged_chunks
+from ..prompts.checks import check_mask_inputs
+from ..prompts.prompt import Prompt
+from .decode import decode_chunk, fused_parts, logits_dtype
+from .parts import Model
+
+
+def predict(
+    model: Model,
+    embeddings: Sequence[ImageEmbedding],
+    prompts: Sequence[Sequence[Prompt]],
+    multimask_output: bool,
+    return_logits: bool,
+) -> list[MaskPrediction]:
+    """Predict masks, one prediction per handle; see :meth:`sam.Sam.predict`."""
+    _check(model, embeddings, prompts)
+    total = sum(len(of_image) for of_image in prompts)
+    tokens = getattr(model.mask_decoder, "num_mask_tokens", 4)
+    masks_each = len(range(tokens)[MaskDecoder.mask_slice(multimask_output)])
+    dtype, parts = logits_dtype(model), fused_parts(model)
+    low_res = torch.empty((total, masks_each, *model.low_res_size), device=model.device, dtype=dtype)
+    iou = torch.empty((total, masks_each), device=model.device, dtype=dtype)
+    geometries = [embedding.geometry for embedding in embeddings]
+    for chunk in ragged_chunks(prompts, geometries, model.device, model.prompts_per_chunk):
+        rows = chunk.rows
+        low_res[rows], iou[rows] = decode_chunk(model, parts, embeddings, chunk.batch, multimask_output)
+
+    counts = [len(of_image) for of_image in prompts]
+    return [
+        MaskPrediction(model.masks(logits, geometry, return_logits), predicted_iou, logits)
+        for logits, predicted_iou, geometry in zip(low_res.split(counts), iou.split(counts), geometries, strict=True)
+    ]
+
+
+def _check(model: Model, embeddings: Sequence[ImageEmbedding], prompts: Sequence[Sequence[Prompt]]) -> None:
+    require("embeddings", embeddings, Sequence, "an ImageEmbedding or a list of them")
+    if len(embeddings) != len(prompts):
+        raise ValueError(f"{len(embeddings)} embeddings need as many lists of prompts, got {len(prompts)}")
+    for embedding in embeddings:
+        require("embeddings", embedding, ImageEmbedding, "an ImageEmbedding or a list of them")
+        model.check_embedding(embedding)
+    for index, of_image in enumerate(prompts):
+        require(f"the prompts of embedding {index}", of_image, Sequence, "a list of Prompt")
+        for prompt in of_image:
+            require(f"a prompt of embedding {index}", prompt, Prompt, "a sam.Prompt")
+    for prompt in (prompt for of_image in prompts for prompt in of_image):
+        if prompt.mask_input is not None:
+            check_mask_inputs(prompt.mask_input.shape, model.low_res_size)
