@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from .fused_decoder import DecodedPrompts
 from .module_decoder import MadeMasks, decode_by_modules
 from .packed_weights import Linear, PackedDecoder, pack_decoder, pack_image_pe
 from .parts import Model
+
+logger = logging.getLogger("sam")
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,11 @@ def fused_parts(model: Model) -> FusedParts | None:
     """Return the parts of ``model`` as they are now; None where they do not run fused. One look per request."""
     prompt_encoder, mask_decoder = uncompiled(model.prompt_encoder), uncompiled(model.mask_decoder)
     if type(prompt_encoder) is not PromptEncoder or type(mask_decoder) is not MaskDecoder:
+        _log_once(why_not_fused_decoder(model))
         return None
     encoder, decoder = look(prompt_encoder), look(mask_decoder)
     if encoder.why_not_fused is not None or decoder.why_not_fused is not None:
+        _log_once(encoder.why_not_fused or decoder.why_not_fused)
         return None
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in (*encoder.weights, *decoder.weights)):
         return FusedParts(prompt_encoder, prompt_encoder.get_dense_pe(), pack_decoder(mask_decoder), None)
@@ -58,6 +64,11 @@ def fused_parts(model: Model) -> FusedParts | None:
         decoder.packed(pack_decoder, mask_decoder),
         (encoder.generation, decoder.generation),
     )
+
+
+@cache
+def _log_once(reason: str | None) -> None:
+    logger.info("prompts are decoded by the official calls of the modules: %s", reason)
 
 
 def why_not_fused_decoder(model: Model) -> str | None:

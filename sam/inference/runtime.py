@@ -91,8 +91,8 @@ class Runtime:
         self._warned: set[str] = set()
         self._recorder = recorder
         self._decoder_graphs, self._encoder_graphs = _GraphsOfWeights(recorder), _GraphsOfWeights(recorder)
-        self._compiles_encoder = compile_encoder and is_ours(model.image_encoder, ImageEncoderViT)
-        if self._compiles_encoder:
+        self.compiles_encoder = compile_encoder and is_ours(model.image_encoder, ImageEncoderViT)
+        if self.compiles_encoder:
             self.compile_blocks(model.image_encoder)
 
     @staticmethod
@@ -115,7 +115,7 @@ class Runtime:
     @property
     def limits(self) -> Limits:
         """What fits a bucket: up to the model's chunk of prompts on one image, or what graphs have memory for."""
-        return _REPLAYED if self._replays else Limits(images=1, prompts=self._model.prompts_per_chunk)
+        return _REPLAYED if self.replays else Limits(images=1, prompts=self._model.prompts_per_chunk)
 
     def reset(self) -> None:
         """Forget every graph."""
@@ -194,7 +194,7 @@ class Runtime:
             ) as (outputs, _):
                 return outputs[0].clone()
         padded = count
-        if self._compiles_encoder and count:
+        if self.compiles_encoder and count:
             padded = min(1 << (count - 1).bit_length(), max(count, _MAX_PADDED_IMAGES))
         if padded > count:
             pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, padded - count))
@@ -224,7 +224,7 @@ class Runtime:
         image = self._image_inputs(parts, embeddings, bucket)
         prompts = _padded(batch, bucket)
 
-        if not self._replays:
+        if not self.replays:
             tensors = [None if stacked is None else stacked.tensors[0] for stacked in image]
             with nullcontext() if bucket in self._first_use else self._lock:  # one thread compiles
                 start = time.perf_counter()
@@ -247,8 +247,8 @@ class Runtime:
     # Graphs ------------------------------------------------------------------------------------------------
 
     @property
-    def _replays(self) -> bool:
-        """Whether the decoder runs as graphs and not compiled."""
+    def replays(self) -> bool:
+        """True where the decoder runs as graphs and not compiled."""
         return self._recorder is not None or self._model.device.type == "cuda"
 
     def _settings(self) -> Hashable:
@@ -260,7 +260,7 @@ class Runtime:
     def _replayable_encoder(self, pixels: Tensor) -> Hashable | None:
         """Return what its graphs belong to if the encoder's pass over ``pixels`` can be replayed, else None."""
         model, encoder = self._model, self._model.image_encoder
-        if self._compiles_encoder or not self._replays or not is_ours(encoder, ImageEncoderViT):
+        if self.compiles_encoder or not self.replays or not is_ours(encoder, ImageEncoderViT):
             return None
         if torch.is_grad_enabled() or torch.is_autocast_enabled(model.device.type):
             return None
@@ -289,7 +289,7 @@ class Runtime:
     def _bucket_of(self, images: int, batch: PromptBatch, multimask: bool) -> Bucket | None:
         model = self._model
         eager = torch.is_grad_enabled() or torch.is_autocast_enabled(model.device.type)
-        if len(batch) == 0 or (self._replays and eager):
+        if len(batch) == 0 or (self.replays and eager):
             return None
         with_masks = batch.mask_inputs is not None
         fit = self.limits.fit(images, len(batch), batch.labels.shape[1], multimask, with_masks, model.dtype)

@@ -18,7 +18,7 @@ from ..embedding import ImageEmbedding
 from ..images.geometry import ImageGeometry
 from ..images.prepare import PreparedImage
 from ..images.tensors import normalize_and_pad
-from ..inference import decode, encode, predict
+from ..inference import decode, encode, explain, predict
 from ..inference.fused_decoder import DecodedPrompts
 from ..inference.module_decoder import MadeMasks
 from ..masks import upscale
@@ -293,6 +293,10 @@ class Sam(WeightCache, Fp32Buffers):
     ) -> Tensor:
         """Run the second half of :meth:`decode`, of the prompts ``rows`` [R] only where they are given."""
         return decode.decode_masks(self, decoded, multimask_output, rows)
+
+    def explain(self) -> str:
+        """Say what runs, one line per part and operation, and what keeps a part from running fused."""
+        return explain.explain(self)
 
     @property
     def uses_fused_decoder(self) -> bool:

@@ -1,0 +1,77 @@
+"""What runs when a model is used, and why something does not run fused, in sentences."""
+
+from __future__ import annotations
+
+import torch
+
+from fastsam_kernels import MAX_TOKENS, resolve_kernels
+
+from .decode import fused_parts, why_not_fused_decoder
+from .eligibility import why_not_fused
+from .parts import Model
+
+# The operations of an image and its prompts, and whether they are matrix products, which follow the model's dtype.
+OPERATIONS = {
+    "preprocess_image": False,
+    "rel_pos_attention": True,
+    "token_to_image_attention": True,
+    "two_way_attention": True,
+    "hypernetwork_masks": True,
+    "mask_postprocess": False,
+    "nms": False,
+    "connected_components": False,
+}
+
+
+def explain(model: Model) -> str:
+    """Return one line per part and operation of ``model``: what runs, and what keeps it from running fused."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return "\n".join(
+        [
+            f"The model is {dtype} on {model.device}, kernels={model.kernels!r}.",
+            _part("The image encoder", why_not_fused(image_encoder=model.image_encoder), model.kernels),
+            _part("The mask decoder", why_not_fused_decoder(model), model.kernels),
+            *_decoder(model),
+            _runtime(model),
+            *(f"{operation}: {_implementation(model, products)}." for operation, products in OPERATIONS.items()),
+        ]
+    )
+
+
+def _part(name: str, reason: str | None, kernels: str) -> str:
+    if reason is not None:
+        return f"{name} calls its modules as officially: {reason}."
+    if kernels == "reference":
+        return f"{name} computes the paper's formulas: kernels='reference' asks for them."
+    return f"{name} runs fused."
+
+
+@torch.no_grad()
+def _decoder(model: Model) -> list[str]:
+    parts = fused_parts(model)
+    if parts is None or model.kernels == "reference":
+        return []
+    lines = [f"The image's projections are absorbed into the tokens of prompts of up to {MAX_TOKENS} tokens."]
+    if not parts.packed.can_absorb:
+        lines = [
+            "The image is projected for every prompt: a projection or norm of the transformer is of another class."
+        ]
+    if parts.packed.upscaling is None:
+        lines.append("The masks are upscaled by mask_decoder.output_upscaling: it is not the official one with GELU.")
+    return lines
+
+
+def _runtime(model: Model) -> str:
+    runtime = model.runtime
+    if runtime is None:
+        return "Nothing is compiled and no CUDA graph is replayed."
+    how = "replayed as CUDA graphs" if runtime.replays else "compiled"
+    blocks = "; the encoder's blocks are compiled" if runtime.compiles_encoder else ""
+    return f"Prompts of {len(runtime.buckets)} shapes are {how} so far{blocks}."
+
+
+def _implementation(model: Model, products: bool) -> str:
+    try:
+        return resolve_kernels(model.kernels, model.device, model.dtype if products else None)
+    except ValueError as error:
+        return f"none, {error}"
