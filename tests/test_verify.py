@@ -44,7 +44,7 @@ def in_upscaling(model: Sam) -> None:
 
 
 def in_hypernetworks(model: Sam) -> None:
-    packed(model).hypernetworks[0][0][1] += 3
+    packed(model).hypernetworks[1, 4][0][0][0] += 3
 
 
 def in_positions(model: Sam) -> None:

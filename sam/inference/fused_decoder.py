@@ -172,9 +172,11 @@ def masks_by_modules(
 def hypernetworks(packed: PackedDecoder, mask_tokens: Tensor, mask_slice: slice) -> Tensor:
     """Run the MLPs of the masks in ``mask_slice`` as one batched product per layer: [P, M, C] -> [P, masks, C / 8]."""
     x = mask_tokens[:, mask_slice].transpose(0, 1)
-    for index, (weight, bias) in enumerate(packed.hypernetworks):
-        x = torch.baddbmm(bias[mask_slice], x, weight[mask_slice])
-        if index < len(packed.hypernetworks) - 1:
+    start, stop, _ = mask_slice.indices(mask_tokens.shape[1])
+    layers = packed.hypernetworks[start, stop]
+    for index, (weight, bias) in enumerate(layers):
+        x = torch.baddbmm(bias, x, weight)
+        if index < len(layers) - 1:
             x = x.relu()
     return x.transpose(0, 1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +103,8 @@ class PackedDecoder:
         upscaling: both transposed convolutions as matrices; None where a user changed ``output_upscaling``.
         upscale: ``output_upscaling`` itself.
         upscaling_eps: of its norm.
-        hypernetworks: weights [M, in, out] and biases [M, 1, out] of each layer, for all masks.
+        hypernetworks: weights [masks, in, out] and biases [masks, 1, out] of each layer, by the masks' first index and
+            the one behind their last; of the single mask, of the others, and of all.
         mask_mlps: the M hypernetworks themselves.
     """
 
@@ -117,7 +118,7 @@ class PackedDecoder:
     upscaling: UpscalingWeights | None
     upscale: Function
     upscaling_eps: float
-    hypernetworks: tuple[tuple[Tensor, Tensor], ...]
+    hypernetworks: dict[tuple[int, int], list[tuple[Tensor, Tensor]]]
     mask_mlps: tuple[Function, ...]
 
     @property
@@ -150,13 +151,7 @@ def pack_decoder(decoder: MaskDecoder, generation: int = 0) -> PackedDecoder:
         upscaling=matrices,
         upscale=upscaling,
         upscaling_eps=eps,
-        hypernetworks=tuple(
-            (
-                torch.stack([linear.weight.t() for linear in layer]),  # [masks, in, out]
-                torch.stack([linear.bias for linear in layer])[:, None],  # [masks, 1, out]
-            )
-            for layer in zip(*(mlp.layers for mlp in mlps), strict=True)
-        ),
+        hypernetworks=_pack_hypernetworks(mlps),
         mask_mlps=mlps,
     )
 
@@ -187,6 +182,18 @@ def _pack_attention(attention: Attention) -> PackedAttention:
     q, k, v, out = map(_pack_linear, projections)
     value = ValueProjection(v.weight, v.bias) if type(v) is Linear else None
     return PackedAttention(q, k, v, out, attention.num_heads, value)
+
+
+def _pack_hypernetworks(mlps: Sequence[nn.Module]) -> dict[tuple[int, int], list[tuple[Tensor, Tensor]]]:
+    layers = [
+        (
+            torch.stack([linear.weight.t() for linear in layer]),
+            torch.stack([linear.bias for linear in layer])[:, None],
+        )
+        for layer in zip(*(mlp.layers for mlp in mlps), strict=True)
+    ]
+    ranges = {(0, 1), (1, len(mlps)), (0, len(mlps))}
+    return {(start, stop): [(w[start:stop], b[start:stop]) for w, b in layers] for start, stop in ranges}
 
 
 def _pack_linear(layer: nn.Module) -> Any:

@@ -192,11 +192,11 @@ def finish(sources: Sequence[Tensor]) -> None:
 
 def weights_of(module: nn.Module) -> list[Tensor]:
     """Return all parameters and buffers of ``module``; every image asks, and ``parameters()`` takes longer."""
-    found: list[Tensor] = []
+    found: list[Tensor | None] = []
     left: list[nn.Module] = [module]
     while left:
         state = left.pop().__dict__
-        for tensors in (state["_parameters"], state["_buffers"]):
-            found += [tensor for tensor in tensors.values() if tensor is not None]
-        left += [inner for inner in state["_modules"].values() if inner is not None]
-    return found
+        found += state["_parameters"].values()
+        found += state["_buffers"].values()
+        left += filter(None.__ne__, state["_modules"].values())
+    return [tensor for tensor in found if tensor is not None]
