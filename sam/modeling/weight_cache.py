@@ -193,10 +193,11 @@ def finish(sources: Sequence[Tensor]) -> None:
 def weights_of(module: nn.Module) -> list[Tensor]:
     """Return all parameters and buffers of ``module``; every image asks, and ``parameters()`` takes longer."""
     found: list[Tensor | None] = []
-    left: list[nn.Module] = [module]
+    left: list[nn.Module | None] = [module]
     while left:
-        state = left.pop().__dict__
-        found += state["_parameters"].values()
-        found += state["_buffers"].values()
-        left += filter(None.__ne__, state["_modules"].values())
+        inner = left.pop()
+        if inner is not None:
+            found += inner._parameters.values()
+            found += inner._buffers.values()
+            left += inner._modules.values()
     return [tensor for tensor in found if tensor is not None]
