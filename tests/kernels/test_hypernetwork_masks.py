@@ -69,10 +69,11 @@ def test_reference_is_the_decoder_s_modules() -> None:
     """The formula that everything is held against, itself held against the layers of the official decoder."""
     decoder = random_model(TINY).double().mask_decoder
     keys, mask_tokens = torch.randn(2, 64, 64).double(), torch.randn(2, 4, 64).double()
-    expected = decoder._masks_by_modules(keys, mask_tokens, slice(None), (8, 8))
+    hyper = torch.stack([mlp(mask_tokens[:, i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], dim=1)
+    upscaled = decoder.output_upscaling(keys.transpose(1, 2).unflatten(2, (8, 8)))
+    expected = (hyper @ upscaled.flatten(2)).unflatten(2, upscaled.shape[2:])
     first, norm, _, second, _ = decoder.output_upscaling
     weights = pack_upscaling(first.weight, first.bias, norm.weight, norm.bias, second.weight, second.bias)
-    hyper = decoder._hypernetworks(mask_tokens, slice(None))
     assert_close_l2(reference(keys, weights, hyper, (8, 8), EPS, keys.dtype), expected, 1e-12, "the formula")
 
 
@@ -327,7 +328,7 @@ def test_a_decoder_of_many_masks_takes_the_torch_form() -> None:
     inputs = make_inputs(2, (3, 5), 6, torch.float32)
     keys, weights, hyper, grid = inputs
     assert_within_budget(hypernetwork_masks(keys, weights, hyper, grid=grid), formula, inputs, "six masks")
-    with pytest.raises(UnsupportedKernelError, match="it makes at most 4 masks a prompt, got 6"):
+    with pytest.raises(UnsupportedKernelError, match="it makes at most 4 masks per prompt, got 6"):
         hypernetwork_masks(keys, weights, hyper, grid=grid, kernels="triton")
 
 
