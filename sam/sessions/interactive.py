@@ -1,4 +1,4 @@
-"""The interactive loop: click, look, correct. Every answer refines the one before."""
+"""Interactive segmentation: click, look, correct. Every answer refines the one before."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..prompts.prompt import Prompt
 
 @dataclass(frozen=True)
 class Answer:
-    """One mask, in memory that the session's next answer takes over.
+    """Hold one mask, in memory that the session's next answer overwrites.
 
     Attributes:
         packed: [width, ceil(height / 32)] int32; bit b of word k of column x is the pixel in row 32 k + b.
@@ -35,17 +35,17 @@ class Answer:
     size: tuple[int, int]
 
     def mask(self) -> np.ndarray:
-        """The mask as a new array, [height, width] bool."""
+        """Return the mask as a new array, [height, width] bool."""
         octets = self.packed.astype("<i4", copy=False).view(np.uint8)
         return np.unpackbits(octets, axis=1, bitorder="little", count=self.size[0]).T.astype(bool)
 
 
 class InteractiveSession:
-    """Prompts on one image, one after another; each is answered from all so far and the last answer's logits.
+    """Answer prompts on one image one after another, each from all prompts so far and the last answer's logits.
 
-    As SAM was trained: a single click on an object chooses the best of three masks, and whatever follows is asked
-    for one mask, with the logits of the last as mask input. Of an answer, one block of memory goes to the host.
-    Not for sharing between threads; sessions of one model may run in several.
+    As in SAM's training, a first single click chooses the best of three masks, and every later prompt gets one mask,
+    with the logits of the last one as mask input. One block of memory per answer goes to the host. Threads must not
+    share a session; sessions of one model may run in several threads.
     """
 
     def __init__(self, model: Sam, embedding: ImageEmbedding) -> None:
@@ -58,82 +58,80 @@ class InteractiveSession:
         require("embedding", embedding, ImageEmbedding, "an ImageEmbedding, as model.encode makes it")
         model.check_embedding(embedding)
         self._model, self._embedding = model, embedding
-        side = model.low_res_size
-        wide = torch.promote_types(model.dtype, torch.float32)
-        self._logits = torch.zeros((1, 1, *side), device=model.device, dtype=wide)
+        logits_dtype = torch.promote_types(model.dtype, torch.float32)
+        self._logits = torch.zeros((1, 1, *model.low_res_size), device=model.device, dtype=logits_dtype)
         height, width = embedding.geometry.original_size
-        self._words = (width, -(-height // 32))
-        on_gpu = model.device.type == "cuda"
-        self._host = torch.zeros(
-            self._words[0] * self._words[1] + 1, dtype=torch.int32, device="cpu", pin_memory=on_gpu
+        self._packed_shape = (width, -(-height // 32))
+        pin_memory = model.device.type == "cuda"
+        # On the host: the packed mask and its predicted IoU, and x, y and label of each prompt token.
+        self._host_answer = torch.zeros(
+            self._packed_shape[0] * self._packed_shape[1] + 1, dtype=torch.int32, device="cpu", pin_memory=pin_memory
         )
-        self._asked = torch.zeros(1, TOKEN_BUCKETS[-1], 3, dtype=torch.float32, device="cpu", pin_memory=on_gpu)
+        self._host_tokens = torch.zeros(
+            1, TOKEN_BUCKETS[-1], 3, dtype=torch.float32, device="cpu", pin_memory=pin_memory
+        )
         self.reset()
 
     @property
     def low_res_logits(self) -> Tensor:
-        """[1, 1, h, w] logits of the last answer, on the model's device; the next answer overwrites them."""
+        """The logits [1, 1, h, w] of the last answer, on the model's device; the next answer overwrites them."""
         return self._logits
 
     def reset(self) -> None:
-        """Forget every prompt; the image stays."""
+        """Drop all prompts; the image stays."""
         self._points: list[tuple[float, float]] = []
         self._labels: list[int] = []
         self._box: tuple[float, float, float, float] | None = None
         self._answered = False
 
     def click(self, x: float, y: float, label: int = 1) -> Answer:
-        """Another click, in pixels of the original image: 1 on the object, 0 on what is not.
+        """Add a click in pixels of the original image, labelled 1 on the object and 0 on the background.
 
         Raises:
-            ValueError: not finite or too far away (:class:`sam.Prompt`), or another label. Nothing has changed then.
+            ValueError: not finite or too far away (:class:`sam.Prompt`), or another label; nothing is changed.
         """
         if label not in (0, 1):
             raise ValueError(f"label must be 1 (object) or 0 (background), got {label!r}")
-        return self._ask([*self._points, (x, y)], [*self._labels, label], self._box)
+        return self._predict([*self._points, (x, y)], [*self._labels, label], self._box)
 
     def box(self, x0: float, y0: float, x1: float, y1: float) -> Answer:
-        """The object's box, in pixels of the original image, in place of an earlier one.
+        """Set the object's box, in pixels of the original image, in place of an earlier one.
 
         Raises:
-            ValueError: not finite or too far away (:class:`sam.Prompt`). Nothing has changed then.
+            ValueError: not finite or too far away (:class:`sam.Prompt`); nothing is changed.
         """
-        return self._ask(self._points, self._labels, (x0, y0, x1, y1))
+        return self._predict(self._points, self._labels, (x0, y0, x1, y1))
 
     @torch.no_grad()
-    def _ask(
+    def _predict(
         self, points: list[tuple[float, float]], labels: list[int], box: tuple[float, float, float, float] | None
     ) -> Answer:
         prompt = Prompt(points or None, labels or None, box)
         geometry = self._embedding.geometry
-        ambiguous = not self._answered and box is None and len(points) == 1
+        multimask_output = not self._answered and box is None and len(points) == 1
         batch = self._batch(*prompt.tokens(geometry))
         resizing = Resizing(geometry.image_size, geometry.input_size, geometry.original_size)
         threshold, kernels = self._model.mask_threshold, self._model.kernels
-
-        def answer(logits: Tensor, iou: Tensor) -> None:
-            """Keep the logits of the best mask, and send its words and predicted IoU to the host."""
+        with decoding(self._model, [self._embedding], batch, multimask_output) as (logits, iou):
             best = iou[0].argmax()[None]
             torch.index_select(logits[0].to(self._logits.dtype), 0, best, out=self._logits[0])
             words = packed_masks(self._logits[0], resizing, threshold=threshold, kernels=kernels).flatten()
-            score = iou[0].index_select(0, best).float().view(torch.int32)
-            self._host.copy_(torch.cat([words, score]), non_blocking=True)
-
-        with decoding(self._model, [self._embedding], batch, ambiguous) as (logits, iou):
-            answer(logits, iou)
+            predicted_iou = iou[0].index_select(0, best).float().view(torch.int32)
+            self._host_answer.copy_(torch.cat([words, predicted_iou]), non_blocking=True)
         if self._model.device.type == "cuda":
             torch.cuda.current_stream(self._model.device).synchronize()
         self._points, self._labels, self._box, self._answered = points, labels, box, True
-        packed = self._host[:-1].view(self._words).numpy()
-        return Answer(packed, float(self._host[-1:].view(torch.float32)), geometry.original_size)
+        packed = self._host_answer[:-1].view(self._packed_shape).numpy()
+        return Answer(packed, float(self._host_answer[-1:].view(torch.float32)), geometry.original_size)
 
     def _batch(self, coords: np.ndarray, labels: np.ndarray) -> PromptBatch:
-        """One prompt of a bucket's length, through one copy to the device."""
+        """Pad the prompt's tokens to a bucket's length and copy them to the device at once."""
         count = len(labels)
         length = next((size for size in TOKEN_BUCKETS if size >= count), count)
-        asked = self._asked[:, :length] if length <= TOKEN_BUCKETS[-1] else self._asked.new_zeros(1, length, 3)
-        table = asked[0].numpy()
-        table[:count, :2], table[:count, 2], table[count:] = coords, labels, (0, 0, LABEL_ABSENT)
-        there = asked.to(self._model.device, non_blocking=True)
-        masks = self._logits.float() if self._answered else None
-        return PromptBatch(there[..., :2], there[..., 2].to(torch.int64), masks, ragged=length > count)
+        fits = length <= TOKEN_BUCKETS[-1]
+        host_tokens = self._host_tokens[:, :length] if fits else self._host_tokens.new_zeros(1, length, 3)
+        rows = host_tokens[0].numpy()
+        rows[:count, :2], rows[:count, 2], rows[count:] = coords, labels, (0, 0, LABEL_ABSENT)
+        tokens = host_tokens.to(self._model.device, non_blocking=True)
+        mask_inputs = self._logits.float() if self._answered else None
+        return PromptBatch(tokens[..., :2], tokens[..., 2].to(torch.int64), mask_inputs, ragged=length > count)

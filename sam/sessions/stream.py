@@ -1,4 +1,4 @@
-"""Many images one after another: files are read, resized and copied while the model works on earlier ones."""
+"""Streams of images: files are read, resized and copied while the model works on earlier ones."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ def encode_stream(
 ) -> Iterator[ImageEmbedding]:
     """Embed images of any sizes as they come, in their order.
 
-    Threads read and resize what comes next; a batch is copied to the device on a stream of its own, from memory the
-    device reads by itself, while the one before is encoded. Memory does not grow with the number of images.
+    Threads read and resize the next images; a batch is copied to the device from pinned memory, on a stream of its
+    own, while the one before is encoded. Memory does not grow with the number of images.
 
     Args:
-        model: on any device; for several GPUs, a process each.
+        model: on any device; for several GPUs run one process per GPU.
         images: arrays [H, W, 3] uint8 RGB, or floating-point in 0..1, or files.
-        batch_size: images a pass of the encoder; by default 1 on a CPU and 8 elsewhere.
+        batch_size: images per pass of the encoder; by default 1 on a CPU and 8 elsewhere.
         workers: threads; by default 2 on a CPU and 8 elsewhere, or as many as there are cores.
         batches_ahead: how many batches are read ahead of the model.
         resize_on_device: see :meth:`sam.Sam.encode`; threads then only read.
 
     Yields:
-        a handle an image, as :meth:`Sam.encode` makes it.
+        one handle per image, as :meth:`Sam.encode` makes it.
 
     Raises:
-        TypeError, ValueError, FileNotFoundError, IsADirectoryError: of a bad image, with its place, when its turn
-            comes: all before it were yielded.
+        TypeError, ValueError, FileNotFoundError, IsADirectoryError: a bad image, named by its position, after all
+            images before it were yielded.
     """
     if batch_size is None:
         batch_size = device_profile(model.device).images_per_pass
@@ -63,7 +63,7 @@ def encode_stream(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     copier = _Copier(model.device)
-    prepared = _ahead(
+    prepared = _map_ahead(
         lambda item: _prepare(model, *item, resize_on_device), enumerate(images), workers, batch_size * batches_ahead
     )
     failure: Exception | None = None
@@ -94,23 +94,23 @@ def predict_stream(
     batches_ahead: int = 2,
     resize_on_device: bool = False,
 ) -> Iterator[MaskPrediction]:
-    """Masks for prompts on images as they come, in their order; see :func:`encode_stream`.
+    """Predict masks for prompts on images as they come, in their order; see :func:`encode_stream`.
 
     Args:
-        requests: an image and its prompts each.
-        multimask_output: three masks a prompt instead of one.
+        requests: pairs of an image and its prompts.
+        multimask_output: three masks per prompt instead of one.
 
     Yields:
-        a prediction an image, on the CPU, in ordinary memory; it is copied there while the next one is computed.
+        one prediction per image, on the CPU, in pageable memory; it is copied there while the next one is computed.
 
     Raises:
         as :func:`encode_stream` and :meth:`Sam.predict`.
     """
-    asked: deque[Sequence[Prompt]] = deque()
+    queued_prompts: deque[Sequence[Prompt]] = deque()
 
     def images() -> Iterator[ImageSource]:
         for image, prompts in requests:
-            asked.append(prompts)
+            queued_prompts.append(prompts)
             yield image
 
     embeddings = encode_stream(
@@ -121,16 +121,16 @@ def predict_stream(
         batches_ahead=batches_ahead,
         resize_on_device=resize_on_device,
     )
-    copier, waiting = _Copier(model.device), deque[_Copied]()
+    copier, pending = _Copier(model.device), deque[_PendingCopy]()
     try:
         for embedding in embeddings:
-            waiting.append(copier.to_host(model.predict(embedding, asked.popleft(), multimask_output)))
-            if len(waiting) > 1:
-                yield waiting.popleft().result()
+            pending.append(copier.to_host(model.predict(embedding, queued_prompts.popleft(), multimask_output)))
+            if len(pending) > 1:
+                yield pending.popleft().result()
     except Exception:
-        yield from (copied.result() for copied in waiting)
+        yield from (copy.result() for copy in pending)
         raise
-    yield from (copied.result() for copied in waiting)
+    yield from (copy.result() for copy in pending)
 
 
 def _prepare(model: Sam, index: int, source: ImageSource, resize_on_device: bool) -> PreparedImage:
@@ -140,8 +140,8 @@ def _prepare(model: Sam, index: int, source: ImageSource, resize_on_device: bool
         return prepare_image(image, model.image_geometry, resize_on_device=resize_on_device)
 
 
-def _ahead(function: Callable[[S], T], items: Iterable[S], workers: int, ahead: int) -> Iterator[T]:
-    """``map`` in threads, ``ahead`` items ahead of whoever asks; an error comes in its place."""
+def _map_ahead(function: Callable[[S], T], items: Iterable[S], workers: int, ahead: int) -> Iterator[T]:
+    """Map in threads, ``ahead`` items ahead of the consumer; an error is raised at its item's position."""
     source, futures = iter(items), deque[Future[T]]()
 
     def submit() -> None:
@@ -149,7 +149,7 @@ def _ahead(function: Callable[[S], T], items: Iterable[S], workers: int, ahead: 
             futures.append(pool.submit(function, next(source)))
         except StopIteration:
             pass
-        except Exception as error:  # of the source: after all that it gave before
+        except Exception as error:  # of the source: raised after all items that it gave before
             futures.append(Future())
             futures[-1].set_exception(error)
 
@@ -167,17 +167,17 @@ def _ahead(function: Callable[[S], T], items: Iterable[S], workers: int, ahead: 
 
 
 @dataclass(frozen=True)
-class _Copied:
-    """A prediction on its way to the host."""
+class _PendingCopy:
+    """A prediction on its way to the host; ``done`` is None where it is there."""
 
     prediction: MaskPrediction
-    arrived: torch.cuda.Event | None
+    done: torch.cuda.Event | None
 
     def result(self) -> MaskPrediction:
-        """Return the prediction in ordinary memory: a list of pinned ones would take all that the host can pin."""
-        if self.arrived is None:
+        """Return the prediction in pageable memory: a list of pinned ones would take all that the host can pin."""
+        if self.done is None:
             return self.prediction
-        self.arrived.synchronize()
+        self.done.synchronize()
         return MaskPrediction(*(tensor.clone() for tensor in _tensors(self.prediction)))
 
 
@@ -186,9 +186,9 @@ def _tensors(prediction: MaskPrediction) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Copier:
-    """Copies to and from a device, on a stream beside the computation where the device is a GPU.
+    """Copy to and from a device, on a stream beside the computation where the device is a GPU.
 
-    torch keeps pinned memory and gives it out again once the copies from and to it are done.
+    torch reuses pinned memory once the copies from and to it are done.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -207,17 +207,17 @@ class _Copier:
                 tensor.record_stream(computing)
         return tensors
 
-    def to_host(self, prediction: MaskPrediction) -> _Copied:
+    def to_host(self, prediction: MaskPrediction) -> _PendingCopy:
         """Begin to copy a prediction to the host."""
         if self._stream is None:
-            return _Copied(prediction, None)
+            return _PendingCopy(prediction, None)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        arrived = torch.cuda.Event()
+        done = torch.cuda.Event()
         with torch.cuda.stream(self._stream):
-            there = []
+            copies = []
             for tensor in _tensors(prediction):
                 host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                there.append(host.copy_(tensor, non_blocking=True))
+                copies.append(host.copy_(tensor, non_blocking=True))
                 tensor.record_stream(self._stream)
-            arrived.record(self._stream)
-        return _Copied(MaskPrediction(*there), arrived)
+            done.record(self._stream)
+        return _PendingCopy(MaskPrediction(*copies), done)
