@@ -60,11 +60,11 @@ def _jpeg2000(image: Image.Image, file: BinaryIO) -> int:
 
 def _avif(image: Image.Image, file: BinaryIO) -> int:
     """Return the largest depth of the coded images of the file, of which a grid has several."""
-    places = [range(_size(file))]
+    spans = [range(_size(file))]
     for name, skipped in ((b"meta", 4), (b"iprp", 0), (b"ipco", 0), (b"av1C", 2)):
-        inner = (body for place in places for kind, body in _boxes(file, place) if kind == name)
-        places = [range(body.start + skipped, body.stop) for body in inner]
-    flags = [_read(file, place.start, 1)[0] for place in places]
+        inner = (body for span in spans for kind, body in _boxes(file, span) if kind == name)
+        spans = [range(body.start + skipped, body.stop) for body in inner]
+    flags = [_read(file, span.start, 1)[0] for span in spans]
     return max(8 if not flag & 0x40 else 12 if flag & 0x20 else 10 for flag in flags)
 
 
@@ -78,16 +78,16 @@ _DEPTHS: dict[str, Callable[[Image.Image, BinaryIO], int]] = {
 }
 
 
-def _boxes(file: BinaryIO, place: range) -> Iterator[tuple[bytes, range]]:
-    """Yield kind and body of the boxes of JPEG 2000 and AVIF within ``place``."""
-    start = place.start
-    while start + 8 <= place.stop:
+def _boxes(file: BinaryIO, span: range) -> Iterator[tuple[bytes, range]]:
+    """Yield kind and body of the boxes of JPEG 2000 and AVIF within ``span``."""
+    start = span.start
+    while start + 8 <= span.stop:
         size, kind = struct.unpack(">I4s", _read(file, start, 8))
         head = 8
         if size == 1:
             size, head = int.from_bytes(_read(file, start + 8, 8), "big"), 16
         elif size == 0:
-            size = place.stop - start
+            size = span.stop - start
         if size < head:
             raise ValueError(f"a box of {size} bytes at byte {start}")
         yield kind, range(start + head, start + size)

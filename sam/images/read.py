@@ -42,7 +42,7 @@ _PIXELS_PER_STRIP = 2**18
 
 
 class _WebP(WebPImageFile):
-    """WebP of which libwebp's two canvases are given back before PIL makes one of its own."""
+    """A WebP image that frees libwebp's two canvases before PIL makes one of its own."""
 
     def load_prepare(self) -> None:
         self._decoder = None
@@ -198,7 +198,7 @@ def _upright_rgb(image: Image.Image, orientation: int) -> np.ndarray:
 
 
 class Pieces(io.RawIOBase):
-    """A file made of pieces of another one and of bytes, as :class:`ImageStructure` names them."""
+    """Read pieces of another file and bytes as one file, as :class:`ImageStructure` lists them."""
 
     def __init__(self, file: BinaryIO, pieces: tuple[bytes | range, ...], check_cancelled: Callable[[], None]) -> None:
         self._file, self._pieces, self._check_cancelled = file, pieces, check_cancelled

@@ -51,13 +51,13 @@ class DamagedImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImageStructure:
-    """The outcome of a walk.
+    """Describe an image file after a walk.
 
     Attributes:
         format: ``"JPEG"``, ``"PNG"`` or ``"WEBP"``.
         width, height: in pixels, as stored.
         orientation: 1 to 8 as in EXIF; 1 is upright.
-        pieces: what a decoder needs, in order: bytes, or places in the file.
+        pieces: what a decoder needs, in order: bytes, or ranges of the file.
         bounded: the decoder's memory is bounded by the size of the picture and of the pieces.
     """
 
@@ -90,7 +90,7 @@ def walk(file: BinaryIO) -> ImageStructure | None:
 
 
 class _Source:
-    """A file to read from at any place."""
+    """Read a file at any position."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -109,7 +109,7 @@ class _Source:
         return data
 
     def find(self, pattern: re.Pattern[bytes], start: int) -> int | None:
-        """The place of the first match, which is of two bytes; read in blocks, so that other threads run meanwhile."""
+        """Return the position of the first match, which is of two bytes; blocks of reads let other threads run."""
         size = 2**6
         while start < self.size - 1:
             match = pattern.search(self.read(start, size))
@@ -208,7 +208,7 @@ def _walk_png(source: _Source) -> ImageStructure:
 
 
 def _walk_webp(source: _Source) -> ImageStructure:
-    """Alpha lies in a chunk of its own beside lossy pictures; it is dropped here."""
+    """Walk a WebP without its alpha chunk, which stands beside a lossy picture."""
     end = min(source.size, 8 + int.from_bytes(source.read(4, 4), "little"))
     canvas: tuple[int, int] | None = None
     picture: tuple[bytes, range] | None = None
@@ -249,7 +249,7 @@ def _walk_webp(source: _Source) -> ImageStructure:
 def _chunks(
     source: _Source, start: int, end: int, header: str, trailer: int = 0
 ) -> Iterator[tuple[bytes, int, range, int]]:
-    """Kind, start, body and end of each chunk of a PNG or RIFF file; RIFF pads to even lengths.
+    """Yield kind, start, body and end of each chunk of a PNG or RIFF file; RIFF pads to even lengths.
 
     A PNG's last chunk may be cut off (its decoder says so), a RIFF file's may not.
     """
@@ -299,7 +299,7 @@ def _checked_size(width: int, height: int) -> tuple[int, int]:
 
 
 def orientation_of(exif: bytes) -> int:
-    """The orientation of the image in the first directory of ``exif``; 1 where it is missing or none of 1 to 8."""
+    """Return the orientation of the image in ``exif``'s first directory; 1 where it is missing or none of 1 to 8."""
     exif = exif.removeprefix(b"Exif\0\0")
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None or len(exif) < 8:
