@@ -48,13 +48,13 @@ def test_every_way_to_encode_takes_as_many_images(model: Sam, monkeypatch: pytes
 
 def test_the_decoder_takes_as_many_prompts(model: Sam, monkeypatch: pytest.MonkeyPatch) -> None:
     chunks: list[int] = []
-    decode = model._decode_chunk
+    decode = model.decode
 
     def counted(embeddings, batch, multimask_output):  # type: ignore[no-untyped-def]
         chunks.append(len(batch))
         return decode(embeddings, batch, multimask_output)
 
-    monkeypatch.setattr(model, "_decode_chunk", counted)
+    monkeypatch.setattr(model, "decode", counted)
     model.predict(model.encode(IMAGES[0]), [Prompt([(5, 5)], [1])] * 3)
     assert chunks == [1, 1, 1]
 
