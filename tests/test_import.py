@@ -69,7 +69,8 @@ import numpy
 from PIL import Image
 from sam.client import Client
 from sam.images import read_image
-from sam.masks import overlay, polygons, rle
+from sam.masks import formats, overlay, polygons, rle
+from sam.prompts import wire
 
 Image.new("RGB", (4, 3), (1, 2, 3)).save("image.png")
 image = read_image("image.png")
@@ -79,6 +80,9 @@ assert rle.bounding_box({"size": [3, 4], "counts": "333"}) == [1, 0, 1, 3]
 assert polygons.multipolygon(mask)["coordinates"]
 prompt = sam.Prompt([(1, 1)], [1], box=(0, 0, 3, 2))
 overlay.draw_overlay(image, mask[None], [prompt])
+assert wire.to_dict(wire.from_dict({"box": [0, 0, 3, 2]}))["box"] == [0, 0, 3, 2]
+masks = formats.MaskSet([{"size": [3, 4], "counts": [3, 3, 6]}], (3, 4))
+assert all(form.encode(masks) for form in formats.FORMATS.values())
 assert sam.VARIANTS["nano"] and isinstance(sam.VARIANTS["nano"], sam.SamConfig)
 assert not Client("http://127.0.0.1:1").ready()
 with sam.as_segment_anything():

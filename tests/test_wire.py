@@ -57,6 +57,24 @@ def test_refusals(document: dict[str, Any], message: str) -> None:
         wire.from_dict(document)
 
 
+@pytest.mark.parametrize(
+    ("points", "box", "path"),
+    [
+        ([[0, 0], [90, 60]], None, None),
+        ([[0, 0], [91, 60]], None, ("points", 1)),
+        ([[0, 60.5]], [0, 0, 1, 1], ("points", 0)),
+        ([[-1, 0]], None, ("points", 0)),
+        (None, [-9, -9, 0, 0], None),
+        (None, [-9, -9, 200, 200], None),
+        (None, [90, 60, 99, 99], None),
+        (None, [-9, 0, -1, 60], ("box",)),
+        ([[1, 1]], [0, 61, 90, 61], ("box",)),
+    ],
+)
+def test_what_lies_outside_an_image(points: Any, box: Any, path: Any) -> None:
+    assert wire.find_outside(points, box, (60, 90)) == path
+
+
 def test_padding_is_no_label_of_a_request() -> None:
     with pytest.raises(ValueError, match=r"labels must be 1 \(object\) or 0 \(background\) in a request"):
         wire.to_dict(Prompt([(1, 1)], [-1]))

@@ -99,6 +99,24 @@ def check_parts(points: Sequence[Any] | None, labels: Sequence[Any] | None, box:
         raise ValueError("as many labels as points are needed")
 
 
+def find_outside(
+    points: Sequence[Sequence[float]] | None, box: Sequence[float] | None, size: tuple[int, int]
+) -> tuple[str | int, ...] | None:
+    """Return the path to the first click outside an image of (height, width), or to a box that does not meet it.
+
+    Edges belong to the image. None if there is neither.
+    """
+    height, width = size
+    for index, (x, y) in enumerate(points or ()):
+        if not (0 <= x <= width and 0 <= y <= height):
+            return "points", index
+    if box is not None:
+        x0, y0, x1, y1 = box
+        if x0 > width or y0 > height or x1 < 0 or y1 < 0:
+            return ("box",)
+    return None
+
+
 def parse_point(text: str) -> tuple[float, float, int]:
     """Return x, y and label of a click written as ``X,Y`` or ``X,Y,LABEL``.
 

@@ -204,7 +204,9 @@ async def _validate(service: Service, schema: type[BaseModel], upload: Upload) -
     subject = await _subject(service, key, upload)
     if isinstance(parameters, SegmentRequest):
         for index, prompt in enumerate(parameters.prompts):
-            _check_inside(prompt, subject.size, index)
+            outside = wire.find_outside(prompt.points, prompt.box, subject.size)
+            if outside is not None:
+                raise ApiError("out_of_image", ["prompts", index, *outside])
     return parameters, subject
 
 
@@ -231,17 +233,6 @@ async def _subject(service: Service, key: str | None, upload: Upload) -> _Subjec
 
     prepared = await service.decode(prepare)
     return _Subject(prepared.key, prepared)
-
-
-def _check_inside(prompt: PromptRequest, size: tuple[int, int], index: int) -> None:
-    height, width = size
-    for place, (x, y) in enumerate(prompt.points or ()):
-        if x > width or y > height:
-            raise ApiError("out_of_image", ["prompts", index, "points", place])
-    if prompt.box is not None:
-        x0, y0, x1, y1 = prompt.box
-        if x0 > width or y0 > height or x1 < 0 or y1 < 0:
-            raise ApiError("out_of_image", ["prompts", index, "box"])
 
 
 async def _embed(service: Service, parameters: EmbedRequest, subject: _Subject, request_id: str) -> Response:

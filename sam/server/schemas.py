@@ -103,7 +103,7 @@ _PROMPTS = TypeAdapter(Prompts)
 _TEXTS = ("embedding", "output")
 _MAX_SMALL_TEXT = 1024
 # How often these occur in the largest valid document, with a margin: they determine a parser's time.
-_MOST = {"[": 2**17, "{": 2**13, ",": 2**18, '"': 2**15, ":": 2**13}
+_MAX_OCCURRENCES = {"[": 2**17, "{": 2**13, ",": 2**18, '"': 2**15, ":": 2**13}
 
 
 def read_document(schema: type[Request], document: bytes) -> Request:
@@ -149,7 +149,7 @@ def read_fields(schema: type[Request], fields: dict[str, str]) -> Request:
 
 def _check_effort(text: str) -> None:
     """Refuse text that would keep a parser busy: every other thread waits meanwhile."""
-    if any(text.count(sign) > most for sign, most in _MOST.items()):
+    if any(text.count(sign) > most for sign, most in _MAX_OCCURRENCES.items()):
         raise ApiError("invalid_request", [])
 
 
