@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sam.system.hardware import usable_cores
+from sam.system.hardware import cpu_name, usable_cores
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -33,7 +33,7 @@ def provenance() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "revision": _revision(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -97,13 +97,3 @@ def _revision() -> str:
         return git("rev-parse", "--short=10", "HEAD").strip() + ("+changes" if changed.strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("REVISION", "unknown")
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

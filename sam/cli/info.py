@@ -1,11 +1,10 @@
-"""``info [CHECKPOINT]``: what weights are, and what would run them here."""
+"""``info [CHECKPOINT]``: what weights are, and what would run them here; ``info --env``: the machine alone."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,13 @@ import torch
 
 from ..build_sam import NANO_CHECKPOINT, load_model
 from ..checkpoint import read_checkpoint
+from .environment import describe_environment, version
 
 
 def run(args: argparse.Namespace) -> None:
-    facts = describe(Path(args.checkpoint or NANO_CHECKPOINT))
+    if args.env and args.checkpoint:
+        raise ValueError("--env is of this machine: it takes no CHECKPOINT")
+    facts = describe_environment() if args.env else describe(Path(args.checkpoint or NANO_CHECKPOINT))
     if args.json:
         print(json.dumps(facts, indent=2))
         return
@@ -46,13 +48,6 @@ def describe(path: Path) -> dict[str, Any]:
         **stored.metadata,
         "device": str(model.device),
         "kernels": model.resolved_kernels,
-        "versions": f"fastsam-kernels {_version('fastsam-kernels')}, torch {torch.__version__}, "
-        f"triton {_version('triton')}, Python {platform.python_version()}",
+        "versions": f"fastsam-kernels {version('fastsam-kernels')}, torch {torch.__version__}, "
+        f"triton {version('triton')}, Python {platform.python_version()}",
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"

@@ -131,13 +131,18 @@ def add_serve(commands: Any) -> None:
 
 def add_info(commands: Any) -> None:
     """Add the parser of ``info``."""
-    parser = commands.add_parser("info", help="what a checkpoint holds and what would run it here")
+    parser = commands.add_parser("info", help="what a checkpoint holds, and what would run it here")
     parser.add_argument(
         "checkpoint",
         nargs="?",
         type=file_name,
         metavar="CHECKPOINT",
         help="file or folder (default: the embedded nano)",
+    )
+    parser.add_argument(
+        "--env",
+        action="store_true",
+        help="this machine alone, for a report of a bug: no paths, no secrets",
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
     _add_traceback(parser)

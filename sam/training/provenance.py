@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from .. import __version__
 from ..build_sam import NANO_CHECKPOINT
 from ..checkpoint import read_checkpoint
+from ..system.hardware import cpu_name
 
 EMBEDDED, SCRATCH = "embedded", "scratch"  # what a run can start from, but for files
 
@@ -29,9 +29,7 @@ def machine(device: torch.device) -> str:
     """What a run was on, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
-    name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
 
 
 def revision() -> str:
@@ -41,10 +39,3 @@ def revision() -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("REVISION", __version__)
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
