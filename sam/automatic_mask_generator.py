@@ -73,7 +73,8 @@ class SamAutomaticMaskGenerator:
         progress: bool | Callable[[int, int], None] = False,
         resize_on_device: bool = False,
     ) -> None:
-        """
+        """Take the official arguments and some of ours.
+
         Args:
             model: whose masks.
             points_per_side: clicks along a side of the grid; None when ``point_grids`` gives the clicks.

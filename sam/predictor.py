@@ -47,7 +47,8 @@ class SamPredictor:
     _setter: int  # the thread that is setting an image, there for as long as it does
 
     def __init__(self, sam_model: Sam) -> None:
-        """
+        """Predict with ``sam_model``; no image is set yet.
+
         Raises:
             TypeError: no SAM model.
         """

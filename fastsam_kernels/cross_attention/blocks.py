@@ -15,7 +15,7 @@ def block_count(keys: Tensor) -> int:
 
 
 def split(keys: Tensor, blocks: int) -> Tensor:
-    """Split image tokens: [P, N, C] -> [P * blocks, N / blocks, C]"""
+    """Split image tokens: [P, N, C] -> [P * blocks, N / blocks, C]."""
     return keys if blocks == 1 else keys.reshape(blocks, -1, keys.shape[2])
 
 

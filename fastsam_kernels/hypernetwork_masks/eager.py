@@ -50,7 +50,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _in_place(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[P, M, h * w * 4 (ab) * 4 (cd)] -> [P, M, 4h, 4w]"""
+    """Put pixels in their places: [P, M, h * w * 4 (ab) * 4 (cd)] -> [P, M, 4h, 4w]."""
     prompts, masks = pixels.shape[:2]
     pair = _PAIR_OF.get(pixels.dtype)
     if pair is not None and not (requires_autograd(pixels) or torch.compiler.is_compiling()):

@@ -75,7 +75,7 @@ def _regions(height: int, width: int, size: tuple[int, int]) -> Iterator[_Region
 
 
 def _padding_bias(rel_h: Tensor, rel_w: Tensor, window: tuple[int, int]) -> Tensor:
-    """log of the sum of e^bias over the padded keys of a cut window: those below the grid, then those beside it.
+    """Return the log of the sum of e^bias over the padded keys of a cut window: below the grid, then beside it.
 
     ``rel_h`` and ``rel_w`` are those of all keys, [windows, heads, rows, columns, size]; the result ends in 1.
     """

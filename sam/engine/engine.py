@@ -64,7 +64,8 @@ class Engine:
         handle_secret: bytes | None = None,
         on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
-        """
+        """Start the thread that calls the model.
+
         Args:
             model: nobody else should change its weights or move it.
             max_batch: prompts decoded together.

@@ -182,5 +182,5 @@ def hypernetworks(packed: PackedDecoder, mask_tokens: Tensor, mask_slice: slice)
 
 
 def _tokens_of(x: Tensor) -> Tensor:
-    """[I, C, h, w] -> [I, h * w, C]"""
+    """Turn a feature map into tokens: [I, C, h, w] -> [I, h * w, C]."""
     return x.flatten(2).transpose(1, 2)

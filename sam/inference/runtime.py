@@ -79,7 +79,8 @@ class Runtime:
     """
 
     def __init__(self, model: Model, *, compile_encoder: bool = True, recorder: Recorder | None = None) -> None:
-        """
+        """Begin with no shape ready; :meth:`warmup` makes them.
+
         Args:
             model: a decoder with hooks or modules of a user's own runs eagerly.
             compile_encoder: the blocks of its encoder run compiled from now on, here or elsewhere.

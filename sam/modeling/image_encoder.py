@@ -151,7 +151,7 @@ class Block(nn.Module):
         return window_unpartition(attended, self.window_size, padded_size, (x.shape[1], x.shape[2]))
 
     def _add_mlp(self, x: Tensor) -> Tensor:
-        """x + mlp(norm2(x)), written to ``x`` unless somebody would notice."""
+        """Return x + mlp(norm2(x)), written to ``x`` unless somebody would notice."""
         layers = (self.norm2, self.mlp)
         weights = [weight for layer in layers for weight in layer.parameters()]
         plain = type(self.norm2) is nn.LayerNorm and type(self.mlp) is MLPBlock and self.mlp.is_plain

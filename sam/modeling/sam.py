@@ -95,7 +95,7 @@ class Sam(WeightCache, Fp32Buffers):
 
     @property
     def kernels(self) -> str:
-        """ "auto", "reference", "torch" or "triton", and what was chosen for single operations: "auto, nms=torch".
+        """Return "auto", "reference", "torch" or "triton", with what single operations chose: "auto, nms=torch".
 
         Set it to one of the four, or to a mapping like ``{"nms": "torch"}``; :attr:`resolved_kernels` is what runs.
         """

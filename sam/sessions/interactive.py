@@ -49,7 +49,8 @@ class InteractiveSession:
     """
 
     def __init__(self, model: Sam, embedding: ImageEmbedding) -> None:
-        """
+        """Begin without a prompt.
+
         Raises:
             TypeError: no model, or no embedding.
             ValueError: an embedding of another model or on another device.

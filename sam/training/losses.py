@@ -1,5 +1,4 @@
-"""The losses of SAM: focal and dice for masks, the best of three for ambiguous prompts, and the error of
-the predicted IoU.
+"""The losses of SAM: focal and dice for masks, best of three for ambiguous prompts, error of the predicted IoU.
 
 Throughout: N prompts, 4 masks a prompt (the single mask first, then the three alternatives), targets that say how
 much of each low-resolution pixel an object covers. Source: Segment Anything (arXiv 2304.02643), appendix A.
@@ -68,7 +67,6 @@ def mask_iou(logits: Tensor, truth: Tensor) -> Tensor:
 
     A small object has a handful of low-resolution pixels, too few to say how good a mask is.
     """
-
     predicted = F.interpolate(logits.float(), truth.shape[1:], mode="bilinear", align_corners=False) > 0
     pixels = truth.flatten(1).float()
     counted = predicted.flatten(2).float() @ torch.stack([pixels, torch.ones_like(pixels)], 2)  # exact: below 2^24
