@@ -96,7 +96,7 @@ def verify(model: Sam, image: np.ndarray | None = None) -> Iterator[Check]:
     plain = copy.deepcopy(model)  # without what the model derived from its weights
     plain.kernels = "reference"
     models = _Models(model, plain, copy.deepcopy(plain).double())
-    image = drawn_image(model.image_encoder.img_size) if image is None else image
+    image = drawn_image(model.image_size) if image is None else image
     embedding = models.truth.encode(image)
     yield from _encoder_checks(models, image)
     yield from _decoder_checks(models, embedding)

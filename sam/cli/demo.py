@@ -62,7 +62,7 @@ class _Table:
         model = self.model
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print(
-            f"{model.name}, {millions:.1f} M parameters, {model.image_encoder.img_size} px input; device "
+            f"{model.name}, {millions:.1f} M parameters, {model.image_size} px input; device "
             f"{model.device}, {str(model.dtype).removeprefix('torch.')}, kernels {model.resolved_kernels}\n"
         )
         self._row("photo", "prompt", "ms", "predicted IoU", "of image")

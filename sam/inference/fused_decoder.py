@@ -96,11 +96,11 @@ def decode_tokens(
         projections: from :func:`project_images`, for prompts without a mask input.
         kernels: implementation of the operations; "auto" resolves for each of them.
     """
-    prompts, outputs = sparse.shape[0], packed.num_output_tokens
+    prompts, positions = sparse.shape[0], packed.positions
     output_tokens = packed.output_tokens.expand(prompts, -1, -1)
     tokens = torch.cat([output_tokens, sparse.to(packed.dtype)], dim=1)
     if token_mask is not None:
-        token_mask = F.pad(token_mask, (outputs, 0), value=True)
+        token_mask = F.pad(token_mask, (positions.total, 0), value=True)
 
     if projections is not None:
         keys = projections.keys
@@ -116,11 +116,13 @@ def decode_tokens(
         image_index = None
     key_pe = _tokens_of(image_pe[:1]).to(tokens.dtype)
 
-    tokens, keys = run_transformer(packed, keys, key_pe, tokens, token_mask, projections, image_index, outputs, kernels)
+    tokens, keys = run_transformer(
+        packed, keys, key_pe, tokens, token_mask, projections, image_index, positions.total, kernels
+    )
     return DecodedPrompts(
         keys=keys,
-        mask_tokens=tokens[:, 1:],
-        iou=packed.predict_iou(tokens[:, 0]),
+        mask_tokens=tokens[:, positions.masks],
+        iou=packed.predict_iou(tokens[:, positions.iou]),
         grid=(image_embeddings.shape[-2], image_embeddings.shape[-1]),
         packed=packed,
     )

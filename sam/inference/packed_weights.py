@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastsam_kernels import LayerNormWeights, UpscalingWeights, ValueProjection, pack_upscaling
 
 from ..modeling.common import LayerNorm2d
-from ..modeling.mask_decoder import MaskDecoder
+from ..modeling.mask_decoder import MaskDecoder, OutputTokens
 from ..modeling.prompt_encoder import PromptEncoder
 from ..modeling.transformer import Attention, TwoWayAttentionBlock
 
@@ -96,7 +96,8 @@ class PackedDecoder:
 
     Attributes:
         generation: of the decoder (:func:`sam.inference.eligibility.look`).
-        output_tokens: [1 + M, C], that of the predicted IoU first.
+        output_tokens: [1 + M, C], the decoder's own.
+        positions: where they stand.
         blocks, final_attn, norm_final_attn: of the transformer.
         can_absorb: the projections of the image can be absorbed into the tokens.
         predict_iou: the head [P, C] -> [P, M].
@@ -110,6 +111,7 @@ class PackedDecoder:
 
     generation: int
     output_tokens: Tensor
+    positions: OutputTokens
     blocks: tuple[PackedBlock, ...]
     final_attn: PackedAttention
     norm_final_attn: Function
@@ -120,10 +122,6 @@ class PackedDecoder:
     upscaling_eps: float
     hypernetworks: dict[tuple[int, int], list[tuple[Tensor, Tensor]]]
     mask_mlps: tuple[Function, ...]
-
-    @property
-    def num_output_tokens(self) -> int:
-        return len(self.output_tokens)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -143,6 +141,7 @@ def pack_decoder(decoder: MaskDecoder, generation: int = 0) -> PackedDecoder:
     return PackedDecoder(
         generation=generation,
         output_tokens=torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]),
+        positions=decoder.output_tokens,
         blocks=blocks,
         final_attn=final_attn,
         norm_final_attn=_pack_norm(transformer.norm_final_attn),

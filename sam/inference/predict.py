@@ -9,7 +9,9 @@ import torch
 from ..checks import require
 from ..embedding import ImageEmbedding
 from ..masks.results import MaskPrediction
+from ..modeling.common import uncompiled
 from ..modeling.mask_decoder import MaskDecoder
+from ..modeling.prompt_encoder import PromptEncoder
 from ..prompts.batch import ragged_chunks
 from ..prompts.checks import check_mask_inputs
 from ..prompts.prompt import Prompt
@@ -42,6 +44,30 @@ def predict(
         MaskPrediction(model.masks(logits, geometry, return_logits), predicted_iou, logits)
         for logits, predicted_iou, geometry in zip(low_res.split(counts), iou.split(counts), geometries, strict=True)
     ]
+
+
+def check_embedding(model: Model, embedding: ImageEmbedding) -> None:
+    """Raise ``ValueError`` unless ``model`` can decode ``embedding``."""
+    if embedding.model_hash is not None and embedding.model_hash != model.known_hash:
+        own = model.known_hash or "of weights that are no plain tensors"
+        raise ValueError(
+            f"this embedding was made by model {embedding.model_name} {embedding.model_hash}, not by this "
+            f"model, {model.name} {own}; encode the image again"
+        )
+    encoder = uncompiled(model.prompt_encoder)
+    if isinstance(encoder, PromptEncoder):  # a user's own need not say what it takes
+        expected = (1, encoder.embed_dim, *encoder.image_embedding_size)
+        if embedding.features.shape != expected:
+            raise ValueError(f"this model's features are {list(expected)}, got {list(embedding.features.shape)}")
+    if embedding.geometry.image_size != model.image_size:
+        raise ValueError(
+            f"the embedding is of an image of {embedding.geometry.image_size} px, the model takes {model.image_size} px"
+        )
+    if embedding.device != model.device:
+        raise ValueError(
+            f"the embedding is on {embedding.device}, the model on {model.device}; "
+            f"use embedding.to({str(model.device)!r})"
+        )
 
 
 def _check(model: Model, embeddings: Sequence[ImageEmbedding], prompts: Sequence[Sequence[Prompt]]) -> None:

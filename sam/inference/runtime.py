@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ logger = logging.getLogger("sam")
 
 _MAX_PADDED_IMAGES = 8
 _MAX_COMPILED_GRAPHS = 256
-# Of a graph. The image side of a prompt is 2 MB in bf16 and several are alive: a pool for more would be gigabytes.
+# Of a graph. The image side of a prompt is 2 MB in bf16 and image_count are alive: a pool for more would be gigabytes.
 _REPLAYED = Limits(images=16, prompts=32)
 
 
@@ -106,11 +107,11 @@ class Runtime:
 
     @property
     def buckets(self) -> dict[Bucket, float]:
-        """Those in use, with the seconds that the first use of each took."""
+        """Return the buckets in use, with the seconds that the first use of each took."""
         return dict(self._first_use)
 
     def table(self) -> str:
-        """The buckets in use as text."""
+        """Return the buckets in use as text."""
         return as_table(self._first_use)
 
     @property
@@ -154,29 +155,29 @@ class Runtime:
                 self._wait()
             done.append(WarmupStep(f"encoder, {count} images", time.perf_counter() - start))
         features = torch.zeros(1, model.prompt_encoder.embed_dim, *grid, device=model.device, dtype=model.dtype)
-        geometry, low = ImageGeometry.longest_side(size, size, size), model.low_res_size
-        for several in images:
-            embeddings = [ImageEmbedding(features.clone(), geometry) for _ in range(several)]
-            for count in self.limits.prompt_counts if prompts is None else prompts:
-                for length in tokens:
-                    for with_masks in mask_input:
-                        batch = PromptBatch(
-                            torch.zeros(count, length, 2, dtype=torch.float32, device=model.device),
-                            torch.zeros(count, length, dtype=torch.int64, device=model.device),
-                            torch.zeros(count, 1, *low, dtype=torch.float32, device=model.device)
-                            if with_masks
-                            else None,
-                            torch.zeros(count, dtype=torch.int64, device=model.device) if several > 1 else None,
-                        )
-                        for multi in multimask:
-                            before = len(self._first_use)
-                            with torch.no_grad():
-                                model.decode(embeddings, batch, multi)
-                            if len(self._first_use) > before:
-                                bucket, seconds = next(reversed(self._first_use.items()))
-                                done.append(WarmupStep(str(bucket), seconds))
+        geometry = ImageGeometry.longest_side(size, size, size)
+        for image_count in images:
+            embeddings = [ImageEmbedding(features.clone(), geometry) for _ in range(image_count)]
+            counts = self.limits.prompt_counts if prompts is None else prompts
+            for count, length, with_masks, multimask_output in product(counts, tokens, mask_input, multimask):
+                known = set(self._first_use)
+                with torch.no_grad():
+                    batch = self._blank_batch(image_count, count, length, with_masks)
+                    model.decode(embeddings, batch, multimask_output)
+                first_use = self._first_use.items()
+                done += [WarmupStep(str(bucket), seconds) for bucket, seconds in first_use if bucket not in known]
         self._wait()
         return done
+
+    def _blank_batch(self, images: int, prompts: int, tokens: int, with_masks: bool) -> PromptBatch:
+        model = self._model
+        zeros = partial(torch.zeros, device=model.device)
+        return PromptBatch(
+            zeros(prompts, tokens, 2, dtype=torch.float32),
+            zeros(prompts, tokens, dtype=torch.int64),
+            zeros(prompts, 1, *model.low_res_size, dtype=torch.float32) if with_masks else None,
+            zeros(prompts, dtype=torch.int64) if images > 1 else None,
+        )
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Run the encoder on [B, 3, size, size].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,20 @@ from ..system.tensors import is_making_graph
 from .common import LayerNorm2d
 from .transformer import TwoWayTransformer
 from .weight_cache import WeightCache
+
+
+class OutputTokens(NamedTuple):
+    """Where the decoder's own tokens stand, which come before those of a prompt.
+
+    Attributes:
+        iou: index of the token of the predicted IoU.
+        masks: those of the masks, the single mask first.
+        total: how many there are.
+    """
+
+    iou: int
+    masks: slice
+    total: int
 
 
 class MaskDecoder(WeightCache):
@@ -112,15 +127,21 @@ class MaskDecoder(WeightCache):
         pe, tokens = image_pe.to(tokens.dtype).expand(each), tokens.expand(prompts, -1, -1)
         tokens, keys = self.transformer(source.expand(each), pe, tokens)
         upscaled = self.output_upscaling(keys.transpose(1, 2).unflatten(2, grid))
-        mask_tokens = tokens[:, 1 : 1 + self.num_mask_tokens]
+        positions = self.output_tokens
+        mask_tokens = tokens[:, positions.masks]
         mlps = self.output_hypernetworks_mlps
         hyper = torch.stack([mlps[i](mask_tokens[:, i]) for i in range(self.num_mask_tokens)], dim=1)
         masks = (hyper @ upscaled.flatten(2)).unflatten(-1, upscaled.shape[-2:])  # [P, M, 4h, 4w]
-        return masks, self.iou_prediction_head(tokens[:, 0])
+        return masks, self.iou_prediction_head(tokens[:, positions.iou])
+
+    @property
+    def output_tokens(self) -> OutputTokens:
+        """Where the decoder's own tokens stand among the tokens of a prompt."""
+        return OutputTokens(iou=0, masks=slice(1, 1 + self.num_mask_tokens), total=1 + self.num_mask_tokens)
 
     @staticmethod
     def mask_slice(multimask_output: bool) -> slice:
-        """Which of the mask tokens answer: token 0 is the single mask, the others the alternatives."""
+        """Return the masks that a call asks for: mask 0 is the single one, the others the alternatives."""
         return slice(1, None) if multimask_output else slice(0, 1)
 
     def _tokens(self, sparse: Tensor) -> Tensor:

@@ -72,8 +72,8 @@ class PromptEncoder(WeightCache):
         encoding = self.pe_layer.forward_with_coords(coords + 0.5, self.input_image_size)
         table = torch.cat([e.weight for e in (self.not_a_point_embed, *self.point_embeddings)])
         learned = table[labels.clamp(min=LABEL_PADDING).long() - LABEL_PADDING]
-        located = torch.where((labels > LABEL_PADDING)[..., None], encoding, 0.0)
-        return located + learned.to(encoding.dtype)
+        positions = torch.where((labels > LABEL_PADDING)[..., None], encoding, 0.0)
+        return positions + learned.to(encoding.dtype)
 
     def _embed_points(self, points: Tensor, labels: Tensor, pad: bool) -> Tensor:
         if pad:

@@ -28,7 +28,7 @@ from ..prompts.checks import check_mask_inputs
 from ..prompts.prompt import Prompt
 from ..system.device_profile import device_profile
 from ..system.malloc import keep_freed_memory
-from .common import Fp32Buffers, is_ours, uncompiled
+from .common import Fp32Buffers, is_ours
 from .identity import hash_of_model
 from .image_encoder import ImageEncoderViT
 from .mask_decoder import MaskDecoder
@@ -327,32 +327,13 @@ class Sam(WeightCache, Fp32Buffers):
 
     def check_embedding(self, embedding: ImageEmbedding) -> None:
         """Raise ``ValueError`` unless this model can decode ``embedding``."""
-        if embedding.model_hash is not None and embedding.model_hash != self._known_hash():
-            own = self._known_hash() or "of weights that are no plain tensors"
-            raise ValueError(
-                f"this embedding was made by model {embedding.model_name} {embedding.model_hash}, not by this "
-                f"model, {self.name} {own}; encode the image again"
-            )
-        encoder = uncompiled(self.prompt_encoder)
-        if isinstance(encoder, PromptEncoder):  # a user's own need not say what it takes
-            expected = (1, encoder.embed_dim, *encoder.image_embedding_size)
-            if embedding.features.shape != expected:
-                raise ValueError(f"this model's features are {list(expected)}, got {list(embedding.features.shape)}")
-        if embedding.geometry.image_size != self.image_size:
-            raise ValueError(
-                f"the embedding is of an image of {embedding.geometry.image_size} px, "
-                f"the model takes {self.image_size} px"
-            )
-        if embedding.device != self.device:
-            raise ValueError(
-                f"the embedding is on {embedding.device}, the model on {self.device}; "
-                f"use embedding.to({str(self.device)!r})"
-            )
+        predict.check_embedding(self, embedding)
 
-    def _known_hash(self) -> str | None:
-        # Asking every parameter whether it changed would cost more than a click: ``encode`` does that.
-        kept = self._packed.get("model_hash")
-        return kept.value if kept is not None else self.model_hash
+    @property
+    def known_hash(self) -> str | None:
+        """:attr:`model_hash` as it was last computed: looking at every weight costs more than a click."""
+        entry = self._packed.get("model_hash")
+        return entry.value if entry is not None else self.model_hash
 
     @property
     def low_res_size(self) -> tuple[int, int]:

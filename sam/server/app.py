@@ -315,7 +315,7 @@ def _describe(engine: Engine) -> dict[str, Any]:
         "inputs": [{"name": "image", "datatype": "UINT8", "shape": [-1, -1, 3]}],
         "outputs": [{"name": "masks", "datatype": "BOOL", "shape": [-1, -1, -1, -1]}],
         "parameters": {
-            "image_size": model.image_encoder.img_size,
+            "image_size": model.image_size,
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
             "kernels": model.resolved_kernels,

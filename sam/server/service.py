@@ -214,7 +214,7 @@ def warm_up(engine: Engine, every_size: bool) -> None:
     Where kernels are compiled, ``every_size`` of a batch is run: none is compiled for a request.
     """
     model, limit = engine.model, _WARM_UP_SECONDS
-    side = model.image_encoder.img_size
+    side = model.image_size
     image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     for count in range(1, engine.max_images + 1) if every_size else ():
         model.encode([image] * count, batch_size=count)

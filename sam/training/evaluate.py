@@ -133,7 +133,7 @@ def score_scene(model: Sam, scene: Scene, index: int, scores: Scores) -> None:
     if not len(masks):
         return
     device = model.device
-    crop = CropModel(model, model.image_encoder.img_size)
+    crop = CropModel(model, model.image_size)
     pixels = torch.from_numpy(scene.image).to(device).permute(2, 0, 1).float()
     features = crop.encode(((pixels - model.pixel_mean) / model.pixel_std)[None])
     generator = torch.Generator(device).manual_seed(index)

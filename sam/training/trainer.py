@@ -161,7 +161,7 @@ class Trainer:
         rounds = (1 + int(shared.random() < _SECOND_CORRECTION)) if corrected else 0
         fed_back = shared.random() < _LOGITS_FED_BACK
         if len(objects.masks):  # else a batch of empty pictures, which teaches nothing
-            grid = self.model.image_encoder.img_size // self.patch - stage.size // self.patch
+            grid = self.model.image_size // self.patch - stage.size // self.patch
             crop = CropModel(self.model, stage.size, tuple(rng.integers(0, grid + 1, 2).tolist()))
             self._backward(crop, batch, objects, rounds, fed_back, generator, means)
         if self._average_with_the_others(means, taught=len(objects.masks) > 0):
