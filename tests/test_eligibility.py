@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -208,6 +209,18 @@ def test_an_optimiser_step_starts_a_generation_of_its_parameters_only(fused: boo
     unused.load_state_dict(stepped.state_dict())
     found, expected = (model.predict(model.encode(image), prompts).low_res_logits for model in (stepped, unused))
     assert torch.equal(found, expected)
+
+
+def test_a_model_that_is_dropped_is_freed_at_once() -> None:
+    model = random_model(TINY)
+    model.predict(model.encode(random_image(9, 9)), [Prompt([(4, 4)], [1])])
+    parts = [weakref.ref(part) for part in model.children()]
+    gc.disable()
+    try:
+        del model
+        assert [part() for part in parts] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_parts_that_are_gone_are_not_kept() -> None:

@@ -62,6 +62,8 @@ _generations = itertools.count(1)  # of all parts: what belongs to one is never 
 class Snapshot(Stale):
     """A part as it was at one time. Immutable but for the values that :meth:`packed` keeps.
 
+    The part holds it, so it holds the modules in the part and not the part itself: what is dropped is freed at once.
+
     Attributes:
         generation: a number that no other snapshot has.
         intrusion: a sentence on the first hook, patched method or weight that is no plain tensor; None without any.
@@ -72,17 +74,19 @@ class Snapshot(Stale):
     __slots__ = (
         *("generation", "intrusion", "why_not_fused", "weights", "_values"),
         *("_hooks", "_modules", "_states", "_sizes", "_kinds", "_contents", "_members", "_addresses"),
-        *("_versioned", "_versions", "_constants", "_constant_values", "_methods", "_functions"),
+        *("_versioned", "_versions", "_constants", "_constant_values", "_methods", "_functions", "_root"),
     )
 
     def __init__(self, part: WeightCache, name: str) -> None:
         self.generation = next(_generations)
-        self._modules = list(part.modules())
-        self._states = [module.__dict__ for module in self._modules]
+        _, *self._modules = modules = list(part.modules())
+        states = [module.__dict__ for module in modules]
+        self._root = _root_of(part)
+        self._states = states[1:]
         self._sizes = list(map(len, self._states))
         self._kinds = list(map(type, self._modules))
-        self._hooks = [state[kind] for state in self._states for kind in ("_forward_hooks", "_forward_pre_hooks")]
-        contents = (state[kind] for state in self._states for kind in ("_modules", "_parameters", "_buffers"))
+        self._hooks = [state[kind] for state in states for kind in ("_forward_hooks", "_forward_pre_hooks")]
+        contents = (state[kind] for state in states for kind in ("_modules", "_parameters", "_buffers"))
         self._contents = list(filter(None, contents))  # what joins an empty one has no part in what a stock module does
         self._members = self._present_members()
         self.weights = [member for member in self._members if isinstance(member, Tensor) and is_plain(member)]
@@ -92,7 +96,9 @@ class Snapshot(Stale):
         self._versions = list(map(_version, self._versioned))
         self._constants = list(_constants(self._modules))
         self._constant_values = self._present_constants()
-        written = [(kind, *item) for kind in set(self._kinds) & _WRITTEN.keys() for item in _WRITTEN[kind].items()]
+        written = [
+            (kind, *item) for kind in {type(part), *self._kinds} & _WRITTEN.keys() for item in _WRITTEN[kind].items()
+        ]
         self._methods = [(kind.__dict__, name) for kind, name, _ in written]
         self._functions = [function for _, _, function in written]
         self._values: dict[Callable[..., Any], Any] = {}
@@ -100,8 +106,8 @@ class Snapshot(Stale):
         self.why_not_fused = self.intrusion or _find_stranger(part, name)
         super().__init__(self._addresses)
 
-    def is_current(self) -> bool:
-        """Tell whether the part is still as it was; every request asks."""
+    def is_current(self, part: WeightCache) -> bool:
+        """Tell whether ``part`` is still as it was; every request asks."""
         hooked = any(self._hooks) or any(_GLOBAL_HOOKS)
         if hooked or self.intrusion is not None:
             return False  # looking anew costs less than the official modules, which run then
@@ -112,6 +118,7 @@ class Snapshot(Stale):
             and all(map(is_, members, self._members))
             and list(map(Tensor.data_ptr, self.weights)) == self._addresses
             and list(map(_version, self._versioned)) == self._versions
+            and _root_of(part) == self._root
             and list(map(len, self._states)) == self._sizes
             and list(map(type, self._modules)) == self._kinds
             and self._present_constants() == self._constant_values
@@ -141,10 +148,10 @@ class Snapshot(Stale):
 def look(part: WeightCache) -> Snapshot:
     """Return what is known of ``part`` as it is now."""
     snapshot: Snapshot | None = part._snapshot
-    if snapshot is None or not snapshot.is_current():
+    if snapshot is None or not snapshot.is_current(part):
         with PACKING:
             snapshot = part._snapshot
-            if snapshot is None or not snapshot.is_current():
+            if snapshot is None or not snapshot.is_current(part):
                 snapshot = Snapshot(part, _name_of(part))
                 part._snapshot = snapshot
     return snapshot
@@ -272,6 +279,11 @@ def _constants(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], s
             yield state, "generation"
         if type(module) in (*_OURS, nn.LayerNorm, nn.GELU):
             yield from ((state, name) for name in getattr(module, "__constants__", ()))
+
+
+def _root_of(part: nn.Module) -> tuple[Any, ...]:
+    """Return the class of a part, how many attributes it has, and its constants."""
+    return type(part), len(part.__dict__), [state.get(name) for state, name in _constants([part])]
 
 
 def _name_of(part: nn.Module) -> str:
