@@ -206,7 +206,7 @@ def test_few_encodings_run_at_once(gated: tuple[Local, Gate], monkeypatch: pytes
     encoding = Encoding(monkeypatch)
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(running.post, "/v1/segment", PNG, prompts=CLICK, output="npz") for _ in range(4)]
-        wait_until(lambda: running.service._encoding.statistics().tasks_waiting == 2)
+        wait_until(lambda: encoding.begun == 2 and running.service._encoding.statistics().tasks_waiting == 2)
         encoding.go.set()
         assert [future.result(SECONDS)[0] for future in asked] == [200] * 4
     assert encoding.most_at_once == 2
