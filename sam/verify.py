@@ -1,8 +1,8 @@
-"""Whether this model on this machine computes what the paper's formulas say: :func:`verify`.
+"""Verify that a model on this machine computes what the paper's formulas say: :func:`verify`.
 
 Every operation gets the same input three times: as the model runs it, in plain PyTorch in the model's dtype (the noise
-floor), and in plain PyTorch in fp64 (the truth). It may be twice as far from the truth as plain PyTorch is, and one
-rounding: the rule of flash-attention's tests. The whole way from image to masks is held to the same.
+floor), and in plain PyTorch in fp64 (the truth). Its distance from the truth may be twice that of plain PyTorch and one
+rounding, as in flash-attention's tests. The whole way from image to masks has the same budget.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from .prompts.prompt import Prompt
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison.
+    """Hold one comparison.
 
     Attributes:
-        operation: what was compared.
-        case: on what.
-        error: relative L2 distance from the truth in fp64.
-        noise: that of plain PyTorch in the model's dtype.
-        budget: what ``error`` may be.
-        mask_iou: the least IoU with the masks of the truth, where the result is masks.
+        operation: name of what was compared.
+        case: its input, in words.
+        error: relative L2 distance of the model from the truth in fp64.
+        noise: relative L2 distance of plain PyTorch in the model's dtype from the truth.
+        budget: the largest ``error`` that passes.
+        mask_iou: the smallest IoU with the masks of the truth, where the result is masks.
     """
 
     operation: str
@@ -59,7 +59,7 @@ class Check:
 
 @dataclass(frozen=True)
 class _Models:
-    """The model as it is, and two without anything kept or fused: in its dtype, and in fp64."""
+    """Hold the model as it is, and two copies with nothing cached or fused: in its dtype, and in fp64."""
 
     ours: Sam
     plain: Sam
@@ -73,7 +73,7 @@ class _Models:
         masks: bool = False,
         dtype: torch.dtype | None = None,
     ) -> Check:
-        """``run`` on each of them; ``dtype`` is that of the arithmetic where it is not the model's."""
+        """Compare what ``run`` returns for each model; ``dtype`` is the arithmetic's where it is not the model's."""
         found, plain, truth = (run(model).double() for model in (self.ours, self.plain, self.truth))
         error, noise = relative_error(found, truth), relative_error(plain, truth)
         budget = Budget(noise, dtype or self.ours.dtype).limit
@@ -82,16 +82,16 @@ class _Models:
 
 @torch.no_grad()
 def verify(model: Sam, image: np.ndarray | None = None) -> Iterator[Check]:
-    """Hold every operation of a model, and the whole of it, against plain PyTorch in fp64; yields as it goes.
+    """Compare every operation of a model, and the whole of it, with plain PyTorch in fp64, and yield the results.
 
-    The model is taken as it is, with the weights it has packed, folded or kept: what is wrong in them shows. It takes
-    three copies of the weights, one of them in fp64, on the model's device.
+    The model is taken as it is, with its packed and cached weights, so errors in them show. Meanwhile three copies of
+    the weights, one of them in fp64, are on the model's device.
 
     Args:
         image: [H, W, 3] uint8 RGB; None draws one.
 
     Yields:
-        checks; the model is right where all have ``passed``.
+        one check per comparison; the model is right where all have ``passed``.
     """
     plain = copy.deepcopy(model)  # without what the model derived from its weights
     plain.kernels = "reference"
@@ -111,7 +111,7 @@ def verify(model: Sam, image: np.ndarray | None = None) -> Iterator[Check]:
 
 
 def _encoder_checks(models: _Models, image: np.ndarray) -> Iterator[Check]:
-    """What each block adds to its input, which is the truth's."""
+    """Compare what each block adds to its input, which is the truth's."""
     encoders = [m.image_encoder for m in (models.ours, models.plain, models.truth)]
     if not all(is_ours(encoder, ImageEncoderViT) for encoder in encoders):
         return  # a stand-in has no blocks of ours; it is part of the whole
@@ -137,14 +137,14 @@ def _encoder_checks(models: _Models, image: np.ndarray) -> Iterator[Check]:
 
 
 def _block_inputs(model: Sam, image: np.ndarray) -> Tensor:
-    """What the first block of the encoder reads, [1, H, W, C]."""
-    seen: list[Tensor] = []
-    hook = model.image_encoder.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    """Return the input of the encoder's first block, [1, H, W, C]."""
+    captured: list[Tensor] = []
+    hook = model.image_encoder.blocks[0].register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0]))
     try:
         model.encode(image)
     finally:
         hook.remove()
-    return seen[0]
+    return captured[0]
 
 
 def _run_block(block: Any, x: Tensor, kernels: str) -> Tensor:
@@ -200,7 +200,7 @@ def _decode_tokens(model: Sam, embedding: ImageEmbedding, prompts: Sequence[Prom
 
 
 def _prompts(embedding: ImageEmbedding) -> dict[str, list[Prompt]]:
-    """One list for each way through the decoder."""
+    """Return one list of prompts per way through the decoder."""
     height, width = embedding.geometry.original_size
     rng = np.random.default_rng(0)
     many = rng.uniform((0, 0), (width, height), (20, 2))
@@ -218,7 +218,7 @@ def _prompts(embedding: ImageEmbedding) -> dict[str, list[Prompt]]:
 
 
 def drawn_image(side: int) -> np.ndarray:
-    """A landscape of soft shapes, [H, W, 3] uint8, the same everywhere."""
+    """Draw a landscape of soft shapes, [H, W, 3] uint8, the same everywhere."""
     rng = np.random.default_rng(0)
     row, column = np.mgrid[: 3 * side // 4, :side] / side
     image = np.stack([60 + 80 * row, 90 + 60 * column, 120 - 40 * row], axis=-1)
@@ -229,8 +229,8 @@ def drawn_image(side: int) -> np.ndarray:
     return image.clip(0, 255).astype(np.uint8)
 
 
-def _least_iou(some: Tensor, truth: Tensor) -> float:
-    """Of the masks [P, M, h, w]; two empty masks agree."""
-    a, b = some > 0, truth > 0
+def _least_iou(found: Tensor, truth: Tensor) -> float:
+    """Return the smallest IoU of masks [P, M, h, w] as logits; two empty masks agree."""
+    a, b = found > 0, truth > 0
     union = (a | b).sum((-1, -2))
     return float(torch.where(union > 0, (a & b).sum((-1, -2)) / union.clamp(min=1), 1.0).min())

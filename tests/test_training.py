@@ -81,7 +81,7 @@ def test_scenes_are_pictures_with_labelled_objects_of_all_sizes(scenes: list[Sce
         shown = np.unique(scene.ids)
         assert not scene.parents[scene.parents[shown]].any()  # a part of a part would be in no mask of the whole
         parts += int((scene.parents[shown] > 0).sum())
-        shares += [mask.mean() for mask in scene.masks(evaluate.SMALLEST)]
+        shares += [mask.mean() for mask in scene.masks(evaluate.MIN_PIXELS)]
     assert 0 < grey < len(scenes)
     assert parts > 0
     assert min(shares) >= 100 / 512**2
@@ -173,7 +173,7 @@ def test_objects_are_wholes_with_their_parts_and_empty_pictures_give_none() -> N
     ids, parents = torch.zeros(3, 20, 20, dtype=torch.uint8), torch.zeros(3, 256, dtype=torch.uint8)
     ids[0, 2:12, 2:12], ids[0, 4:7, 4:7], parents[0, 2] = 1, 2, 1
     ids[2, 0, 0] = 1  # too small
-    objects = prompts.choose_objects(ids, parents, 50, smallest=5, generator=generator())
+    objects = prompts.choose_objects(ids, parents, 50, min_pixels=5, generator=generator())
     assert objects.image_index.tolist() == [0] * 50
     areas = objects.masks.sum((1, 2))
     assert set(areas.tolist()) == {9, 100}
@@ -573,7 +573,7 @@ def test_evaluation_writes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_perfect_model_scores_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scoring itself, with a model that knows the truth at the resolution of its logits."""
     scene = held_out_scene(4, size=128)
-    truth = torch.from_numpy(scene.masks(evaluate.SMALLEST))
+    truth = torch.from_numpy(scene.masks(evaluate.MIN_PIXELS))
 
     def know(self: CropModel, features: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
         logits = torch.where(truth, 20.0, -20.0)[:, None].expand(-1, 4, -1, -1)

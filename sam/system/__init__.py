@@ -1,1 +1,1 @@
-"""How the program runs on its machine: devices, memory, files, what kind a tensor is of."""
+"""The machine under the program: devices, how much they take at a time, memory, files, kinds of tensors."""

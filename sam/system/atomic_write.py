@@ -15,7 +15,7 @@ from ..checks import path_of
 
 @contextmanager
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path beside ``path`` to write to, moved over it when the block ends well and removed when it does not.
+    """Yield a path beside ``path`` to write to, moved over it when the block ends well and removed when it does not.
 
     Raises:
         ValueError: an empty name, or a URL.
@@ -29,7 +29,7 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     partial = target.with_name(f".{secrets.token_hex(8)}.partial{target.suffix}")
     with _naming(target):
         partial.touch()
-    mode = partial.stat().st_mode  # what any new file gets here; safetensors would leave it private
+    mode = partial.stat().st_mode  # that of any new file here; safetensors would leave it private
     try:
         yield partial
         partial.chmod(mode)
@@ -41,7 +41,7 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Give a folder beside ``target`` to fill, which takes its name when the block ends well."""
+    """Yield a folder beside ``target`` to fill, which takes its name when the block ends well."""
     partial = partial_folder(target)
     shutil.rmtree(partial, ignore_errors=True)
     with _naming(target):

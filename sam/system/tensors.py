@@ -1,4 +1,4 @@
-"""What kind of tensor one is, and whether torch is making a graph of it."""
+"""Kinds of tensors, and whether torch is making a graph of them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def is_making_graph() -> bool:
-    """True while torch traces, exports or compiles, when shapes and values may be symbols."""
+    """Return True while torch traces, exports or compiles, when shapes and values may be symbols."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it has memory of its own: no fake, no part of a distributed one, no quantised numbers behind a class."""
+    """Return whether a tensor has memory of its own: not fake, distributed, or quantised behind a class."""
     return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 

@@ -25,7 +25,7 @@ _SMALLEST_WINDOW = 0.55  # of the picture's side; smaller windows of a scene are
 
 @dataclass(frozen=True)
 class Batch:
-    """B pictures of ``size`` pixels: [B, 3, size, size] normalised fp32, ids [B, size, size], parents [B, 256]."""
+    """Hold B pictures of ``size`` pixels: [B, 3, size, size] normalised fp32, ids [B, size, size], parents [B, 256]."""
 
     pixels: Tensor
     ids: Tensor
@@ -42,14 +42,14 @@ class _Scenes(Dataset[tuple[np.ndarray, np.ndarray, np.ndarray]]):
 
 
 def draw_scenes(seed: int, first: int, workers: int, team: Team) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Training scenes ``first``, ``first + 1``, ... of those of this process, drawn ahead by ``workers`` (0: here)."""
+    """Yield this process's training scenes from ``first`` on, drawn ahead by ``workers`` processes (0: in this one)."""
     ahead = 8 if workers else None
     indices = range(first * team.size + team.rank, 2**31, team.size)
     return iter(DataLoader(_Scenes(seed), None, sampler=indices, num_workers=workers, prefetch_factor=ahead))
 
 
 class ScenePool:
-    """The last ``capacity`` scenes on the device. A batch is its fresh scenes and others drawn from the pool."""
+    """Hold the last ``capacity`` scenes on the device; a batch is fresh scenes and others drawn from the pool."""
 
     def __init__(
         self, seed: int, next_scene: int, capacity: int, workers: int, device: torch.device, team: Team
@@ -63,30 +63,31 @@ class ScenePool:
         self._take(next_scene - self.next_scene)  # what an interrupted run had in its pool
 
     def _take(self, count: int) -> list[int]:
-        places = []
+        """Put the next ``count`` scenes into the pool; return their rows."""
+        rows = []
         for _ in range(count):
-            places.append(self.next_scene % self.capacity)
-            for kept, new in zip((self._images, self._ids, self._parents), next(self._stream), strict=True):
-                kept[places[-1]] = new.to(kept.device, non_blocking=True)
+            rows.append(self.next_scene % self.capacity)
+            for pool, new in zip((self._images, self._ids, self._parents), next(self._stream), strict=True):
+                pool[rows[-1]] = new.to(pool.device, non_blocking=True)
             self.next_scene += 1
-        return places
+        return rows
 
     def batch(self, images: int, reuse: int, size: int, rng: np.random.Generator, mean: Tensor, std: Tensor) -> Batch:
-        """``images`` pictures of ``size`` pixels, a share of 1 / ``reuse`` of them never seen before.
+        """Return ``images`` pictures of ``size`` pixels, a share of 1 / ``reuse`` of them never seen before.
 
         Args:
             mean, std: [3, 1, 1] of the pixels, for normalisation.
         """
-        places = self._take(math.ceil(images / reuse))
-        held = min(self.next_scene, self.capacity)
-        places += rng.integers(0, held, images - len(places)).tolist()
+        rows = self._take(math.ceil(images / reuse))
+        pool_size = min(self.next_scene, self.capacity)
+        rows += rng.integers(0, pool_size, images - len(rows)).tolist()
         side = _window_side(rng, size)
         pixels, ids = [], []
-        for place in places:
+        for row in rows:
             y, x = rng.integers(0, SIZE - side + 1, 2)
             turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
-            window = (place, slice(y, y + side), slice(x, x + side))
-            image, labels = (torch.rot90(kept[window], turns) for kept in (self._images, self._ids))
+            window = (row, slice(y, y + side), slice(x, x + side))
+            image, labels = (torch.rot90(pool[window], turns) for pool in (self._images, self._ids))
             pixels.append(image.flip(1) if mirrored else image)
             ids.append(labels.flip(1) if mirrored else labels)
         picture = torch.stack(pixels).permute(0, 3, 1, 2).float()
@@ -95,13 +96,13 @@ class ScenePool:
             picture = F.interpolate(picture, (size, size), mode="bilinear", antialias=True, align_corners=False)
             labels = F.interpolate(labels[:, None], (size, size), mode="nearest-exact")[:, 0]
         normalised = (torch.stack([_recolor(rng, image) for image in picture]) - mean) / std
-        for row in range(images):
-            _pad(rng, normalised[row], labels[row])
-        return Batch(normalised, labels, self._parents[places])
+        for index in range(images):
+            _pad(rng, normalised[index], labels[index])
+        return Batch(normalised, labels, self._parents[rows])
 
 
 def _window_side(rng: np.random.Generator, size: int) -> int:
-    """Side of the part of the scene that is shown: the whole one, or a window up to twice enlarged or reduced."""
+    """Draw the side of the window of the scene that is shown: the whole one, or one up to twice enlarged or reduced."""
     if rng.random() < _NATIVE_SHARE:
         return size
     low = _SMALLEST_WINDOW * size
@@ -109,7 +110,7 @@ def _window_side(rng: np.random.Generator, size: int) -> int:
 
 
 def _recolor(rng: np.random.Generator, image: Tensor) -> Tensor:
-    """What another camera or light would make of [3, H, W] in 0..255."""
+    """Change [3, H, W] in 0..255 as another camera or light would."""
     if rng.random() < 0.1:
         image = 255 - image
     if rng.random() < 0.2:
@@ -124,7 +125,7 @@ def _recolor(rng: np.random.Generator, image: Tensor) -> Tensor:
 
 
 def _pad(rng: np.random.Generator, pixels: Tensor, ids: Tensor) -> None:
-    """Often make the picture a landscape or a portrait: zeros below or on the right, as the predictor pads."""
+    """Make some pictures a landscape or a portrait: zeros below or on the right, as the predictor pads."""
     if rng.random() < 0.4:
         edge = round(pixels.shape[-1] * rng.uniform(0.55, 1))
         if rng.random() < 0.5:

@@ -32,16 +32,16 @@ def _shapes_of(config: SamConfig) -> ImageEncoderViT:
 
 
 class CropModel:
-    """``model`` on crops of ``size`` pixels whose top left patch is ``origin`` (row, column)."""
+    """Run ``model`` on crops of ``size`` pixels whose top left patch is ``origin`` (row, column)."""
 
     def __init__(self, model: Sam, size: int, origin: tuple[int, int] = (0, 0)) -> None:
         config = model.config
         if config is None or size % config.patch_size or not 0 < size <= config.image_size:
             raise ValueError(f"a crop must be a positive number of patches inside the model's canvas, got {size} px")
         grid = size // config.patch_size
-        room = config.grid_size - grid
-        if not all(0 <= place <= room for place in origin):
-            raise ValueError(f"a crop of {grid} patches must start at 0..{room}, got {origin}")
+        last = config.grid_size - grid
+        if not all(0 <= start <= last for start in origin):
+            raise ValueError(f"a crop of {grid} patches must start at 0..{last}, got {origin}")
         self.model, self.size, self.grid, self.origin = model, size, grid, origin
         self._config = config
         self._offset = config.patch_size * torch.tensor(
@@ -49,7 +49,7 @@ class CropModel:
         )
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """[B, 3, size, size] normalised -> [B, C, grid, grid]."""
+        """Encode normalised pixels [B, 3, size, size] to features [B, C, grid, grid]."""
         encoder = self.model.image_encoder
         if self.size == self._config.image_size:
             return encoder(pixels, kernels="torch")
@@ -70,7 +70,7 @@ class CropModel:
     def decode(
         self, features: Tensor, coords: Tensor, labels: Tensor, image_index: Tensor, mask_inputs: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """All four masks of N prompts on the pictures of ``features`` [B, C, grid, grid].
+        """Decode all four masks of N prompts on the pictures of ``features`` [B, C, grid, grid].
 
         Args:
             coords: [N, S, 2] (x, y) in pixels of the crop.

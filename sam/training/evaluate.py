@@ -1,4 +1,4 @@
-"""How good weights are: held-out scenes, prompts as people give them, and two baselines that know no network."""
+"""Evaluate weights on held-out scenes with prompts as people give them, beside two baselines without a network."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from .prompts import append_clicks, random_clicks, tight_boxes, upsample
 from .provenance import machine, revision
 from .scenes import Scene, held_out_scene
 
-SMALLEST = 100  # visible pixels of an object that is asked for
+MIN_PIXELS = 100  # visible pixels of an object that is prompted for
 LARGE = 0.05  # share of the picture from which an object is large
 CORRECTIONS = 3
 _DISC_RADII = np.geomspace(3, 220, 40)
-_SCENES_A_SHARE = 5  # that a process takes at a time
+_SCENES_PER_TASK = 5  # that a process takes at a time
 
 ROWS = {
     "click": "click, mask of highest predicted IoU",
@@ -53,7 +53,7 @@ ROWS = {
 
 @dataclass
 class Scores:
-    """IoU of every object asked for, by what was asked; ``iou_error`` is |predicted - true| of 4 masks an object."""
+    """Collect the IoU of every object per kind of prompt, and |predicted - true| IoU of 4 masks per object."""
 
     ious: dict[str, list[float]] = field(default_factory=dict)
     iou_error: list[float] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Scores:
         self.share.extend(other.share)
 
     def table(self) -> dict[str, dict[str, float | None]]:
-        """Means over all objects and over the large ones (None where there is none), in the order of ``ROWS``."""
+        """Return means over all objects and over the large ones, None where there is none, in ``ROWS``'s order."""
         large = np.array(self.share) >= LARGE
         table: dict[str, dict[str, float | None]] = {}
         for name in ROWS:
@@ -86,7 +86,7 @@ class Scores:
 
 
 def deepest_point(mask: np.ndarray) -> tuple[int, int]:
-    """(x, y) of the pixel of ``mask`` (not empty) farthest from what is not mask, the picture's border included."""
+    """Return (x, y) of the pixel of a mask, not empty, farthest from the background and the picture's border."""
     from scipy.ndimage import distance_transform_edt
 
     x0, y0, x1, y1 = _tight_box(mask)
@@ -96,7 +96,7 @@ def deepest_point(mask: np.ndarray) -> tuple[int, int]:
 
 
 def disc_ious(mask: np.ndarray, center: tuple[int, int]) -> np.ndarray:
-    """IoU of ``mask`` with discs of ``_DISC_RADII`` at ``center``, cut off at the picture's border."""
+    """Return the IoU of ``mask`` with discs of ``_DISC_RADII`` at ``center``, cut off at the picture's border."""
     height, width = mask.shape
     x, y = center
     ring = _rings(max(mask.shape))
@@ -110,13 +110,13 @@ def disc_ious(mask: np.ndarray, center: tuple[int, int]) -> np.ndarray:
 
 @lru_cache
 def _rings(reach: int) -> np.ndarray:
-    """Around the middle of [2 * reach - 1, 2 * reach - 1] pixels, the index of the first disc that has each."""
+    """Return the index of the first disc that covers each of [2 * reach - 1, 2 * reach - 1] pixels about its centre."""
     offset = np.arange(1 - reach, reach)
     return np.searchsorted(_DISC_RADII, np.hypot(offset[None, :], offset[:, None])).astype(np.uint8)
 
 
 def filled_box_iou(mask: np.ndarray) -> float:
-    """IoU of ``mask`` with its tight box, filled: the share of the box that the object covers."""
+    """Return the IoU of ``mask`` with its tight box, filled: the share of the box that the object covers."""
     x0, y0, x1, y1 = _tight_box(mask)
     return float(mask.sum() / ((x1 - x0) * (y1 - y0)))
 
@@ -128,8 +128,8 @@ def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 @torch.inference_mode()
 def score_scene(model: Sam, scene: Scene, index: int, scores: Scores) -> None:
-    """Ask for every object of ``scene`` by every kind of prompt."""
-    masks = scene.masks(SMALLEST)
+    """Segment every object of ``scene`` from every kind of prompt, and add the scores."""
+    masks = scene.masks(MIN_PIXELS)
     if not len(masks):
         return
     device = model.device
@@ -156,18 +156,18 @@ def _score_objects(
         labels = torch.tensor([LABEL_FOREGROUND, LABEL_PADDING], device=device).expand(count, 2)
         return torch.stack([clicks, torch.zeros_like(clicks)], 1), labels
 
-    def ask(
-        coords: Tensor, labels: Tensor, which: slice, mask_inputs: Tensor | None = None
+    def predict(
+        coords: Tensor, labels: Tensor, mask_slice: slice, mask_inputs: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Low-res logits [N, M, h, w], predicted IoU [N, M] and true IoU [N, M] of the masks of ``which``."""
+        """Return logits [N, M, h, w], predicted IoU [N, M] and true IoU [N, M] of the masks of ``mask_slice``."""
         images = torch.zeros(count, dtype=torch.int64, device=device)
         logits, predicted = crop.decode(features, coords, labels, images, mask_inputs)
-        logits, predicted = logits[:, which].float(), predicted[:, which].float()
+        logits, predicted = logits[:, mask_slice].float(), predicted[:, mask_slice].float()
         return logits, predicted, mask_iou(logits, truth)
 
     rows, single, alternatives = torch.arange(count, device=device), slice(0, 1), slice(1, None)
     coords, labels = click_prompts(_points(centers, device))
-    logits, predicted, true = ask(coords, labels, alternatives)
+    logits, predicted, true = predict(coords, labels, alternatives)
     chosen = predicted.argmax(1)
     scores.add("click", true[rows, chosen])
     scores.add("click_best", true.amax(1))
@@ -178,25 +178,25 @@ def _score_objects(
         wrong = ((upsample(shown, crop.size) > 0) != truth).cpu().numpy()
         clicks = [deepest_point(w if w.any() else m) for w, m in zip(wrong, masks, strict=True)]
         coords, labels = append_clicks(coords, labels, _points(clicks, device), truth)
-        logits, _, true = ask(coords, labels, single, shown)
+        logits, _, true = predict(coords, labels, single, shown)
         shown = logits[:, 0]
     scores.add("corrected", true[:, 0])
 
-    _, predicted, true = ask(*click_prompts(random_clicks(truth, generator)), alternatives)
+    _, predicted, true = predict(*click_prompts(random_clicks(truth, generator)), alternatives)
     scores.add("random_click", true[rows, predicted.argmax(1)])
 
     corners = tight_boxes(truth).view(count, 2, 2)
-    _, predicted, true = ask(corners, box_labels(corners), single)
+    _, predicted, true = predict(corners, box_labels(corners), single)
     scores.add("box", true[:, 0])
     scores.iou_error.extend((predicted - true).abs()[:, 0].tolist())
 
 
-def _points(places: list[tuple[int, int]], device: torch.device) -> Tensor:
-    return torch.tensor(places, dtype=torch.float32, device=device)
+def _points(positions: list[tuple[int, int]], device: torch.device) -> Tensor:
+    return torch.tensor(positions, dtype=torch.float32, device=device)
 
 
 def score_scenes(model: Sam, indices: Iterable[int]) -> Scores:
-    """All objects of held-out scenes."""
+    """Score all objects of held-out scenes."""
     scores = Scores()
     for index in indices:
         score_scene(model, held_out_scene(index), index, scores)
@@ -218,24 +218,24 @@ def _work(indices: range) -> Scores:
 
 
 def evaluate(checkpoint: Path, scenes: int, device: torch.device, workers: int = 0) -> dict[str, Any]:
-    """The table over the first ``scenes`` held-out scenes, and what it is of.
+    """Return the table over the first ``scenes`` held-out scenes, and its provenance.
 
     Args:
         workers: processes of one thread each that share the scenes on a CPU; 0 for this one.
     """
     start, scores = time.perf_counter(), Scores()
-    shares = [range(first, min(first + _SCENES_A_SHARE, scenes)) for first in range(0, scenes, _SCENES_A_SHARE)]
+    shares = [range(first, min(first + _SCENES_PER_TASK, scenes)) for first in range(0, scenes, _SCENES_PER_TASK)]
     if workers and device.type == "cpu":
         pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(checkpoint,))
         with pool:
-            for some in tqdm(pool.map(_work, shares), total=len(shares), disable=None):
-                scores.extend(some)
+            for partial in tqdm(pool.map(_work, shares), total=len(shares), disable=None):
+                scores.extend(partial)
     else:
         model = load_model(checkpoint, device=device, kernels="torch")
         for share in tqdm(shares, disable=None):
             scores.extend(score_scenes(model, share))
     if not scores.share:
-        raise ValueError(f"no object of {SMALLEST} px in {scenes} scenes")
+        raise ValueError(f"no object of {MIN_PIXELS} px in {scenes} scenes")
     return {
         "scenes": scenes,
         "objects": len(scores.share),
@@ -253,10 +253,10 @@ def evaluate(checkpoint: Path, scenes: int, device: torch.device, workers: int =
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table for people."""
+    """Return the table as Markdown."""
     lines = [
-        f"{result['objects']} objects of {SMALLEST} px or more in {result['scenes']} held-out drawn scenes of 512 px, "
-        f"{result['large objects']} of them over {LARGE:.0%} of the picture; parts count as objects. "
+        f"{result['objects']} objects of {MIN_PIXELS} px or more in {result['scenes']} held-out drawn scenes "
+        f"of 512 px, {result['large objects']} of them over {LARGE:.0%} of the picture; parts count as objects. "
         "A click is on the deepest point of the object.",
         "",
         "| prompt | mean IoU | IoU >= 0.75 | mean IoU of large objects |",
@@ -272,7 +272,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def evaluate_checkpoint(checkpoint: Path, scenes: int, device: torch.device, out: Path, workers: int = 0) -> str:
-    """Measure ``checkpoint`` and write ``<name>.evaluation.json``, ``.md`` and ``.png`` into ``out``; the Markdown."""
+    """Measure ``checkpoint``; write ``<name>.evaluation.json``, ``.md``, ``.png`` into ``out``; return the Markdown."""
     result = evaluate(checkpoint, scenes, device, workers)
     model = load_model(checkpoint, device=device, kernels="torch")
     metadata = read_checkpoint(checkpoint).metadata
@@ -288,11 +288,11 @@ def evaluate_checkpoint(checkpoint: Path, scenes: int, device: torch.device, out
 
 
 def contact_sheet(model: Sam, scenes: int = 12, columns: int = 4, tile: int = 256) -> Image.Image:
-    """Held-out scenes in a grid: three objects each, asked for by a click, a click anywhere and a box."""
+    """Draw held-out scenes in a grid, with masks of three objects each from a click, a click anywhere and a box."""
     sheet = Image.new("RGB", (columns * tile, -(-scenes // columns) * tile))
     for index in range(scenes):
         scene = held_out_scene(index)
-        truth = scene.masks(SMALLEST)
+        truth = scene.masks(MIN_PIXELS)
         rng = np.random.default_rng(index)
         picked = truth[rng.permutation(len(truth))[:3]]
         prompts, shown = [], []

@@ -1,4 +1,4 @@
-"""A helper head for training: whether two places of a picture show the same object, asked everywhere at once.
+"""A helper head for training that tells, everywhere at once, whether two places of a picture show one object.
 
 A prompt teaches the encoder about one object; this teaches it about every border in the picture, for little more
 than one product. The head is thrown away after training.
@@ -17,7 +17,7 @@ _DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))  # rows, columns
 
 
 class SameObjectHead(nn.Module):
-    """An embedding of every cell; the farther apart two of them, the less they belong to one object."""
+    """Embed every cell; the farther apart two of them, the less they belong to one object."""
 
     def __init__(self, channels: int, seed: int) -> None:
         super().__init__()
@@ -27,11 +27,11 @@ class SameObjectHead(nn.Module):
         self.nearness = nn.Parameter(torch.ones(len(_REACHES)))  # logit of two places with the same embedding
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, C, grid, grid] -> [B, 16, 4 grid, 4 grid]."""
+        """Embed features [B, C, grid, grid] as [B, 16, 4 grid, 4 grid]."""
         return F.pixel_shuffle(F.conv2d(features, self.weight), _CELLS)
 
     def loss(self, features: Tensor, ids: Tensor) -> Tensor:
-        """Cross entropy of "the same object", both answers counting alike, over all reaches and directions.
+        """Return the cross entropy of "the same object", both answers counting alike, over all reaches and directions.
 
         Args:
             features: [B, C, grid, grid].
@@ -58,7 +58,7 @@ class SameObjectHead(nn.Module):
 
 
 def _apart(values: Tensor, down: int, right: int) -> tuple[Tensor, Tensor]:
-    """Two views of [..., h, w] of equal size, the second ``down`` rows and ``right`` columns on from the first."""
+    """Return two views of [..., h, w] of equal size, the second ``down`` rows and ``right`` columns further on."""
     height, width = values.shape[-2:]
     first_columns, then_columns = (
         (slice(0, width - right), slice(right, width))

@@ -34,7 +34,7 @@ def run(
     resumed: bool,
     save_minutes: float,
 ) -> None:
-    """One process's part of a whole run, of ``length`` (minutes, steps), one of them None."""
+    """Run one process's part of a training of ``length`` (minutes, steps), one of them None."""
     if device.type == "cpu":
         torch.set_num_threads(1)  # what several add up would depend on how they happened to share the work
     if resumed:
@@ -56,8 +56,8 @@ def train(
     Of several processes, the first one's schedule counts, and only that one writes and reports.
     """
     team = trainer.team
-    if not team.leads:
-        while (progress := team.told(0.0)) >= 0:
+    if not team.is_leader:
+        while (progress := team.broadcast(0.0)) >= 0:
             trainer.train_step(progress)
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def train(
             pending.clear()
 
     while schedule.goes_on(trainer.step):
-        progress = team.told(schedule.progress(trainer.step))
+        progress = team.broadcast(schedule.progress(trainer.step))
         step = trainer.step
         pending.append((step, trainer.train_step(progress)))
         now = time.monotonic()
@@ -92,14 +92,14 @@ def train(
             flush()
             save(trainer, schedule, out)
             saved = time.monotonic()
-    team.told(_THE_END)
+    team.broadcast(_THE_END)
     flush()
     save(trainer, schedule, out)
     report(f"{trainer.step} steps in {schedule.seconds:.0f} s; weights in {out / 'nano.safetensors'}")
 
 
 def _progress_line(trainer: Trainer, progress: float, rate: float, recent: list[list[float]]) -> str:
-    """Where the run is, and the means of the last steps."""
+    """Return how far the run is, and the means of the last steps, as a line."""
     columns = np.array(recent, dtype=np.float64)
     known = [(name, column[~np.isnan(column)]) for name, column in zip(MEANS, columns.T, strict=True)]
     means = ", ".join(f"{name} {values.mean():.3f}" for name, values in known if len(values))
@@ -108,7 +108,7 @@ def _progress_line(trainer: Trainer, progress: float, rate: float, recent: list[
 
 
 def save(trainer: Trainer, schedule: Schedule, out: Path) -> None:
-    """The state for resuming, and the averaged weights in fp16 as a checkpoint that says where it is from."""
+    """Save the state for resuming, and the averaged weights in fp16 as a checkpoint with its provenance."""
     with write_atomically(out / "state.pt") as partial:
         torch.save({**trainer.state(), "seconds": schedule.seconds}, partial)
     config = trainer.model.config
@@ -128,7 +128,7 @@ def save(trainer: Trainer, schedule: Schedule, out: Path) -> None:
 
 
 def stored_settings(out: Path) -> Settings:
-    """Of the run saved in ``out``.
+    """Return the settings of the run saved in ``out``.
 
     Raises:
         FileNotFoundError: nothing was saved there.
@@ -147,7 +147,7 @@ def resume(
     stages: tuple[Stage, ...] | None = None,
     team: Team = ALONE,
 ) -> tuple[Trainer, float]:
-    """The trainer as it was saved in ``out``, and the seconds its run has spent; arguments as of :class:`Trainer`.
+    """Return the trainer saved in ``out`` and the seconds its run has spent; arguments as of :class:`Trainer`.
 
     Raises:
         FileNotFoundError: nothing was saved there.
@@ -155,14 +155,14 @@ def resume(
     state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
     trainer = Trainer(Settings(**state["settings"]), device, workers, model, stages, team)
     trainer.load_state(state)
-    if team.leads:
+    if team.is_leader:
         _drop_later_lines(out / "log.jsonl", trainer.step)
     return trainer, state["seconds"]
 
 
 def _drop_later_lines(log: Path, step: int) -> None:
-    """Steps that were logged after the last save will be made again."""
+    """Drop the lines of steps after the last save, which will be made again."""
     if log.exists():
-        kept = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] < step]
+        lines = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] < step]
         with write_atomically(log) as partial:
-            partial.write_text("".join(kept))
+            partial.write_text("".join(lines))

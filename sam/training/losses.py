@@ -1,6 +1,6 @@
 """The losses of SAM: focal and dice for masks, best of three for ambiguous prompts, error of the predicted IoU.
 
-Throughout: N prompts, 4 masks a prompt (the single mask first, then the three alternatives), targets that say how
+Throughout: N prompts, 4 masks per prompt (the single mask first, then the three alternatives), targets that say how
 much of each low-resolution pixel an object covers. Source: Segment Anything (arXiv 2304.02643), appendix A.
 """
 
@@ -26,7 +26,7 @@ MaskLoss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Losses:
-    """Means over the prompts; ``iou`` [N, 4] is the true IoU of every mask, without gradient."""
+    """Hold means over the prompts; ``iou`` [N, 4] is the true IoU of every mask, without gradient."""
 
     mask: Tensor
     iou_head: Tensor
@@ -34,7 +34,7 @@ class Losses:
 
 
 def focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the pixels of alpha_t (1 - p_t)^2 CE; soft targets in 0..1. [..., h, w] -> [...]."""
+    """Return the mean over the pixels of alpha_t (1 - p_t)^2 CE; soft targets in 0..1. [..., h, w] -> [...]."""
     cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     probability = logits.sigmoid()
     hit = probability * targets + (1 - probability) * (1 - targets)
@@ -43,14 +43,14 @@ def focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """1 - (2 p.t + 1) / (sum p + sum t + 1): [..., h, w] -> [...]."""
+    """Return 1 - (2 p.t + 1) / (sum p + sum t + 1): [..., h, w] -> [...]."""
     probability = logits.sigmoid()
     overlap = (probability * targets).sum((-1, -2))
     return 1 - (2 * overlap + 1) / (probability.sum((-1, -2)) + targets.sum((-1, -2)) + 1)
 
 
 def balanced_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Object and ground count alike, however small the object: [..., h, w] -> [...].
+    """Return cross entropy in which object and ground count alike: [..., h, w] -> [...].
 
     Focal and dice have a plateau where everything is ground; fresh weights leave it with this.
     """
@@ -63,7 +63,7 @@ def balanced_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mask_iou(logits: Tensor, truth: Tensor) -> Tensor:
-    """IoU of masks [N, M, h, w], enlarged as the predictor does it, with the truth [N, H, W] bool -> [N, M].
+    """Return the IoU [N, M] of masks [N, M, h, w], enlarged as the predictor does it, with the truth [N, H, W] bool.
 
     A small object has a handful of low-resolution pixels, too few to say how good a mask is.
     """
@@ -77,7 +77,7 @@ def mask_iou(logits: Tensor, truth: Tensor) -> Tensor:
 def prompt_losses(
     logits: Tensor, iou: Tensor, targets: Tensor, truth: Tensor, is_click: Tensor, balance: float = 0.0
 ) -> Losses:
-    """The losses of one round of prompts.
+    """Return the losses of one round of prompts.
 
     Args:
         logits: [N, 4, h, w].
@@ -87,11 +87,11 @@ def prompt_losses(
         is_click: [N] bool, a single click: the best of the three alternatives counts, by its loss.
         balance: share of the class-balanced start, from 1 to 0.
     """
-    logits, wanted = logits.float(), targets[:, None].expand(-1, logits.shape[1], -1, -1)
-    each = FOCAL_WEIGHT * focal_loss(logits, wanted)
+    logits, expanded = logits.float(), targets[:, None].expand(-1, logits.shape[1], -1, -1)
+    each = FOCAL_WEIGHT * focal_loss(logits, expanded)
     if balance > 0:
-        each = balance * balanced_cross_entropy(logits, wanted) + (1 - balance) * each
-    each = each + dice_loss(logits, wanted)  # [N, 4]
+        each = balance * balanced_cross_entropy(logits, expanded) + (1 - balance) * each
+    each = each + dice_loss(logits, expanded)  # [N, 4]
     single, alternatives = each[:, 0], each[:, 1:]
     best = (1 - _ALL_ALTERNATIVES) * alternatives.min(1).values + _ALL_ALTERNATIVES * alternatives.mean(1)
     on_click = best + _SINGLE_MASK_ON_CLICKS * single

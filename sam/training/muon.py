@@ -18,7 +18,7 @@ _RMS_OF_ADAMW = 0.2  # of an update's elements, about
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """The nearest orthogonal matrices, roughly: [N, rows, columns] with all singular values near 1."""
+    """Return roughly the nearest orthogonal matrices: [N, rows, columns] with all singular values near 1."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.transpose(1, 2) if tall else matrices
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
@@ -30,14 +30,14 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum and decoupled weight decay, for parameters of two dimensions."""
+    """Optimise by Muon with Nesterov momentum and decoupled weight decay, for parameters of two dimensions."""
 
     def __init__(self, parameters: Any, lr: float, weight_decay: float) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """One update from the gradients as they are."""
+        """Update the parameters from their gradients."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
@@ -50,7 +50,7 @@ class Muon(torch.optim.Optimizer):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"] * scale)
 
     def _direction(self, parameter: Tensor) -> Tensor:
-        """Nesterov: the gradient, led by the momentum that it has just joined."""
+        """Return Nesterov's direction: the gradient mixed with the momentum that already includes it."""
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
         momentum = state.setdefault("momentum", torch.zeros_like(parameter))
@@ -59,6 +59,6 @@ class Muon(torch.optim.Optimizer):
 
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
-    """Weights of the linear layers, but for those with a few outputs, which are heads."""
+    """Return the weights of the linear layers but for those with a few outputs, which are heads."""
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     return [weight for weight in weights if min(weight.shape) >= 16 and weight.requires_grad]

@@ -21,38 +21,40 @@ BOX_NOISE_LIMIT = 20.0  # pixels of a 1024 px picture
 
 @dataclass(frozen=True)
 class Objects:
-    """What the prompts of a batch ask for: masks [N, H, W] bool, and the picture [N] (int64) of each."""
+    """Hold the objects of a batch: masks [N, H, W] bool, and the index of each one's picture, [N] int64."""
 
     masks: Tensor
     image_index: Tensor
 
 
-def choose_objects(ids: Tensor, parents: Tensor, per_image: int, smallest: int, generator: Generator) -> Objects:
+def choose_objects(ids: Tensor, parents: Tensor, per_image: int, min_pixels: int, generator: Generator) -> Objects:
     """Draw objects and parts of each picture, small ones as often as large ones.
 
     Args:
         ids: [B, H, W] uint8 visible ids, 0 for the ground.
         parents: [B, 256] uint8, the object that a part belongs to, else 0.
-        per_image: draws a picture, with replacement; a picture without objects gives none.
-        smallest: pixels an object must show.
+        per_image: draws per picture, with replacement; a picture without objects gives none.
+        min_pixels: pixels that an object must show.
     """
     batch = ids.shape[0]
     flat = ids.flatten(1).long()
     shown = torch.zeros(batch, 256, device=ids.device).scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float32))
     areas = shown.scatter_add(1, parents.long(), shown * (parents > 0))
-    weights = (areas >= smallest).float()
+    weights = (areas >= min_pixels).float()
     weights[:, 0] = 0
-    some = weights.sum(1) > 0
-    drawn = torch.multinomial(weights + (~some[:, None]).float(), per_image, replacement=True, generator=generator)
-    image_index = torch.arange(batch, device=ids.device)[some].repeat_interleave(per_image)
-    wanted = drawn[some].flatten().to(ids.dtype)[:, None, None]
+    has_objects = weights.sum(1) > 0
+    drawn = torch.multinomial(
+        weights + (~has_objects[:, None]).float(), per_image, replacement=True, generator=generator
+    )
+    image_index = torch.arange(batch, device=ids.device)[has_objects].repeat_interleave(per_image)
+    object_ids = drawn[has_objects].flatten().to(ids.dtype)[:, None, None]
     owners = parents.gather(1, flat).view(ids.shape)
-    masks = (ids[image_index] == wanted) | (owners[image_index] == wanted)
+    masks = (ids[image_index] == object_ids) | (owners[image_index] == object_ids)
     return Objects(masks, image_index)
 
 
 def random_clicks(regions: Tensor, generator: Generator) -> Tensor:
-    """One pixel of each region [N, H, W] bool, all equally likely: [N, 2] (x, y) fp32; (0, 0) of an empty one."""
+    """Draw one pixel of each region [N, H, W] bool, all equally likely: [N, 2] (x, y) fp32; (0, 0) of an empty one."""
     rows = regions.sum(2)
     rank = _uniform(rows.sum(1), generator)  # which of the region's pixels, in reading order
     below = rows.cumsum(1)
@@ -64,7 +66,7 @@ def random_clicks(regions: Tensor, generator: Generator) -> Tensor:
 
 
 def tight_boxes(masks: Tensor) -> Tensor:
-    """[N, H, W] bool, none empty -> [N, 4] as x0, y0, x1, y1 with the last row and column inside."""
+    """Return boxes [N, 4] as x0, y0, x1, y1 around masks [N, H, W], none empty, with the last row and column inside."""
     sides = []
     for axis in (1, 2):  # columns, then rows
         line = masks.any(axis).to(torch.uint8)
@@ -75,7 +77,7 @@ def tight_boxes(masks: Tensor) -> Tensor:
 
 
 def jitter_boxes(boxes: Tensor, size: int, generator: Generator) -> Tensor:
-    """Boxes with sides moved at random, clipped to the picture: 10 % of the side, at most 20 px in 1024.
+    """Move the sides of boxes at random, within the picture: 10 % of the side, at most 20 px in 1024.
 
     No side moves by more than a third of the box, so a box never turns inside out.
     """
@@ -86,7 +88,7 @@ def jitter_boxes(boxes: Tensor, size: int, generator: Generator) -> Tensor:
 
 
 def first_prompts(objects: Objects, box_share: float, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """A click anywhere inside each object, or a jittered box around it.
+    """Draw a click anywhere inside each object, or a jittered box around it.
 
     Returns:
         coordinates [N, 2, 2], labels [N, 2], and which prompts are clicks, [N] bool.
@@ -119,7 +121,7 @@ def add_corrections(
 
 
 def append_clicks(coords: Tensor, labels: Tensor, clicks: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Append clicks [N, 2], labelled by what is true at their place."""
+    """Append clicks [N, 2], labelled by the mask at their position."""
     rows = torch.arange(len(masks), device=masks.device)
     inside = masks[rows, clicks[:, 1].long(), clicks[:, 0].long()]
     label = torch.where(inside, LABEL_FOREGROUND, LABEL_BACKGROUND)
@@ -127,17 +129,17 @@ def append_clicks(coords: Tensor, labels: Tensor, clicks: Tensor, masks: Tensor)
 
 
 def upsample(logits: Tensor, size: int) -> Tensor:
-    """[N, h, w] low-resolution logits at ``size`` pixels a side, as the predictor does it."""
+    """Resize low-resolution logits [N, h, w] to ``size`` pixels per side, as the predictor does it."""
     return F.interpolate(logits[:, None].float(), (size, size), mode="bilinear", align_corners=False)[:, 0]
 
 
 def _uniform(counts: Tensor, generator: Generator) -> Tensor:
-    """[N] integers, each uniform in 0..count - 1 (0 where the count is 0)."""
+    """Draw [N] integers, each uniform in 0..count - 1 (0 where the count is 0)."""
     draw = torch.rand(counts.shape, device=counts.device, dtype=torch.float64, generator=generator)
     return (draw * counts).long()
 
 
 def _first_above(cumulative: Tensor, rank: Tensor) -> Tensor:
-    """The first place [N] where the running count [N, L] exceeds ``rank`` [N]; the last where it never does."""
-    place = torch.searchsorted(cumulative.contiguous(), rank[:, None], right=True)[:, 0]
-    return place.clamp(max=cumulative.shape[1] - 1)
+    """Return the first index [N] at which the running count [N, L] exceeds ``rank`` [N]; the last where none does."""
+    index = torch.searchsorted(cumulative.contiguous(), rank[:, None], right=True)[:, 0]
+    return index.clamp(max=cumulative.shape[1] - 1)

@@ -1,4 +1,4 @@
-"""What weights and figures say about where they are from."""
+"""The provenance that weights and figures carry."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EMBEDDED, SCRATCH = "embedded", "scratch"  # what a run can start from, but for 
 
 
 def origin(init: str) -> str:
-    """What a run started from, in words; ``init`` as of ``Settings``."""
+    """Return what a run started from, in words; ``init`` as of ``Settings``."""
     if init == SCRATCH:
         return "fresh weights"
     about = read_checkpoint(NANO_CHECKPOINT if init == EMBEDDED else init).metadata
@@ -26,14 +26,14 @@ def origin(init: str) -> str:
 
 
 def machine(device: torch.device) -> str:
-    """What a run was on, in words."""
+    """Return the name of the machine in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
 
 
 def revision() -> str:
-    """The git revision of the code; where there is no repository, what ``REVISION`` says, or the version."""
+    """Return the git revision of the code; without a repository the variable ``REVISION``, or the version."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()

@@ -24,7 +24,7 @@ _SPLITS = ("training", "held-out")
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is in it.
+    """Hold a picture and the objects in it.
 
     Attributes:
         image: [H, W, 3] uint8.
@@ -36,16 +36,16 @@ class Scene:
     ids: np.ndarray
     parents: np.ndarray
 
-    def masks(self, smallest: int) -> np.ndarray:
-        """Visible masks [N, H, W] of the objects (parts included) and of the parts of ``smallest`` pixels or more."""
+    def masks(self, min_pixels: int) -> np.ndarray:
+        """Return visible masks [N, H, W] of the objects (parts included) and of the parts of ``min_pixels`` or more."""
         owners = self.parents[self.ids]
         masks = [(self.ids == i) | (owners == i) for i in range(1, int(self.ids.max(initial=0)) + 1)]
-        kept = [mask for mask in masks if mask.sum() >= smallest]
-        return np.stack(kept) if kept else np.zeros((0, *self.ids.shape), bool)
+        visible = [mask for mask in masks if mask.sum() >= min_pixels]
+        return np.stack(visible) if visible else np.zeros((0, *self.ids.shape), bool)
 
 
 def scene_rng(split: str, seed: int, index: int) -> np.random.Generator:
-    """The random numbers of one scene. The split is part of the key: no seed of one split is a seed of another."""
+    """Return the generator of one scene; the split is part of the key, so that splits share no seeds."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_SPLITS.index(split), index)))
 
 
@@ -54,12 +54,12 @@ def training_scene(seed: int, index: int, size: int = SIZE) -> Scene:
 
 
 def held_out_scene(index: int, size: int = SIZE) -> Scene:
-    """Scene ``index`` of the one set that no training run draws, whatever its seed."""
+    """Draw scene ``index`` of the one set that no training run draws, whatever its seed."""
     return draw_scene(scene_rng("held-out", 0, index), size)
 
 
 def draw_scene(rng: np.random.Generator, size: int = SIZE) -> Scene:
-    """A random scene of ``size`` x ``size`` pixels."""
+    """Draw a random scene of ``size`` x ``size`` pixels."""
     canvas = _Canvas(rng, size)
     layout = rng.random()
     if layout < 0.2:
@@ -93,13 +93,13 @@ def _draw_large(canvas: _Canvas) -> None:
 
 
 def _stack(canvas: _Canvas, radii: list[float]) -> None:
-    """Larger objects tend to lie below smaller ones."""
+    """Draw objects on top of one another, larger ones mostly below smaller ones."""
     for radius in sorted(radii, key=lambda radius: -radius * canvas.rng.uniform(0.5, 1.5)):
         canvas.add(canvas.outline(_any_kind(canvas.rng), radius))
 
 
 def _draw_repeated(canvas: _Canvas) -> None:
-    """A group of things of one kind, on a jittered grid or in heaps, on top of a few others."""
+    """Draw a group of things of one kind, on a jittered grid or in heaps, on top of a few others."""
     rng, size = canvas.rng, canvas.size
     for _ in range(rng.integers(0, 3)):
         canvas.add(canvas.outline(_any_kind(rng), canvas.radius(0.1, 0.35)))
@@ -119,7 +119,7 @@ def _draw_repeated(canvas: _Canvas) -> None:
 
 
 def _draw_mosaic(canvas: _Canvas) -> None:
-    """Regions that share borders, as fields or rooms do; some stay unlabelled."""
+    """Draw regions that share borders, as fields or rooms do; some stay unlabelled."""
     rng, size = canvas.rng, canvas.size
     y, x = coordinates(size, size)
     bend = size * rng.uniform(0.01, 0.06)
@@ -148,7 +148,7 @@ def _any_kind(rng: np.random.Generator) -> tuple[str, ...]:
 
 
 class _Canvas:
-    """A picture in progress, its labels, and the objects put on it so far."""
+    """Hold a picture in progress, its labels, and the objects put on it so far."""
 
     def __init__(self, rng: np.random.Generator, size: int) -> None:
         self.rng, self.size, self.count = rng, size, 0
@@ -159,11 +159,11 @@ class _Canvas:
         self.part_rate = rng.uniform(0, 0.6)
 
     def radius(self, low: float, high: float) -> float:
-        """Log-uniform between two shares of the picture's side, in pixels."""
+        """Draw a radius, log-uniform between two shares of the picture's side, in pixels."""
         return self.size * math.exp(self.rng.uniform(math.log(low), math.log(high)))
 
     def outline(self, kinds: tuple[str, ...], radius: float) -> Outline:
-        """A shape anywhere; a large one keeps its centre inside the picture."""
+        """Draw a shape anywhere; a large one keeps its centre inside the picture."""
         margin = min(radius / self.size, 0.3)
         x, y = self.rng.uniform(margin / 2, 1 - margin / 2, 2) * self.size
         return draw_outline(self.rng, str(self.rng.choice(kinds)), (x, y), radius)
@@ -203,7 +203,7 @@ class _Canvas:
         return self.count
 
     def _add_part(self, box: tuple[int, int, int, int], body: np.ndarray, color: np.ndarray, owner: int) -> None:
-        """A detail inside the object: a part with an id of its own, or a mark that belongs to it."""
+        """Draw a detail inside the object: a part with an id of its own, or a mark that belongs to it."""
         rng, (x0, y0, x1, y1) = self.rng, box
         reach = min(body.shape) / 2
         place = (rng.uniform(0.25, 0.75) * (x1 - x0) + x0, rng.uniform(0.25, 0.75) * (y1 - y0) + y0)
@@ -229,7 +229,7 @@ class _Canvas:
             self.ids[top:bottom, left:right] = before
 
     def _shading(self, alpha: np.ndarray) -> np.ndarray:
-        """Light on a body, [h, w, 1] or zero: a side that is lit, a ball, or a rim."""
+        """Draw the light on a body, [h, w, 1] or zero: a side that is lit, a ball, or a rim."""
         rng, (height, width) = self.rng, alpha.shape
         kind = rng.choice(4, p=[0.4, 0.25, 0.2, 0.15])
         if kind == 0:
@@ -269,7 +269,7 @@ class _Canvas:
 
 
 def _photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Light over the whole scene, then what a camera does to it: [H, W, 3] fp32 -> uint8."""
+    """Light the whole scene, then do to it what a camera does: [H, W, 3] fp32 -> uint8."""
     size = image.shape[0]
     light = 1 + rng.uniform(0, 0.25) * smooth_noise(rng, size, size, size * rng.uniform(0.2, 0.5))
     if rng.random() < 0.15:  # the edge of a shadow from outside the picture

@@ -1,4 +1,4 @@
-"""What to train on when, for a run that has to end in time."""
+"""The stages and the learning rate of a run that has to end in time."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _BALANCED_STEPS = 400  # of a run from fresh weights
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run.
+    """Describe a part of a run.
 
     Attributes:
         until: progress at which it ends.
         size: side of the crops in pixels.
-        images: a step of each process; a GPU takes several times as many.
-        prompts: objects asked for in each.
+        images: per step and process; a GPU takes several times as many.
+        prompts: objects per image.
         corrections: share of the steps that go on with corrective clicks.
     """
 
@@ -48,7 +48,7 @@ def stage_at(stages: tuple[Stage, ...], progress: float) -> Stage:
 
 
 def learning_rate(peak: float, step: int, progress: float) -> float:
-    """Warm-up by steps, a plateau, and a linear fall to zero at the end of the run.
+    """Return the learning rate: warm-up by steps, a plateau, and a linear fall to zero at the end of the run.
 
     Only the fall depends on the clock, so two runs of one seed are the same until then, and for 50 steps at least.
     """
@@ -57,12 +57,12 @@ def learning_rate(peak: float, step: int, progress: float) -> float:
 
 
 def balance_at(step: int) -> float:
-    """Share of the class-balanced start in a run from fresh weights, from 1 to 0."""
+    """Return the share of the class-balanced start in a run from fresh weights, from 1 to 0."""
     return max(1 - step / _BALANCED_STEPS, 0.0)
 
 
 class Schedule:
-    """How much of a run is done, measured in time or, for runs that must repeat exactly, in steps.
+    """Tell how much of a run is done, measured in time or, for runs that must repeat exactly, in steps.
 
     Time is that spent training: an interrupted run goes on with what it had left.
     """
@@ -87,11 +87,11 @@ class Schedule:
 
     @property
     def seconds(self) -> float:
-        """Spent so far, in earlier parts of the run too."""
+        """The seconds spent so far, in earlier parts of the run too."""
         return self._clock() - self._start
 
     def progress(self, step: int) -> float:
-        """In 0..1, before ``step`` (counted from 0)."""
+        """Return the progress in 0..1 before ``step``, counted from 0."""
         if self.steps is not None:
             return min(step / self.steps, 1.0)
         if step < _CLOCKLESS_STEPS:
@@ -99,7 +99,7 @@ class Schedule:
         return min(self.seconds / self.limit, 1.0)  # type: ignore[operator]
 
     def goes_on(self, step: int) -> bool:
-        """Whether there is time for ``step``: as long as the longest of the last steps took."""
+        """Return whether there is time for ``step``, which may take as long as the longest of the last ones."""
         now = self._clock()
         if self._step_started is not None:
             # Fades, so that one hiccup does not end a run early.

@@ -16,7 +16,7 @@ _SUPERSAMPLING = 2
 
 @dataclass(frozen=True)
 class Outline:
-    """A shape in pixels: polygons filled one after the other, or a line.
+    """Hold a shape in pixels: polygons filled one after the other, or a line.
 
     Attributes:
         rings: [K, 2] polygons (x, y); the first is filled, later ones are cut out unless ``union``.
@@ -36,7 +36,7 @@ class Outline:
 
 
 def draw_outline(rng: np.random.Generator, kind: str, center: tuple[float, float], radius: float) -> Outline:
-    """A shape of ``kind`` about ``center`` whose extent is about ``radius`` pixels either way, turned at random."""
+    """Draw a shape of ``kind`` about ``center``, about ``radius`` pixels to either side, turned at random."""
     angle, aspect = rng.uniform(0, 2 * math.pi), rng.uniform(0.4, 1.0)
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
 
@@ -91,7 +91,7 @@ def draw_outline(rng: np.random.Generator, kind: str, center: tuple[float, float
 
 
 def coverage(outline: Outline, box: tuple[int, int, int, int]) -> np.ndarray:
-    """How much of each pixel of ``box`` (x0, y0, x1, y1) the shape covers: [height, width] fp32 in 0..1."""
+    """Return the share of each pixel of ``box`` (x0, y0, x1, y1) that the shape covers: [height, width] fp32."""
     x0, y0, x1, y1 = box
     scale = _SUPERSAMPLING
     picture = Image.new("L", ((x1 - x0) * scale, (y1 - y0) * scale), 0)

@@ -20,22 +20,22 @@ from torch.multiprocessing.spawn import spawn
 
 @dataclass(frozen=True)
 class Team:
-    """The place of this process: ``rank`` of ``size``; the first one keeps the clock and writes the files."""
+    """Hold the place of this process: ``rank`` of ``size``; the first one keeps the clock and writes the files."""
 
     rank: int = 0
     size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         return self.rank == 0
 
-    def add_up(self, values: Tensor) -> None:
+    def all_reduce(self, values: Tensor) -> None:
         """Replace ``values`` by their sum over all processes, the same to the bit in each of them."""
         if self.size > 1:
             dist.all_reduce(values)
 
-    def told(self, value: float) -> float:
-        """What the leading process has as ``value``."""
+    def broadcast(self, value: float) -> float:
+        """Return the leading process's ``value``."""
         if self.size == 1:
             return value
         message = torch.tensor(value, dtype=torch.float64)

@@ -11,19 +11,19 @@ Array = np.ndarray
 
 
 def coordinates(height: int, width: int) -> tuple[Array, Array]:
-    """Rows [height, 1] and columns [1, width] in pixels, which broadcast to a patch."""
+    """Return rows [height, 1] and columns [1, width] in pixels, which broadcast to a patch."""
     return np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)[None, :]
 
 
 def smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float) -> Array:
-    """Gaussian noise that changes over ``cell`` pixels, [height, width]."""
+    """Draw Gaussian noise that changes over ``cell`` pixels, [height, width]."""
     coarse = (max(2, round(height / cell) + 1), max(2, round(width / cell) + 1))
     grid = Image.fromarray(rng.standard_normal(coarse, dtype=np.float32))
     return np.asarray(grid.resize((width, height), Image.Resampling.BILINEAR))
 
 
 def fractal_noise(rng: np.random.Generator, height: int, width: int) -> Array:
-    """Octaves of noise whose amplitude falls with the frequency, as in photographs."""
+    """Draw octaves of noise whose amplitude falls with the frequency, as in photographs."""
     persistence = rng.uniform(0.4, 0.8)
     cell, amplitude, total = max(height, width) / 2, 1.0, np.zeros((height, width), np.float32)
     energy = 0.0
@@ -35,7 +35,7 @@ def fractal_noise(rng: np.random.Generator, height: int, width: int) -> Array:
 
 
 def stripes(rng: np.random.Generator, height: int, width: int) -> Array:
-    """Waves or bars of one direction, bent a little."""
+    """Draw waves or bars of one direction, bent a little."""
     y, x = coordinates(height, width)
     angle, period = rng.uniform(0, math.pi), math.exp(rng.uniform(math.log(5), math.log(60)))
     phase = (x * math.cos(angle) + y * math.sin(angle)) * (2 * math.pi / period)
@@ -46,7 +46,7 @@ def stripes(rng: np.random.Generator, height: int, width: int) -> Array:
 
 
 def checks(rng: np.random.Generator, height: int, width: int) -> Array:
-    """A lattice of spots or of squares."""
+    """Draw a lattice of spots or of squares."""
     y, x = coordinates(height, width)
     angle, period = rng.uniform(0, math.pi), math.exp(rng.uniform(math.log(8), math.log(60)))
     u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
@@ -55,7 +55,7 @@ def checks(rng: np.random.Generator, height: int, width: int) -> Array:
 
 
 def gradient(rng: np.random.Generator, height: int, width: int) -> Array:
-    """A ramp across the patch."""
+    """Draw a ramp across the patch."""
     y, x = coordinates(height, width)
     angle = rng.uniform(0, 2 * math.pi)
     ramp = (x - width / 2) * math.cos(angle) + (y - height / 2) * math.sin(angle)
@@ -63,7 +63,7 @@ def gradient(rng: np.random.Generator, height: int, width: int) -> Array:
 
 
 def pattern(rng: np.random.Generator, height: int, width: int) -> Array:
-    """One of the textures, [height, width]."""
+    """Draw one of the textures, [height, width]."""
     kind = rng.choice(6, p=[0.22, 0.16, 0.22, 0.16, 0.1, 0.14])
     if kind == 0:
         return smooth_noise(rng, height, width, math.exp(rng.uniform(math.log(12), math.log(120))))
@@ -79,7 +79,7 @@ def pattern(rng: np.random.Generator, height: int, width: int) -> Array:
 
 
 def random_color(rng: np.random.Generator) -> Array:
-    """[3] in 0..255, often dull."""
+    """Draw a color [3] in 0..255, often dull."""
     color = rng.uniform(15, 240, 3)
     if rng.random() < 0.45:
         color = color.mean() + rng.uniform(0.05, 0.5) * (color - color.mean())
@@ -87,7 +87,7 @@ def random_color(rng: np.random.Generator) -> Array:
 
 
 def paint(rng: np.random.Generator, height: int, width: int, color: Array, amplitude: float) -> Array:
-    """A textured surface [height, width, 3] (or [1, 1, 3] where it is plain) around ``color``."""
+    """Draw a textured surface [height, width, 3] (or [1, 1, 3] where it is plain) around ``color``."""
     surface = color[None, None]
     layers = rng.choice(3, p=[0.2, 0.55, 0.25])
     for _ in range(layers):

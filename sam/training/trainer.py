@@ -1,4 +1,4 @@
-"""One step of training, and the state that it leaves."""
+"""The training step, and the state that it leaves."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from .schedule import CONTINUED, FROM_SCRATCH, Stage, balance_at, learning_rate,
 from .team import ALONE, Team
 
 _WEIGHT_DECAY, _BETAS = 0.05, (0.9, 0.99)
-_LARGEST_GRADIENT = 3.0
+_MAX_GRADIENT_NORM = 3.0
 _AVERAGE_DECAY = 0.995
 _BOX_SHARE = 0.45
 _SECOND_CORRECTION, _LOGITS_FED_BACK = 0.5, 0.75  # shares of the correction steps
 _CORRECTION_WEIGHT = 0.5
 _IOU_HEAD_WEIGHT = 2.5
 _HELPER_WEIGHT = 1.0
-_SMALLEST = 100  # pixels that an object must show to be asked for, on crops as on the whole canvas
+_MIN_PIXELS = 100  # that an object must show to be prompted for, on crops as on the whole canvas
 MEANS = (
     "mask loss",
     "IoU head loss",
@@ -49,7 +49,7 @@ MEANS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is, apart from where and how long: kept with its state, so that a resumed run cannot differ.
+    """Describe a run, apart from where and how long; saved with its state, so that a resumed run cannot differ.
 
     Attributes:
         seed: of everything that is random.
@@ -58,7 +58,7 @@ class Settings:
         reuse: how often a scene is used; one fresh scene comes with ``reuse - 1`` from the pool.
         pool: scenes that a process keeps on the device to be used again.
         peak: learning rate of the plateau.
-        processes: that train together, each on its own images.
+        processes: the number that trains together, each on its own images.
     """
 
     seed: int = 0
@@ -71,7 +71,7 @@ class Settings:
 
 
 def initial_model(init: str, seed: int, device: torch.device) -> Sam:
-    """A model to train, in fp32."""
+    """Return a model to train, in fp32."""
     if init == SCRATCH:
         torch.manual_seed(seed)
         model = build_from_config(variant_config("nano")).to(device)
@@ -88,7 +88,7 @@ def arithmetic(device: torch.device) -> torch.dtype:
 
 
 def _optimizers(model: Sam, trained: list[nn.Parameter], peak: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of hidden layers, AdamW for all else."""
+    """Return Muon for the matrices of hidden layers, AdamW for all else."""
     matrices = hidden_matrices(model)
     taken = {id(matrix) for matrix in matrices}
     others = [parameter for parameter in trained if id(parameter) not in taken]
@@ -101,7 +101,7 @@ def _optimizers(model: Sam, trained: list[nn.Parameter], peak: float) -> list[to
 
 
 class Trainer:
-    """A model, its optimisers and average, and where in the data it is."""
+    """Train a model: its weights, optimisers and average, and its position in the data."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Trainer:
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
     def _flat_gradients(self) -> Tensor:
-        """One tensor that holds all gradients, so that processes exchange one message a step."""
+        """Return one tensor that holds all gradients, so that processes exchange one message per step."""
         flat = torch.zeros(sum(p.numel() for p in self._trained), dtype=torch.float32, device=self.device)
         for parameter, part in zip(self._trained, flat.split([p.numel() for p in self._trained]), strict=True):
             parameter.grad = part.view_as(parameter)
@@ -145,13 +145,13 @@ class Trainer:
     # One step ----------------------------------------------------------------------------------------------
 
     def train_step(self, progress: float) -> Tensor:
-        """One batch with its rounds of prompts, one update; returns what ``MEANS`` names, NaN where not measured."""
+        """Train on one batch with its rounds of prompts; return the values of ``MEANS``, NaN where not measured."""
         shared = np.random.default_rng([self.settings.seed, self.step])  # what all processes do alike
         rng = np.random.default_rng([self.settings.seed, self.step, self.team.rank])
         generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**62)))
         stage = stage_at(self.stages, progress)
         batch = self._batch(stage, rng)
-        objects = choose_objects(batch.ids, batch.parents, stage.prompts, _SMALLEST, generator)
+        objects = choose_objects(batch.ids, batch.parents, stage.prompts, _MIN_PIXELS, generator)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.settings.peak, self.step, progress)
@@ -164,22 +164,22 @@ class Trainer:
             grid = self.model.image_size // self.patch - stage.size // self.patch
             crop = CropModel(self.model, stage.size, tuple(rng.integers(0, grid + 1, 2).tolist()))
             self._backward(crop, batch, objects, rounds, fed_back, generator, means)
-        if self._average_with_the_others(means, taught=len(objects.masks) > 0):
-            means[6] = torch.nn.utils.clip_grad_norm_(self._trained, _LARGEST_GRADIENT)
+        if self._average_over_team(means, taught=len(objects.masks) > 0):
+            means[6] = torch.nn.utils.clip_grad_norm_(self._trained, _MAX_GRADIENT_NORM)
             for optimizer in self.optimizers:
                 optimizer.step()
             self._update_average()
         self.step += 1
         return means
 
-    def _average_with_the_others(self, means: Tensor, taught: bool) -> bool:
-        """Gradients and ``means`` over the processes that had objects to ask for; False where none had."""
+    def _average_over_team(self, means: Tensor, taught: bool) -> bool:
+        """Average gradients and ``means`` over the processes that had objects; return False where none had."""
         if self.team.size == 1:
             return taught
         known = ~means.isnan()
         taught_here = torch.tensor([float(taught)], dtype=torch.float32, device=self.device)
         message = torch.cat([self._gradients, means.nan_to_num(), known.float(), taught_here])
-        self.team.add_up(message)
+        self.team.all_reduce(message)
         gradients, sums, counts, teachers = message.split([len(self._gradients), len(means), len(means), 1])
         torch.div(gradients, teachers.clamp(min=1), out=self._gradients)
         means.copy_(sums / counts)  # NaN where no process measured it
@@ -209,7 +209,7 @@ class Trainer:
         generator: torch.Generator,
         means: Tensor,
     ) -> None:
-        """Gradients of the first prompts and of ``rounds`` corrections; one round's activations live at a time."""
+        """Compute gradients of the first prompts and of ``rounds`` corrections, one round's activations at a time."""
         with self._autocast():
             features = crop.encode(batch.pixels)
         shared_features = features.detach().requires_grad_()
@@ -280,7 +280,7 @@ class Trainer:
     # State -------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Everything that the rest of a run depends on; random numbers follow from the seed and the step."""
+        """Return all that the rest of a run depends on; random numbers follow from the seed and the step."""
         return {
             "settings": asdict(self.settings),
             "model": self.model.state_dict(),
