@@ -84,7 +84,7 @@ def fail_in_the_second_after_three_steps(team: Team, out: Path) -> None:
 class Alone(Team):
     """One of a team, without the others: keeps what it would have sent."""
 
-    def add_up(self, values: torch.Tensor) -> None:
+    def all_reduce(self, values: torch.Tensor) -> None:
         sent.append(values.clone())
 
 
