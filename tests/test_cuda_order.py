@@ -20,7 +20,7 @@ import sam.embedding
 from sam import ImageEmbedding, MaskPrediction, Prompt
 from sam.inference import Graphs, StackedInput
 from sam.inference.graphs import CudaRecorder, empty_cache
-from sam.sessions.stream import _Copied
+from sam.sessions.stream import _PendingCopy
 
 Log = list[tuple[str, ...]]
 
@@ -254,7 +254,7 @@ def test_copies_of_a_handle_leave_events_behind(log: Log, monkeypatch: pytest.Mo
 
 def test_results_leave_the_memory_that_copies_go_through(log: Log) -> None:
     staged = MaskPrediction(torch.ones(1, 1, 2, 2, dtype=torch.bool), torch.ones(1, 1), torch.ones(1, 1, 2, 2))
-    result = _Copied(staged, FakeEvent(log, "arrived")).result()  # type: ignore[arg-type]
+    result = _PendingCopy(staged, FakeEvent(log, "arrived")).result()  # type: ignore[arg-type]
     assert log == [("event waits", "arrived")]
     for name in ("masks", "iou_predictions", "low_res_logits"):
         staging, given = getattr(staged, name), getattr(result, name)

@@ -12,6 +12,7 @@ from torch import Tensor
 import sam
 from sam import Prompt, Sam, SamAutomaticMaskGenerator
 from sam.engine import Engine
+from sam.inference import predict
 from sam.system import device_profile as profiles
 
 IMAGES = [random_image(20, 30, seed) for seed in range(3)]
@@ -48,13 +49,13 @@ def test_every_way_to_encode_takes_as_many_images(model: Sam, monkeypatch: pytes
 
 def test_the_decoder_takes_as_many_prompts(model: Sam, monkeypatch: pytest.MonkeyPatch) -> None:
     chunks: list[int] = []
-    decode = model.decode
+    decode_chunk = predict.decode_chunk
 
-    def counted(embeddings, batch, multimask_output):  # type: ignore[no-untyped-def]
+    def counted(model, parts, embeddings, batch, multimask_output):  # type: ignore[no-untyped-def]
         chunks.append(len(batch))
-        return decode(embeddings, batch, multimask_output)
+        return decode_chunk(model, parts, embeddings, batch, multimask_output)
 
-    monkeypatch.setattr(model, "decode", counted)
+    monkeypatch.setattr(predict, "decode_chunk", counted)
     model.predict(model.encode(IMAGES[0]), [Prompt([(5, 5)], [1])] * 3)
     assert chunks == [1, 1, 1]
 

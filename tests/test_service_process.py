@@ -41,7 +41,7 @@ from sam.cli import main
 from sam.modeling import Sam
 encode = Sam.encode
 def faulty(self, images, batch_size=None):
-    if images[0].shape[1] == 13 * 128 // 26:
+    if images[0].pixels.shape[1] == 13 * 128 // 26:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     return encode(self, images, batch_size)
 Sam.encode = faulty

@@ -119,12 +119,12 @@ def test_a_member_without_objects_does_not_count() -> None:
     one = member(Alone(0, 2))  # the other one has no objects and adds zeros
     one._gradients.fill_(3.0)
     means = torch.tensor([2.0, torch.nan])
-    assert one._average_with_the_others(means, taught=True)
+    assert one._average_over_team(means, taught=True)
     assert one._gradients.unique().tolist() == [3]
     assert means[0] == 2
     assert means[1].isnan()
     one._gradients.zero_()
-    assert not one._average_with_the_others(means, taught=False)
+    assert not one._average_over_team(means, taught=False)
 
 
 def test_a_run_goes_on_with_as_many_processes() -> None:
