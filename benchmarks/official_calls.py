@@ -28,6 +28,9 @@ from .peers import import_segment_anything, official_copy
 TARGET = Path(__file__).parents[1] / "tests" / "official_calls.json"
 SAMPLES = 24
 
+Answers = dict[str, dict[str, Tensor]]
+Encode = Callable[[Any, Tensor], Tensor]
+
 
 def summary(answer: Tensor | np.ndarray) -> dict[str, Any]:
     """Describe an answer by its shape, its norm and values at places spread over it."""
@@ -149,43 +152,43 @@ def put(encoder: nn.Module, name: str) -> None:
         setattr(owner, leaf, make(getattr(owner, leaf)))
 
 
-def adapted(modeling: Any, name: str, options: tuple[Any, ...]) -> dict[str, Tensor]:
+def adapted(modeling: Any, name: str, encode: Encode) -> dict[str, Tensor]:
     """Features and gradients of an encoder with a stand-in."""
     encoder = small_encoder(modeling)
     put(encoder, name)
     pixels = numbers(2, 3, 64, 64, seed=100)
     with torch.no_grad():
-        answers = {"features": encoder(pixels, *options)}
+        answers = {"features": encode(encoder, pixels)}
     learned = {key: weight for key, weight in encoder.named_parameters() if weight.requires_grad}
     if learned:
         encoder.train()
-        encoder(pixels, *options).square().sum().backward()
+        encode(encoder, pixels).square().sum().backward()
         answers |= {key: weight.grad for key, weight in learned.items() if "blocks.0" in key}  # type: ignore[misc]
     return answers
 
 
-def of_another_size(modeling: Any, size: tuple[int, int], options: tuple[Any, ...]) -> dict[str, Tensor]:
+def of_another_size(modeling: Any, size: tuple[int, int], encode: Encode) -> dict[str, Tensor]:
     """Features of images that are not ``img_size`` pixels, by an encoder without absolute positions."""
     encoder = small_encoder(modeling, use_abs_pos=False)
-    return {"features": encoder(numbers(2, 3, *size, seed=101), *options)}
+    return {"features": encode(encoder, numbers(2, 3, *size, seed=101))}
 
 
-def with_positions_of_another_size(modeling: Any, options: tuple[Any, ...]) -> dict[str, Tensor]:
+def with_positions_of_another_size(modeling: Any, encode: Encode) -> dict[str, Tensor]:
     """Features of smaller images, the positions resized by hand and ``img_size`` left as it was."""
     encoder = small_encoder(modeling)
     resized = nn.functional.interpolate(encoder.pos_embed.permute(0, 3, 1, 2), (5, 6), mode="bilinear")
     encoder.pos_embed = nn.Parameter(resized.permute(0, 2, 3, 1), requires_grad=False)
-    return {"features": encoder(numbers(1, 3, 40, 48, seed=102), *options)}
+    return {"features": encode(encoder, numbers(1, 3, 40, 48, seed=102))}
 
 
 OTHER_SIZES = ((40, 40), (96, 96), (40, 72), (8, 64), (61, 50))
 
 
-def encoder_calls(modeling: Any, *options: Any) -> dict[str, dict[str, Tensor]]:
-    """Answers of the small encoder; ``options`` are those of its forward after the pixels."""
-    calls = {f"stand-in, {name}": adapted(modeling, name, options) for name in STAND_INS}
-    calls |= {f"size {size}": of_another_size(modeling, size, options) for size in OTHER_SIZES}
-    return calls | {"positions of another size": with_positions_of_another_size(modeling, options)}
+def encoder_calls(modeling: Any, encode: Encode = lambda encoder, pixels: encoder(pixels)) -> Answers:
+    """Answers of the small encoder, which ``encode`` calls with pixels."""
+    calls = {f"stand-in, {name}": adapted(modeling, name, encode) for name in STAND_INS}
+    calls |= {f"size {size}": of_another_size(modeling, size, encode) for size in OTHER_SIZES}
+    return calls | {"positions of another size": with_positions_of_another_size(modeling, encode)}
 
 
 # The mask decoder -------------------------------------------------------------------------------------------
@@ -295,10 +298,10 @@ def smaller_by_hand(package: Any, model: Any) -> dict[str, Any]:
     return {"masks": masks, "iou": iou, "low_res": low_res, "refined": again}
 
 
-def all_calls(package: Any, model: Any, *options: Any) -> dict[str, dict[str, Any]]:
+def all_calls(package: Any, model: Any) -> dict[str, dict[str, Any]]:
     """Make every call of a package, ``sam`` or ``segment_anything``, with a model of it that has nano's weights."""
     modeling = importlib.import_module(f"{package.__name__}.modeling")
-    calls = encoder_calls(modeling, *options)
+    calls = encoder_calls(modeling)
     with torch.no_grad():
         calls |= decoder_calls(model)
         calls |= predictor_calls(package, model)

@@ -9,146 +9,26 @@ seconds. ``tests/test_extension_points.py`` makes the same changes to this packa
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .extension_points import SIZE, Change, scaled
 from .official_calls import numbers, pixels
 from .official_masks import package_version
 from .peers import import_segment_anything
 
 TARGET = Path(__file__).parents[1] / "tests" / "official_extensions.json"
-SAMPLES = 6
-SIZE = 128
+SAMPLES = 3
 IMAGE = pixels(60, 80, 3)
 POINTS, LABELS = np.array([[30.0, 20.0], [50.0, 41.0]]), np.array([1, 0])
 BOX = np.array([10.0, 5.0, 61.0, 50.0])
-
-
-def small_model(package: Any) -> Any:
-    """Build a ``Sam`` of the package with windows that do not divide its grid of 8 x 8, every weight drawn."""
-    modeling, grid = package.modeling, (8, 8)
-    encoder = modeling.ImageEncoderViT(
-        img_size=SIZE,
-        patch_size=16,
-        embed_dim=32,
-        depth=3,
-        num_heads=2,
-        out_chans=64,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True,
-        window_size=3,
-        global_attn_indexes=(1,),
-    )
-    prompt_encoder = modeling.PromptEncoder(
-        embed_dim=64, image_embedding_size=grid, input_image_size=(SIZE, SIZE), mask_in_chans=16
-    )
-    transformer = modeling.TwoWayTransformer(depth=2, embedding_dim=64, mlp_dim=96, num_heads=8)
-    decoder = modeling.MaskDecoder(transformer_dim=64, transformer=transformer, iou_head_hidden_dim=48)
-    model = modeling.Sam(encoder, prompt_encoder, decoder).eval().requires_grad_(False)
-    for seed, (name, tensor) in enumerate(sorted(model.state_dict().items())):
-        of_norm = tensor.ndim == 1 and name.endswith("weight")
-        fan_in = tensor[0].numel() if tensor.ndim > 1 else 25
-        tensor.copy_(float(of_norm) + numbers(*tensor.shape, seed=seed, scale=1.2 * fan_in**-0.5))
-    return model
-
-
-# What is seen and changed ----------------------------------------------------------------------------------
-
-
-class Log(list[str]):
-    """The calls that a change saw, each by its name and its arguments as they were given."""
-
-    def note(self, label: str, args: Iterable[Any], kwargs: dict[str, Any]) -> None:
-        given = [*map(described, args), *(f"{name}={described(value)}" for name, value in kwargs.items())]
-        self.append(f"{label}({', '.join(given)})")
-
-    def take(self) -> list[str]:
-        """Return the calls in order, those repeated in a row once with their number, and forget them."""
-        found = [call if (count := len(list(same))) == 1 else f"{count} x {call}" for call, same in groupby(self)]
-        self.clear()
-        return found
-
-
-def described(value: Any) -> str:
-    if isinstance(value, Tensor | np.ndarray):
-        return "x".join(map(str, value.shape))
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(map(described, value))}]"
-    return str(value) if value is None or isinstance(value, int | float) else type(value).__name__
-
-
-def scaled(answer: Any) -> Any:
-    """Return an answer with its first tensor or array of numbers made larger by a quarter."""
-    if isinstance(answer, Tensor):
-        return 1.25 * answer if answer.is_floating_point() else answer
-    if isinstance(answer, np.ndarray):
-        return 1.25 * answer if answer.dtype.kind == "f" else answer
-    return (scaled(answer[0]), *answer[1:]) if isinstance(answer, tuple) and answer else answer
-
-
-class Change:
-    """One program's changes to a package and a model of it; leaving the context takes them back from the package."""
-
-    def __init__(self, package: Any) -> None:
-        self.package, self.log, self._stack = package, Log(), ExitStack()
-        self.model = small_model(package)
-        self.predictor_class = package.SamPredictor
-
-    def __enter__(self) -> Change:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def module(self, name: str) -> Any:
-        """Import a module of the package."""
-        return importlib.import_module(f"{self.package.__name__}.{name}" if name else self.package.__name__)
-
-    def replace(self, owner: Any, name: str, value: Any) -> None:
-        self._stack.enter_context(patch.object(owner, name, value))
-
-    def wrap(self, owner: Any, name: str, alter: Callable[[Any], Any] = scaled) -> None:
-        """Put a wrapper in the place of a method or a function, that notes the call and alters the answer."""
-        self.replace(owner, name, self._wrapper(getattr(owner, name), name, is_method=isinstance(owner, type)))
-        # ``getattr`` binds what it takes of an instance, so its wrapper gets no self.
-
-    def _wrapper(self, function: Any, label: str, is_method: bool, alter: Callable[[Any], Any] = scaled) -> Any:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            self.log.note(label, args[1:] if is_method else args, kwargs)
-            return alter(function(*args, **kwargs))
-
-        return wrapper
-
-    def subclass(self, thing: Any, *names: str) -> None:
-        """Make ``thing`` of a subclass of its class that overrides methods."""
-        thing.__class__ = self.derived_class(type(thing), *names)
-
-    def derived_class(self, base: type, *names: str) -> type:
-        return type("Own", (base,), {name: self._wrapper(getattr(base, name), name, is_method=True) for name in names})
-
-    def hook(self, name: str, kind: str) -> None:
-        """Register a hook that notes the call, and as a forward hook alters the output."""
-        module = self.model.get_submodule(name)
-        if kind == "forward":
-            module.register_forward_hook(lambda _, args, output: self._saw(name, args, {}) or scaled(output))
-        elif kind == "forward_pre":
-            module.register_forward_pre_hook(lambda _, args: self._saw(name, args, {}))
-        else:
-            module.register_forward_pre_hook(lambda _, args, kwargs: self._saw(name, args, kwargs), with_kwargs=True)
-
-    def _saw(self, label: str, args: Any, kwargs: dict[str, Any]) -> None:
-        self.log.note(label.rpartition(".")[2] or label, args, kwargs)
 
 
 # Changes of the model --------------------------------------------------------------------------------------
@@ -317,15 +197,163 @@ def model_changes() -> dict[str, Callable[[Change], None]]:
         changes[f"image_encoder.{name}"] = partial(patch_function, name=name)
     changes["hooks on every module"] = hook_everything
     changes["a hook for all modules there are"] = hook_globally
+    changes["mask_threshold"] = lambda change: setattr(change.model, "mask_threshold", 0.4)
+    changes["image_format"] = lambda change: setattr(change.model, "image_format", "BGR")
+    changes["pixel_mean"] = lambda change: setattr(change.model, "pixel_mean", 0.5 * change.model.pixel_mean)
     changes["a traced image encoder"] = trace_encoder
     changes["a traced mask decoder"] = trace_decoder
     return changes
 
 
+# Changes of predictors and generators ----------------------------------------------------------------------
+
+PREDICTOR_METHODS = ("set_image", "set_torch_image", "predict_torch", "reset_image")
+TRANSFORM_METHODS = ("apply_image", "apply_coords", "apply_boxes")
+GENERATOR_METHODS = ("_generate_masks", "_process_crop", "_process_batch")
+GENERATOR_FUNCTIONS = (
+    *("generate_crop_boxes", "batch_iterator", "calculate_stability_score", "batched_mask_to_box"),
+    *("is_box_near_crop_edge", "uncrop_masks", "mask_to_rle_pytorch", "uncrop_boxes_xyxy", "uncrop_points"),
+    *("area_from_rle", "box_xyxy_to_xywh"),
+)
+
+
+class OwnTransform:
+    """A transform that a program wrote: it resizes as ``inner`` and moves points by a pixel."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def apply_image(self, image: np.ndarray) -> np.ndarray:
+        return 255 - self.inner.apply_image(image)
+
+    def apply_coords(self, coords: np.ndarray, original_size: tuple[int, ...]) -> np.ndarray:
+        return self.inner.apply_coords(coords, original_size) + 1
+
+    def apply_boxes(self, boxes: np.ndarray, original_size: tuple[int, ...]) -> np.ndarray:
+        return self.inner.apply_boxes(boxes, original_size) - 1
+
+
+class OwnPredictor:
+    """A predictor that a program wrote, with what the official generator asks of one and no more."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.model, self.transform, self.device = inner.model, inner.transform, inner.device
+
+    def set_image(self, image: np.ndarray) -> None:
+        self._inner.set_image(255 - image)
+
+    def reset_image(self) -> None:
+        self._inner.reset_image()
+
+    def predict_torch(self, *args: Any, **kwargs: Any) -> Any:
+        return scaled(self._inner.predict_torch(*args, **kwargs))
+
+
+def change_transform(predictor: Any) -> None:
+    predictor.transform = OwnTransform(predictor.transform)
+
+
+def halve_features(predictor: Any) -> None:
+    predictor.features = 0.5 * predictor.features
+
+
+def change_model(predictor: Any) -> None:
+    predictor.model.mask_decoder.iou_prediction_head = nn.Sequential(predictor.model.mask_decoder.iou_prediction_head)
+
+
+def change_predictor(generator: Any) -> None:
+    generator.predictor = OwnPredictor(generator.predictor)
+
+
+def change_attributes(generator: Any) -> None:
+    generator.points_per_batch, generator.stability_score_offset, generator.box_nms_thresh = 2, 0.25, 0.5
+    generator.point_grids = [grid[::-1] for grid in generator.point_grids]
+
+
+def predictor_changes() -> dict[str, Callable[[Change], None]]:
+    """Return what programs do to predictors, those of generators included, by name."""
+    changes: dict[str, Callable[[Change], None]] = {}
+    for method in PREDICTOR_METHODS:
+        changes[f"predictor.{method} on the instance"] = lambda change, method=method: change.to_predictors.append(
+            lambda predictor: change.wrap(predictor, method)
+        )
+        changes[f"predictor.{method} on the class"] = lambda change, method=method: change.wrap(
+            change.package.SamPredictor, method
+        )
+        changes[f"predictor.{method} on the subclass"] = lambda change, method=method: change.to_predictors.append(
+            lambda predictor: change.subclass(predictor, method)
+        )
+    for method in TRANSFORM_METHODS:
+        changes[f"transform.{method} on the instance"] = lambda change, method=method: change.to_predictors.append(
+            lambda predictor: change.wrap(predictor.transform, method)
+        )
+        changes[f"transform.{method} on the class"] = lambda change, method=method: change.wrap(
+            change.module("utils.transforms").ResizeLongestSide, method
+        )
+        changes[f"transform.{method} on the subclass"] = lambda change, method=method: change.to_predictors.append(
+            lambda predictor: change.subclass(predictor.transform, method)
+        )
+    changes["a transform of one's own"] = lambda change: change.to_predictors.append(change_transform)
+    changes["a model changed through the predictor"] = lambda change: change.to_predictors.append(change_model)
+    return changes
+
+
+def features_changes() -> dict[str, Callable[[Change], None]]:
+    return {"features by hand": lambda change: change.to_set_predictors.append(halve_features)}
+
+
+def generator_changes() -> dict[str, Callable[[Change], None]]:
+    """Return what programs do to generators, by name."""
+    changes = predictor_changes()
+    for method in GENERATOR_METHODS:
+        changes[f"generator.{method} on the instance"] = lambda change, method=method: change.to_generators.append(
+            lambda generator: change.wrap(generator, method, alter=lambda answer: answer)
+        )
+        changes[f"generator.{method} on the class"] = lambda change, method=method: change.wrap(
+            change.package.SamAutomaticMaskGenerator, method, alter=lambda answer: answer
+        )
+        changes[f"generator.{method} on the subclass"] = lambda change, method=method: change.to_generators.append(
+            lambda generator: change.subclass(generator, method)
+        )
+    for name in GENERATOR_FUNCTIONS:
+        changes[f"automatic_mask_generator.{name}"] = lambda change, name=name: change.wrap(
+            change.module("automatic_mask_generator"), name
+        )
+    changes["a predictor of one's own"] = lambda change: change.to_generators.append(change_predictor)
+    changes["other attributes"] = lambda change: change.to_generators.append(change_attributes)
+    names = ("model.postprocess_masks on the instance", "model.postprocess_masks on the subclass")
+    names += ("model.preprocess on the instance", "mask_decoder.predict_masks on the instance")
+    names += ("forward hook on mask_decoder.output_upscaling", "a traced mask decoder")
+    return changes | {name: model_changes()[name] for name in names}
+
+
+def generated(change: Change) -> dict[str, Any]:
+    """Ask a changed generator for all masks of an image, and then by its inner methods for their parts."""
+    generator = change.generator()
+    records = generator.generate(IMAGE)
+    found: dict[str, Any] = {"calls of generate": change.log.take()}
+    for name in ("bbox", "area", "predicted_iou", "stability_score", "point_coords", "crop_box"):
+        found[name] = torch.tensor([record[name] for record in records], dtype=torch.float64)
+    data = generator._generate_masks(IMAGE)
+    found |= {f"{name} of _generate_masks": column for name, column in data.items() if name != "rles"}
+    height, width = IMAGE.shape[:2]
+    data = generator._process_crop(IMAGE, [10, 5, 70, 50], 1, (height, width))
+    found |= {f"{name} of _process_crop": column for name, column in data.items() if name != "rles"}
+    generator.predictor.set_image(IMAGE)
+    data = generator._process_batch(
+        np.array([[20.0, 30.0], [60.0, 7.0]]), (height, width), [0, 0, width, height], (height, width)
+    )
+    found |= {f"{name} of _process_batch": column for name, column in data.items() if name != "rles"}
+    return found | {"calls of inner methods": change.log.take()}
+
+
 def answers(change: Change) -> dict[str, Any]:
     """Ask a changed model by the official calls: points, then points, box and mask together, then ``forward``."""
-    predictor = change.predictor_class(change.model)
+    predictor = change.predictor()
     predictor.set_image(IMAGE)
+    for make in change.to_set_predictors:
+        make(predictor)
     found: dict[str, Any] = {"calls of set_image": change.log.take(), "features": predictor.get_image_embedding()}
     mask = numbers(1, 32, 32, seed=9).numpy()
     prompts: dict[str, dict[str, Any]] = {
@@ -364,18 +392,28 @@ def written(answer: Any) -> Any:
     return {"shape": list(values.shape), "norm": float(f"{float(flat.norm()):.7g}"), "samples": samples}
 
 
+TABLES: dict[str, tuple[Callable[[], dict[str, Callable[[Change], None]]], Callable[[Change], dict[str, Any]]]] = {
+    "predictor and forward": (lambda: model_changes() | predictor_changes() | features_changes(), answers),
+    "generator": (generator_changes, generated),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.official_extensions", description=__doc__)
     parser.add_argument("--segment-anything", default="", metavar="PATH", help="folder of the package")
     package = import_segment_anything(parser.parse_args().segment_anything)
-    lines = []
-    for name, make in model_changes().items():
-        with Change(package) as change:
-            make(change)
-            row = {key: written(answer) for key, answer in answers(change).items()}
-        lines.append(f"{json.dumps(name)}: {json.dumps(row)}")
+    torch.set_num_threads(1)  # models of this size are slower with more
+    parts = []
+    for table, (changes, ask) in TABLES.items():
+        lines = []
+        for name, make in changes().items():
+            with Change(package) as change:
+                make(change)
+                row = {key: written(answer) for key, answer in ask(change).items()}
+            lines.append(f"{json.dumps(name)}: {json.dumps(row)}")
+        parts.append(f"{json.dumps(table)}: {{\n" + ",\n".join(lines) + "\n}")
     head = json.dumps({"package": package_version()})[:-1]
-    TARGET.write_text(head + ', "rows": {\n' + ",\n".join(lines) + "\n}}\n")
+    TARGET.write_text(head + ", " + ",\n".join(parts) + "}\n")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,13 @@ from .checks import require, require_model
 from .embedding import ImageEmbedding
 from .images.geometry import ImageGeometry
 from .images.prepare import CheckedImage
+from .inference.eligibility import why_not_fused
+from .inference.module_calls import call_modules
 from .modeling import Sam
 from .prompts.batch import PromptBatch
 from .prompts.checks import check_finite, check_labels, check_mask_inputs
 from .prompts.prompt import OfficialPrompt
+from .system.methods import WrittenMethods
 from .utils.transforms import ResizeLongestSide
 
 _SHARED = (
@@ -140,15 +143,43 @@ class SamPredictor:
             ValueError: see :class:`sam.Prompt`, though a box may have its corners in any order; or a mask input of
                 another size than the model's.
         """
-        embedding = self.embedding
         labels = None if point_coords is None else point_labels  # labels alone are ignored, as officially
-        prompt = OfficialPrompt(point_coords, labels, box, mask_input)
-        result = self.model.predict(embedding, [prompt], multimask_output, return_logits)
-        return (
-            result.masks[0].cpu().numpy(),
-            result.iou_predictions[0].cpu().numpy(),
-            result.low_res_logits[0].cpu().numpy(),
-        )
+        if self._asks_directly():
+            prompt = OfficialPrompt(point_coords, labels, box, mask_input)
+            result = self.model.predict(self.embedding, [prompt], multimask_output, return_logits)
+            answer = result.masks, result.iou_predictions, result.low_res_logits
+        else:
+            self._require_image()
+            tensors = self._official_tensors(point_coords, labels, box, mask_input)
+            answer = self.predict_torch(*tensors, multimask_output, return_logits=return_logits)
+        masks, iou, low_res = (rows[0].detach().cpu().numpy() for rows in answer)
+        return masks, iou, low_res
+
+    def _asks_directly(self) -> bool:
+        """Tell whether prompts may go to the model as they are, past ``transform`` and ``predict_torch``."""
+        return why_not_stock(self) is None and self._why_by_modules() is None
+
+    def _why_by_modules(self) -> str | None:
+        return why_not_fused(prompt_encoder=self.model.prompt_encoder, mask_decoder=self.model.mask_decoder)
+
+    def _official_tensors(
+        self, coords: Any, labels: Any, box: Any, mask_input: Any
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Return the tensors of one prompt for :meth:`predict_torch`, in the input frame of this predictor's transform.
+
+        Raises:
+            ValueError: points without labels.
+        """
+        if coords is not None and labels is None:
+            raise ValueError("point_labels must be given with point_coords")
+        if coords is not None:
+            coords = self.transform.apply_coords(coords, self.original_size)
+        if box is not None:
+            box = self.transform.apply_boxes(box, self.original_size)
+        numbers = [(coords, torch.float), (labels, torch.int), (box, torch.float), (mask_input, torch.float)]
+        given = (x if x is None else torch.as_tensor(x, dtype=dtype, device=self.device)[None] for x, dtype in numbers)
+        points, point_labels, boxes, masks = given
+        return points, point_labels, boxes, masks
 
     @torch.no_grad()
     def predict_torch(
@@ -160,7 +191,7 @@ class SamPredictor:
         multimask_output: bool = True,
         return_logits: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Masks for P prompts, already transformed to the input frame with ``ResizeLongestSide``.
+        """Return masks for P prompts, already transformed to the input frame with ``ResizeLongestSide``.
 
         Args:
             point_coords, point_labels: [P, N, 2] and [P, N].
@@ -176,12 +207,20 @@ class SamPredictor:
             ValueError: shapes that do not agree; NaN, infinity or an unknown label in tensors on the CPU. Values
                 on another device are not read back.
         """
-        embedding = self.embedding
+        self._require_image()
         self._check_tensors(point_coords, point_labels, boxes, mask_input)
         points = None if point_coords is None or point_labels is None else (point_coords, point_labels)
-        batch = PromptBatch.from_tensors(points, boxes, mask_input, self.device)
-        low_res, iou = self.model.decode([embedding], batch, multimask_output)
-        return self.model.masks(low_res, embedding.geometry, return_logits), iou, low_res
+        if self._why_by_modules() is None:
+            batch = PromptBatch.from_tensors(points, boxes, mask_input, self.device)
+            low_res, iou = self.model.decode([self.embedding], batch, multimask_output)
+        else:
+            parts = self.model.prompt_encoder, self.model.mask_decoder
+            features = self._require_image()
+            low_res, iou = call_modules(*parts, features, points, boxes, mask_input, multimask_output)
+        if _POSTPROCESSING.replaced_in(self.model) is None:
+            return self.model.masks(low_res, self.embedding.geometry, return_logits), iou, low_res
+        masks = self.model.postprocess_masks(low_res, self.input_size, self.original_size)
+        return masks if return_logits else masks > self.model.mask_threshold, iou, low_res
 
     def get_image_embedding(self) -> Tensor:
         """Features [1, C, h, w] of the image that is set.
@@ -262,3 +301,18 @@ class SamPredictor:
                 check_finite(name, tensor)
         if coords is not None and labels is not None and labels.device.type == "cpu":
             check_labels(labels)
+
+
+_METHODS = WrittenMethods(SamPredictor, "set_image", "set_torch_image", "predict_torch", "reset_image")
+_TRANSFORM = WrittenMethods(ResizeLongestSide, "apply_image", "apply_coords", "apply_boxes", "get_preprocess_shape")
+_POSTPROCESSING = WrittenMethods(Sam, "postprocess_masks")
+
+
+def why_not_stock(predictor: Any) -> str | None:
+    """Return what a program replaced of a predictor, its transform or its model's postprocessing; None for nothing."""
+    parts = {"predictor": (_METHODS, predictor), "predictor's transform": (_TRANSFORM, predictor.transform)}
+    parts["predictor's model"] = (_POSTPROCESSING, predictor.model)
+    for part, (methods, thing) in parts.items():
+        if (name := methods.replaced_in(thing)) is not None:
+            return f"{name} of the {part} was replaced"
+    return None

@@ -21,6 +21,7 @@ from fastsam_kernels.numerics import Budget, relative_error
 from .embedding import ImageEmbedding
 from .inference.decode import fused_parts
 from .inference.fused_decoder import DecodedPrompts, decode_masks, project_images
+from .inference.fused_encoder import Attend, attend, plan_blocks, run_block
 from .modeling import Sam
 from .modeling.common import is_ours
 from .modeling.image_encoder import Block, ImageEncoderViT
@@ -125,15 +126,17 @@ def _encoder_checks(models: _Models, image: np.ndarray) -> Iterator[Check]:
 
         def attention(m: Sam, x: Tensor = x, blocks: dict[int, Any] = blocks) -> Tensor:
             block = blocks[id(m)]
-            return block.attend(block.norm1(x.to(m.dtype)), m.kernels)
+            how = Attend.MODULE if m.kernels == "reference" else Attend.GRID
+            return attend(block, block.norm1(x.to(m.dtype)), m.kernels, how)
 
-        def added(m: Sam, x: Tensor = x, blocks: dict[int, Any] = blocks) -> Tensor:
+        def added(m: Sam, x: Tensor = x, blocks: dict[int, Any] = blocks, index: int = index) -> Tensor:
             narrow = x.to(m.dtype)
-            return _run_block(blocks[id(m)], narrow, m.kernels).double() - narrow.double()
+            plan = None if m.kernels == "reference" else plan_blocks(m.image_encoder)[index]
+            return run_block(blocks[id(m)], narrow, m.kernels, plan).double() - narrow.double()
 
         yield models.compare("rel_pos_attention", case, attention)
         yield models.compare("encoder block", case, added)
-        x = _run_block(blocks[id(models.truth)], x, "reference")
+        x = run_block(blocks[id(models.truth)], x, "reference", None)
 
 
 def _block_inputs(model: Sam, image: np.ndarray) -> Tensor:
@@ -145,10 +148,6 @@ def _block_inputs(model: Sam, image: np.ndarray) -> Tensor:
     finally:
         hook.remove()
     return captured[0]
-
-
-def _run_block(block: Any, x: Tensor, kernels: str) -> Tensor:
-    return block(x.clone(), kernels)
 
 
 def _decoder_checks(models: _Models, embedding: ImageEmbedding) -> Iterator[Check]:

@@ -21,7 +21,7 @@ import sam
 from fastsam_kernels import nms
 from sam import Sam, SamAutomaticMaskGenerator, SamPredictor
 from sam.amg.defaults import NANO_THRESHOLDS
-from sam.amg.memory_plan import MaskMemory, parse_bytes
+from sam.amg.memory_plan import MemoryPlan, parse_bytes
 
 Generator = Callable[..., SamAutomaticMaskGenerator]
 # What the embedded model thinks of its masks, at the small size of these tests, is lower still.
@@ -324,12 +324,12 @@ def test_masks_may_be_counted_late(
     """As on a GPU, where the masks that go stay in place until the suppression."""
     some = generator(4, crop_n_layers=1, output_mode="coco_rle")
     expected = some.generate(photograph)
-    plan = MaskMemory.plan
+    plan = MemoryPlan.plan
 
-    def late(*arguments: Any) -> MaskMemory:
+    def late(*arguments: Any) -> MemoryPlan:
         return replace(plan(*arguments), count_early=False)
 
-    monkeypatch.setattr(MaskMemory, "plan", late)
+    monkeypatch.setattr(MemoryPlan, "plan", late)
     assert some.generate(photograph) == expected
 
 
@@ -342,8 +342,8 @@ def test_too_little_memory_is_said(small: Sam, generator: Generator, photograph:
 
 
 def test_plans_follow_the_memory(nano: Sam) -> None:
-    def plan(max_memory: str | None, size: tuple[int, int] = (1024, 1024)) -> MaskMemory:
-        return MaskMemory.plan(nano, size, 64, max_memory and parse_bytes(max_memory))
+    def plan(max_memory: str | None, size: tuple[int, int] = (1024, 1024)) -> MemoryPlan:
+        return MemoryPlan.plan(nano, size, 64, max_memory and parse_bytes(max_memory))
 
     assert plan(None).points_at_once == plan("2GB").points_at_once == 64
     assert plan("200MB").points_at_once < 64

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from sam.amg import memory_plan as memory
-from sam.amg.memory_plan import MaskMemory
+from sam.amg.memory_plan import MemoryPlan
 
 GB = 10**9
 
 
-def plan(dtype: torch.dtype = torch.float32, max_memory: int | None = None, points_per_batch: int = 64) -> MaskMemory:
+def plan(dtype: torch.dtype = torch.float32, max_memory: int | None = None, points_per_batch: int = 64) -> MemoryPlan:
     """For a model of SAM's usual sizes."""
     model = SimpleNamespace(
         low_res_size=(256, 256),
@@ -22,7 +22,7 @@ def plan(dtype: torch.dtype = torch.float32, max_memory: int | None = None, poin
         dtype=dtype,
         prompts_per_chunk=128,
     )
-    return MaskMemory.plan(model, (1024, 1024), points_per_batch, max_memory)  # type: ignore[arg-type]
+    return MemoryPlan.plan(model, (1024, 1024), points_per_batch, max_memory)  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import sam
 from benchmarks import official_calls
 from benchmarks.official_calls import decoder_calls, encoder_calls, predictor_calls, summary
 from sam import Sam
+from sam.inference.fused_encoder import encode
 
 OFFICIAL: dict[str, Any] = json.loads((Path(__file__).parent / "official_calls.json").read_text())
 
@@ -36,15 +37,20 @@ def assert_official(answers: dict[str, dict[str, Tensor]]) -> None:
             assert ours["samples"] == pytest.approx(theirs["samples"], rel=1e-3, abs=1e-4 * largest), what
 
 
+def encoded(encoder: Any, pixels: Tensor, kernels: str | None) -> Tensor:
+    """Call an encoder as a program does, or with ``kernels``."""
+    return encoder(pixels) if kernels is None else encode(encoder, pixels, kernels)
+
+
 def test_of_these_weights_and_calls(nano: Sam) -> None:
     assert OFFICIAL["model_hash"] == nano.model_hash, "run python -m benchmarks.official_calls again"
     assert len(OFFICIAL["calls"]) > 20
 
 
-@pytest.mark.parametrize("options", [(), ("torch",)], ids=["as officially called", "as predict calls"])
-def test_stand_ins_and_sizes_of_the_image_encoder(options: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("kernels", [None, "torch", "reference"], ids=["called", "fused", "official modules"])
+def test_stand_ins_and_sizes_of_the_image_encoder(kernels: str | None) -> None:
     """LoRA and its kind in place of any linear, in inference and training, and inputs of other sizes."""
-    assert_official(encoder_calls(sam.modeling, *options))
+    assert_official(encoder_calls(sam.modeling, lambda encoder, pixels: encoded(encoder, pixels, kernels)))
 
 
 def test_numbers_of_rows_of_the_mask_decoder(nano: Sam) -> None:
@@ -69,9 +75,9 @@ def test_a_stand_in_is_called_as_officially() -> None:
     seen: list[tuple[int, ...]] = []
     for block in encoder.blocks:
         block.attn.qkv.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
-    for options in ((), ("torch",)):
+    for kernels in (None, "torch", "reference"):
         seen.clear()
-        encoder(torch.zeros(1, 3, 64, 64), *options)
+        encoded(encoder, torch.zeros(1, 3, 64, 64), kernels)
         assert seen == [(9, 3, 3, 96), (1, 8, 8, 96), (9, 3, 3, 96)]
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import sam
 from sam import Sam
-from sam.inference import Runtime
+from sam.inference.fused_encoder import encode
+from sam.inference.runtime import compiled_block
 
 from ..case import Case, Problem, draw
 from ..measure import Form, Work
@@ -50,19 +51,18 @@ def _case(batch: int, variant: str = "vit_b") -> Callable[[torch.device, torch.d
         encoder, pixels = model.image_encoder, draw((batch, 3, 1024, 1024), device, dtype, 1)
 
         def ours(kernels: str) -> Form:
-            return lambda: encoder(pixels, kernels)
+            return lambda: encode(encoder, pixels, kernels)
 
         names = ("reference", "torch", "triton") if device.type == "cuda" else ("reference", "torch")
         forms = {name: ours(name) for name in names}
         if device.type == "cuda":
-            blocks = copy.deepcopy(encoder)
-            Runtime.compile_blocks(blocks)
-            forms["triton, compiled blocks"] = lambda: blocks(pixels, "triton")
+            run = compiled_block()
+            forms["triton, compiled blocks"] = lambda: encode(encoder, pixels, "triton", run)
         for name, peer in chosen_peers(model).items():
             forms[name] = lambda peer=peer: peer.encode(pixels)  # type: ignore[misc]
 
         def truth() -> Tensor:
-            return exact(pixels[:1].double(), "torch")
+            return encode(exact, pixels[:1].double(), "torch")
 
         return Problem(forms, truth, [0], encoder_work(model, batch, pixels.element_size()), compile=False)
 
@@ -80,15 +80,15 @@ def _bf16_against_fp32(device: torch.device, dtype: torch.dtype) -> Problem:
     encoder, pixels = model.image_encoder.to(dtype), draw((1, 3, 1024, 1024), device, torch.float32, 1)
     narrow = pixels.to(dtype)
     forms: dict[str, Form] = {
-        "reference": lambda: encoder(narrow),
-        "torch": lambda: encoder(narrow, "torch"),
-        "reference, fp32": lambda: official(pixels),
+        "reference": lambda: encode(encoder, narrow, "reference"),
+        "torch": lambda: encode(encoder, narrow, "torch"),
+        "reference, fp32": lambda: encode(official, pixels, "reference"),
     }
     if device.type == "cuda":
-        forms["triton"] = lambda: encoder(narrow, "triton")
+        forms["triton"] = lambda: encode(encoder, narrow, "triton")
     return Problem(
         forms,
-        lambda: exact(pixels.double(), "torch"),
+        lambda: encode(exact, pixels.double(), "torch"),
         [0],
         encoder_work(model, 1, narrow.element_size()),
         compile=False,

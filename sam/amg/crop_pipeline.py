@@ -23,13 +23,15 @@ from torch import Tensor
 from fastsam_kernels import Resizing, mask_statistics, packed_masks, ranked_nms
 
 from ..embedding import ImageEmbedding
+from ..inference.eligibility import why_not_fused
+from ..inference.module_calls import call_modules
 from ..masks.rle_encode import encode_packed
 from ..modeling import Sam
 from ..modeling.mask_decoder import MaskDecoder
 from ..prompts.batch import PromptBatch, coordinates_on, upload
 from ..utils.amg import MaskData, is_box_near_crop_edge, uncrop_boxes_xyxy, uncrop_points
 from ..utils.transforms import ResizeLongestSide
-from .memory_plan import MaskMemory
+from .memory_plan import MemoryPlan
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Crop:
 
 
 def masks_of_crop(
-    model: Sam, crop: Crop, clicks: np.ndarray, criteria: Criteria, memory: MaskMemory
+    model: Sam, crop: Crop, clicks: np.ndarray, criteria: Criteria, plan: MemoryPlan
 ) -> Generator[int, None, MaskData]:
     """Masks at ``clicks`` [P, 2] in pixels of the crop, best first, on the host and in the frame of the image.
 
@@ -76,14 +78,14 @@ def masks_of_crop(
     ``stability_score``, ``boxes``, ``points``, ``crop_boxes`` and ``rles``.
     """
     prompts = _prompts(model, clicks, crop.embedding.geometry.original_size)
-    waiting = _Waiting(model, crop, memory)
+    pending = PendingMasks(model, crop, plan)
     tables = [torch.zeros(0, _Columns.COUNT, dtype=torch.float32, device=model.device)]
-    for start in range(0, len(prompts), memory.points_at_once):
-        batch = prompts.rows(start, start + memory.points_at_once)
-        table, logits = _candidates(model, crop, batch, criteria, memory.count_early)
+    for start in range(0, len(prompts), plan.points_at_once):
+        batch = prompts.rows(start, start + plan.points_at_once)
+        table, logits = _candidates(model, crop, batch, criteria, plan.count_early)
         table[:, _Columns.CLICK] += start
         tables.append(table)
-        waiting.append(logits)
+        pending.append(logits)
         yield len(batch)
     table = torch.cat(tables)
     order, new = ranked_nms(
@@ -98,7 +100,7 @@ def masks_of_crop(
         boxes=uncrop_boxes_xyxy(ranked[:, _Columns.BOX].long(), box),
         points=uncrop_points(torch.from_numpy(clicks)[ranked[:, _Columns.CLICK].long()], box),
         crop_boxes=torch.tensor([box] * len(ranked), dtype=torch.int64, device=ranked.device).reshape(-1, 4),
-        rles=waiting.encode(ranked[:, -2].long()),
+        rles=pending.encode(ranked[:, -2].long()),
     )
 
 
@@ -153,6 +155,17 @@ def confident_masks(
     return torch.cat(logits_of), torch.cat(iou_of), torch.cat(prompts_of)
 
 
+def confident_masks_by_modules(
+    model: Sam, embedding: ImageEmbedding, batch: PromptBatch, iou_threshold: float | None, count_early: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do :func:`confident_masks` by one call of each module, as a model expects that a program has changed."""
+    points, boxes = batch.points_and_boxes()
+    parts, features = (model.prompt_encoder, model.mask_decoder), embedding.ready_features()
+    logits, iou = call_modules(*parts, features, points, boxes, batch.mask_inputs, multimask_output=True)
+    confident = torch.ones_like(iou, dtype=torch.bool) if iou_threshold is None else iou > iou_threshold
+    return logits[confident], iou[confident], confident.nonzero()[:, 0]
+
+
 def _candidates(
     model: Sam, crop: Crop, batch: PromptBatch, criteria: Criteria, count_early: bool
 ) -> tuple[Tensor, Tensor]:
@@ -162,7 +175,9 @@ def _candidates(
     whose boxes overlap nothing.
     """
     threshold = criteria.pred_iou_thresh if criteria.pred_iou_thresh > 0 else None
-    logits, iou, clicks = confident_masks(model, crop.embedding, batch, threshold, count_early)
+    changed = why_not_fused(prompt_encoder=model.prompt_encoder, mask_decoder=model.mask_decoder)
+    find = confident_masks if changed is None else confident_masks_by_modules
+    logits, iou, clicks = find(model, crop.embedding, batch, threshold, count_early)
     statistics = mask_statistics(
         logits,
         crop.resizing,
@@ -183,18 +198,18 @@ def _candidates(
     return table.where(good[:, None], torch.nan), logits
 
 
-class _Waiting:
+class PendingMasks:
     """Logits of masks that wait for the suppression; once there are too many, the runs in their place."""
 
-    def __init__(self, model: Sam, crop: Crop, memory: MaskMemory) -> None:
-        self._model, self._crop, self._memory = model, crop, memory
+    def __init__(self, model: Sam, crop: Crop, plan: MemoryPlan) -> None:
+        self._model, self._crop, self._plan = model, crop, plan
         self._parts: list[Tensor | list[dict[str, Any]]] = []
         self._held = 0
 
     def append(self, logits: Tensor) -> None:
         self._parts.append(logits)
         self._held += logits.nbytes
-        if self._held > self._memory.held_bytes:
+        if self._held > self._plan.held_bytes:
             self._parts = [self._runs(part) if isinstance(part, Tensor) else part for part in self._parts]
             self._held = 0
 
@@ -213,7 +228,7 @@ class _Waiting:
         rows = torch.arange(len(logits), device="cpu") if rows is None else rows
         crop, resizing = self._crop, self._crop.resizing
         runs = []
-        for some in rows.split(self._memory.masks_at_once):
+        for some in rows.split(self._plan.masks_at_once):
             packed = packed_masks(
                 logits[some.to(logits.device, non_blocking=True)],
                 resizing,

@@ -43,7 +43,7 @@ def usual_memory(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class MaskMemory:
+class MemoryPlan:
     """A plan that keeps within a budget: half for logits that wait, a quarter each for decoding and for encoding.
 
     Attributes:
@@ -60,7 +60,7 @@ class MaskMemory:
     count_early: bool
 
     @classmethod
-    def plan(cls, model: Sam, size: tuple[int, int], points_per_batch: int, max_memory: int | None) -> MaskMemory:
+    def plan(cls, model: Sam, size: tuple[int, int], points_per_batch: int, max_memory: int | None) -> MemoryPlan:
         """For masks of ``size`` (height, width).
 
         Raises:

@@ -1,4 +1,4 @@
-"""Modules that a program calls itself, ``model.mask_decoder(...)``, fused by the same rule as ``model.predict``."""
+"""Modules that a program calls itself, ``model.image_encoder(x)``, fused by the same rule as ``model.predict``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from torch import Tensor
 
 from fastsam_kernels import requires_autograd
 
+from ..modeling.image_encoder import ImageEncoderViT
 from ..modeling.mask_decoder import MaskDecoder
 from ..modeling.prompt_encoder import PromptEncoder
 from ..system.device_profile import device_profile
-from . import fused_decoder
+from . import fused_decoder, fused_encoder
 from .eligibility import look, why_not_now
 from .fused_transformer import project_image
 from .packed_weights import PackedDecoder, pack_decoder, pack_image_pe
@@ -102,4 +103,14 @@ def _packed_image_pe(encoder: PromptEncoder) -> Tensor | None:
 
 
 PromptEncoder._fused = _packed_image_pe  # type: ignore[assignment, method-assign]
+
+
+def _fused_image_encoder(encoder: ImageEncoderViT, pixels: Tensor) -> Tensor | None:
+    """Compute :meth:`ImageEncoderViT.forward` fused; None where the official operations shall run."""
+    if encoder.kernels == "reference" or why_not_now(pixels, part=encoder, takes_autocast=True) is not None:
+        return None
+    return fused_encoder.encode(encoder, pixels, encoder.kernels)
+
+
+ImageEncoderViT._fused = _fused_image_encoder  # type: ignore[assignment, method-assign]
 MaskDecoder._fused = _fused_mask_decoder  # type: ignore[assignment, method-assign]

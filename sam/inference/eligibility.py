@@ -172,7 +172,7 @@ def why_not_fused(**parts: nn.Module) -> str | None:
     return None
 
 
-def why_not_now(*inputs: Tensor, part: nn.Module | None = None) -> str | None:
+def why_not_now(*inputs: Tensor, part: nn.Module | None = None, takes_autocast: bool = False) -> str | None:
     """Return a sentence on what about this call of a module, not about the module, wants the official operations."""
     if is_making_graph():
         return "the call is traced, exported or compiled"
@@ -181,7 +181,7 @@ def why_not_now(*inputs: Tensor, part: nn.Module | None = None) -> str | None:
         return "autograd records the call"
     if not all(is_plain(tensor) and not _is_wrapped(tensor) for tensor in inputs):
         return "an input is no plain tensor"
-    if torch.is_autocast_enabled(inputs[0].device.type):
+    if not takes_autocast and torch.is_autocast_enabled(inputs[0].device.type):
         return "autocast is enabled"
     return None
 
@@ -192,7 +192,7 @@ _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 def is_stock(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Tell whether ``module`` is of class ``kind`` as it is written, unhooked, unpatched and of plain weights."""
     module = uncompiled(module)
-    return type(module) is kind and _intrusion_on(module, "it") is None
+    return type(module) is kind and not any(_GLOBAL_HOOKS) and _intrusion_on(module, "it") is None
 
 
 def has_no_hooks(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..embedding import ImageEmbedding, ImageProjections
 from ..images.geometry import ImageGeometry
 from ..modeling.common import is_ours
-from ..modeling.image_encoder import Block, ImageEncoderViT
+from ..modeling.image_encoder import ImageEncoderViT
 from ..modeling.mask_decoder import MaskDecoder
 from ..prompts.batch import PromptBatch
 from ..prompts.labels import LABEL_ABSENT
@@ -26,6 +26,7 @@ from . import fused_decoder
 from .buckets import TOKEN_BUCKETS, Bucket, Limits, as_table
 from .decode import FusedParts, image_projections
 from .eligibility import look
+from .fused_encoder import encode, run_block
 from .graphs import Graphs, Recorder, StackedInput
 from .packed_weights import pack_decoder
 from .parts import Model
@@ -84,7 +85,7 @@ class Runtime:
 
         Args:
             model: a decoder with hooks or modules of a user's own runs eagerly.
-            compile_encoder: the blocks of its encoder run compiled from now on, here or elsewhere.
+            compile_encoder: its images are encoded by compiled blocks.
             recorder: stands in for CUDA's graphs.
         """
         self._model = model
@@ -94,16 +95,10 @@ class Runtime:
         self._recorder = recorder
         self._decoder_graphs, self._encoder_graphs = _GraphsOfWeights(recorder), _GraphsOfWeights(recorder)
         self.compiles_encoder = compile_encoder and is_ours(model.image_encoder, ImageEncoderViT)
-        if self.compiles_encoder:
-            self.compile_blocks(model.image_encoder)
 
-    @staticmethod
-    def compile_blocks(encoder: ImageEncoderViT) -> None:
-        """Compile each block at its first use; those of one kind share what was compiled."""
-        _allow_many_graphs()
-        for block in encoder.blocks:
-            if is_ours(block, Block):
-                block.compile(fullgraph=True, dynamic=False)
+    @cached_property
+    def _run_block(self) -> Callable[..., Tensor]:
+        return compiled_block() if self.compiles_encoder else run_block
 
     @property
     def buckets(self) -> dict[Bucket, float]:
@@ -191,7 +186,7 @@ class Runtime:
         if generation is not None:
             with self._encoder_graphs.now(model.device, generation).run(
                 ("encoder", kernels),
-                lambda rows: (model.image_encoder(rows, kernels),),
+                lambda rows: (encode(model.image_encoder, rows, kernels),),
                 [StackedInput.of(pixels)],
             ) as (outputs, _):
                 return outputs[0].clone()
@@ -200,7 +195,7 @@ class Runtime:
             padded = min(1 << (count - 1).bit_length(), max(count, _MAX_PADDED_IMAGES))
         if padded > count:
             pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, padded - count))
-        return model.image_encoder(pixels, kernels)[:count]
+        return encode(model.image_encoder, pixels, kernels, self._run_block)[:count]
 
     @contextmanager
     def run(
@@ -366,6 +361,12 @@ def _padded(batch: PromptBatch, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor 
         None if masks is None else pad(masks, (0, 0, 0, 0, 0, 0, 0, prompts)),
         index,
     )
+
+
+def compiled_block() -> Callable[..., Tensor]:
+    """Compile :func:`run_block`: each kind of block at its first use, which others of its kind share."""
+    _allow_many_graphs()
+    return torch.compile(run_block, fullgraph=True, dynamic=False)
 
 
 def _allow_many_graphs() -> None:

@@ -12,13 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsam_kernels import rel_pos_attention, requires_autograd
-
-from ..system.device_profile import device_profile
-from .common import LayerNorm2d, MLPBlock, is_as_written, is_ours
+from .common import LayerNorm2d, MLPBlock
 from .weight_cache import WeightCache
-
-# Tokens that pass through the MLP together, so that its hidden channels stay near a CPU's cache.
 
 
 class ImageEncoderViT(WeightCache):
@@ -80,26 +75,38 @@ class ImageEncoderViT(WeightCache):
             LayerNorm2d(out_chans),
         )
 
-    def forward(self, x: Tensor, kernels: str = "reference") -> Tensor:
-        """Encode a batch; ``kernels`` chooses the implementation of the blocks, by default the official modules.
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode a batch of images.
 
         Raises:
             ValueError: no batch of images, or images of a grid of patches that the absolute positions do not have.
         """
-        if x.ndim != 4:
-            raise ValueError(f"the image encoder takes [B, 3, H, W], got {list(x.shape)}")
-        pixels, x = x, self.patch_embed(x)
-        if self.pos_embed is not None:
-            if x.shape[1:3] != self.pos_embed.shape[1:3]:
-                (rows, columns), (height, width) = self.pos_embed.shape[1:3], x.shape[1:3]
-                raise ValueError(
-                    f"the image encoder has positions for {rows}x{columns} patches, an image of {self.img_size} px, "
-                    f"got {list(pixels.shape)}, which is {height}x{width} patches"
-                )
-            x = x + self.pos_embed
+        fused = self._fused(x)
+        if fused is not None:
+            return fused
+        x = self.embed_patches(x)
         for block in self.blocks:
-            x = block(x, kernels) if is_ours(block, Block) else block(x)
+            x = block(x)
         return self.neck(x.permute(0, 3, 1, 2))
+
+    def embed_patches(self, pixels: Tensor) -> Tensor:
+        """Return tokens [B, grid_h, grid_w, embed_dim] of the patches, at their positions.
+
+        Raises:
+            ValueError: as :meth:`forward`.
+        """
+        if pixels.ndim != 4:
+            raise ValueError(f"the image encoder takes [B, 3, H, W], got {list(pixels.shape)}")
+        x = self.patch_embed(pixels)
+        if self.pos_embed is None:
+            return x
+        if x.shape[1:3] != self.pos_embed.shape[1:3]:
+            (rows, columns), (height, width) = self.pos_embed.shape[1:3], x.shape[1:3]
+            raise ValueError(
+                f"the image encoder has positions for {rows}x{columns} patches, an image of {self.img_size} px, "
+                f"got {list(pixels.shape)}, which is {height}x{width} patches"
+            )
+        return x + self.pos_embed
 
 
 class Block(nn.Module):
@@ -134,6 +141,7 @@ class Block(nn.Module):
         self.mlp = MLPBlock(embedding_dim=dim, mlp_dim=int(dim * mlp_ratio), act=act_layer)
         self.window_size = window_size
 
+<<<<<<< HEAD
     def forward(self, x: Tensor, kernels: str = "reference") -> Tensor:
         x = x + self.attend(self.norm1(x), kernels)
         return self._add_mlp(x) if kernels != "reference" else x + self.mlp(self.norm2(x))
@@ -163,6 +171,18 @@ class Block(nn.Module):
         for chunk in tokens.split(device_profile(x.device).mlp_tokens_per_chunk or len(tokens)):
             chunk += self.mlp(self.norm2(chunk))
         return tokens.view(x.shape)
+=======
+    def forward(self, x: Tensor) -> Tensor:
+        attended = self.norm1(x)
+        if self.window_size > 0:
+            # The zero padding passes through qkv, so a padded key is the qkv bias and takes part in the softmax.
+            attended, padded_size = window_partition(attended, self.window_size)
+        attended = self.attn(attended)
+        if self.window_size > 0:
+            attended = window_unpartition(attended, self.window_size, padded_size, (x.shape[1], x.shape[2]))
+        x = x + attended
+        return x + self.mlp(self.norm2(x))
+>>>>>>> 2c34e73 (Image encoders and generators act as a program changed them: official modules hold official code, the fused encoder stands in inference/ and serves direct calls; the official loop of automatic masks runs where a method, function, transform or predictor was replaced)
 
 
 class Attention(nn.Module):
@@ -195,18 +215,8 @@ class Attention(nn.Module):
                 nn.init.trunc_normal_(self.rel_pos_h, std=0.02)
                 nn.init.trunc_normal_(self.rel_pos_w, std=0.02)
 
-    @property
-    def has_plain_projections(self) -> bool:
-        """True unless a user hooked, patched or replaced a projection, which then gets the official windows."""
-        return all(type(layer) is nn.Linear and is_as_written(layer) for layer in (self.qkv, self.proj))
-
-    def forward(self, x: Tensor, window_size: int = 0, kernels: str = "reference") -> Tensor:
-        """Attend over all of ``x`` [B, H, W, dim], which may be windows.
-
-        ``window_size`` cuts a grid, but only for ``kernels`` other than "reference" and plain projections.
-        """
-        if kernels != "reference":
-            return self.proj(self.attend(self.qkv(x), window_size, kernels))
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over all of ``x`` [B, H, W, dim], which may be windows."""
         batch, height, width, _ = x.shape
         tokens = height * width
         q, k, v = (
@@ -223,28 +233,6 @@ class Attention(nn.Module):
         out = scores.softmax(dim=-1) @ v  # [B * heads, tokens, head_dim]
         out = out.view(batch, self.num_heads, height, width, -1).permute(0, 2, 3, 1, 4).flatten(3)
         return self.proj(out)
-
-    def attend(self, qkv: Tensor, window_size: int, kernels: str) -> Tensor:
-        """The output of :attr:`qkv` for a whole grid, [B, H, W, 3 * dim] -> what goes into :attr:`proj`."""
-        size = (window_size, window_size) if window_size else (qkv.shape[1], qkv.shape[2])
-        tables = self._tables(qkv, size)
-        bias = self.qkv.bias if window_size else None  # what the projection makes of padding
-        return rel_pos_attention(
-            qkv,
-            *(table.to(qkv.dtype) for table in tables),  # autocast may have narrowed the projection
-            num_heads=self.num_heads,
-            window_size=window_size,
-            qkv_bias=None if bias is None else bias.to(qkv.dtype),
-            kernels=kernels,
-        )
-
-    def _tables(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Of relative position, [2 * side - 1, head_dim] for both sides; zero without relative position."""
-        lengths = (2 * size[0] - 1, 2 * size[1] - 1)
-        if not self.use_rel_pos:
-            head_dim = qkv.shape[3] // (3 * self.num_heads)
-            return qkv.new_zeros(lengths[0], head_dim), qkv.new_zeros(lengths[1], head_dim)
-        return resize_rel_pos(self.rel_pos_h, lengths[0]), resize_rel_pos(self.rel_pos_w, lengths[1])
 
 
 def window_partition(x: Tensor, window_size: int) -> tuple[Tensor, tuple[int, int]]:
@@ -263,7 +251,7 @@ def window_partition(x: Tensor, window_size: int) -> tuple[Tensor, tuple[int, in
 
 
 def window_unpartition(windows: Tensor, window_size: int, pad_hw: tuple[int, int], hw: tuple[int, int]) -> Tensor:
-    """Inverse of :func:`window_partition`: [B * windows, window_size, window_size, C] -> [B, H, W, C]."""
+    """Invert :func:`window_partition`: [B * windows, window_size, window_size, C] -> [B, H, W, C]."""
     rows, columns = pad_hw[0] // window_size, pad_hw[1] // window_size
     x = windows.view(-1, rows, columns, window_size, window_size, windows.shape[-1])
     x = x.transpose(2, 3).reshape(-1, pad_hw[0], pad_hw[1], windows.shape[-1])
@@ -271,14 +259,14 @@ def window_unpartition(windows: Tensor, window_size: int, pad_hw: tuple[int, int
 
 
 def resize_rel_pos(rel_pos: Tensor, length: int) -> Tensor:
-    """A table [L, C] resized linearly to [length, C]."""
+    """Resize a table [L, C] linearly to [length, C]."""
     if rel_pos.shape[0] == length:
         return rel_pos
     return F.interpolate(rel_pos.t()[None], size=length, mode="linear")[0].t()
 
 
 def get_rel_pos(q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
-    """The table's row for every pair of positions along one axis.
+    """Return the table's row for every pair of positions along one axis.
 
     ``rel_pos`` is [L, C]. A table of another length than 2 * max(q_size, k_size) - 1 is resized linearly;
     the shorter of two unequal axes is stretched over the longer.

@@ -19,6 +19,7 @@ from ..images.geometry import ImageGeometry
 from ..images.prepare import PreparedImage
 from ..images.tensors import normalize_and_pad
 from ..inference import decode, encode, explain, predict
+from ..inference.eligibility import is_stock
 from ..inference.fused_decoder import DecodedPrompts
 from ..inference.module_decoder import MadeMasks
 from ..masks import upscale
@@ -28,7 +29,11 @@ from ..prompts.checks import check_mask_inputs
 from ..prompts.prompt import Prompt
 from ..system.device_profile import device_profile
 from ..system.malloc import keep_freed_memory
+<<<<<<< HEAD
 from .common import Fp32Buffers, is_ours
+=======
+from .common import Fp32Buffers
+>>>>>>> 2c34e73 (Image encoders and generators act as a program changed them: official modules hold official code, the fused encoder stands in inference/ and serves direct calls; the official loop of automatic masks runs where a method, function, transform or predictor was replaced)
 from .identity import hash_of_model
 from .image_encoder import ImageEncoderViT
 from .mask_decoder import MaskDecoder
@@ -213,10 +218,8 @@ class Sam(WeightCache, Fp32Buffers):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """What the encoder makes of :meth:`preprocess`'s pixels [B, 3, size, size], by the kernels of this model."""
-        if self.runtime is not None and is_ours(self.image_encoder, ImageEncoderViT):
+        if self.runtime is not None and is_stock(self.image_encoder, ImageEncoderViT):
             return self.runtime.image_features(pixels)
-        if is_ours(self.image_encoder, ImageEncoderViT):
-            return self.image_encoder(pixels, self._kernels)
         return self.image_encoder(pixels)
 
     def image_geometry(self, height: int, width: int) -> ImageGeometry:

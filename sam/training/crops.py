@@ -15,20 +15,32 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..config import SamConfig
 from ..inference.fused_decoder import decode, project_images
+from ..inference.fused_encoder import encode
 from ..inference.packed_weights import pack_decoder
 from ..modeling import Sam
 from ..modeling.build import build_empty
 from ..modeling.image_encoder import ImageEncoderViT
 
 
+class _FusedEncoder(nn.Module):
+    """An image encoder as a module that ``functional_call`` gives other weights."""
+
+    def __init__(self, encoder: ImageEncoderViT) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return encode(self.encoder, pixels, "torch")
+
+
 @lru_cache
-def _shapes_of(config: SamConfig) -> ImageEncoderViT:
-    return build_empty(config).image_encoder
+def _shapes_of(config: SamConfig) -> _FusedEncoder:
+    return _FusedEncoder(build_empty(config).image_encoder)
 
 
 class CropModel:
@@ -52,9 +64,10 @@ class CropModel:
         """Encode normalised pixels [B, 3, size, size] to features [B, C, grid, grid]."""
         encoder = self.model.image_encoder
         if self.size == self._config.image_size:
-            return encoder(pixels, kernels="torch")
+            return encode(encoder, pixels, "torch")
         shapes = _shapes_of(self._config.with_image_size(self.size))
-        return functional_call(shapes, self._cropped_weights(), (pixels,), {"kernels": "torch"})
+        weights = {f"encoder.{name}": weight for name, weight in self._cropped_weights().items()}
+        return functional_call(shapes, weights, (pixels,))
 
     def _cropped_weights(self) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = dict(self.model.image_encoder.named_parameters())

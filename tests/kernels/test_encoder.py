@@ -14,7 +14,9 @@ from torch import Tensor
 
 import sam
 from fastsam_kernels.numerics import Budget
-from sam.modeling.image_encoder import Attention, Block, ImageEncoderViT
+from sam.inference import fused_encoder
+from sam.inference.fused_encoder import attend, encode, plan_blocks, run_block
+from sam.modeling.image_encoder import Block, ImageEncoderViT
 
 
 def small_encoder(**changes: Any) -> ImageEncoderViT:
@@ -29,7 +31,7 @@ def small_encoder(**changes: Any) -> ImageEncoderViT:
 
 def encoder_formula(encoder: ImageEncoderViT) -> Any:
     def formula(pixels: Tensor) -> Tensor:
-        return encoder.to(pixels.dtype)(pixels)
+        return encode(encoder.to(pixels.dtype), pixels, "reference")
 
     return formula
 
@@ -39,25 +41,25 @@ def encoder_formula(encoder: ImageEncoderViT) -> Any:
 def test_encoder_within_budget(device: torch.device, dtype: torch.dtype, kernels: str) -> None:
     encoder = small_encoder().to(device, dtype)
     pixels = torch.randn(2, 3, 64, 64).to(device, dtype)
-    out = encoder(pixels, kernels)
+    out = encode(encoder, pixels, kernels)
     assert_within_budget(out, encoder_formula(encoder), (pixels,), f"encoder, {kernels}, {dtype}")
 
 
 @pytest.mark.parametrize("changes", [{"qkv_bias": False}, {"use_rel_pos": False}, {"use_abs_pos": False}], ids=str)
 def test_encoder_without_a_part(changes: dict[str, Any]) -> None:
     encoder, pixels = small_encoder(**changes), torch.randn(1, 3, 64, 64)
-    assert_close_l2(encoder(pixels, "torch"), encoder(pixels), 1e-5, str(changes))
+    assert_close_l2(encode(encoder, pixels, "torch"), encode(encoder, pixels, "reference"), 1e-5, str(changes))
 
 
 def test_tables_of_another_size_are_resized() -> None:
-    attention = Attention(64, num_heads=2, use_rel_pos=True, input_size=(8, 8)).requires_grad_(False)
-    attention.rel_pos_h.normal_()
-    attention.rel_pos_w.normal_()
+    block = Block(64, num_heads=2, use_rel_pos=True, input_size=(8, 8)).requires_grad_(False)
+    block.attn.rel_pos_h.normal_()
+    block.attn.rel_pos_w.normal_()
     x = torch.randn(1, 5, 11, 64)
-    first = attention(x, 0, "torch")
-    assert_close_l2(first, attention(x), 1e-6, "resized tables")
-    attention.rel_pos_h.mul_(2)
-    assert relative_l2(attention(x, 0, "torch"), first) > 1e-3
+    first = attend(block, x, "torch")
+    assert_close_l2(first, block.attn(x), 1e-6, "resized tables")
+    block.attn.rel_pos_h.mul_(2)
+    assert relative_l2(attend(block, x, "torch"), first) > 1e-3
 
 
 def test_gradients_flow_through_the_encoder() -> None:
@@ -65,7 +67,7 @@ def test_gradients_flow_through_the_encoder() -> None:
     gradients = []
     for kernels in ("reference", "torch"):
         encoder.zero_grad()
-        encoder(pixels, kernels).square().sum().backward()
+        encode(encoder, pixels, kernels).square().sum().backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in encoder.named_parameters()})
     for name, expected in gradients[0].items():
         assert_close_l2(gradients[1][name], expected, 1e-9, name)
@@ -74,11 +76,12 @@ def test_gradients_flow_through_the_encoder() -> None:
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_a_block_leaves_its_input_alone(contiguous: bool) -> None:
     """Hooks keep what passes between blocks."""
-    block = small_encoder().blocks[0]
+    encoder = small_encoder()
+    block = encoder.blocks[0]
     assert isinstance(block, Block)
     x = torch.randn(2, 8, 8, 64) if contiguous else torch.randn(2, 64, 8, 8).permute(0, 2, 3, 1)
     before = x.clone()
-    out = block(x, "torch")
+    out = run_block(block, x, "torch", plan_blocks(encoder)[0])
     assert torch.equal(x, before)
     assert_close_l2(out, block(x), 1e-6, "block")
 
@@ -86,16 +89,23 @@ def test_a_block_leaves_its_input_alone(contiguous: bool) -> None:
 def test_autocast_reaches_the_projections() -> None:
     encoder, pixels = small_encoder(), torch.randn(1, 3, 64, 64)
     with torch.autocast("cpu", torch.bfloat16):
-        expected, out = encoder(pixels), encoder(pixels, "torch")
+        expected, out = encode(encoder, pixels, "reference"), encode(encoder, pixels, "torch")
+        assert torch.equal(encoder(pixels), encode(encoder, pixels, "auto"))
     assert out.dtype == expected.dtype
-    truth = encoder(pixels)
+    truth = encode(encoder, pixels, "reference")
     assert relative_l2(out, truth) <= Budget(relative_l2(expected, truth), torch.bfloat16).limit
 
 
 def test_the_model_s_kernels_reach_its_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(TINY)
     seen: list[str] = []
-    monkeypatch.setattr(Block, "forward", lambda self, x, kernels="reference": seen.append(kernels) or x)
+    attention = fused_encoder.rel_pos_attention
+
+    def spy(*tensors: Any, kernels: str, **options: Any) -> Tensor:
+        seen.append(kernels)
+        return attention(*tensors, kernels=kernels, **options)
+
+    monkeypatch.setattr(fused_encoder, "rel_pos_attention", spy)
     image = torch.zeros(64, 48, 3, dtype=torch.uint8)
     predictor = sam.SamPredictor(model)
 
@@ -107,7 +117,7 @@ def test_the_model_s_kernels_reach_its_encoder(monkeypatch: pytest.MonkeyPatch) 
     for kernels in ("reference", "torch"):
         model.kernels = kernels
         for _ in ways():
-            assert seen == [kernels] * TINY.encoder_depth
+            assert seen == ([] if kernels == "reference" else [kernels] * TINY.encoder_depth)
             seen.clear()
 
 
@@ -131,7 +141,7 @@ def test_modules_in_place_of_ours(place: str) -> None:
     encoder, pixels = small_encoder(), torch.randn(1, 3, 64, 64)
     owner, name = encoder.get_submodule(place.rpartition(".")[0]), place.rpartition(".")[2]
     setattr(owner, name, Adapter(owner.get_submodule(name)).requires_grad_(False))
-    assert_close_l2(encoder(pixels, "torch"), encoder(pixels), 1e-5, place)
+    assert_close_l2(encode(encoder, pixels, "torch"), encode(encoder, pixels, "reference"), 1e-5, place)
 
 
 def test_an_encoder_in_place_of_ours() -> None:
@@ -140,7 +150,7 @@ def test_an_encoder_in_place_of_ours() -> None:
     image = torch.zeros(64, 48, 3, dtype=torch.uint8).numpy()
     model.kernels = "torch"
     expected, features = model.image_features(pixels), model.encode(image).features
-    seen: list[str] = []
+    calls = []
     plain = ImageEncoderViT.forward
 
     class Foreign(torch.nn.Module):
@@ -154,32 +164,50 @@ def test_an_encoder_in_place_of_ours() -> None:
             return self.inner(x)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ImageEncoderViT, "forward", lambda self, x, k="reference": seen.append(k) or plain(self, x, k))
+        patch.setattr(ImageEncoderViT, "forward", lambda self, x: calls.append(1) or plain(self, x))
         encoder = model.image_encoder
         model.image_encoder = torch.compile(encoder, backend="eager")  # type: ignore[assignment]
         assert_close_l2(model.image_features(pixels), expected, 1e-6, "compiled")
         model.image_encoder = Foreign(encoder)  # type: ignore[assignment]
         assert_close_l2(model.image_features(pixels), expected, 1e-5, "another encoder")
         assert_close_l2(model.encode(image).features, features, 1e-5, "another encoder, from an image")
-    assert seen[-1] == "reference"
-    assert "torch" in seen
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("place", ["blocks.0", "blocks.0.attn", "blocks.0.norm2", "blocks.0.mlp", "blocks.0.mlp.lin1"])
-def test_hooks_see_the_whole_grid(place: str) -> None:
+def test_hooks_see_what_they_see_officially(place: str) -> None:
     """Features are read through hooks: once per image, of all tokens, not of a piece that stays in the cache."""
     encoder, pixels = small_encoder(), torch.randn(1, 3, 64, 64)
     seen: list[Tensor] = []
     encoder.get_submodule(place).register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
-    encoder(pixels, "torch")
-    assert [x.shape[:3] for x in seen] == [(1, 8, 8)]
-    if place != "blocks.0.attn":  # which officially gets windows
+    for kernels in ("torch", "reference"):
+        encode(encoder, pixels, kernels)
+    assert [x.shape[:3] for x in seen] == 2 * [(9, 3, 3) if place == "blocks.0.attn" else (1, 8, 8)]
+    assert_close_l2(seen[0], seen[1], 1e-5, place)
+
+
+def test_direct_calls_are_fused_while_nothing_wants_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, pixels = small_encoder(), torch.randn(1, 3, 64, 64)
+    official = encode(encoder, pixels, "reference")
+    fused: list[Tensor] = []
+    run = fused_encoder.encode
+    monkeypatch.setattr(fused_encoder, "encode", lambda *given: fused.append(run(*given)) or fused[-1])
+    assert_close_l2(encoder(pixels), official, 1e-5, "fused")
+    assert len(fused) == 1
+    encoder.kernels = "reference"
+    assert torch.equal(encoder(pixels), official)
+    encoder.kernels = "auto"
+    assert torch.equal(encoder(pixels.clone().requires_grad_()).detach(), official)
+    encoder.neck[0].weight.requires_grad_()
+    assert encoder(pixels).requires_grad
+    assert len(fused) == 1
+    with torch.no_grad():
         encoder(pixels)
-        assert_close_l2(seen[0], seen[1], 1e-5, place)
+    assert len(fused) == 2
 
 
 @pytest.mark.slow
 def test_nano_s_encoder_through_the_triton_form(device: torch.device) -> None:
     encoder = sam.load_model(device=device).requires_grad_(False).image_encoder
     pixels = torch.randn(1, 3, 512, 512).to(device)
-    assert_within_budget(encoder(pixels, "triton"), encoder_formula(encoder), (pixels,), "nano's encoder")
+    assert_within_budget(encode(encoder, pixels, "triton"), encoder_formula(encoder), (pixels,), "nano's encoder")
