@@ -141,37 +141,6 @@ class Block(nn.Module):
         self.mlp = MLPBlock(embedding_dim=dim, mlp_dim=int(dim * mlp_ratio), act=act_layer)
         self.window_size = window_size
 
-<<<<<<< HEAD
-    def forward(self, x: Tensor, kernels: str = "reference") -> Tensor:
-        x = x + self.attend(self.norm1(x), kernels)
-        return self._add_mlp(x) if kernels != "reference" else x + self.mlp(self.norm2(x))
-
-    def attend(self, x: Tensor, kernels: str = "reference") -> Tensor:
-        """The attention of [B, H, W, dim], normalised, in this block's windows, with its projection."""
-        options = (0, kernels) if kernels != "reference" and is_ours(self.attn, Attention) else ()
-        if options and self.attn.has_plain_projections:
-            return self.attn(x, self.window_size, kernels)
-        if self.window_size == 0:
-            return self.attn(x, *options)
-        # The zero padding passes through qkv, so a padded key is the qkv bias and takes part in the softmax.
-        windows, padded_size = window_partition(x, self.window_size)
-        attended = self.attn(windows, *options)
-        return window_unpartition(attended, self.window_size, padded_size, (x.shape[1], x.shape[2]))
-
-    def _add_mlp(self, x: Tensor) -> Tensor:
-        """Return x + mlp(norm2(x)), written to ``x`` unless somebody would notice."""
-        layers = (self.norm2, self.mlp)
-        weights = [weight for layer in layers for weight in layer.parameters()]
-        plain = type(self.norm2) is nn.LayerNorm and type(self.mlp) is MLPBlock and self.mlp.is_plain
-        if not plain or not is_as_written(self.norm2) or not is_as_written(self.mlp):
-            return x + self.mlp(self.norm2(x))  # a stand-in or a hook gets the grid, as officially
-        if requires_autograd(x, *weights) or torch.is_autocast_enabled(x.device.type):
-            return x + self.mlp(self.norm2(x))
-        tokens = x.reshape(-1, x.shape[-1])
-        for chunk in tokens.split(device_profile(x.device).mlp_tokens_per_chunk or len(tokens)):
-            chunk += self.mlp(self.norm2(chunk))
-        return tokens.view(x.shape)
-=======
     def forward(self, x: Tensor) -> Tensor:
         attended = self.norm1(x)
         if self.window_size > 0:
@@ -182,7 +151,6 @@ class Block(nn.Module):
             attended = window_unpartition(attended, self.window_size, padded_size, (x.shape[1], x.shape[2]))
         x = x + attended
         return x + self.mlp(self.norm2(x))
->>>>>>> 2c34e73 (Image encoders and generators act as a program changed them: official modules hold official code, the fused encoder stands in inference/ and serves direct calls; the official loop of automatic masks runs where a method, function, transform or predictor was replaced)
 
 
 class Attention(nn.Module):

@@ -29,11 +29,7 @@ from ..prompts.checks import check_mask_inputs
 from ..prompts.prompt import Prompt
 from ..system.device_profile import device_profile
 from ..system.malloc import keep_freed_memory
-<<<<<<< HEAD
-from .common import Fp32Buffers, is_ours
-=======
 from .common import Fp32Buffers
->>>>>>> 2c34e73 (Image encoders and generators act as a program changed them: official modules hold official code, the fused encoder stands in inference/ and serves direct calls; the official loop of automatic masks runs where a method, function, transform or predictor was replaced)
 from .identity import hash_of_model
 from .image_encoder import ImageEncoderViT
 from .mask_decoder import MaskDecoder
