@@ -348,7 +348,9 @@ class SamAutomaticMaskGenerator:
         data.filter(nms(data["boxes"], data["iou_preds"], self.box_nms_thresh, kernels=self.predictor.model.kernels))
         data["boxes"] = uncrop_boxes_xyxy(data["boxes"], crop_box)
         data["points"] = uncrop_points(data["points"], crop_box)
-        data["crop_boxes"] = torch.tensor([crop_box] * len(data["rles"]), dtype=torch.int64).reshape(-1, 4)
+        data["crop_boxes"] = torch.tensor([crop_box] * len(data["rles"]), dtype=torch.int64, device="cpu").reshape(
+            -1, 4
+        )
         return data
 
     def _process_batch(
@@ -364,7 +366,7 @@ class SamAutomaticMaskGenerator:
         data = MaskData(
             masks=masks.flatten(0, 1),
             iou_preds=iou.flatten(0, 1),
-            points=torch.as_tensor(points.repeat(masks.shape[1], axis=0)),
+            points=torch.from_numpy(points.repeat(masks.shape[1], axis=0)),
         )
         if self.pred_iou_thresh > 0.0:
             data.filter(data["iou_preds"] > self.pred_iou_thresh)

@@ -19,39 +19,6 @@ from benchmarks.official_extensions import TABLES, written
 
 OFFICIAL: dict[str, Any] = json.loads((Path(__file__).parent / "official_extensions.json").read_text())
 
-# What does not act as officially yet.
-PENDING = {
-    "image_encoder.forward on the class",
-    "image_encoder.blocks.0.forward on the class",
-    "image_encoder.blocks.0.attn.forward on the class",
-    "image_encoder.blocks.1.attn.forward on the class",
-    "image_encoder.blocks.0.mlp.forward on the class",
-    "prompt_encoder.forward on the instance",
-    "prompt_encoder.forward on the class",
-    "prompt_encoder.forward on the subclass",
-    "prompt_encoder._embed_boxes on the instance",
-    "prompt_encoder._embed_boxes on the class",
-    "prompt_encoder._embed_boxes on the subclass",
-    "prompt_encoder._get_batch_size on the instance",
-    "prompt_encoder._get_batch_size on the class",
-    "prompt_encoder._get_batch_size on the subclass",
-    "mask_decoder.transformer.layers.0.mlp.forward on the class",
-    "forward hook on image_encoder",
-    "forward_pre hook on image_encoder",
-    "forward hook on image_encoder.blocks.0",
-    "forward_pre hook on image_encoder.blocks.0",
-    "forward hook on image_encoder.blocks.0.attn",
-    "forward_pre hook on image_encoder.blocks.0.attn",
-    "forward hook on image_encoder.blocks.1.attn",
-    "forward_pre hook on image_encoder.blocks.1.attn",
-    "image_encoder.window_partition",
-    "image_encoder.window_unpartition",
-    "image_encoder.get_rel_pos",
-    "image_encoder.add_decomposed_rel_pos",
-    "hooks on every module",
-    "a hook for all modules there are",
-}
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch.jit.trace, which programs still call
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
@@ -82,9 +49,7 @@ def assert_as_written(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 ROWS = [
-    pytest.param(table, name, id=f"{table}: {name}", marks=[pytest.mark.xfail] if name in PENDING else [])
-    for table, (changes, _) in TABLES.items()
-    for name in changes()
+    pytest.param(table, name, id=f"{table}: {name}") for table, (changes, _) in TABLES.items() for name in changes()
 ]
 
 

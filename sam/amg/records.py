@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from fastsam_kernels import choice_for, nms
 
@@ -50,9 +52,13 @@ def on_the_host(kernels: str) -> str:
     return "reference" if choice_for(kernels, "nms") == "reference" else "torch"
 
 
+def _tensor(column: Tensor | np.ndarray) -> Tensor:
+    return column if isinstance(column, Tensor) else torch.from_numpy(column)
+
+
 def drop_duplicates_of_crops(data: MaskData, threshold: float, kernels: str) -> None:
     """Keep of overlapping masks of several crops those of the smaller crop."""
-    boxes, crops = torch.as_tensor(data["boxes"]), torch.as_tensor(data["crop_boxes"])
+    boxes, crops = _tensor(data["boxes"]), _tensor(data["crop_boxes"])
     x0, y0, x1, y1 = crops.to(boxes.device).unbind(1)
     smaller_first = 1 / ((x1 - x0) * (y1 - y0)).float()
     data.filter(nms(boxes, smaller_first, threshold, kernels=on_the_host(kernels)))
@@ -67,7 +73,7 @@ def clean_regions(
     """
     if not data["rles"]:
         return data
-    rles, boxes = list(data["rles"]), torch.as_tensor(data["boxes"]).clone()
+    rles, boxes = list(data["rles"]), _tensor(data["boxes"]).clone()
     untouched = torch.ones(len(rles), dtype=torch.float32, device=boxes.device)
     for index, rle in enumerate(rles):
         mask = torch.from_numpy(rle_to_mask(rle))[None].to(device)
