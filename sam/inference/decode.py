@@ -106,9 +106,10 @@ def decode_chunk(
     multimask_output: bool,
 ) -> tuple[Tensor, Tensor]:
     """Run :func:`decode` on one chunk, by ``parts`` or, where they are None, by the official calls."""
-    dtype = logits_dtype(model)
     if parts is None:
+        dtype = logits_dtype(model)
         return decode_by_modules(model.prompt_encoder, model.mask_decoder, embeddings, batch, multimask_output, dtype)
+    dtype = parts.packed.logits_dtype
     if model.runtime is not None:
         with model.runtime.run(parts, embeddings, batch, multimask_output) as outputs:
             if outputs is not None:
@@ -125,8 +126,9 @@ def decode_tokens(model: Model, embeddings: Sequence[ImageEmbedding], batch: Pro
 
     The result holds the image side of each prompt: ask for ``prompts_per_chunk`` prompts or so at a time.
     """
-    parts, dtype = fused_parts(model), logits_dtype(model)
+    parts = fused_parts(model)
     if parts is None:
+        dtype = logits_dtype(model)
         both = [
             decode_by_modules(model.prompt_encoder, model.mask_decoder, embeddings, batch, multimask_output, dtype)
             for multimask_output in (False, True)
@@ -142,7 +144,7 @@ def decode_masks(
     masks = MaskDecoder.mask_slice(multimask_output)
     if isinstance(decoded, MadeMasks):
         return decoded.logits[:, masks] if rows is None else decoded.logits[rows, masks]
-    return fused_decoder.decode_masks(decoded, masks, rows, model.kernels).to(logits_dtype(model))
+    return fused_decoder.decode_masks(decoded, masks, rows, model.kernels).to(decoded.packed.logits_dtype)
 
 
 @contextmanager

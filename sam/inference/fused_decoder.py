@@ -156,7 +156,7 @@ def decode_masks(
         hypernetworks(packed, mask_tokens, mask_slice).to(packed.dtype),  # autocast may have narrowed it
         grid=decoded.grid,
         eps=packed.upscaling_eps,
-        out_dtype=torch.promote_types(packed.dtype, torch.float32),
+        out_dtype=packed.logits_dtype,
         kernels=kernels,
     )
 

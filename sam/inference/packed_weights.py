@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -126,6 +127,11 @@ class PackedDecoder:
     @property
     def dtype(self) -> torch.dtype:
         return self.output_tokens.dtype
+
+    @cached_property
+    def logits_dtype(self) -> torch.dtype:
+        """Dtype of logits and predicted IoU, at least fp32."""
+        return torch.promote_types(self.dtype, torch.float32)
 
 
 def pack_decoder(decoder: MaskDecoder, generation: int = 0) -> PackedDecoder:
