@@ -1,8 +1,7 @@
-"""Connections: heads that do not end, tiny pieces, too many at once, answers that nobody reads."""
+"""Connections: heads that do not end, tiny pieces, too many at once, silence."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import logging
@@ -10,7 +9,7 @@ import re
 import resource
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,23 +19,13 @@ from models import TINY, random_image, random_model
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("httptools", reason="needs the extra serve")
-import uvicorn
 from local_service import Local
 from serving import file_of
-from uvicorn.server import ServerState
 from waiting import SECONDS, wait_until
 
 from sam.engine import Engine
 from sam.server import Settings, run
-from sam.server.connections import (
-    MAX_HEAD_BYTES,
-    MAX_HEADERS,
-    MAX_PIPELINED,
-    MAX_TINY_PIECES,
-    TINY_PIECE,
-    Connection,
-    Connections,
-)
+from sam.server.connections import MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED, MAX_TINY_PIECES, TINY_PIECE, Connection
 
 PNG = file_of(random_image(60, 90))
 LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n"
@@ -260,117 +249,6 @@ def test_the_longest_silent_make_room() -> None:
         assert [future.result(SECONDS)[0] for future in asked] == [200] * 4
     assert running.request("GET", "/v2/health/live")[0] == 200
     running.close()
-
-
-# Answers that nobody reads, by an injected clock --------------------------------------------------------------
-
-
-class FakeLoop:
-    """Timers that run when they are told to."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.timers: list[tuple[float, Callable[..., None], tuple[Any, ...]]] = []
-
-    def call_later(self, seconds: float, call: Callable[..., None], *arguments: Any) -> Any:
-        timer = (self.now + seconds, call, arguments)
-        self.timers.append(timer)
-
-        class Handle:
-            def cancel(handle) -> None:  # noqa: N805
-                if timer in self.timers:
-                    self.timers.remove(timer)
-
-        return Handle()
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
-        for timer in [timer for timer in self.timers if timer[0] <= self.now]:
-            self.timers.remove(timer)
-            timer[1](*timer[2])
-
-
-class FakeTransport(asyncio.Transport):
-    def __init__(self) -> None:
-        super().__init__()
-        self.unread, self.ended = 0, ""
-
-    def get_write_buffer_size(self) -> int:
-        return self.unread
-
-    def is_closing(self) -> bool:
-        return bool(self.ended)
-
-    def close(self) -> None:
-        self.ended = self.ended or "closed"
-
-    def abort(self) -> None:
-        self.ended = "aborted"
-
-
-def connected(connections: Connections, loop: FakeLoop) -> tuple[Connection, FakeTransport]:
-    async def app(scope: Any, receive: Any, send: Any) -> None: ...
-
-    connection = connections.protocol(
-        config=uvicorn.Config(app, log_config=None, ws="none"), server_state=ServerState(), app_state={}, _loop=loop
-    )
-    transport = FakeTransport()
-    connection.connection_made(transport)
-    return connection, transport
-
-
-def test_answers_must_be_read_at_a_rate() -> None:
-    loop, connections = FakeLoop(), Connections(Settings(unread_seconds=10, head_seconds=1000))
-    for left, ended in ((10**6, "aborted"), (10**6 - 40_000, "aborted"), (10**6 - 41_000, ""), (0, "")):
-        connection, transport = connected(connections, loop)
-        transport.unread = 10**6
-        connection.pause_writing()
-        loop.advance(9)
-        assert not transport.ended
-        transport.unread = left
-        loop.advance(1)
-        assert transport.ended == ended
-        assert (connection in connections.unread) == (0 < left < 10**6 - 40_000)
-        loop.advance(10)  # and nothing more of it was read
-        assert transport.ended == ("aborted" if left else "")
-    assert not loop.timers or len(loop.timers) == len(connections.open)
-
-
-def test_unread_answers_are_bounded_the_oldest_go() -> None:
-    loop, connections = FakeLoop(), Connections(Settings(max_unread_bytes=250, unread_seconds=10, head_seconds=1000))
-    transports = []
-    for _ in range(4):
-        connection, transport = connected(connections, loop)
-        transport.unread = 100
-        connection.pause_writing()
-        transports.append(transport)
-    assert [transport.ended for transport in transports] == ["aborted", "aborted", "", ""]
-    connection, transport = connected(connections, loop)
-    transport.unread = 1000  # one alone may be larger
-    connection.pause_writing()
-    assert not transport.ended
-    assert len(connections.open) == 1
-
-
-def test_an_idle_connection_is_closed_but_not_while_its_answer_is_read() -> None:
-    loop, connections = FakeLoop(), Connections(Settings(unread_seconds=1000, head_seconds=10))
-    _, transport = connected(connections, loop)
-    transport.unread = 1
-    loop.advance(10)
-    assert not transport.ended
-    transport.unread = 0
-    loop.advance(10)
-    assert transport.ended == "closed"
-
-
-def test_a_connection_leaves_nothing_behind() -> None:
-    loop, connections = FakeLoop(), Connections(Settings())
-    connection, transport = connected(connections, loop)
-    transport.unread = 1
-    connection.pause_writing()
-    assert loop.timers
-    connection.connection_lost(None)
-    assert [*loop.timers, *connections.open, *connections.waiting, *connections.unread] == []
 
 
 def test_nobody_reads_an_answer_of_megabytes(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Training: what scenes, prompts and losses are, runs that repeat and resume to the bit, and the evaluation."""
+"""Training: losses, optimiser and crops, and runs that repeat and resume to the bit."""
 
 from __future__ import annotations
 
@@ -10,175 +10,16 @@ import numpy as np
 import pytest
 import torch
 from comparison import assert_close_l2
-from models import TINY
+from training_runs import CPU, STAGES, fresh_model, generator, trainer
 
 import sam
-from sam import Sam
 from sam.system.hardware import multiplies_bf16_fast
-from sam.training import evaluate, helper, losses, prompts, provenance, schedule
+from sam.training import helper, losses, provenance, schedule
 from sam.training.crops import CropModel
 from sam.training.helper import SameObjectHead
 from sam.training.loop import resume, save, train
 from sam.training.muon import Muon, hidden_matrices, orthogonalized
-from sam.training.scenes import Scene, held_out_scene, scene_rng, training_scene
 from sam.training.schedule import Schedule, Stage
-from sam.training.trainer import Settings, Trainer
-
-CPU = torch.device("cpu")
-STAGES = (
-    Stage(until=0.5, size=96, images=2, prompts=3, corrections=1.0),
-    Stage(until=1.0, size=128, images=2, prompts=3, corrections=0.5),
-)
-
-
-@pytest.fixture(scope="module")
-def scenes() -> list[Scene]:
-    return [held_out_scene(index) for index in range(16)]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def fresh_model() -> Sam:
-    torch.manual_seed(0)
-    return sam.build_from_config(TINY).train()
-
-
-def trainer(seed: int = 0, stages: tuple[Stage, ...] = STAGES, **settings: int) -> Trainer:
-    return Trainer(Settings(seed=seed, peak=1e-3, **settings), CPU, workers=0, model=fresh_model(), stages=stages)
-
-
-# Scenes ---------------------------------------------------------------------------------------------------
-
-
-def test_no_training_scene_is_held_out() -> None:
-    def start(split: str, seed: int, index: int) -> int:
-        return int(scene_rng(split, seed, index).integers(2**63))
-
-    held_out = {start("held-out", 0, index) for index in range(500)}
-    training = {start("training", seed, index) for seed in range(4) for index in range(500)}
-    assert len(held_out) == 500
-    assert len(training) == 2000
-    assert not held_out & training
-
-
-def test_a_scene_depends_on_its_seed_and_index_alone() -> None:
-    once, again = training_scene(3, 7, size=128), training_scene(3, 7, size=128)
-    assert np.array_equal(once.image, again.image)
-    assert np.array_equal(once.ids, again.ids)
-    assert not np.array_equal(once.image, training_scene(3, 8, size=128).image)
-    assert not np.array_equal(once.image, training_scene(4, 7, size=128).image)
-
-
-def test_scenes_are_pictures_with_labelled_objects_of_all_sizes(scenes: list[Scene]) -> None:
-    shares, grey, parts = [], 0, 0
-    for scene in scenes:
-        assert scene.image.shape == (512, 512, 3)
-        assert scene.image.dtype == np.uint8
-        assert scene.image.std() > 2
-        grey += bool((scene.image == scene.image[..., :1]).all())
-        shown = np.unique(scene.ids)
-        assert not scene.parents[scene.parents[shown]].any()  # a part of a part would be in no mask of the whole
-        parts += int((scene.parents[shown] > 0).sum())
-        shares += [mask.mean() for mask in scene.masks(evaluate.MIN_PIXELS)]
-    assert 0 < grey < len(scenes)
-    assert parts > 0
-    assert min(shares) >= 100 / 512**2
-    assert max(shares) > 0.2
-    assert 0.1 < np.mean(np.array(shares) > evaluate.LARGE) < 0.6
-    assert np.mean(np.array(shares) < 0.01) > 0.2
-
-
-def test_masks_share_no_pixel_but_those_of_a_part_with_its_object(scenes: list[Scene]) -> None:
-    for scene in scenes[:6]:
-        count = int(scene.ids.max())
-        masks = scene.masks(0)
-        assert len(masks) == count
-        for part, owner in ((i, scene.parents[i]) for i in range(1, count + 1) if scene.parents[i]):
-            assert not (masks[part - 1] & ~masks[owner - 1]).any()
-        whole = [masks[i - 1] for i in range(1, count + 1) if not scene.parents[i]]
-        assert np.sum(whole, axis=0).max() <= 1
-
-
-# Prompts --------------------------------------------------------------------------------------------------
-
-
-def ragged_regions() -> torch.Tensor:
-    regions = torch.rand(40, 23, 31, generator=generator()) < 0.1
-    regions[0] = False
-    regions[0, 22, 30] = True
-    regions[1] = True
-    return regions
-
-
-def test_clicks_are_inside_their_region_and_anywhere_in_it() -> None:
-    regions = ragged_regions()
-    seen = torch.zeros_like(regions)
-    rows, draws = torch.arange(len(regions)), generator()
-    for _ in range(400):
-        x, y = prompts.random_clicks(regions, draws).long().unbind(1)
-        assert regions[rows, y, x].all()
-        seen[rows, y, x] = True
-    assert (seen & ~regions).sum() == 0
-    assert (seen.sum((1, 2)) >= 0.8 * regions.sum((1, 2)).clamp(max=60)).all()
-
-
-def test_clicks_are_uniform() -> None:
-    region = torch.zeros(1, 8, 8, dtype=torch.bool)
-    region[0, 2, 3:7] = region[0, 5, 0] = True
-    clicks = prompts.random_clicks(region.expand(5000, -1, -1), generator())
-    _, counts = torch.unique(clicks, dim=0, return_counts=True)
-    assert len(counts) == 5
-    assert ((counts / 5000 - 0.2).abs() < 0.03).all()
-
-
-def test_boxes_are_tight_and_jitter_has_limits() -> None:
-    masks = torch.zeros(2, 512, 512, dtype=torch.bool)
-    masks[0, 100:400, 50:450] = True
-    masks[1, 7, 9] = True
-    boxes = prompts.tight_boxes(masks)
-    assert boxes.tolist() == [[50, 100, 450, 400], [9, 7, 10, 8]]
-    moved = prompts.jitter_boxes(boxes.repeat(500, 1), 512, generator())
-    shift = (moved - boxes.repeat(500, 1)).view(500, 2, 4).abs()
-    assert shift[:, 0].max() == 10  # 20 px in 1024
-    assert shift[:, 1].max() <= 1 / 3 + 1e-6
-    assert shift[:, 0].mean() > 5
-    assert (moved[:, 2:] > moved[:, :2]).all()
-    edge = torch.tensor([[0.0, 0.0, 512.0, 512.0]]).repeat(200, 1)
-    assert prompts.jitter_boxes(edge, 512, generator()).min() >= 0
-    assert prompts.jitter_boxes(edge, 512, generator()).max() <= 512
-
-
-def test_corrections_land_on_the_error_with_the_true_label() -> None:
-    truth = torch.zeros(64, 32, 32, dtype=torch.bool)
-    truth[:, 8:24, 8:24] = True
-    logits = torch.full((64, 8, 8), -5.0)
-    logits[:, :, 4:] = 5.0  # misses the left half of the object, and adds ground on the right
-    coords, labels = torch.zeros(64, 2, 2), torch.ones(64, 2, dtype=torch.int64)
-    coords, labels = prompts.add_corrections(coords, labels, logits, truth, generator())
-    x, y = coords[:, 2].long().unbind(1)
-    wrong = (prompts.upsample(logits, 32) > 0) != truth
-    rows = torch.arange(64)
-    assert wrong[rows, y, x].all()
-    assert torch.equal(labels[:, 2].bool(), truth[rows, y, x])
-    assert 0 < labels[:, 2].sum() < 64
-    perfect = torch.where(truth[:, ::4, ::4], 20.0, -20.0)
-    perfect_truth = prompts.upsample(perfect, 32) > 0
-    _, labels = prompts.add_corrections(coords, labels, perfect, perfect_truth, generator())
-    assert labels[:, 3].all()
-
-
-def test_objects_are_wholes_with_their_parts_and_empty_pictures_give_none() -> None:
-    ids, parents = torch.zeros(3, 20, 20, dtype=torch.uint8), torch.zeros(3, 256, dtype=torch.uint8)
-    ids[0, 2:12, 2:12], ids[0, 4:7, 4:7], parents[0, 2] = 1, 2, 1
-    ids[2, 0, 0] = 1  # too small
-    objects = prompts.choose_objects(ids, parents, 50, min_pixels=5, generator=generator())
-    assert objects.image_index.tolist() == [0] * 50
-    areas = objects.masks.sum((1, 2))
-    assert set(areas.tolist()) == {9, 100}
-    assert 15 < (areas == 100).sum() < 35
-
 
 # Losses ---------------------------------------------------------------------------------------------------
 
@@ -523,67 +364,3 @@ def test_stages_follow_one_another() -> None:
         Schedule()
     with pytest.raises(ValueError, match="longer than nothing"):
         Schedule(minutes=0)
-
-
-# Evaluation -----------------------------------------------------------------------------------------------
-
-
-def test_baselines_on_shapes_whose_scores_are_known() -> None:
-    mask = np.zeros((100, 120), bool)
-    mask[20:60, 30:50] = True
-    mask[40:60, 50:70] = True  # an L: three quarters of its box
-    assert evaluate.filled_box_iou(mask) == pytest.approx(0.75)
-    y, x = np.mgrid[:100, :120]
-    disc = np.hypot(x - 60, y - 50) <= evaluate._DISC_RADII[12]
-    ious = evaluate.disc_ious(disc, (60, 50))
-    assert ious[12] == 1
-    assert ious.argmax() == 12
-    assert ious[0] == pytest.approx((np.hypot(x - 60, y - 50) <= evaluate._DISC_RADII[0]).sum() / disc.sum())
-    assert ious[-1] == pytest.approx(disc.mean())  # the largest disc is the whole picture
-
-
-def test_the_deepest_point_is_where_the_object_is_widest() -> None:
-    mask = np.zeros((60, 60), bool)
-    mask[10:15, 5:50] = True
-    mask[5:26, 30:51] = True
-    assert evaluate.deepest_point(mask) == (40, 15)
-    mask[:] = False
-    mask[3, 59] = True
-    assert evaluate.deepest_point(mask) == (59, 3)
-
-
-def test_evaluation_writes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "held_out_scene", lambda index: held_out_scene(index, size=128))
-    torch.manual_seed(0)
-    checkpoint = tmp_path / "weights.safetensors"
-    sam.save_checkpoint(sam.build_from_config(TINY), checkpoint, metadata={"seed": "7"})
-    text = evaluate.evaluate_checkpoint(checkpoint, scenes=2, device=CPU, out=tmp_path)
-    result = json.loads((tmp_path / "weights.evaluation.json").read_text())
-    assert (tmp_path / "weights.evaluation.md").read_text() == text
-    assert list(result["table"]) == list(evaluate.ROWS)
-    for row in result["table"].values():
-        assert 0 <= row["mean"] <= 1
-    assert result["table"]["click_best"]["mean"] >= result["table"]["click"]["mean"]
-    assert result["objects"] >= 2
-    assert result["weights"]["seed"] == "7"
-    assert "seed: 7" in text
-    assert (tmp_path / "weights.evaluation.png").stat().st_size > 10_000
-
-
-def test_a_perfect_model_scores_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scoring itself, with a model that knows the truth at the resolution of its logits."""
-    scene = held_out_scene(4, size=128)
-    truth = torch.from_numpy(scene.masks(evaluate.MIN_PIXELS))
-
-    def know(self: CropModel, features: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = torch.where(truth, 20.0, -20.0)[:, None].expand(-1, 4, -1, -1)
-        return logits, torch.ones(len(truth), 4)
-
-    monkeypatch.setattr(CropModel, "decode", know)
-    scores = evaluate.Scores()
-    evaluate.score_scene(fresh_model().eval(), scene, 0, scores)
-    table = scores.table()
-    for name in ("click", "click_best", "random_click", "box", "corrected"):
-        assert table[name]["mean"] == 1
-    assert np.mean(scores.iou_error) == 0
-    assert 0 < table["disc"]["mean"] < 1

@@ -1,4 +1,4 @@
-"""The engine: many clients, one model; what is promised when it is busy, full, late, short of memory or broken."""
+"""The engine: many clients, one model; what is promised when it is busy, full or late."""
 
 from __future__ import annotations
 
@@ -6,63 +6,24 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, wait
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from busy import CLICK, hold
 from gate import Gate
-from models import TINY, random_image, random_model
+from models import random_image
 from waiting import SECONDS, wait_until
 
 import sam
 from sam import Prompt, Sam, SamAutomaticMaskGenerator
-from sam.engine import (
-    AutomaticOptions,
-    DeadlineExceededError,
-    Engine,
-    EngineClosedError,
-    EngineFailedError,
-    OutOfMemoryError,
-    QueueFullError,
-)
-from sam.engine.errors import EngineError, is_out_of_memory
+from sam.engine import AutomaticOptions, DeadlineExceededError, Engine, QueueFullError
+from sam.engine.errors import EngineError
 from sam.engine.stages import fair_shares
 from sam.masks import rle
-
-CLICK = Prompt([(5, 5)], [1])
-
-
-@pytest.fixture
-def model() -> Sam:
-    return random_model(TINY)
-
-
-@pytest.fixture
-def gate(model: Sam) -> Gate:
-    return Gate(model)
-
-
-@pytest.fixture
-def engine_of(model: Sam) -> Iterator[Callable[..., Engine]]:
-    engines: list[Engine] = []
-
-    def make(**options: Any) -> Engine:
-        engines.append(Engine(model, **options))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close(SECONDS)
-
-
-def hold(engine: Engine, gate: Gate) -> Future[Any]:
-    """Let the model be busy with one image, so that what comes next waits."""
-    busy = engine.embed(random_image(9, 9, seed=99))
-    assert gate.entered.wait(SECONDS)
-    return busy
 
 
 def test_answers_are_those_of_the_model(nano: Sam, photo: np.ndarray) -> None:
@@ -348,191 +309,12 @@ def test_a_request_cancelled_half_way_stops_there(engine_of: Callable[..., Engin
     assert gate.decoded == [4, 1]
 
 
-def test_an_image_is_encoded_once(engine_of: Callable[..., Engine], gate: Gate) -> None:
-    """Also when several ask for it before it is there."""
-    engine = engine_of()
-    hold(engine, gate)
-    image = random_image(30, 40)
-    futures = [engine.segment(image, [CLICK]) for _ in range(3)]
-    gate.open.set()
-    for future in futures:
-        future.result(SECONDS)
-    engine.embed(image.copy()).result(SECONDS)
-    key = engine.prepare(image).key
-    assert engine.embedding(key) is not None
-    assert engine.embedding("0" * 32) is None
-    assert gate.encoded == [1, 1]
-    assert engine.counters()["cache_entries"] == 2
-
-
-def test_keys_tell_models_and_images_apart(model: Sam, engine_of: Callable[..., Engine]) -> None:
-    other = Engine(random_model(TINY, seed=1))
-    engine, image = engine_of(), random_image(30, 40)
-    keys = {engine.prepare(image).key, other.prepare(image).key, engine.prepare(image[::-1]).key}
-    assert len(keys) == 3
-    other.close(SECONDS)
-
-
-def test_keys_are_no_hashes_of_images(model: Sam) -> None:
-    """Only who shares the secret can tell the key of an image that others sent."""
-    image, secrets = random_image(30, 40), [b"1" * 16, b"1" * 16, b"2" * 16, None, None]
-    engines = [Engine(model, handle_secret=secret) for secret in secrets]
-    first, same, *others = (engine.prepare(image).key for engine in engines)
-    assert first == same
-    assert len({first, *others}) == 4
-    assert engines[-1].prepare(image).key == others[-1]
-    for engine in engines:
-        engine.close(SECONDS)
-    for wrong in (b"", b"1" * 15, b"1" * 65):
-        with pytest.raises(ValueError, match=f"handle_secret must be of 16 to 64 bytes, got {len(wrong)}"):
-            Engine(model, handle_secret=wrong)
-
-
 def test_counters_exist_from_the_start(engine_of: Callable[..., Engine]) -> None:
     """A rate over one that appears with the first failure misses that failure."""
     counters = engine_of().counters()
     for error in (*EngineError.__subclasses__(), EngineError):
         assert counters[error.counter] == 0
     assert {"completed", "cancelled", "out_of_memory", "cache_evictions"} <= set(counters)
-
-
-def test_cache_keeps_its_budget(engine_of: Callable[..., Engine], model: Sam) -> None:
-    """Counted with what prompts attach to an embedding; the least recently used goes."""
-    probe = model.encode(random_image(8, 8))
-    model.predict(probe, [CLICK])
-    engine = engine_of(embedding_cache_bytes=int(2.5 * probe.nbytes))
-    images = [random_image(8, 8, seed) for seed in range(3)]
-    first, second, third = (engine.prepare(image).key for image in images)
-    for image in (images[0], images[1], images[0], images[2]):
-        engine.segment(image, [CLICK]).result(SECONDS)
-    assert engine.embedding(second) is None
-    assert engine.embedding(first) is not None
-    assert engine.embedding(third) is not None
-    counters = engine.counters()
-    assert counters["cache_evictions"] == 1
-    assert counters["cache_bytes"] == 2 * probe.nbytes
-
-
-def test_cache_keeps_its_budget_however_embeddings_are_used(engine_of: Callable[..., Engine]) -> None:
-    engine = engine_of(embedding_cache_bytes=2**18)
-    for seed in range(6):
-        handle = engine.embed(random_image(8, 8, seed)).result(SECONDS)
-        engine.segment(handle, [CLICK]).result(SECONDS)
-        engine.automatic(random_image(8, 8, 9 + seed), AutomaticOptions(points_per_side=1)).result(SECONDS)
-    held = sum(embedding.nbytes for embedding, _ in engine._cache._entries.values())
-    assert 0 < engine.counters()["cache_bytes"] == held <= 2**18
-
-
-def test_an_embedding_over_the_budget_is_used_but_not_kept(engine_of: Callable[..., Engine]) -> None:
-    engine = engine_of(embedding_cache_bytes=10)
-    assert len(engine.segment(random_image(8, 8), [CLICK]).result(SECONDS)) == 1
-    assert engine.counters()["cache_bytes"] == 0
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        "[enforce fail at alloc_cpu.cpp:116] . DefaultCPUAllocator: can't allocate memory",
-        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "Triton Error [CUDA]: out of memory",
-    ],
-)
-def test_shortages_in_words(words: str) -> None:
-    assert is_out_of_memory(RuntimeError(words))
-    assert not is_out_of_memory(ValueError(words))
-    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
-
-
-def test_out_of_memory_halves_the_batch_once(engine_of: Callable[..., Engine], gate: Gate) -> None:
-    engine = engine_of(max_batch=8)
-    gate.open.set()
-    handle = engine.embed(random_image(8, 8)).result(SECONDS)
-    gate.shortage_above = 4
-    assert len(engine.segment(handle, [CLICK] * 8).result(SECONDS)) == 8
-    assert gate.decoded == [8, 4, 4]
-    gate.decoded.clear()
-    gate.shortage_above = 3
-    with pytest.raises(OutOfMemoryError, match="out of memory, even with half the batch"):
-        engine.segment(handle, [CLICK] * 8).result(SECONDS)
-    assert gate.decoded == [8, 4, 4]
-    assert len(engine.segment(handle, [CLICK]).result(SECONDS)) == 1  # the engine lives
-    assert engine.failure is None
-    assert engine.counters()["out_of_memory"] == 4
-
-
-def test_out_of_memory_in_everything_starts_once_more_with_half(
-    engine_of: Callable[..., Engine], gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    budgets = []
-
-    class Generator(SamAutomaticMaskGenerator):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            budgets.append(self.max_memory)
-
-    monkeypatch.setattr("sam.engine.stages.SamAutomaticMaskGenerator", Generator)
-    engine = engine_of(max_batch=4)
-    gate.open.set()
-    gate.shortage_above = 2
-    options = AutomaticOptions(points_per_side=2)
-    engine.automatic(random_image(8, 8), options).result(SECONDS)
-    assert gate.decoded == [4, 2, 2]
-    assert budgets == [None, 10**9]
-    gate.shortage_above = 1
-    with pytest.raises(OutOfMemoryError):
-        engine.automatic(random_image(8, 8), options).result(SECONDS)
-    assert engine.failure is None
-
-
-def test_a_model_fault_fails_everyone_and_the_engine(engine_of: Callable[..., Engine], gate: Gate) -> None:
-    faults: list[BaseException] = []
-    engine = engine_of(on_failure=faults.append)
-    fault = RuntimeError("CUDA error: an illegal memory access was encountered")
-    gate.faults.append(fault)
-    futures = [hold(engine, gate), engine.segment(random_image(8, 8), [CLICK])]
-    gate.open.set()
-    for future in futures:
-        with pytest.raises(EngineFailedError):
-            future.result(SECONDS)
-    wait_until(lambda: bool(faults))
-    assert faults == [fault]
-    assert engine.failure is fault
-    with pytest.raises(EngineFailedError):
-        engine.embed(random_image(8, 8))
-    assert len(gate.encoded) == 1
-
-
-def test_close_answers_what_was_accepted(engine_of: Callable[..., Engine], gate: Gate) -> None:
-    engine = engine_of()
-    futures = [hold(engine, gate), *(engine.segment(random_image(8, 8), [CLICK]) for _ in range(5))]
-    closer = threading.Thread(target=engine.close)
-    closer.start()
-    wait_until(lambda: engine._closing)
-    with pytest.raises(EngineClosedError):
-        engine.embed(random_image(8, 8))
-    gate.open.set()
-    closer.join(SECONDS)
-    assert all(future.done() and future.exception() is None for future in futures)
-
-
-def test_close_gives_up_after_its_timeout(engine_of: Callable[..., Engine], gate: Gate) -> None:
-    engine = engine_of()
-    stuck = hold(engine, gate)
-    assert not engine.close(timeout=0.05)
-    with pytest.raises(EngineClosedError):
-        stuck.result(SECONDS)
-    gate.open.set()
-
-
-def test_close_waits_for_what_is_computed_for_nobody(engine_of: Callable[..., Engine], gate: Gate) -> None:
-    """An interpreter that ends takes itself from under a thread inside torch."""
-    engine = engine_of()
-    assert hold(engine, gate).cancel()
-    assert engine.pending == 0
-    assert not engine.close(timeout=0.05)
-    gate.open.set()
-    assert engine.close(SECONDS)
 
 
 def test_nothing_of_an_answered_request_is_kept(engine_of: Callable[..., Engine]) -> None:
