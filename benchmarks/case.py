@@ -1,4 +1,4 @@
-"""What a measurement is made of: a case, its inputs, and the launch problem that tiles are chosen on."""
+"""Measurements as values: a case, its inputs, and the launch problem that tiles are chosen on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Result = Tensor | tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Problem:
-    """A case with its inputs made.
+    """The inputs of a case, ready to run.
 
     Attributes:
         forms: what is timed, by name; "reference" is the plain formula in the same dtype.
@@ -84,7 +84,7 @@ class TuneProblem:
 
 
 def candidates(warps: tuple[int, ...], stages: tuple[int, ...], **blocks: tuple[int, ...]) -> list[TileConfig]:
-    """Every combination."""
+    """Return every combination of warps, stages and blocks as tiles."""
     return [
         TileConfig(dict(zip(blocks, sizes, strict=True)), num_warps, num_stages)
         for *sizes, num_warps, num_stages in itertools.product(*blocks.values(), warps, stages)
@@ -92,7 +92,7 @@ def candidates(warps: tuple[int, ...], stages: tuple[int, ...], **blocks: tuple[
 
 
 def parts(result: Result) -> tuple[Tensor, ...]:
-    """The tensors of a result, one as a rule."""
+    """Return the tensors of a result, usually one."""
     return result if isinstance(result, tuple) else (result,)
 
 
@@ -106,12 +106,12 @@ def rows_of(result: Result, rows: list[int]) -> Result:
 
 
 def few_rows(count: int) -> list[int]:
-    """The first, the middle and the last: enough to hold a large result against fp64."""
+    """Return the first, the middle and the last row: enough to hold a large result against fp64."""
     return sorted({0, count // 2, count - 1})
 
 
 def draw(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
-    """Normal numbers, the same every time on a kind of device; nothing on the meta device."""
+    """Draw normal numbers, the same every time on a kind of device; nothing on the meta device."""
     if device.type == "meta":
         return meta(*shape, dtype=dtype)
     generator = torch.Generator(device).manual_seed(seed)
@@ -119,5 +119,5 @@ def draw(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, seed:
 
 
 def meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    """A tensor without memory, for launches that are only compiled."""
+    """Return a tensor without memory, for launches that are only compiled."""
     return torch.empty(shape, dtype=dtype, device="meta")

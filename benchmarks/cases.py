@@ -16,7 +16,7 @@ GROUPS: dict[str, list[Case]] = {
 
 
 def select(group: str | None, pattern: str, device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """The cases of a group (None: of all) whose name contains one of the texts in ``pattern``, between bars."""
+    """Select the cases of a group (None: of all) whose name contains one of the texts in ``pattern``."""
     groups = GROUPS.values() if group is None else [GROUPS[group]]
     return [case for cases in groups for case in cases if _named(case, pattern) and case.fits(device, dtype)]
 
@@ -24,7 +24,7 @@ def select(group: str | None, pattern: str, device: torch.device, dtype: torch.d
 def jobs(
     group: str | None, pattern: str, device: torch.device, dtypes: list[torch.dtype]
 ) -> list[tuple[Case, torch.dtype]]:
-    """The cases with their dtypes, what matters most first, for a run that is cut short.
+    """Return the cases with their dtypes, the most important first, for a run that is cut short.
 
     Every case has its turn in the first of its dtypes before any has it in the second; those that are late come last.
     """

@@ -27,7 +27,7 @@ class CompileCase:
 
 
 def compile_cases(operations: list[str] | None = None, arches: list[int | str] | None = None) -> Iterator[CompileCase]:
-    """A case for each launch, committed tile, architecture and dtype."""
+    """Return a case for each launch, committed tile, architecture and dtype."""
     for operation, module in OPERATIONS.items():
         if operations and operation not in operations:
             continue

@@ -13,7 +13,7 @@ from .provenance import RESULTS, describe, provenance
 
 
 def to_markdown(rows: list[Compiled], facts: dict[str, Any]) -> str:
-    """The table, one row a launch."""
+    """Format the table, one row per launch."""
     head = "kernel|shape|arch|dtype|tile|registers|stack|shared KB|matrix instructions|128-bit loads|instructions"
     head += "|programs an SM|verdict"
     columns = head.split("|")
@@ -43,7 +43,7 @@ def to_markdown(rows: list[Compiled], facts: dict[str, Any]) -> str:
 
 
 def run(operations: list[str] | None, arches: list[int | str] | None, workers: int, write: bool) -> int:
-    """The command: print the table, write it if asked, exit status 1 when a tile has a problem that it must not."""
+    """Run the command: print the table, write it if asked; status 1 when a tile has a forbidden problem."""
     rows = map_in_forks(inspect, compile_cases(operations, arches), workers, "compile")
     facts = {**provenance(), "gpu": None}
     table = to_markdown(rows, facts)

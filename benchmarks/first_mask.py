@@ -1,4 +1,4 @@
-"""``python -m benchmarks.first_mask``: a process that makes one mask and ends; what a cold start is measured by."""
+"""``python -m benchmarks.first_mask``: make one mask and end; the process that a cold start is measured by."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLICK = (190.0, 160.0)
 
 
 def image() -> np.ndarray:
-    """A disc on a gradient, 480 x 640."""
+    """Draw a disc on a gradient, 480 x 640."""
     y, x = np.ogrid[:480, :640]
     disc = (x - CLICK[0]) ** 2 + (y - CLICK[1]) ** 2 < 90**2
     grey = np.where(disc, 220, x * 100 // 640 + y * 60 // 480).astype(np.uint8)

@@ -14,7 +14,7 @@ Item, Found = TypeVar("Item"), TypeVar("Found")
 
 
 def map_in_forks(work: Callable[[Item], Found], items: Iterable[Item], workers: int, what: str) -> list[Found]:
-    """``work`` of every item, in their order; ``what`` is for the progress bar."""
+    """Return ``work`` of every item, in their order; ``what`` is for the progress bar."""
     _TASKS[:] = [partial(work, item) for item in items]
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
         places = range(len(_TASKS))

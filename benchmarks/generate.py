@@ -57,7 +57,7 @@ class _Numbered(DecodedPrompts):
 
 
 class Discs:
-    """What the decoder is made to say: of prompt n, in order, logits [3, 256, 256] and predicted IoU [3]."""
+    """Scripted decoder outputs: of prompt n, in order, logits [3, 256, 256] and predicted IoU [3]."""
 
     def __init__(self) -> None:
         masks = 3 * CLICKS**2
@@ -107,7 +107,7 @@ def ours(model: Sam, known: Discs, image: np.ndarray, max_memory: str | None = N
 
 
 def official(package: Any, model: Any, known: Discs, image: np.ndarray, batches: int) -> tuple[Run, Run]:
-    """Encoding alone, and all with the first ``batches`` of clicks."""
+    """Return two runs: encoding alone, and all with the first ``batches`` of clicks."""
     decode = model.mask_decoder.forward
     done = 0
 
@@ -164,7 +164,7 @@ def _seconds(run: Run) -> float:
 
 
 def resident_growth(run: Run) -> int:
-    """Bytes that ``run`` added to this process at the most, its result included. Linux only."""
+    """Measure the most bytes that ``run`` added to this process, its result included. Linux only."""
 
     def status(name: str) -> int:
         match = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)

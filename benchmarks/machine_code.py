@@ -1,4 +1,4 @@
-"""What the compiler makes of one launch, for a named target, without a GPU.
+"""Compile one launch for a named target, without a GPU, and read its machine code.
 
 Triton compiles a launch for any target. For NVIDIA the ``cuobjdump`` in its wheel reads registers, stack and machine
 code; for AMD the assembly says all of it. A Triton that interprets cannot compile, so this never shares a process
@@ -32,7 +32,7 @@ _AMD_SHARED_MEMORY = 64 * 1024  # LDS of a compute unit of CDNA 3
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one launch became.
+    """The compiled form of one launch.
 
     Attributes:
         registers: of a thread; at most 255 on NVIDIA, 512 vector registers on CDNA 3.
@@ -71,12 +71,12 @@ class Compiled:
 
     @property
     def asserted(self) -> bool:
-        """Whether a problem is an error: nothing is shipped for AMD."""
+        """Return whether a problem is an error: nothing is shipped for AMD."""
         return self.arch != AMD
 
     @property
     def problems(self) -> list[str]:
-        """What a tile must not have; the exact fp32 tiles may spill and have no tensor cores."""
+        """List what a tile must not have; the exact fp32 tiles may spill and have no tensor cores."""
         problems = []
         if self.shared > self.shared_limit:
             problems.append(f"{self.shared} bytes of shared memory, over {self.shared_limit}")
@@ -96,7 +96,7 @@ class Compiled:
 
 
 class _Device:
-    """Stands where Triton has the driver of a GPU: all that compiling asks of it is the architecture."""
+    """A stand-in for Triton's GPU driver: all that compiling needs of it is the architecture."""
 
     def __init__(self, arch: int | str) -> None:
         from triton.backends.compiler import GPUTarget
@@ -114,7 +114,7 @@ class _Device:
 
 
 def compile_launch(launch: Launch, arch: int | str) -> Any:
-    """Triton's compiled kernel for sm_``arch``, or for an AMD architecture by name, as a run there would compile it.
+    """Compile a kernel for sm_``arch``, or for an AMD architecture by name, as a run there would compile it.
 
     Such a run finds it in Triton's cache on the disk. This process can launch nothing afterwards.
 
@@ -145,7 +145,7 @@ def pretend(arch: int | str) -> None:
 
 
 def warmup(launch: Launch) -> Any:
-    """Triton's compiled kernel for the active device, from its cache where it is there."""
+    """Compile a kernel for the active device, or take it from Triton's cache."""
     return launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.constexprs, **launch.options)
 
 

@@ -1,4 +1,4 @@
-"""What narrower arithmetic costs the masks of clicks: their mean IoU with those of fp32.
+"""The cost of narrower arithmetic in the masks of clicks: their mean IoU with those of fp32.
 
     python -m benchmarks.mask_iou [--checkpoint FILE]
 
@@ -48,7 +48,7 @@ def mask_iou(checkpoint: str | None) -> dict[str, float]:
 
 
 def sentence() -> str:
-    """Say the kept result."""
+    """Format the stored result as a sentence."""
     document = json.loads(RESULT.read_text())
     figures = ", ".join(f"{value:.3f} in `{dtype}`" for dtype, value in document["mask_iou"].items())
     return (

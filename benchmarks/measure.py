@@ -19,7 +19,7 @@ Form = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds at the 20th, 50th and 80th percentile, and how many runs they are of."""
+    """Milliseconds at the 20th, 50th and 80th percentile, and the number of runs."""
 
     p20: float
     p50: float
@@ -65,7 +65,7 @@ def _percentiles(values: list[float]) -> Timing:
 
 
 def peak_memory(form: Form, device: torch.device) -> int:
-    """Bytes that ``form`` takes at its most beyond what is allocated before it.
+    """Measure the most bytes that ``form`` takes beyond what is allocated before it.
 
     On a GPU torch counts them. On a CPU it is the peak of the process's resident memory, as Linux keeps it, over
     what is resident once the C library has given back all that earlier runs freed.
@@ -94,7 +94,7 @@ def _peak_resident() -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """What an operation must do at the least, counted from its shapes.
+    """The least work of an operation, counted from its shapes.
 
     Attributes:
         bytes: each input read once and each output written once.
@@ -108,7 +108,7 @@ class Work:
 
 
 def limit_ms(work: Work, device: torch.device, dtype: torch.dtype) -> float:
-    """The time under which nothing can go on this machine, by its measured rates."""
+    """Return the time that nothing can beat on this machine, by its measured rates."""
     times = [work.bytes / bandwidth(device), work.flops / matmul_rate(device, dtype)]
     if device.type == "cuda":
         times.append(work.scalar_ops / scalar_rate(device))
@@ -117,7 +117,7 @@ def limit_ms(work: Work, device: torch.device, dtype: torch.dtype) -> float:
 
 @cache
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP a second of a large square product through torch."""
+    """Measure the FLOP per second of a large square product through torch."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / (_best(lambda: a @ b, device) / 1000)
@@ -125,7 +125,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 @cache
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second of a large copy, read and written both counted."""
+    """Measure the bytes per second of a large copy, read and written both counted."""
     size = 2**30 if device.type == "cuda" else 2**27
     source = torch.randint(0, 100, (size,), device=device, dtype=torch.int8)
     target = torch.empty_like(source)
@@ -134,7 +134,7 @@ def bandwidth(device: torch.device) -> float:
 
 @cache
 def scalar_rate(device: torch.device) -> float:
-    """fp32 instructions a second: multiprocessors x 128 lanes x the highest clock."""
+    """Return the fp32 instructions per second: multiprocessors x 128 lanes x the highest clock."""
     properties = torch.cuda.get_device_properties(device)
     kilohertz = getattr(properties, "clock_rate", None) or 1_755_000  # an H100 SXM's boost clock
     return properties.multi_processor_count * 128 * kilohertz * 1000.0

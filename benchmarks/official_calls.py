@@ -53,7 +53,7 @@ def numbers(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 
 def small_encoder(modeling: Any, **changes: Any) -> Any:
-    """An encoder whose windows do not divide its grid of 8 x 8, with a global block, every weight drawn."""
+    """Build an encoder whose windows do not divide its grid of 8 x 8, with a global block, every weight drawn."""
     sizes: dict[str, Any] = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
     sizes |= {"out_chans": 16, "use_rel_pos": True, "window_size": 3, "global_attn_indexes": (1,)}
     encoder = modeling.ImageEncoderViT(**(sizes | changes)).requires_grad_(False)
@@ -153,7 +153,7 @@ def put(encoder: nn.Module, name: str) -> None:
 
 
 def adapted(modeling: Any, name: str, encode: Encode) -> dict[str, Tensor]:
-    """Features and gradients of an encoder with a stand-in."""
+    """Return features and gradients of an encoder with a stand-in."""
     encoder = small_encoder(modeling)
     put(encoder, name)
     pixels = numbers(2, 3, 64, 64, seed=100)
@@ -168,13 +168,13 @@ def adapted(modeling: Any, name: str, encode: Encode) -> dict[str, Tensor]:
 
 
 def of_another_size(modeling: Any, size: tuple[int, int], encode: Encode) -> dict[str, Tensor]:
-    """Features of images that are not ``img_size`` pixels, by an encoder without absolute positions."""
+    """Encode images that are not ``img_size`` pixels, by an encoder without absolute positions."""
     encoder = small_encoder(modeling, use_abs_pos=False)
     return {"features": encode(encoder, numbers(2, 3, *size, seed=101))}
 
 
 def with_positions_of_another_size(modeling: Any, encode: Encode) -> dict[str, Tensor]:
-    """Features of smaller images, the positions resized by hand and ``img_size`` left as it was."""
+    """Encode smaller images, positions resized by hand and ``img_size`` left as it was."""
     encoder = small_encoder(modeling)
     resized = nn.functional.interpolate(encoder.pos_embed.permute(0, 3, 1, 2), (5, 6), mode="bilinear")
     encoder.pos_embed = nn.Parameter(resized.permute(0, 2, 3, 1), requires_grad=False)
@@ -185,7 +185,7 @@ OTHER_SIZES = ((40, 40), (96, 96), (40, 72), (8, 64), (61, 50))
 
 
 def encoder_calls(modeling: Any, encode: Encode = lambda encoder, pixels: encoder(pixels)) -> Answers:
-    """Answers of the small encoder, which ``encode`` calls with pixels."""
+    """Call the small encoder; ``options`` are those of its forward after the pixels."""
     calls = {f"stand-in, {name}": adapted(modeling, name, encode) for name in STAND_INS}
     calls |= {f"size {size}": of_another_size(modeling, size, encode) for size in OTHER_SIZES}
     return calls | {"positions of another size": with_positions_of_another_size(modeling, encode)}
@@ -198,7 +198,7 @@ ROWS = ((3, 1, 1, 1), (3, 3, 1, 1), (1, 1, 1, 3), (3, 1, 1, 3), (1, 1, 3, 1), (1
 
 
 def decoder_calls(model: Any) -> dict[str, dict[str, Tensor]]:
-    """Answers of the mask decoder to inputs of several numbers of rows, and a gradient through it."""
+    """Call the mask decoder with inputs of several numbers of rows, and take a gradient through it."""
     encoder, pe = model.prompt_encoder, model.prompt_encoder.get_dense_pe()
     height, width = pe.shape[-2:]
     calls = {}
@@ -257,7 +257,7 @@ IMAGES: dict[str, np.ndarray] = {
 
 
 def predictor_calls(package: Any, model: Any) -> dict[str, dict[str, Any]]:
-    """Answers of the predictor and its transform to images as programs have them."""
+    """Call the predictor and its transform with images as programs have them."""
     transforms = importlib.import_module(f"{package.__name__}.utils.transforms")
     transform = transforms.ResizeLongestSide(64)
     calls: dict[str, dict[str, Any]] = {
@@ -281,7 +281,7 @@ def predictor_calls(package: Any, model: Any) -> dict[str, dict[str, Any]]:
 
 
 def smaller_by_hand(package: Any, model: Any) -> dict[str, Any]:
-    """Answers of a model that was asked, and then made smaller by its attributes."""
+    """Make a model smaller by its attributes, twice, and call it after each change."""
     model = copy.deepcopy(model)
     encoder, prompt_encoder, image = model.image_encoder, model.prompt_encoder, pixels(60, 80, 3)
     click = {"point_coords": np.array([[30.0, 20.0]]), "point_labels": np.array([1]), "return_logits": True}

@@ -172,7 +172,7 @@ def hook_globally(change: Change) -> None:
 
 
 def model_changes() -> dict[str, Callable[[Change], None]]:
-    """Return what programs do to a model, by name."""
+    """Return the changes that programs make to a model, by name."""
 
     def on_instance(change: Change, path: str, method: str) -> None:
         change.wrap(change.model.get_submodule(path), method)
@@ -370,7 +370,7 @@ def answers(change: Change) -> dict[str, Any]:
 
 
 def forward_input(mask: np.ndarray) -> dict[str, Any]:
-    """The input of ``Sam.forward`` for two prompts of points, box and mask each."""
+    """Return the input of ``Sam.forward`` for two prompts of points, box and mask each."""
     return {
         "image": torch.from_numpy(pixels(3, 96, SIZE, seed=12)),
         "original_size": (60, 80),

@@ -46,7 +46,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 def photographs() -> dict[str, np.ndarray]:
-    """Three that come with scikit-image, [H, W, 3] uint8."""
+    """Return three photographs of scikit-image, [H, W, 3] uint8."""
     from skimage import data
 
     coins = np.repeat(data.coins()[:, :, None], 3, axis=2)
@@ -54,7 +54,7 @@ def photographs() -> dict[str, np.ndarray]:
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of any output mode, as it is kept."""
+    """Return the stored form of a record of any output mode."""
     return {
         "area": int(record["area"]),
         "bbox": [int(side) for side in record["bbox"]],
@@ -67,7 +67,7 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def coco_counts(segmentation: Any) -> str:
-    """The compressed counts of a segmentation of any output mode."""
+    """Return the compressed counts of a segmentation of any output mode."""
     if isinstance(segmentation, np.ndarray):
         (segmentation,) = rle_encode.encode(torch.from_numpy(np.ascontiguousarray(segmentation))[None])
     counts = segmentation["counts"]
@@ -84,7 +84,7 @@ def package_version() -> str:
 
 
 def _text(document: dict[str, Any]) -> str:
-    """JSON with a line a record."""
+    """Format as JSON with one line per record."""
     head = {key: value for key, value in document.items() if key != "results"}
     results = [
         json.dumps({**result, "records": []})[:-2] + ",".join(f"\n  {json.dumps(r)}" for r in result["records"]) + "]}"

@@ -38,7 +38,7 @@ OUTPUTS = ("masks", "scores", "stability", "areas", "low_res_logits")
 
 
 def inputs_of(name: str, image_size: int) -> dict[str, Tensor]:
-    """The inputs of one of ``PROMPTS``: waves, which no generator of random numbers has to make again."""
+    """Return the inputs of one of ``PROMPTS``: waves, which need no generator of random numbers."""
     labels, has_mask, size = PROMPTS[name]
     grid = image_size // 16
 
@@ -58,7 +58,7 @@ def inputs_of(name: str, image_size: int) -> dict[str, Tensor]:
 
 
 def summary(outputs: tuple[Tensor, ...]) -> dict[str, Any]:
-    """The outputs as they are kept: of masks and logits the shape and some 40 values spread over them."""
+    """Return the stored form of the outputs: of masks and logits the shape and some 40 values spread over them."""
     names = OUTPUTS if len(outputs) == len(OUTPUTS) else ("masks", "scores", "low_res_logits")
     kept: dict[str, Any] = {}
     for name, values in zip(names, outputs, strict=True):

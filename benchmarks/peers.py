@@ -28,15 +28,17 @@ from sam import Sam
 
 
 class Peer(Protocol):
-    """What is asked of another implementation; all run without gradients."""
+    """The interface to another implementation; all run without gradients."""
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels [B, 3, size, size] -> features [B, 256, grid, grid]."""
+        """Encode normalised pixels [B, 3, size, size] to features [B, 256, grid, grid]."""
         ...
 
     def decode(self, features: Tensor, coords: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """P prompts of K points on one image: features [1, 256, grid, grid], coords [P, K, 2] in pixels of the
-        model's input and labels [P, K] -> three masks each, logits [P, 3, low, low] and predicted IoU [P, 3]."""
+        """Decode P prompts of K points on one image to logits [P, 3, low, low] and predicted IoU [P, 3].
+
+        Features are [1, 256, grid, grid], coords [P, K, 2] in pixels of the model's input, labels [P, K].
+        """
         ...
 
     def predict(
@@ -48,7 +50,7 @@ class Peer(Protocol):
         mask_inputs: Tensor | None = None,
         multimask: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """As ``decode``, and boolean masks of an image of ``size`` that fills the model's input.
+        """Decode as ``decode`` does, to boolean masks of an image of ``size`` that fills the model's input.
 
         With mask inputs [P, 1, low, low], and one mask a prompt, if wanted.
         """
@@ -162,7 +164,7 @@ class Transformers:
         mask_inputs: Tensor | None = None,
         multimask: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """The masks as its image processor makes them."""
+        """Predict the masks as its image processor makes them."""
         low_res, iou = self.decode(features, coords, labels, mask_inputs, multimask)
         square = (self.model.config.vision_config.image_size,) * 2
         enlarged = F.interpolate(low_res, square, mode="bilinear", align_corners=False)
@@ -197,12 +199,12 @@ def choose_peers(text: str, compiled: bool = True) -> None:
 
 
 def chosen_peers(model: Sam) -> dict[str, Peer]:
-    """The peers of this run by name, with the weights, device and dtype of ``model``."""
+    """Return the peers of this run by name, with the weights, device and dtype of ``model``."""
     return {name: PEERS[name](model, path) for name, path in _chosen.items()}
 
 
 def import_segment_anything(path: str) -> Any:
-    """The official package as it stands in the folder ``path``; "" takes the installed one."""
+    """Import the official package as it stands in the folder ``path``; "" takes the installed one."""
     return _import_from(path, "segment_anything")
 
 
@@ -217,7 +219,7 @@ def _import_from(path: str, package: str) -> Any:
 
 
 def official_copy(package: Any, model: Sam) -> nn.Module:
-    """The official ``Sam`` with the weights of ours, any size."""
+    """Return the official ``Sam`` with the weights of ours, any size."""
     config = model.config
     if config is None:
         raise ValueError("the model has no config")
@@ -260,7 +262,7 @@ def official_copy(package: Any, model: Sam) -> nn.Module:
 
 
 def _stand_in_for_torchvision() -> None:
-    """The four functions of torchvision that the official package uses, for machines where it does not import."""
+    """Provide the four functions of torchvision that the official package uses, where it does not import."""
 
     def box_area(boxes: Tensor) -> Tensor:
         return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])

@@ -12,14 +12,14 @@ _COLORS = {True: "#2a7f62", False: "#9aa5b1"}
 
 
 def run(results: Sequence[Path], out: Path) -> int:
-    """The command: ``results`` as written by ``--json``, drawn to the PNG ``out``."""
+    """Run the command: draw ``results`` as written by ``--json`` to the PNG ``out``."""
     draw([row for path in results for row in read_rows(path)], out)
     print(out)
     return 0
 
 
 def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """Bars of every case that has peers, from the slowest form to the fastest.
+    """Draw bars of every case that has peers, from the slowest form to the fastest.
 
     Raises:
         ValueError: no case has a peer.

@@ -1,4 +1,4 @@
-"""Predicted times of kernels on GPUs that are not here: what their machine code and their bytes take at the least.
+"""Predicted times of kernels on absent GPUs: the least that their machine code and their bytes take.
 
 The instruction floor is the warp instructions of the SASS, loops by their trip counts, at one a cycle on each of a
 multiprocessor's four schedulers; the byte floor is each input read once and each output written once at the memory's
@@ -43,7 +43,7 @@ _ROUNDS = 3  # links of a chain of boxes that suppress each other, in one word
 
 @dataclass(frozen=True)
 class GPU:
-    """From a maker's data sheet: multiprocessors, clock in Hz, bytes a second, 16-bit products in FLOP a second."""
+    """Data sheet of a GPU: multiprocessors, clock in Hz, bytes per second, 16-bit products in FLOP per second."""
 
     name: str
     arch: int
@@ -61,7 +61,7 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Step:
-    """One launch with what its machine code does not say: how often loops go round, and the least work."""
+    """One launch with what its machine code does not say: how often loops run, and the least work."""
 
     name: str
     operation: str
@@ -92,7 +92,7 @@ class Row:
 
 
 def steps(arch: int) -> Iterator[Step]:
-    """Every launch that is predicted, in bf16, with the committed tiles of an architecture."""
+    """Return every launch that is predicted, in bf16, with the committed tiles of an architecture."""
     for variant in ("vit_b", "vit_h"):
         for window in (rel_pos_attention.WINDOW, 0):
             yield _rel_pos(variant, window, arch)
@@ -191,7 +191,7 @@ def _mask_postprocess(arch: int) -> Iterator[Step]:
 
 
 def tile_shares(block_w: int, offset: float, masks: int = 128) -> dict[str, float]:
-    """The shares of the tiles of 32 x ``block_w`` pixels of discs, as the benchmark has them, by what decides them.
+    """Return the shares of the tiles of 32 x ``block_w`` pixels of the benchmark's discs, by what decides them.
 
     A tile is "outside" where all its logits are at most -``offset``, "inside" where all are above ``offset``, and else
     "undecided".
@@ -263,7 +263,7 @@ def predicted(gpu: GPU, step: Step) -> Row:
 def floors(
     gpu: GPU, instructions: float, programs: int, warps: int, programs_an_sm: int, work: Work
 ) -> tuple[float, float, float, float]:
-    """Microseconds under which a launch cannot be, by instructions, products and bytes, and what is expected.
+    """Return the least microseconds of a launch, by instructions, products and bytes, and what is expected.
 
     Args:
         instructions: of a warp.
@@ -279,7 +279,7 @@ def floors(
 
 
 def linears(gpu: GPU, variant: str) -> float:
-    """Microseconds of an encoder's projections, MLPs and convolutions for one image."""
+    """Return the microseconds of an encoder's projections, MLPs and convolutions for one image."""
     with torch.device("meta"):
         model = sam.build_from_config(sam.VARIANTS[variant])
     all_of_it, size = encoder_work(model, 1, 2), rel_pos_attention.SIZES[variant]
@@ -289,7 +289,7 @@ def linears(gpu: GPU, variant: str) -> float:
 
 
 def sums(gpu: GPU, rows: list[Row]) -> dict[str, float]:
-    """Expected microseconds of whole requests."""
+    """Return the expected microseconds of whole requests."""
     expected = {row.name: row.expected for row in rows if row.gpu == gpu.name}
 
     def encoder(variant: str) -> float:
@@ -324,7 +324,7 @@ def _depth(variant: str) -> int:
 def to_markdown(
     rows: list[Row], totals: dict[str, dict[str, float]], facts: dict[str, Any], before: dict[str, Any] | None
 ) -> str:
-    """The tables; with ``before``, the document of another revision, its predictions beside them."""
+    """Format the tables; with ``before``, the document of another revision, its predictions beside them."""
     shares = tile_shares(32, 1.0)
     earlier = {(row["gpu"], row["name"]): row for row in before["rows"]} if before else {}
     lines = [
@@ -375,7 +375,7 @@ def to_markdown(
 
 
 def run(workers: int, write: bool, before: Path | None) -> int:
-    """The command: print the page, and write it with its rows if asked."""
+    """Run the command: print the page, and write it with its rows if asked."""
     work = [(gpu, step) for gpu in GPUS for step in steps(gpu.arch)]
     rows = map_in_forks(lambda pair: predicted(*pair), work, workers, "compile")
     totals = {gpu.name: sums(gpu, rows) for gpu in GPUS}

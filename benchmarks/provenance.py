@@ -1,4 +1,4 @@
-"""Where a figure comes from: the machine, the versions, the revision."""
+"""The provenance of a figure: the machine, the versions, the revision."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CPU_RESULTS = (
 
 @cache
 def provenance() -> dict[str, Any]:
-    """The facts that every row carries."""
+    """Return the facts that every row carries."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "revision": _revision(),
@@ -45,7 +45,7 @@ def provenance() -> dict[str, Any]:
 
 
 def describe(facts: dict[str, Any]) -> str:
-    """One line for the head of a table."""
+    """Format one line for the head of a table."""
     machine = facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores"
     return (
         f"{machine}; torch {facts['torch']}, triton {facts['triton']}, Python {facts['python']}; "
@@ -54,12 +54,12 @@ def describe(facts: dict[str, Any]) -> str:
 
 
 def read_rows(results: Path) -> list[dict[str, Any]]:
-    """The rows of a results file; a case that failed has none."""
+    """Read the rows of a results file; a case that failed has none."""
     return [row for row in json.loads(results.read_text()) if "failure" not in row]
 
 
 def title(row: dict[str, Any]) -> str:
-    """What a row of results is of, but for its form."""
+    """Return the title of a row of results, without its form."""
     facts = row["provenance"]
     cores = "" if facts["gpu"] else f", {facts['cores']} cores"
     return f"{row['case']}, {row['dtype']}{cores}"
@@ -74,7 +74,7 @@ _FORMS = {
 
 
 def form_name(form: str) -> str:
-    """A form as pages and pictures call it: "torch, compiled" is "ours, PyTorch forms, compiled"."""
+    """Return the name of a form in pages and pictures: "torch, compiled" is "ours, PyTorch forms, compiled"."""
     kind, *how = form.split(", ", 1)
     return ", ".join([_FORMS.get(kind, kind), *how])
 
@@ -87,7 +87,7 @@ def _version(package: str) -> str | None:
 
 
 def _revision() -> str:
-    """The commit, marked when the measured code differs from it; results and pages about them do not count."""
+    """Return the commit, marked when the measured code differs from it; results and pages do not count."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout

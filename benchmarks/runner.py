@@ -64,7 +64,7 @@ class Failure:
 
 
 def run_case(case: Case, device: torch.device, dtype: torch.dtype, seconds: float, compiled: bool) -> list[Row]:
-    """Every form of a case, checked and timed in one go."""
+    """Check and time every form of a case in one go."""
     problem = case.make(device, dtype)
     forms = {name: form for name, form in problem.forms.items() if compiled or "compiled" not in name}
     if compiled and problem.compile:
@@ -95,13 +95,13 @@ def run_case(case: Case, device: torch.device, dtype: torch.dtype, seconds: floa
 
 
 def form_errors(problem: Problem, forms: dict[str, Callable[[], Result]]) -> dict[str, float]:
-    """Relative L2 error of each form on the problem's rows; infinite when something is not finite."""
+    """Return the relative L2 error of each form on the problem's rows; infinite when something is not finite."""
     truth = parts(problem.truth())
     return {name: worst_error(rows_of(form(), problem.rows), truth) for name, form in forms.items()}
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As rows and tile files have it."""
+    """Return the name of a dtype in rows and tile files."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -113,7 +113,7 @@ def _compile(problem: Problem) -> Callable[[], Result]:
 
 
 def to_table(rows: list[Row], markdown: bool = False) -> str:
-    """The rows as text."""
+    """Format the rows as text."""
     head = ["case", "form", "dtype", "ms p20", "p50", "p80", "% of limit", "peak MB", "error", "speed-up"]
     body = [
         [
@@ -148,7 +148,7 @@ def run(
     compiled: bool,
     json_file: Path | None,
 ) -> int:
-    """The command: a table a case, and all rows in a JSON file if asked, as they are made.
+    """Run the command: print one table per case, and write all rows to a JSON file if asked, as they are made.
 
     A case that raises is written down, and the others go on. Exit status 1 for red numerics and for failures, 2 when
     nothing matches.

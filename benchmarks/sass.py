@@ -1,4 +1,4 @@
-"""How many machine instructions a warp goes through in a kernel, from its SASS and what its source says of loops.
+"""The number of machine instructions that a warp runs in a kernel, from its SASS and the loops of its source.
 
 ``nvdisasm`` names the line of the source that each instruction comes from. A backward branch closes a loop, which is
 the ``for`` or ``while`` of the source that most of its instructions stand in; the caller says how often that goes
@@ -23,7 +23,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Line:
-    """Where a line of source stands: its function, the loops around it from the inside, its ifs and returns before it.
+    """The place of a line of source: its function, the loops around it from the inside, ifs and returns before it.
 
     Each by a name: ``function: target`` of a ``for``, ``function: while``, ``function: if test``,
     ``function: return if test``.
@@ -50,7 +50,7 @@ class Loop:
     inner: list[Loop] = field(default_factory=list)
 
     def own(self) -> Iterator[int]:
-        """The places that are in no inner loop."""
+        """Return the places that are in no inner loop."""
         within = {place for loop in self.inner for place in range(loop.start, loop.end + 1)}
         return (place for place in range(self.start, self.end + 1) if place not in within)
 
@@ -59,7 +59,7 @@ class Loop:
 
 
 def executed(cubin: bytes, trips: Mapping[str, float], fractions: Mapping[str, float]) -> float:
-    """Instructions that a warp goes through.
+    """Count the instructions that a warp runs.
 
     Args:
         cubin: one kernel.
@@ -78,7 +78,7 @@ def count(
     trips: Mapping[str, float],
     fractions: Mapping[str, float],
 ) -> float:
-    """See :func:`executed`."""
+    """Count the instructions that a warp runs in parsed SASS; see :func:`executed`."""
     total, share = 0.0, _shares(instructions, labels, fractions)
     for loop, rounds in _with_rounds(find_loops(instructions, labels), trips, 1.0):
         total += rounds * sum(share[place] for place in loop.own())
@@ -94,7 +94,7 @@ def _with_rounds(loop: Loop, trips: Mapping[str, float], rounds: float) -> Itera
 
 
 def _shares(instructions: list[Instruction], labels: Mapping[str, int], fractions: Mapping[str, float]) -> list[float]:
-    """How often each instruction runs for one time around: all of a basic block as most of it, by the source.
+    """Return how often each instruction runs per round; a basic block runs as most of its instructions do.
 
     The compiler moves instructions between blocks, and those of Triton's own functions say nothing.
     """
@@ -114,7 +114,7 @@ def _fraction(line: Line, fractions: Mapping[str, float]) -> float:
 
 
 def find_loops(instructions: list[Instruction], labels: Mapping[str, int]) -> Loop:
-    """The whole kernel as a loop that goes round once, up to its last exit, with its loops inside."""
+    """Return the whole kernel as a loop of one round, up to its last exit, with its loops inside."""
     exits = [place for place, one in enumerate(instructions) if re.match(r"EXIT\b", one.text)]
     whole = Loop(0, exits[-1] if exits else len(instructions) - 1, "kernel")
     ends: dict[int, int] = {}
@@ -134,7 +134,7 @@ def find_loops(instructions: list[Instruction], labels: Mapping[str, int]) -> Lo
 
 
 def _name(loop: Loop, instructions: list[Instruction]) -> None:
-    """By the innermost loop of the source that most of its own instructions are in; those of inner loops are taken."""
+    """Name a loop by the innermost source loop of most of its own instructions; names of inner loops are taken."""
     for inner in loop.inner:
         _name(inner, instructions)
     taken = set().union(*(inner.names() for inner in loop.inner))
@@ -145,7 +145,7 @@ def _name(loop: Loop, instructions: list[Instruction]) -> None:
 
 
 def read(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions of a kernel and the places of its labels."""
+    """Read the instructions of a kernel and the places of its labels."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
@@ -173,7 +173,7 @@ def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
 
 @cache
 def lines_of(path: str) -> dict[int, Line]:
-    """Every line of a function's body in a file of source."""
+    """Return every line of a function's body in a file of source."""
     lines: dict[int, Line] = {}
     for function in ast.walk(ast.parse(Path(path).read_text())):
         if isinstance(function, ast.FunctionDef):

@@ -49,7 +49,7 @@ _PATIENCE = 600
 
 @dataclass(frozen=True)
 class Load:
-    """What one load met with; latencies in milliseconds."""
+    """The result of one load; latencies in milliseconds."""
 
     name: str
     requests: int
@@ -151,7 +151,7 @@ class _Server:
         self._process.wait(_START_SECONDS)
 
     def counted(self, name: str) -> float:
-        """One of the engine's counters."""
+        """Return one of the engine's counters."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics") as answer:
             found = re.search(rf"^sam_engine_{name}_total (\S+)$", answer.read().decode(), re.MULTILINE)
         assert found is not None
@@ -162,7 +162,7 @@ class _Server:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def click(self, image: np.ndarray, prompts: int = 1) -> Callable[[], None]:
-        """A client with a connection of its own, that embedded the image."""
+        """Return a client with a connection of its own, that embedded the image."""
         client = _Client(self.port)
         file = io.BytesIO()
         Image.fromarray(image).save(file, "PNG")
@@ -181,11 +181,11 @@ class _Server:
 
 
 class _RefusedError(RuntimeError):
-    """There was no place in the queue."""
+    """The queue had no place for the request."""
 
 
 class _Client:
-    """A connection that asks what was written beforehand; it reads an answer to its end but does not take it apart."""
+    """A connection that sends what was written beforehand; it reads an answer to its end without parsing it."""
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=_PATIENCE)
@@ -196,7 +196,7 @@ class _Client:
         return head.encode() + body
 
     def ask(self, question: bytes) -> bytes:
-        """The body of the answer; _RefusedError if its status is 503, RuntimeError if it is another than 200."""
+        """Return the body of the answer; _RefusedError if its status is 503, RuntimeError if it is not 200."""
         self._socket.sendall(question)
         answer = b""
         while b"\r\n\r\n" not in answer:
@@ -266,7 +266,7 @@ def _open(name: str, make: Callable[[], Callable[[], Any]], seconds: float, rate
 
 
 def _beside(name: str, huge: Callable[[], Any], make: Callable[[], Callable[[], Any]], seconds: float) -> Load:
-    """One click after another while huge requests are under way all the time."""
+    """Click one after another while huge requests are under way all the time."""
     stop = threading.Event()
 
     def keep_asking() -> None:
@@ -283,7 +283,7 @@ def _beside(name: str, huge: Callable[[], Any], make: Callable[[], Callable[[], 
 
 
 def _refusals(name: str, server: _Server, image: np.ndarray, seconds: float) -> Load:
-    """How long those wait for their refusal who do not fit; they ask again a little later."""
+    """Time the refusals of those who do not fit; they ask again a little later."""
     asks = [server.click(image) for _ in range(12)]
     latencies, failures = [], []
     start = time.perf_counter()
@@ -316,7 +316,7 @@ def _load(name: str, latencies: list[float], failed: int, seconds: float) -> Loa
 
 
 def _image(size: tuple[int, int]) -> np.ndarray:
-    """A disc on a gradient: masks of a usual complexity."""
+    """Draw a disc on a gradient: masks of a usual complexity."""
     height, width = size
     y, x = np.ogrid[:height, :width]
     disc = (x - _CLICK[0]) ** 2 + (y - _CLICK[1]) ** 2 < 90**2

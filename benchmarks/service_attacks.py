@@ -1,4 +1,4 @@
-"""``python -m benchmarks service --attacks``: what others have of the service while two clients attack it.
+"""``python -m benchmarks service --attacks``: the service as others have it while two clients attack it.
 
 An attack is a function that a thread calls over and over: it opens connections of its own and sends what costs the
 service the most for what it costs the sender. Meanwhile ``/v2/health/live`` is asked every 20 ms, and an honest client
@@ -29,7 +29,7 @@ _IDLE_SECONDS = 8.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What others had of the service under one attack; seconds, and MB of resident memory beyond the start's."""
+    """The service to others under one attack; seconds, and MB of resident memory beyond the start's."""
 
     name: str
     attacks: int
@@ -55,7 +55,7 @@ def head(path: str, kind: str, length: int | None, *more: str, method: str = "PO
 
 
 def send(port: int, *pieces: bytes, read: bool = True, connections: int = 1, hold: float = 0.0) -> None:
-    """On each of so many connections the pieces; then wait for an answer, or hold them open without reading."""
+    """Send the pieces on each of so many connections; then wait for an answer, or hold them open without reading."""
     with contextlib.ExitStack() as held:
         for _ in range(connections):
             with contextlib.suppress(OSError):

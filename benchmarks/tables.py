@@ -20,7 +20,7 @@ from .provenance import CPU_RESULTS, RESULTS, ROOT, describe, read_rows, title
 
 
 def status_table() -> str:
-    """Each kernel: where its numerics were interpreted, what it was compiled for, where it ran, what was tuned."""
+    """Format one row per kernel: where it was interpreted, compiled, run and tuned."""
     lines = [
         "| kernel | interpreted | compiled, 16-bit tiles without stack | run on a GPU | tuned |",
         "|---|---|---|---|---|",
@@ -124,7 +124,7 @@ def speed_table(*results: str, cases: str = "") -> str:
 
 
 def _sources(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each machine and day, with the revisions that were measured there."""
+    """Return one line per machine and day, with the revisions that were measured there."""
     revisions: dict[str, dict[str, None]] = {}
     for row in rows:
         facts = row["provenance"]
@@ -133,7 +133,7 @@ def _sources(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _milliseconds(row: dict[str, Any], is_ours: bool) -> str:
-    """No time stands without a result that is right."""
+    """Format a time; none stands without a result that is right."""
     if row["speedup"] is None:
         return "over budget"
     time = f"{row['timing']['p50']:.0f}"
@@ -152,7 +152,7 @@ TABLES = {
 
 
 def fill(page: str, name: str, table: str) -> str:
-    """The page with the table between its marks.
+    """Return the page with the table between its marks.
 
     Raises:
         ValueError: the marks are not there.
@@ -165,7 +165,7 @@ def fill(page: str, name: str, table: str) -> str:
 
 
 def run(write: bool) -> int:
-    """The command: print the tables, or put them into their pages."""
+    """Run the command: print the tables, or put them into their pages."""
     for name, (path, make) in TABLES.items():
         table = make()
         print(f"{path}: {name}\n\n{table}\n")

@@ -1,4 +1,4 @@
-"""What can go wrong with tiles that a loop copies ahead, read off Triton's GPU dialect.
+"""Hazards of tiles that a loop copies ahead, read off Triton's GPU dialect.
 
 Such tiles lie in a ring of buffers. Triton orders the copies and the reads of a loop when it pipelines it, by the uses
 of a buffer that stand in the loop's own block; a product within an ``scf.if`` it does not see. The next tile is then
@@ -28,7 +28,7 @@ class _Step:
 
 
 def overwrites(ttgir: str) -> list[str]:
-    """Each copy over a tile that the same loop has yet to read, as the line of the TTGIR it stands on."""
+    """Return each copy over a tile that the same loop has yet to read, as its line of the TTGIR."""
     lines = ttgir.splitlines()
     steps, rings = _read(lines)
     found: set[int] = set()
@@ -88,7 +88,7 @@ def _reads(step: _Step, ring: str) -> bool:
 
 
 def _read(lines: list[str]) -> tuple[list[_Step], dict[str, int]]:
-    """The operations but for views, with what they take traced to its allocation, and the buffers of each ring."""
+    """Return the operations but for views, their operands traced to allocations, and the buffers of each ring."""
     steps, rings, roots = [], {}, {}
     for line, text in enumerate(lines):
         match = _OPERATION.match(text)
@@ -111,7 +111,7 @@ def _read(lines: list[str]) -> tuple[list[_Step], dict[str, int]]:
 
 
 def _loops(lines: list[str]) -> Iterator[tuple[int, int, int]]:
-    """The lines on which each loop begins and ends, after the one on which the region around it begins."""
+    """Return the first and last line of each loop, after the one on which the region around it begins."""
     regions: list[int] = []
     for line, text in enumerate(lines):
         if text.lstrip().startswith("}"):

@@ -31,7 +31,7 @@ from .tuning_plan import FINALISTS, Planned, compile_all, counting, in_a_line, p
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of a candidate: a time in ms, or why it was left out."""
+    """The outcome of a candidate: a time in ms, or why it was left out."""
 
     tile: TileConfig
     milliseconds: float | None
@@ -54,7 +54,7 @@ def try_all(problem: TuneProblem, device: torch.device, seconds: float) -> list[
 def _time(
     problem: TuneProblem, tiles: list[TileConfig], device: torch.device, seconds: float, runs: int
 ) -> list[Trial]:
-    """The fastest first."""
+    """Time the candidates and return them, the fastest first."""
     if not tiles:
         return []
     forms = {str(place): problem.launch(tile).run for place, tile in enumerate(tiles)}
@@ -64,7 +64,7 @@ def _time(
 
 
 def _check(problem: TuneProblem, tile: TileConfig, truth: Result, budget: float) -> str:
-    """Why a tile must not be used; empty if it may."""
+    """Return why a tile must not be used; empty if it may."""
     (problem.reset or partial(_poison, problem.out))()
     try:
         problem.launch(tile).run()
@@ -133,7 +133,7 @@ def to_json(document: dict[str, Any]) -> str:
 def tune(
     about: Planned, device: torch.device, dtype: torch.dtype, seconds: float, workers: int
 ) -> tuple[list[Trial], int]:
-    """Every trial, the best first; and how many launches had to be compiled that were compiled before."""
+    """Return every trial, the best first, and how many launches had to be compiled a second time."""
     arch = arch_of(device)
     problem = about.make(device, dtype, arch)
     rejected: list[Trial] = []
@@ -149,7 +149,7 @@ def tune(
 
 
 def numbers_of(tile: TileConfig) -> dict[str, int]:
-    """As the tile file has them."""
+    """Return the tile as the tile file has it."""
     return {**tile.blocks, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
@@ -161,7 +161,7 @@ def run(
     workers: int,
     write: bool,
 ) -> int:
-    """The command: every trial, the best first; with ``write`` the file is changed after each shape.
+    """Run the command: every trial, the best first; with ``write`` the file is changed after each shape.
 
     Exit status 1 when a shape has no right tile, or when the command is interrupted before the last.
     """

@@ -1,4 +1,4 @@
-"""The problems that tiles are chosen on: in which order, which candidates, compiled side by side, in what time.
+"""The plan of tuning: in which order, with which candidates, compiled side by side, in what time.
 
 ``dry_run`` goes through all of it but the GPU: it compiles every candidate as a run would, and holds that the process
 that would launch them finds them in Triton's cache.
@@ -46,14 +46,14 @@ class Planned:
     shape: ShapeClass
 
     def make(self, device: torch.device, dtype: torch.dtype, arch: int) -> TuneProblem:
-        """The problem with its candidates, the committed tile first and no launch twice."""
+        """Make the problem with its candidates, the committed tile first and no launch twice."""
         problem = OPERATIONS[self.operation].TUNING[self.shape](device, dtype)
         committed = lookup(self.operation, arch, dtype, self.shape)
         return replace(problem, candidates=distinct(problem, [committed, *problem.candidates]))
 
 
 def planned(operations: list[str] | None) -> list[Planned]:
-    """The problems of the operations asked for, or of all in :data:`ORDER`.
+    """Return the problems of the named operations, or of all in :data:`ORDER`.
 
     Raises:
         ValueError: an operation that has nothing to tune.
@@ -66,7 +66,7 @@ def planned(operations: list[str] | None) -> list[Planned]:
 
 
 def distinct(problem: TuneProblem, tiles: list[TileConfig]) -> list[TileConfig]:
-    """The tiles without those that come to the same launches as an earlier one: a plan may round blocks up or down."""
+    """Drop tiles that come to the same launches as an earlier one: a plan may round blocks up or down."""
     found: dict[str, TileConfig] = {}
     for tile in tiles:
         launches = _launches(problem, tile)
@@ -80,7 +80,7 @@ def _launches(problem: TuneProblem, tile: TileConfig) -> tuple[Launch, ...]:
 
 
 def without_memory(problem: TuneProblem, tile: TileConfig) -> list[Launch]:
-    """The launches of a tile on the meta device, which is all that compiling asks for."""
+    """Return the launches of a tile on the meta device, which is all that compiling needs."""
 
     def moved(launch: Launch) -> Launch:
         meta = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in launch.arguments.items()}
@@ -91,7 +91,7 @@ def without_memory(problem: TuneProblem, tile: TileConfig) -> list[Launch]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What compiling a candidate came to.
+    """The outcome of compiling a candidate.
 
     Attributes:
         complaint: what the compile report would say against it, or how the compiler failed; empty if nothing.
@@ -105,7 +105,7 @@ class Verdict:
 
 
 def compile_all(problem: TuneProblem, about: Planned, arch: int, dtype: torch.dtype, workers: int) -> list[Verdict]:
-    """A verdict for each candidate; those without a complaint are in Triton's cache then."""
+    """Return one verdict per candidate; those without a complaint are in Triton's cache then."""
     cases = [
         [CompileCase(about.operation, about.shape, dtype, arch, launch) for launch in without_memory(problem, tile)]
         for tile in problem.candidates
@@ -134,7 +134,7 @@ def _cpu_seconds() -> float:
 
 @contextmanager
 def counting() -> Iterator[list[bool]]:
-    """For each kernel that Triton makes ready meanwhile, whether its cache on the disk had it."""
+    """Record, for each kernel that Triton makes ready meanwhile, whether its cache on the disk had it."""
     from triton.knobs import compilation
 
     found: list[bool] = []
@@ -152,7 +152,7 @@ def counting() -> Iterator[list[bool]]:
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What a problem came to without a GPU: candidates, the clean ones, compilations and their CPU seconds."""
+    """A problem rehearsed without a GPU: candidates, the clean ones, compilations and their CPU seconds."""
 
     about: Planned
     candidates: int
@@ -162,7 +162,7 @@ class Rehearsed:
     cpu_seconds: float
 
     def seconds(self, workers: int, seconds: float) -> float:
-        """An estimate of the time on a GPU beside ``workers`` cores, with ``seconds`` for the finalists."""
+        """Estimate the time on a GPU beside ``workers`` cores, with ``seconds`` for the finalists."""
         return self.cpu_seconds / workers + _SECONDS_A_PROBLEM + _SECONDS_A_TILE * self.clean + seconds
 
 
@@ -189,7 +189,7 @@ def dry_run(
     gpu_workers: int,
     limit: float,
 ) -> int:
-    """The command: a line a problem in the order of a run, and an estimate of the run.
+    """Run the command: one line per problem in the order of a run, and an estimate of the run.
 
     Triton's cache is an empty folder of its own. Exit status 1 when a candidate had to be compiled twice, or when the
     estimate for ``gpu_workers`` cores is over ``limit`` seconds.

@@ -1,4 +1,4 @@
-"""What can go wrong with the matrix instructions of sm_90 that no other check sees, read off PTX and ``ptxas -v``.
+"""Hazards of sm_90's matrix instructions that no other check sees, read off PTX and ``ptxas -v``.
 
 ``hazards``: a warpgroup that has waited for its own product knows nothing of another's, which may still read the same
 operands in shared memory. So between a ``wgmma.wait_group`` and the next write to shared memory a barrier of all
@@ -48,7 +48,7 @@ class _Step:
 
 @dataclass(frozen=True)
 class _State:
-    """Where a warpgroup stands with its own products.
+    """The state of a warpgroup's own products.
 
     Attributes:
         open: products issued since the last group was committed.
@@ -74,7 +74,7 @@ class _State:
 
 
 def hazards(ptx: str) -> list[str]:
-    """Each write to shared memory that another warpgroup may not be ready for, as the line of the PTX it stands on."""
+    """Return each write to shared memory that another warpgroup may not be ready for, as its line of the PTX."""
     given = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", ptx)
     threads = int(given[1]) if given is not None else 1024
     if threads <= _WARPGROUP:
@@ -112,7 +112,7 @@ def _is_of_all(barrier: _Step, threads: int) -> bool:
 
 
 def _blocks(ptx: str) -> tuple[list[list[_Step]], dict[str, int]]:
-    """The instructions without a label between them, in their order, and the place of each such block by its label."""
+    """Return the runs of instructions without a label between them, and the place of each by its label."""
     blocks: list[list[_Step]] = [[]]
     names = {}
     for step in _steps(ptx):
@@ -125,7 +125,7 @@ def _blocks(ptx: str) -> tuple[list[list[_Step]], dict[str, int]]:
 
 
 def _steps(ptx: str) -> Iterator[_Step]:
-    """Labels and the instructions that matter; a line may hold several, between braces."""
+    """Parse labels and the instructions that matter; a line may hold several, between braces."""
     for number, line in enumerate(ptx.splitlines()):
         for statement in line.partition("//")[0].split(";"):
             text = statement.strip(" \t{}")
@@ -142,7 +142,7 @@ def _steps(ptx: str) -> Iterator[_Step]:
 
 
 def serialised(ptx: str, arch: int, fuse_multiply_add: bool) -> list[str]:
-    """What ptxas remarks of products that it makes wait for each other; empty without any ``wgmma``."""
+    """Return what ptxas remarks of products that wait for each other; empty without any ``wgmma``."""
     if "wgmma.mma_async" not in ptx:
         return []
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
@@ -157,6 +157,6 @@ def serialised(ptx: str, arch: int, fuse_multiply_add: bool) -> list[str]:
 
 
 def remarks(log: str) -> list[str]:
-    """The remarks of serialised products in the output of ``ptxas -v``, each once."""
+    """Return the remarks of serialised products in the output of ``ptxas -v``, each once."""
     said = r"\((C75\d\d)\).*?(wgmma\S* instructions are serialized.*?)(?: in (?:the )?function .*)?$"
     return list(dict.fromkeys(f"{code}: {text}" for code, text in re.findall(said, log, re.M)))

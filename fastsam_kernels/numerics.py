@@ -1,4 +1,4 @@
-"""How far a result may be from the truth: one rule for tests, benchmarks, tuning and ``sam.verify``."""
+"""Error budgets: one rule for tests, benchmarks, tuning and ``sam.verify``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Budget:
 
     @property
     def limit(self) -> float:
-        """The largest error that is allowed."""
+        """Return the largest error that is allowed."""
         return 2 * self.baseline + self.scale * max(torch.finfo(self.dtype).eps, torch.finfo(torch.float32).eps)
 
 

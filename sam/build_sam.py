@@ -31,7 +31,7 @@ def load_model(
     compile: bool = False,
     cuda_graphs: bool = False,
 ) -> Sam:
-    """A model ready for prediction.
+    """Return a model ready for prediction.
 
     Args:
         checkpoint: a file or folder in any known layout; None takes the embedded model ``nano``.
@@ -112,22 +112,22 @@ def _build_sam(
 
 
 def build_sam_vit_h(checkpoint: str | os.PathLike[str] | None = None) -> Sam:
-    """ViT-H on the CPU in fp32, from a checkpoint or freshly initialised."""
+    """Build ViT-H on the CPU in fp32, from a checkpoint or freshly initialised."""
     return _build("vit_h", checkpoint)
 
 
 def build_sam_vit_l(checkpoint: str | os.PathLike[str] | None = None) -> Sam:
-    """ViT-L on the CPU in fp32, from a checkpoint or freshly initialised."""
+    """Build ViT-L on the CPU in fp32, from a checkpoint or freshly initialised."""
     return _build("vit_l", checkpoint)
 
 
 def build_sam_vit_b(checkpoint: str | os.PathLike[str] | None = None) -> Sam:
-    """ViT-B on the CPU in fp32, from a checkpoint or freshly initialised."""
+    """Build ViT-B on the CPU in fp32, from a checkpoint or freshly initialised."""
     return _build("vit_b", checkpoint)
 
 
 def build_sam_nano(checkpoint: str | os.PathLike[str] | None = None) -> Sam:
-    """The small model on the CPU in fp32; without a checkpoint the weights embedded in this package."""
+    """Build the small model on the CPU in fp32; without a checkpoint it has the weights embedded in this package."""
     return load_model(checkpoint, "nano", device="cpu")
 
 

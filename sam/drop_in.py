@@ -130,7 +130,7 @@ class Served:
         sys.modules.update(served)
 
     def _is_left_alone(self) -> bool:
-        """Whether sys.path has a package of the official name that nobody installed."""
+        """Return whether sys.path has a package of the official name that nobody installed."""
         spec = PathFinder.find_spec(self._official)
         if spec is None or spec.origin is None:
             return False
@@ -186,7 +186,7 @@ class _Beside:
 
 
 def _sam_of_the_program() -> ModuleSpec | None:
-    """The module or package ``sam`` that sys.path has beside ours; a folder without Python code is none."""
+    """Find the module or package ``sam`` that sys.path has beside ours; a folder without Python code is none."""
     entries = [entry for entry in sys.path if os.path.realpath(os.path.join(entry, _NAME)) != _ROOT]
     spec = PathFinder.find_spec(_NAME, entries)
     if spec is None or spec.origin is not None:
@@ -199,7 +199,7 @@ def _sam_of_the_program() -> ModuleSpec | None:
 
 
 def _our_name() -> str:
-    """The name by which this package is imported in a program."""
+    """Return the name by which this package is imported in a program."""
     if _NAME in sys.modules:
         return _NAME if _is_ours(sys.modules[_NAME]) else _BESIDE
     return _NAME if _sam_of_the_program() is None else _BESIDE

@@ -1,4 +1,4 @@
-"""Parts of the model against the official way, a module each, with its ``CASES``."""
+"""Parts of the model against the official way, one module each, with its ``CASES``."""
 
 from . import automatic_masks, click, cold_start, decoder, encoder, stream
 

@@ -35,14 +35,14 @@ SIDE = 256  # of the logits
 
 
 def logits_of(masks: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Logits [masks / 3, 3, 256, 256], one in ten of them stable, and predicted IoU [masks / 3, 3]."""
+    """Return logits [masks / 3, 3, 256, 256], one in ten of them stable, and predicted IoU [masks / 3, 3]."""
     steepness = torch.where(torch.arange(masks) % 10 == 0, 150.0, 20.0)
     iou = torch.linspace(0.99, 0.9, masks, device=device)
     return discs(masks, SIDE, device, torch.float32, steepness).unflatten(0, (-1, 3)), iou.unflatten(0, (-1, 3))
 
 
 class Tail:
-    """One image whose masks are known already."""
+    """The work after the decoder on one image whose masks are known already."""
 
     def __init__(self, masks: int, size: tuple[int, int], device: torch.device) -> None:
         # A small encoder: it is never run.
@@ -97,7 +97,7 @@ class Tail:
         return lambda: generator.generate(self.image)
 
     def recipe(self, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
-        """The official steps written out, in the official order."""
+        """Run the official steps written out, in the official order."""
         size, input_size = self.image.shape[:2], ImageGeometry.longest_side(*self.image.shape[:2], 4 * SIDE).input_size
         data = amg.MaskData()
         for low_res, iou in zip(self.low_res.split(_POINTS_AT_ONCE), self.iou.split(_POINTS_AT_ONCE), strict=True):
@@ -124,7 +124,7 @@ class Tail:
 
 
 def drain(steps: Generator[int, None, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Go through to the end; the records."""
+    """Run the steps to the end and return the records."""
     while True:
         try:
             next(steps)
@@ -133,7 +133,7 @@ def drain(steps: Generator[int, None, list[dict[str, Any]]]) -> list[dict[str, A
 
 
 def numbers(records: list[dict[str, Any]]) -> Tensor:
-    """Area, box and stability of each record, to compare."""
+    """Return area, box and stability of each record, to compare."""
     rows = [[record["area"] ** 0.5, *record["bbox"], record["stability_score"]] for record in records]
     return torch.tensor(rows, dtype=torch.float64)
 

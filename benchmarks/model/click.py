@@ -1,4 +1,4 @@
-"""What a user waits for once an image is embedded: prompts in, masks of 1024 x 1024 pixels out."""
+"""The wait of a user once an image is embedded: prompts in, masks of 1024 x 1024 pixels out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CLICKS = 10
 
 
 class Predict(Protocol):
-    """See :meth:`benchmarks.peers.Peer.predict`."""
+    """The type of :meth:`benchmarks.peers.Peer.predict`."""
 
     def __call__(
         self,
@@ -45,7 +45,7 @@ def _model(device: torch.device, dtype: torch.dtype) -> sam.Sam:
 
 
 def _by_modules(model: sam.Sam, full_size: bool = True) -> Predict:
-    """The official way, in this package's modules."""
+    """Predict the official way, in this package's modules."""
 
     def predict(
         features: Tensor,
@@ -67,14 +67,14 @@ def _by_modules(model: sam.Sam, full_size: bool = True) -> Predict:
 
 
 def _made_ready(model: sam.Sam) -> sam.Sam:
-    """The same weights, with the decoder as CUDA graphs or, on a CPU, compiled."""
+    """Copy the model with the decoder as CUDA graphs or, on a CPU, compiled."""
     other = copy.deepcopy(model)
     other.runtime = Runtime(other, compile_encoder=False)
     return other
 
 
 def _prompts(count: int) -> Callable[[torch.device, torch.dtype], Problem]:
-    """One point each, three masks each, with the decoder of ViT-B; the rows are held by their low-resolution logits."""
+    """Measure one point and three masks per prompt, with the decoder of ViT-B; rows are held by their logits."""
 
     def make(device: torch.device, dtype: torch.dtype) -> Problem:
         model = _model(device, dtype)
@@ -120,7 +120,7 @@ def _prompts(count: int) -> Callable[[torch.device, torch.dtype], Problem]:
 
 
 def _session(device: torch.device, dtype: torch.dtype) -> Problem:
-    """Clicks on one object, each corrected by the next, whose mask input is the last answer; held by its logits."""
+    """Measure clicks on one object, each with the last answer as mask input; held by its logits."""
     model = _model(device, dtype)
     features = draw((1, 256, 64, 64), device, dtype, 1)
     places = 1024 * torch.rand(_CLICKS, 2, generator=torch.Generator().manual_seed(2))

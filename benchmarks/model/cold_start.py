@@ -1,4 +1,4 @@
-"""From the start of a process to its end, with one image embedded and one click answered by the embedded model."""
+"""A whole process, from start to end: one image embedded and one click answered by the embedded model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
 def _first_mask(device: torch.device, dtype: torch.dtype) -> Problem:
-    """With nothing compiled before, in empty folders, and with what an earlier process left there."""
+    """Measure with nothing compiled, in empty folders, and with what an earlier process left there."""
     folder = tempfile.TemporaryDirectory(prefix="first-mask-")
     name = next(name for name, known in DTYPES.items() if known is dtype)
 

@@ -29,7 +29,7 @@ def _decoder(device: torch.device, dtype: torch.dtype) -> PackedDecoder:
 
 
 def _mask_head(device: torch.device, dtype: torch.dtype) -> Problem:
-    """The official ``output_upscaling`` and hypernetworks, which make four masks, against ours, which makes three."""
+    """Compare the official ``output_upscaling`` and hypernetworks, four masks, with ours, which make three."""
     prompts, grid = 64, (64, 64)
     decoder = _decoder(device, dtype)
     keys, tokens = draw((prompts, 4096, 256), device, dtype, 1), draw((prompts, 4, 256), device, dtype, 2)
@@ -59,7 +59,7 @@ def _mask_head(device: torch.device, dtype: torch.dtype) -> Problem:
 
 
 def _clicks(prompts: int, selected: slice = slice(None)) -> Callable[[torch.device, torch.dtype], Problem]:
-    """One-point prompts on one image to three low-resolution masks each; of the prompts in ``selected`` only."""
+    """Measure one-point prompts on one image to three low-resolution masks; only of prompts in ``selected``."""
 
     def make(device: torch.device, dtype: torch.dtype) -> Problem:
         torch.manual_seed(0)
@@ -97,7 +97,7 @@ def _clicks(prompts: int, selected: slice = slice(None)) -> Callable[[torch.devi
 
 
 def _decode(model: sam.Sam, features: Tensor, coords: Tensor, labels: Tensor, selected: slice, kernels: str) -> Tensor:
-    """As the model decodes, a chunk of prompts at a time, with the image's side made anew."""
+    """Decode as the model does, one chunk of prompts at a time, with the image's projections made anew."""
     encoder, packed = model.prompt_encoder, pack_decoder(model.mask_decoder)
     image_pe, mask_slice = encoder.get_dense_pe(), MaskDecoder.mask_slice(True)
     projections = fused_decoder.project_images(packed, features, image_pe, encoder.no_mask_embed.weight)

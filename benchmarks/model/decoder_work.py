@@ -1,4 +1,4 @@
-"""What the decoder has to move and to multiply, pass by pass, counted from the shapes."""
+"""The decoder's memory traffic and arithmetic, pass by pass, counted from the shapes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ELSEWHERE = ("token_to_image.v_proj", "layers.0.cross_attn_token_to_image.k_pro
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over memory, for all prompts together; bytes and operations (two a multiplication and addition)."""
+    """One pass over memory, for all prompts together; bytes and operations (two per multiply-add)."""
 
     name: str
     read: float
@@ -29,7 +29,7 @@ class Pass:
 
 
 def passes(prompts: int) -> list[Pass]:
-    """The Triton forms on one-point prompts on one image, in a 16-bit dtype, of a SAM of any encoder.
+    """Return the passes of the Triton forms on one-point prompts on one image, in 16 bits, for any encoder.
 
     A buffer that one launch writes and another reads counts twice; what a program reads again shortly after it read
     or wrote it does not.
@@ -70,7 +70,7 @@ def _splits(prompts: int) -> int:
 
 
 def _token_side(prompts: int) -> tuple[float, float, float]:
-    """Bytes read and written, and operations, of every linear on tokens; those of the image are folded into them."""
+    """Count bytes and operations of every linear on tokens, those of the image absorbed into them."""
     with torch.device("meta"):
         decoder = sam.build_from_config(sam.VARIANTS["vit_b"]).mask_decoder
     read = written = flops = 0.0
@@ -89,12 +89,12 @@ def _token_side(prompts: int) -> tuple[float, float, float]:
 
 
 def totals(of: list[Pass]) -> tuple[float, float]:
-    """Bytes and operations."""
+    """Return the sum of bytes and of operations."""
     return sum(step.read + step.written for step in of), sum(step.flops for step in of)
 
 
 def work_table(prompts: int = 1024) -> str:
-    """As the page shows it."""
+    """Format the table as the page shows it."""
     counted = passes(prompts)
     moved, flops = totals(counted)
     rows = [

@@ -20,7 +20,7 @@ from ..peers import chosen_peers
 
 
 def random_model(device: torch.device, variant: str = "vit_b") -> Sam:
-    """A model whose position tables are not the zeros that they start from."""
+    """Build a model whose position tables are not the zeros that they start from."""
     torch.manual_seed(0)
     model = sam.build_from_config(sam.VARIANTS[variant]).requires_grad_(False)
     for name, parameter in model.image_encoder.named_parameters():
@@ -30,7 +30,7 @@ def random_model(device: torch.device, variant: str = "vit_b") -> Sam:
 
 
 def encoder_work(model: Sam, batch: int, element_size: int) -> Work:
-    """All products of the projections and the MLPs, the attention's, and of the convolutions."""
+    """Count all products of the projections, the MLPs, the attention and the convolutions."""
     encoder, size = model.image_encoder, rel_pos_attention.SIZES[model.name]
     tokens = batch * 64 * 64
     linears = [layer for layer in encoder.modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
@@ -70,7 +70,7 @@ def _case(batch: int, variant: str = "vit_b") -> Callable[[torch.device, torch.d
 
 
 def _bf16_against_fp32(device: torch.device, dtype: torch.dtype) -> Problem:
-    """What is gained by ``dtype=torch.bfloat16``: the official modules in fp32 against ours in bf16.
+    """Measure the gain of ``dtype=torch.bfloat16``: the official modules in fp32 against ours in bf16.
 
     The dtype of the case is that of the fast forms, so their error is held against a budget of bf16: that of the
     reference in the same dtype, which the case measures too.

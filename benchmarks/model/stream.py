@@ -24,7 +24,7 @@ _CLICK = (700.0, 600.0)
 
 
 def _case(variant: str, count: int) -> Callable[[torch.device, torch.dtype], Problem]:
-    """Three masks an image on the host; the first is held by its low-resolution logits."""
+    """Measure three masks per image on the host; the first is held by its low-resolution logits."""
 
     def make(device: torch.device, dtype: torch.dtype) -> Problem:
         model = random_model(device, variant).to(dtype)

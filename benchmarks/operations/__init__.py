@@ -1,4 +1,4 @@
-"""The operations of ``fastsam_kernels``, a module each, with the same three names:
+"""The operations of ``fastsam_kernels``, one module each, with the same three names:
 
 - ``CASES``: what ``python -m benchmarks kernels`` measures;
 - ``LAUNCHES``: for each shape class of its tiles, the launches at real sizes that the compile report compiles;

@@ -17,7 +17,7 @@ from .mask_postprocess import discs
 
 
 def _masks(count: int, side: int, device: torch.device) -> Tensor:
-    """Discs with a speckled border: one large component and many small ones."""
+    """Draw discs with a speckled border: one large component and many small ones."""
     smooth = discs(count, side, device, torch.float32, 20.0)
     noise = draw((count, side, side), device, torch.float32, 1, 2.0)
     return smooth + noise > 0

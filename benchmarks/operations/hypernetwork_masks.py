@@ -28,7 +28,7 @@ def _weights(device: torch.device, dtype: torch.dtype) -> UpscalingWeights:
 
 
 def meta_weights(dtype: torch.dtype) -> UpscalingWeights:
-    """The weights of SAM without memory."""
+    """Return the weights of SAM without memory."""
     shapes = ((256, 256), (256,), (64,), (64,), (64, 128), (128,))
     return UpscalingWeights(*(meta(*shape, dtype=dtype) for shape in shapes))
 
@@ -39,7 +39,7 @@ def _truth(keys: Tensor, weights: UpscalingWeights, hyper: Tensor, grid: tuple[i
 
 
 def work(prompts: int, masks: int, element_size: int) -> Work:
-    """The least for ``prompts`` on a 64 x 64 grid: keys read and fp32 logits written once, all products, both GELUs."""
+    """Count the least work on a 64 x 64 grid: keys read and fp32 logits written once, all products, both GELUs."""
     tokens = 4096 * prompts
     return Work(
         bytes=tokens * 256 * element_size + prompts * masks * 65536 * 4,

@@ -40,7 +40,7 @@ def rows_of(of_all: list[Tensor], rows: list[int], dtype: torch.dtype) -> list[T
 
 
 def operands(of_all: list[Tensor]) -> tuple[ImageTokens, AbsorbedTokens, LayerNormWeights]:
-    """The values that the operation takes."""
+    """Return the operands of the operation."""
     tokens, pe, *absorbed, norm_weight, norm_bias = of_all
     return ImageTokens(tokens, pe), AbsorbedTokens(*absorbed), LayerNormWeights(norm_weight, norm_bias, EPS)
 
@@ -50,7 +50,7 @@ def _attend(of_all: list[Tensor], kernels: str = "reference") -> Tensor:
 
 
 def work(prompts: int, tokens: int, element_size: int) -> Work:
-    """Image tokens read and written once, two products over them, one exponential a score."""
+    """Count image tokens read and written once, two products over them, one exponential per score."""
     rows = HEADS * tokens
     return Work(
         bytes=prompts * element_size * (2 * 4096 * CHANNELS + 2 * rows * CHANNELS),

@@ -1,4 +1,4 @@
-"""Statistics and bits of masks from low-resolution logits, at the sizes of SAM: 256 x 256 logits a mask."""
+"""Statistics and bits of masks from low-resolution logits, at the sizes of SAM: 256 x 256 logits per mask."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PHOTOGRAPH = Resizing(1024, (683, 1024), (1500, 2250))
 
 
 def discs(masks: int, side: int, device: torch.device, dtype: torch.dtype, steepness: Tensor | float = 100.0) -> Tensor:
-    """Logits [masks, side, side] of uneven discs, of a radius from 1/40 to 1/4 of a side.
+    """Return logits [masks, side, side] of uneven discs, of a radius from 1/40 to 1/4 of a side.
 
     ``steepness`` is how far the logits fall over a radius, for all masks or [masks]: those of 100 are stable, those
     of 20 are not.
@@ -92,7 +92,7 @@ LAUNCHES = {AnyShape.ANY: _launches}
 
 
 def _tuning(device: torch.device, dtype: torch.dtype) -> TuneProblem:
-    """On the statistics: they are taken of every mask, bits are made of the few that stay."""
+    """Tune on the statistics: they are taken of every mask, bits are made of the few that stay."""
     from fastsam_kernels.mask_postprocess.triton.kernel import no_pixels, plan
 
     # The interpreter only shows that it works.

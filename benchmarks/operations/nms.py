@@ -18,7 +18,7 @@ THRESHOLD = 0.7
 
 
 def _boxes(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Objects that are found about ten times each, and scores."""
+    """Draw objects that are found about ten times each, and scores."""
     generator = torch.Generator().manual_seed(0)
     corner, size = (
         torch.rand(count // 10 + 1, 2, generator=generator),
@@ -34,7 +34,7 @@ def _case(count: int) -> Callable[[torch.device, torch.dtype], Problem]:
         boxes, scores = _boxes(count, device)
 
         def keep_flags(kernels: str) -> Tensor:
-            """1 for each box that stays, [N]."""
+            """Return 1 for each box that stays, [N]."""
             return torch.zeros(count, device=device).index_fill(0, nms(boxes, scores, THRESHOLD, kernels=kernels), 1.0)
 
         def form(kernels: str) -> Form:

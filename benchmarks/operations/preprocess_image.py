@@ -21,7 +21,7 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 def _photograph(height: int, width: int, device: torch.device) -> Tensor:
-    """Noise on a slope, [H, W, 3] uint8."""
+    """Draw noise on a slope, [H, W, 3] uint8."""
     noise = torch.randint(0, 128, (height, width, 3), generator=torch.Generator().manual_seed(0))
     return (noise + torch.linspace(0, 127, width)[:, None]).to(device, torch.uint8)
 

@@ -23,7 +23,7 @@ WINDOW = 14
 
 
 class Size(NamedTuple):
-    """Heads and their channels of a variant of the encoder, and the side of its grid."""
+    """Heads and their channels in a variant of the encoder, and the side of its grid."""
 
     heads: int
     head_dim: int
@@ -62,7 +62,7 @@ def _truth(inputs: Inputs, rows: list[int]) -> Tensor:
 
 
 def work(size: Size, batch: int, window_size: int, element_size: int) -> Work:
-    """q, k and v read and the result written once; both products over all keys, and the two with the tables."""
+    """Count q, k and v read and the result written once; both products over all keys, and the two with the tables."""
     tokens, side = batch * size.grid**2, window_size or size.grid
     channels = size.heads * size.head_dim
     return Work(
@@ -76,7 +76,7 @@ def work(size: Size, batch: int, window_size: int, element_size: int) -> Work:
 
 
 def _windows(inputs: Inputs) -> Tensor:
-    """Padded and cut: [3, B * windows, heads, side, side, d]."""
+    """Pad and cut into windows: [3, B * windows, heads, side, side, d]."""
     batch, height, width, channels = inputs.qkv.shape
     side = inputs.window_size or height
     rows, columns = -(-height // side), -(-width // side)
@@ -87,7 +87,7 @@ def _windows(inputs: Inputs) -> Tensor:
 
 
 def _together(attended: Tensor, inputs: Inputs) -> Tensor:
-    """[B * windows, heads, side * side, d] -> [B, H, W, C]"""
+    """Join windows [B * windows, heads, side * side, d] to [B, H, W, C]."""
     batch, height, width, _ = inputs.qkv.shape
     side = inputs.window_size or height
     rows, columns = -(-height // side), -(-width // side)
@@ -96,13 +96,13 @@ def _together(attended: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _bias_rows(q: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """[windows, heads, side, side, d] -> rel_h and rel_w [windows, heads, side, side, side]"""
+    """Compute rel_h and rel_w [windows, heads, side, side, side] of q [windows, heads, side, side, d]."""
     rel_h = torch.einsum("bnhwc,hkc->bnhwk", q, gather_rel_pos(inputs.rel_pos_h))
     return rel_h, torch.einsum("bnhwc,wkc->bnhwk", q, gather_rel_pos(inputs.rel_pos_w))
 
 
 def _sdpa_with_bias(inputs: Inputs) -> Tensor:
-    """PyTorch's attention with the whole bias in memory."""
+    """Attend by PyTorch's attention with the whole bias in memory."""
     q, k, v = _windows(inputs)
     rel_h, rel_w = _bias_rows(q, inputs)
     bias = (rel_h[..., :, None] + rel_w[..., None, :]).flatten(-2).flatten(2, 3)
@@ -111,7 +111,7 @@ def _sdpa_with_bias(inputs: Inputs) -> Tensor:
 
 
 def _sdpa_with_one_hot_columns(inputs: Inputs) -> Tensor:
-    """The bias as more channels: its rows beside q, and beside k which row and column the key is in."""
+    """Attend with the bias as more channels: its rows beside q, the key's row and column beside k."""
     q, k, v = _windows(inputs)
     rel_h, rel_w = _bias_rows(q, inputs)
     side, head_dim = q.shape[2], q.shape[-1]
@@ -144,7 +144,7 @@ def _flex_attention(inputs: Inputs) -> Form:
 
 
 def baselines(inputs: Inputs) -> dict[str, Form]:
-    """By name; ``--no-compile`` leaves out what says that it is compiled."""
+    """Return the baselines by name; ``--no-compile`` leaves out those whose name says that they are compiled."""
     forms: dict[str, Form] = {"SDPA, bias in memory": lambda: _sdpa_with_bias(inputs)}
     if inputs.window_size:
         forms["SDPA, one-hot columns"] = lambda: _sdpa_with_one_hot_columns(inputs)

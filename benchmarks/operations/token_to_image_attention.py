@@ -37,7 +37,7 @@ def _rows(inputs: list[Tensor], rows: list[int], dtype: torch.dtype) -> list[Ten
 
 
 def operands(inputs: list[Tensor]) -> tuple[Tensor, ImageTokens, ValueProjection]:
-    """The values that the operation takes."""
+    """Return the operands of the operation."""
     queries, tokens, pe, value_weight, value_bias = inputs
     return queries, ImageTokens(tokens, pe), ValueProjection(value_weight, value_bias)
 
@@ -47,7 +47,7 @@ def _attend(inputs: list[Tensor], kernels: str = "reference") -> Tensor:
 
 
 def work(prompts: int, tokens: int, element_size: int) -> Work:
-    """Image tokens read once, two products over them, one exponential a score."""
+    """Count image tokens read once, two products over them, one exponential per score."""
     rows = HEADS * tokens
     return Work(
         bytes=prompts * element_size * (4096 * CHANNELS + rows * CHANNELS + tokens * HEADS * HEAD_CHANNELS),

@@ -46,7 +46,7 @@ def _rows(inputs: list[Tensor], rows: list[int], dtype: torch.dtype) -> list[Ten
 
 
 def operands(inputs: list[Tensor]) -> tuple[ImageTokens, AbsorbedTokens, LayerNormWeights, Tensor, ValueProjection]:
-    """The values that the operation takes."""
+    """Return the operands of the operation."""
     *update, queries, value_weight, value_bias = inputs
     return (*to_token.operands(update), queries, ValueProjection(value_weight, value_bias))
 
@@ -62,7 +62,7 @@ def _two_operations(inputs: list[Tensor], kernels: str) -> Result:
 
 
 def work(prompts: int, tokens: int, element_size: int) -> Work:
-    """Image tokens read once and written once, four products over them, two exponentials a token and image token."""
+    """Count image tokens read and written once, four products over them, two exponentials per pair of tokens."""
     rows = HEADS * tokens
     operands = 3 * rows * CHANNELS + tokens * HEADS * HEAD_CHANNELS
     return Work(

@@ -1,4 +1,4 @@
-"""What the Triton kernels of the cross-attentions take."""
+"""Limitations of the Triton kernels of the cross-attentions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the attentions between prompt tokens and image tokens take, as values, and the checks of their shapes.
+"""Operands of the attentions between prompt tokens and image tokens, as values, and the checks of their shapes.
 
 Throughout: I images, P prompts, N image tokens, T tokens per prompt, C channels, H heads of d channels each.
 """

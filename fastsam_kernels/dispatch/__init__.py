@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: an explicit value, never a silent fallback.
+"""Selection of the implementation of an operation: an explicit value, never a silent fallback.
 
 - ``"reference"``: the paper's formula in plain PyTorch, nothing clever; what everything is checked against.
 - ``"torch"``: the same result with less work, in PyTorch operations; any device, differentiable.

@@ -1,4 +1,4 @@
-"""What Triton kernels need of the device, and what of autograd."""
+"""Requirements of the Triton kernels on the device and on autograd."""
 
 from __future__ import annotations
 

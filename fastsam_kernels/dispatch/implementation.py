@@ -1,4 +1,4 @@
-"""One way to compute an operation, and what it cannot do."""
+"""One way to compute an operation, and its limitations."""
 
 from __future__ import annotations
 

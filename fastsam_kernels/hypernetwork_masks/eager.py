@@ -37,7 +37,7 @@ def eager(
 
 
 def _upscale(keys: Tensor, weights: UpscalingWeights, hyper: Tensor, eps: float) -> Tensor:
-    """[P, n, C] and [P, M, C2] -> the pixels of n tokens, [P, M, n * 4 (ab) * 4 (cd)]."""
+    """Upscale keys [P, n, C] by vectors [P, M, C2] to the pixels of n tokens, [P, M, n * 4 (ab) * 4 (cd)]."""
     y = _product(keys.flatten(0, 1), weights.weight1, weights.bias1).unflatten(1, (4, -1))  # [P * n, 4 (ab), C1]
     y = _gelu(F.layer_norm(y, weights.norm_weight.shape, weights.norm_weight, weights.norm_bias, eps))
     z = _gelu(_product(y.flatten(0, 1), weights.weight2, weights.bias2))  # [P * n * 4 (ab), 4 (cd) * C2]

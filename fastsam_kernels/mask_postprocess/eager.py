@@ -38,7 +38,7 @@ class _DeviceAxis(NamedTuple):
 
 
 class TileGrid:
-    """Where the tiles of one resizing lie, and what is under them."""
+    """Positions of the tiles of one resizing, and the logits under each."""
 
     def __init__(self, low_size: tuple[int, int], resizing: Resizing, device: torch.device) -> None:
         rows, columns = tiled_axes(low_size, resizing)
@@ -52,7 +52,7 @@ class TileGrid:
         self.tile_chunk = max(1, _MAX_ELEMENTS // per_tile)
 
     def bounds(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The least and the largest value that the pixels of each tile can have, [N, tile rows, tile columns]."""
+        """Return the least and the largest possible value of the pixels of each tile, [N, tile rows, tile columns]."""
         rows = (self.rows.start[:, None] + self.rows.offsets).flatten()
         columns = (self.columns.start[:, None] + self.columns.offsets).flatten()
         strips = logits.index_select(1, rows).unflatten(1, (self.shape[0], -1))  # [N, tile rows, patch, w]
@@ -65,7 +65,7 @@ class TileGrid:
         return low - guard, high + guard
 
     def words(self, logits: Tensor, tiles: Tensor, thresholds: tuple[float, ...]) -> Tensor:
-        """Tiles (mask, tile row, tile column) [K, 3] cut at each threshold, [thresholds, K, 32] int32."""
+        """Threshold tiles (mask, tile row, tile column) [K, 3] at each threshold, to [thresholds, K, 32] int32."""
         mask, row, column = tiles.unbind(1)
         rows = self.rows.start[row][:, None, None] + self.rows.offsets
         columns = self.columns.start[column][:, None, None] + self.columns.offsets[:, None]
@@ -77,7 +77,7 @@ class TileGrid:
 
 
 def _count_bits(words: Tensor) -> Tensor:
-    """Bits set in [..., 32] int32 altogether, [...] int64."""
+    """Count the bits set in [..., 32] int32 words, to [...] int64."""
     pairs = words.view(torch.int64)
     pairs = pairs - ((pairs >> 1) & 0x5555555555555555)
     pairs = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333)
@@ -86,7 +86,7 @@ def _count_bits(words: Tensor) -> Tensor:
 
 
 def _ends(words: Tensor) -> tuple[Tensor, Tensor]:
-    """The lowest and the highest bit set in each word, int32 and not zero."""
+    """Return the lowest and the highest bit set in each word, int32 and not zero."""
     wide = words.long() & 0xFFFFFFFF
     # Without the second highest bit, nothing rounds to the next power of two: not every device has fp64.
     lowest, highest = (torch.frexp(value.float()).exponent.long() - 1 for value in (wide & -wide, wide & ~(wide >> 1)))
@@ -94,7 +94,7 @@ def _ends(words: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _any_row(words: Tensor) -> Tensor:
-    """The union of 32 words, [K, 32] -> [K]."""
+    """Return the union of 32 words, [K, 32] -> [K]."""
     while words.shape[1] > 1:
         half = words.shape[1] // 2
         words = words[:, :half] | words[:, half:]
@@ -129,7 +129,7 @@ def statistics_eager(low_res: Tensor, resizing: Resizing, threshold: float, offs
 
 
 def _tile_edges(full: Tensor, masks: int, far: Tensor) -> Tensor:
-    """Edges [masks, 4] of the tiles (mask, tile row, tile column) that are wholly inside."""
+    """Return the edges [masks, 4] of the tiles (mask, tile row, tile column) that are wholly inside."""
     mask, row, column = full.unbind(1)
     top, left = row * TILE, column * TILE
     values = torch.stack([left, top, -(left + TILE - 1), -(top + TILE - 1)], dim=1)

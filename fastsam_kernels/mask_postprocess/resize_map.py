@@ -1,4 +1,4 @@
-"""The two bilinear resizes of mask post-processing as one linear map an axis.
+"""The two bilinear resizes of mask post-processing as one linear map per axis.
 
 Bilinear resizing is separable, so upscaling to the padded square, cutting the padding off and resizing to the image
 is ``A_h @ mask @ A_w^T`` with matrices of a few neighbouring taps a row. The taps are at least 0 and add up to 1: a
@@ -16,7 +16,7 @@ TILE = 32  # pixels of a tile's side: the bits of a word
 
 
 class Resizing(NamedTuple):
-    """From low-resolution logits to masks of an image, or of a crop of one.
+    """The way from low-resolution logits to masks of an image, or of a crop of one.
 
     Attributes:
         image_size: side of the padded square that the model sees.
@@ -56,7 +56,7 @@ class TiledAxis(NamedTuple):
 
 
 def _bilinear(inputs: int, outputs: int) -> np.ndarray:
-    """One resize as a matrix [outputs, inputs], with the arithmetic of ``torch.nn.functional.interpolate``.
+    """Return one resize as a matrix [outputs, inputs], with the arithmetic of ``torch.nn.functional.interpolate``.
 
     The source position is a single fused multiply-add in fp32. The product of an fp32 and a small half-integer is
     exact in fp64, so rounding once from there is the same.
@@ -76,7 +76,7 @@ def _bilinear(inputs: int, outputs: int) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def axis(low: int, image: int, used: int, outputs: int) -> Axis:
-    """From ``low`` logits over ``image`` pixels, of which the first ``used`` count, to ``outputs`` pixels."""
+    """Map ``low`` logits over ``image`` pixels, of which the first ``used`` count, to ``outputs`` pixels."""
     matrix = _bilinear(used, outputs) @ _bilinear(low, image)[:used]
     filled = matrix != 0
     begin, end = filled.argmax(axis=1), low - filled[:, ::-1].argmax(axis=1)
@@ -88,7 +88,7 @@ def axis(low: int, image: int, used: int, outputs: int) -> Axis:
 
 @lru_cache(maxsize=64)
 def tiled_axis(low: int, image: int, used: int, outputs: int) -> TiledAxis:
-    """As :func:`axis`, in tiles."""
+    """Return :func:`axis` cut into tiles."""
     first, weights = axis(low, image, used, outputs)
     taps = weights.shape[1]
     begins = np.arange(0, outputs, TILE)
@@ -105,13 +105,13 @@ def tiled_axis(low: int, image: int, used: int, outputs: int) -> TiledAxis:
 
 
 def axes(low_size: tuple[int, int], resizing: Resizing) -> tuple[Axis, Axis]:
-    """The rows' and the columns' axis for logits of ``low_size``."""
+    """Return the rows' and the columns' axis for logits of ``low_size``."""
     rows, columns = _arguments(low_size, resizing)
     return axis(*rows), axis(*columns)
 
 
 def tiled_axes(low_size: tuple[int, int], resizing: Resizing) -> tuple[TiledAxis, TiledAxis]:
-    """As :func:`axes`, in tiles."""
+    """Return :func:`axes` cut into tiles."""
     rows, columns = _arguments(low_size, resizing)
     return tiled_axis(*rows), tiled_axis(*columns)
 

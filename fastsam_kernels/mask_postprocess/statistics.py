@@ -1,4 +1,4 @@
-"""What decides whether a mask is worth making."""
+"""Statistics by which masks are kept or dropped."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ class MaskStatistics(NamedTuple):
 
     @property
     def stability(self) -> Tensor:
-        """[N] fp32, the stability score inside / outside; NaN where both are 0."""
+        """Return the stability score inside / outside, [N] fp32; NaN where both are 0."""
         return self.inside.float() / self.outside.float()

@@ -1,4 +1,4 @@
-"""The resize an axis after the other, tap by tap."""
+"""The resize one axis after the other, tap by tap."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def eager(
 
 
 class _Region(NamedTuple):
-    """A rectangle of the grid that windows of one size fill: all that are whole, or those cut at an edge."""
+    """A rectangle of the grid filled by windows of one size: all whole ones, or those cut at an edge."""
 
     top: int
     left: int
@@ -58,7 +58,7 @@ class _Region(NamedTuple):
     window: tuple[int, int]
 
     def cut(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, windows down, rows, windows across, columns, C], a view."""
+        """Cut [B, H, W, C] into a view [B, windows down, rows, windows across, columns, C]."""
         (down, across), (rows, columns) = self.windows, self.window
         x = x[:, self.top : self.top + down * rows, self.left : self.left + across * columns]
         return x.unflatten(2, (across, columns)).unflatten(1, (down, rows))
@@ -96,7 +96,7 @@ def _max_scores(on_cpu: bool) -> int:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, padding: Tensor | None) -> Tensor:
-    """Queries [N, heads, rows, columns, d] on keys [N, heads, keys, d].
+    """Attend from queries [N, heads, rows, columns, d] to keys [N, heads, keys, d].
 
     The bias is the sum of ``rel_h`` [N, heads, rows, columns, key rows, 1] and ``rel_w`` [..., 1, key columns], and
     ``padding`` [N, heads, rows, columns, 1] for a last key that has no place.

@@ -1,1 +1,1 @@
-"""What the Triton kernels share: launches, tiles and device functions. Only ``math`` imports triton."""
+"""Shared code of the Triton kernels: launches, tiles and device functions. Only ``math`` imports triton."""

@@ -39,7 +39,7 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options of the compiler."""
+        """Return the options of the compiler."""
         tile = self.tile
         return {
             "num_warps": tile.num_warps,

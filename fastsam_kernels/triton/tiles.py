@@ -37,7 +37,7 @@ class AnyShape(ShapeClass):
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How a kernel is cut up.
+    """The tile shape and launch options of a kernel.
 
     Attributes:
         blocks: the kernel's own constants, by their names in its signature.

@@ -12,7 +12,7 @@ class CheckpointError(ValueError):
 
 
 def listing(items: Iterable[str]) -> str:
-    """``items`` for a message, the first dozen in full."""
+    """Format ``items`` for a message, the first dozen in full."""
     names = list(items)
     shown = ", ".join(names[:_LISTED])
     return shown if len(names) <= _LISTED else f"{shown} and {len(names) - _LISTED} more"

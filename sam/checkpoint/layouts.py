@@ -50,7 +50,7 @@ _HYPERNETWORK_DEPTH = 3
 
 
 def transformers_names(official: str, config: SamConfig) -> tuple[str, ...]:
-    """The names under which a transformers state dict holds the official ``official``; one tensor has two."""
+    """Return the names that a transformers state dict has for the official ``official``; one tensor has two."""
     if official == _POSITIONAL:
         return TRANSFORMERS_POSITIONAL
     mlp = _MLP_LAYER.match(official)
@@ -70,7 +70,7 @@ def transformers_names(official: str, config: SamConfig) -> tuple[str, ...]:
 
 
 def transformers_config(config: SamConfig) -> dict[str, Any]:
-    """``config.json`` of the same model for transformers."""
+    """Return the ``config.json`` of the same model for transformers."""
     return {
         "architectures": ["SamModel"],
         "model_type": "sam",
@@ -109,7 +109,7 @@ def transformers_config(config: SamConfig) -> dict[str, Any]:
 
 
 def infer_config(state: Mapping[str, Tensor], layout: Layout) -> SamConfig:
-    """The variant and image size that fit a state dict's shapes.
+    """Infer the variant and image size that fit the shapes of a state dict.
 
     Raises:
         CheckpointError: no variant does.
@@ -141,7 +141,7 @@ def infer_config(state: Mapping[str, Tensor], layout: Layout) -> SamConfig:
 
 
 def config_from_transformers(text: bytes) -> SamConfig | None:
-    """The configuration that a transformers ``config.json`` describes; None if it is not a SAM's.
+    """Return the configuration that a transformers ``config.json`` describes; None if it is not a SAM's.
 
     Values the file leaves out are transformers' defaults, which are those of vit_b.
 
@@ -184,7 +184,7 @@ def config_from_transformers(text: bytes) -> SamConfig | None:
 
 
 def named(config: SamConfig) -> SamConfig:
-    """``config`` under the name of the table's variant that it equals, image size aside."""
+    """Return ``config`` under the name of the table's variant that it equals, image size aside."""
     for known in VARIANTS.values():
         if replace(config, variant=known.variant, image_size=known.image_size) == known:
             return replace(config, variant=known.variant)

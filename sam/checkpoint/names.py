@@ -63,7 +63,7 @@ class _Names(NamedTuple):
     encoder: str
 
     def split(self, key: str) -> tuple[str, list[str]] | None:
-        """The prefix of a key and its segments from one of the model's three parts on; None if it names none."""
+        """Split a key into its prefix and its segments from one of the three parts on; None if it names none."""
         segments = key.split(".")
         start = next((at for at in reversed(range(len(segments))) if segments[at] in self.roots), None)
         if start is None:
@@ -71,7 +71,7 @@ class _Names(NamedTuple):
         return "".join(f"{segment}." for segment in segments[:start]), segments[start:]
 
     def locate(self, key: str) -> _Place | None:
-        """The parameter that a key names, wherever wrapping modules have put segments of their own."""
+        """Find the parameter that a key names, whatever segments wrapping modules have added."""
         parts = self.split(key)
         if parts is None:
             return None
@@ -100,7 +100,7 @@ def _names_of(layout: Layout) -> _Names:
 
 
 def expected_shapes(config: SamConfig) -> dict[str, torch.Size]:
-    """Official name -> shape of every tensor in a state dict of ``config``."""
+    """Return official name -> shape of every tensor in a state dict of ``config``."""
     return {name: tensor.shape for name, tensor in build_empty(config).state_dict().items()}
 
 
@@ -154,7 +154,7 @@ def find_weights(stored: Any) -> tuple[dict[str, Tensor], Layout]:
 
 
 def _leaves(stored: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """What mappings inside each other hold, each mapping once, with the keys on the way."""
+    """Yield the leaves of nested mappings, each mapping once, with the keys on the way."""
     seen: set[int] = set()
 
     def walk(mapping: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -232,7 +232,7 @@ def _beside(key: str, names: _Names) -> _Place:
 
 
 def _one_model(entries: Iterable[tuple[str, _Place, Tensor]]) -> dict[str, Tensor]:
-    """The tensors by their names; one that is stored more than once counts once.
+    """Return the tensors by their names; one that is stored more than once counts once.
 
     Raises:
         CheckpointError: two keys have one name, but hold different values.
@@ -256,5 +256,5 @@ def _one_model(entries: Iterable[tuple[str, _Place, Tensor]]) -> dict[str, Tenso
 
 
 def rename(state: Mapping[str, Tensor], new_names: Mapping[str, str]) -> dict[str, Tensor]:
-    """``state`` under new names where there are some, by the same rule as :func:`find_weights`."""
+    """Return ``state`` under new names where there are some, by the same rule as :func:`find_weights`."""
     return _one_model((key, _Place("", new_names.get(key, key)), tensor) for key, tensor in state.items())

@@ -87,7 +87,7 @@ def read_checkpoint(
 
 
 def resize_position_tables(state: Mapping[str, Tensor], config: SamConfig) -> dict[str, Tensor]:
-    """The weights for another image size; resized tables are fp32.
+    """Resize the weights' position tables for another image size; resized tables are fp32.
 
     The absolute table is resized bicubically (as ViTDet does), the relative tables of global blocks linearly,
     which is what the encoder does with a table of another length.
@@ -183,7 +183,7 @@ def _refusal(says: str) -> str:
 
 
 def _plain_line(says: str) -> str:
-    """The first line of one of torch's messages, without the escape codes of terminals and its place in torch."""
+    """Return the first line of one of torch's messages, without terminal escape codes and its place in torch."""
     line = next(iter(re.sub(r"\x1b\[[0-9;]*m", "", says).strip().splitlines()), "")
     return re.sub(r"^\[enforce fail at [^\]]*\][. ]*", "", line)
 
@@ -206,7 +206,7 @@ def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str], bytes |
 
 
 def _shards_of(index: Path) -> list[str]:
-    """The files that an index of shards names."""
+    """Return the files that an index of shards names."""
     try:
         values = json.loads(index.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -237,7 +237,7 @@ def _config_of(
 
 
 def official_state(state: Mapping[str, Tensor], layout: Layout, config: SamConfig) -> dict[str, Tensor]:
-    """The weights of a layout under official names.
+    """Return the weights of a layout under official names.
 
     Raises:
         CheckpointError: keys missing, unexpected or of a wrong shape, which are listed.

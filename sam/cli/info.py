@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """The facts, in the order a reader wants them."""
+    """Return the facts, in the order a reader wants them."""
     stored = read_checkpoint(path)
     config = stored.config
     model = load_model(path)

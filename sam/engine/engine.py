@@ -338,7 +338,7 @@ class Engine:
 
     @property
     def pending(self) -> int:
-        """The number of requests accepted and not yet answered."""
+        """Return the number of requests accepted and not yet answered."""
         return len(self._accepted)
 
     def counters(self) -> dict[str, int]:

@@ -45,7 +45,7 @@ class PromptMasks:
 
     @property
     def best(self) -> int:
-        """The index of the mask of the highest predicted IoU."""
+        """Return the index of the mask of the highest predicted IoU."""
         return int(self.predicted_iou.argmax())
 
 
@@ -84,14 +84,14 @@ class Job(ABC):
 
     @property
     def embedding(self) -> ImageEmbedding:
-        """The embedding of an image that is encoded."""
+        """Return the embedding of the encoded image."""
         assert isinstance(self.source, ImageEmbedding)
         return self.source
 
     @property
     @abstractmethod
     def result(self) -> Any:
-        """The answer; None while a part of it is missing."""
+        """Return the answer; None while a part of it is missing."""
 
     def resolve(self, result: Any) -> None:
         """Answer with a result, unless the request is answered already."""
@@ -136,12 +136,12 @@ class SegmentJob(Job):
 
     @property
     def remaining(self) -> int:
-        """The number of prompts that are not decoded yet."""
+        """Return the number of prompts that are not decoded yet."""
         return len(self.prompts) - len(self.done)
 
     @property
     def mask_pixels(self) -> int:
-        """The number of pixels of one mask."""
+        """Return the number of pixels of one mask."""
         height, width = self.source.geometry.original_size
         return height * width
 

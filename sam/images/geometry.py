@@ -65,7 +65,7 @@ class ImageGeometry:
 
     @property
     def scale(self) -> tuple[float, float]:
-        """Factors (x, y) from the original image to the resized input.
+        """Return the factors (x, y) from the original image to the resized input.
 
         They are those of ``ResizeLongestSide``, also for an input of another size, such as a square that is padded
         already.

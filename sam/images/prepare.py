@@ -60,7 +60,7 @@ class PreparedImage:
 
     @property
     def is_resized(self) -> bool:
-        """True where the pixels have the encoder's input size already."""
+        """Return whether the pixels have the encoder's input size already."""
         return self.image_hash is not None
 
 

@@ -75,7 +75,7 @@ class InteractiveSession:
 
     @property
     def low_res_logits(self) -> Tensor:
-        """The logits [1, 1, h, w] of the last answer, on the model's device; the next answer overwrites them."""
+        """Return the last answer's logits [1, 1, h, w], on the model's device; the next answer overwrites them."""
         return self._logits
 
     def reset(self) -> None:

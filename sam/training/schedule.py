@@ -87,7 +87,7 @@ class Schedule:
 
     @property
     def seconds(self) -> float:
-        """The seconds spent so far, in earlier parts of the run too."""
+        """Return the seconds spent so far, in earlier parts of the run too."""
         return self._clock() - self._start
 
     def progress(self, step: int) -> float:

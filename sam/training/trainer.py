@@ -112,7 +112,7 @@ class Trainer:
         stages: tuple[Stage, ...] | None = None,
         team: Team = ALONE,
     ) -> None:
-        """``model`` and ``stages`` stand in for what ``settings.init`` would give.
+        """Set up a run; ``model`` and ``stages`` stand in for what ``settings.init`` would give.
 
         Raises:
             ValueError: ``team`` is not of ``settings.processes``.

@@ -11,7 +11,7 @@ from .kernel import plan
 
 @torch.library.custom_op("fastsam::connected_components", mutates_args=())
 def connected_components_triton(masks: Tensor) -> Tensor:
-    """The registered operation; see :func:`fastsam_kernels.connected_components`."""
+    """Run the registered operation; see :func:`fastsam_kernels.connected_components`."""
     parents = torch.empty(masks.shape, dtype=torch.int32, device=masks.device)
     labels = torch.empty_like(parents)
     tile = lookup("connected_components", arch_of(masks.device), masks.dtype)

@@ -1,4 +1,4 @@
-"""What the Triton kernels of ``connected_components`` take, and how they are reached; imports no triton."""
+"""Limitations of the Triton kernels of ``connected_components`` and the way to call them; imports no triton."""
 
 from __future__ import annotations
 

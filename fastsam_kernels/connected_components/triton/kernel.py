@@ -98,7 +98,7 @@ def labels_kernel(
 
 @triton.jit
 def place(height, blocks, BLOCK_W: tl.constexpr):
-    """Mask (int64), row and columns of this program."""
+    """Return the mask (int64), the row and the columns of this program."""
     row = tl.program_id(0) // blocks
     x = (tl.program_id(0) % blocks) * BLOCK_W + tl.arange(0, BLOCK_W)
     return (row // height).to(tl.int64), row % height, x
@@ -106,7 +106,7 @@ def place(height, blocks, BLOCK_W: tl.constexpr):
 
 @triton.jit
 def find(p_parents, node, active):
-    """The roots above the active nodes."""
+    """Return the roots above the active nodes."""
     parent = tl.load(p_parents + node, mask=active, other=0, volatile=True)
     climbing = active & (parent != node)
     while tl.max(climbing.to(tl.int32), 0) > 0:

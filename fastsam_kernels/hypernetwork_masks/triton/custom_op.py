@@ -25,7 +25,7 @@ def hypernetwork_masks_triton(
     eps: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """The registered operation; see :func:`fastsam_kernels.hypernetwork_masks` for the arguments."""
+    """Run the registered operation; see :func:`fastsam_kernels.hypernetwork_masks` for the arguments."""
     out = keys.new_empty((keys.shape[0], hyper.shape[1], 4 * height, 4 * width), dtype=out_dtype)
     tile = lookup("hypernetwork_masks", arch_of(keys.device), keys.dtype)
     weights = UpscalingWeights(weight1, bias1, norm_weight, norm_bias, weight2, bias2)

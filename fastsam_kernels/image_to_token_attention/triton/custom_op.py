@@ -23,7 +23,7 @@ def image_to_token_triton(
     eps: float,
     image_index: Tensor | None,
 ) -> Tensor:
-    """The registered operation; see :func:`fastsam_kernels.image_to_token_attention` for the arguments."""
+    """Run the registered operation; see :func:`fastsam_kernels.image_to_token_attention` for the arguments."""
     out = keys.new_empty((token_keys.shape[0], *keys.shape[1:]))
     tile = lookup("image_to_token_attention", arch_of(keys.device), keys.dtype, TokenShape.of(token_keys.shape[2]))
     absorbed = AbsorbedTokens(token_keys, token_bias, token_values)

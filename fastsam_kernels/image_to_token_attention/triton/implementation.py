@@ -1,4 +1,4 @@
-"""What the Triton kernel of ``image_to_token_attention`` takes, and how it is reached; imports no triton."""
+"""Limitations of the Triton kernel of ``image_to_token_attention`` and the way to call it; imports no triton."""
 
 from __future__ import annotations
 

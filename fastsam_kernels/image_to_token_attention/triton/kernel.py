@@ -46,7 +46,7 @@ def update_image_tokens(
     BLOCK_N: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """The image tokens of a prompt from ``begin`` to ``end`` attend to its tokens."""
+    """Attend from the image tokens ``begin`` to ``end`` of a prompt to its tokens, and update them."""
     c = tl.arange(0, C)
     if HEADS == H:
         token_keys, token_bias, token_values = load_tokens(

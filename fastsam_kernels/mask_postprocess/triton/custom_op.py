@@ -21,7 +21,7 @@ def mask_statistics_triton(
     threshold: float,
     offset: float,
 ) -> Tensor:
-    """[N, 7] int32: inside, outside, area, left, top, right, bottom; see :func:`fastsam_kernels.mask_statistics`."""
+    """Return [N, 7] int32: inside, outside, area and box; see :func:`fastsam_kernels.mask_statistics`."""
     out = no_pixels(len(low_res), low_res.device)
     resizing = Resizing(image_size, (input_height, input_width), (height, width))
     tile = lookup("mask_postprocess", arch_of(low_res.device), low_res.dtype)
@@ -54,7 +54,7 @@ def packed_masks_triton(
     width: int,
     threshold: float,
 ) -> Tensor:
-    """The registered operation; see :func:`fastsam_kernels.packed_masks` for the arguments."""
+    """Run the registered operation; see :func:`fastsam_kernels.packed_masks` for the arguments."""
     out = low_res.new_empty((len(low_res), width, (height + TILE - 1) // TILE), dtype=torch.int32)
     resizing = Resizing(image_size, (input_height, input_width), (height, width))
     tile = lookup("mask_postprocess", arch_of(low_res.device), low_res.dtype)

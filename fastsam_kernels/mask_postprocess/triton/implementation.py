@@ -1,4 +1,4 @@
-"""What the Triton kernel of mask post-processing takes, and how it is reached; imports no triton."""
+"""Limitations of the Triton kernel of mask post-processing and the way to call it; imports no triton."""
 
 from __future__ import annotations
 

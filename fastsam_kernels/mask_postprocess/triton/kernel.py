@@ -197,7 +197,7 @@ def plan(
 
 
 def _patch(axis: Axis, block: int) -> int:
-    """Logits under a block of pixels, at the most, as a power of two."""
+    """Return the largest number of logits under a block of pixels, as a power of two."""
     begins = np.arange(0, len(axis.first), block)
     lasts = np.minimum(begins + block, len(axis.first)) - 1
     spread = int((axis.first[lasts] - axis.first[begins]).max()) + axis.weights.shape[1]
@@ -210,7 +210,7 @@ def _tables(low_size: tuple[int, int], resizing: Resizing, device: torch.device,
 
 
 def no_pixels(masks: int, device: torch.device) -> Tensor:
-    """Numbers [N, 7] of masks without a pixel (inside, outside, area, left, top, right, bottom), to be joined to."""
+    """Return the numbers [N, 7] of masks without a pixel (inside, outside, area, box), to be joined to."""
     numbers = torch.zeros(masks, 7, dtype=torch.int32, device=device)
     numbers[:, 3:5] = 2**31 - 1
     numbers[:, 5:] = -1

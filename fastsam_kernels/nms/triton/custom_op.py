@@ -11,7 +11,7 @@ from .kernel import plan, words_of
 
 @torch.library.custom_op("fastsam::nms", mutates_args=())
 def nms_triton(boxes: Tensor, threshold: float) -> Tensor:
-    """Which of the boxes [N, 4] fp32, best first, stay: [N] bool; see :func:`fastsam_kernels.nms`."""
+    """Mark the boxes [N, 4] fp32, best first, that stay: [N] bool; see :func:`fastsam_kernels.nms`."""
     words = words_of(len(boxes))
     bits = torch.empty((len(boxes), words), dtype=torch.int32, device=boxes.device)
     keep = torch.empty(len(boxes), dtype=torch.bool, device=boxes.device)

@@ -1,4 +1,4 @@
-"""What the Triton kernels of ``nms`` take, and how they are reached; imports no triton."""
+"""Limitations of the Triton kernels of ``nms`` and the way to call them; imports no triton."""
 
 from __future__ import annotations
 

@@ -106,5 +106,5 @@ def plan(boxes: Tensor, threshold: float, bits: Tensor, keep: Tensor, tile: Tile
 
 
 def words_of(count: int) -> int:
-    """Words of 32 bits for that many boxes, as a power of two."""
+    """Return the number of 32-bit words for that many boxes, as a power of two."""
     return max(16, triton.next_power_of_2(triton.cdiv(count, _WORD)))

@@ -13,7 +13,7 @@ from .kernel import plan
 def preprocess_image_triton(
     image: Tensor, height: int, width: int, image_size: int, mean: Tensor, std: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """The registered operation; see :func:`fastsam_kernels.preprocess_image` for the arguments."""
+    """Run the registered operation; see :func:`fastsam_kernels.preprocess_image` for the arguments."""
     out = torch.empty((3, image_size, image_size), dtype=dtype, device=image.device)
     tile = lookup("preprocess_image", arch_of(image.device), dtype)
     plan(image, (height, width), mean, std, out, tile).run()

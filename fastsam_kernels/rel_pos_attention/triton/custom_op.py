@@ -14,7 +14,7 @@ from .shapes import AttentionShape
 def rel_pos_attention_triton(
     qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, qkv_bias: Tensor, num_heads: int, window_size: int
 ) -> Tensor:
-    """The registered operation; see :func:`fastsam_kernels.rel_pos_attention` for the arguments."""
+    """Run the registered operation; see :func:`fastsam_kernels.rel_pos_attention` for the arguments."""
     channels = qkv.shape[3] // 3
     out = qkv.new_empty((*qkv.shape[:3], channels))
     tile = lookup(

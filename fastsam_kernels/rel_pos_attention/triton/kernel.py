@@ -47,7 +47,7 @@ def _spread_rel_pos(
     BLOCK_Q: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """bias[j, i] = q_i . table[position_i - j + SIZE - 1] * log2(e), a block of the table's rows at a time."""
+    """Compute bias[j, i] = q_i . table[position_i - j + SIZE - 1] * log2(e), one block of table rows at a time."""
     i = tl.arange(0, BLOCK_Q)
     for start in tl.range(0, 2 * SIZE - 1, BLOCK_T, num_stages=1):
         t = start + tl.arange(0, BLOCK_T)

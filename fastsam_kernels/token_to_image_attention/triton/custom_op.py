@@ -20,7 +20,7 @@ def token_to_image_triton(
     value_bias: Tensor,
     image_index: Tensor | None,
 ) -> Tensor:
-    """The registered operation; see :func:`fastsam_kernels.token_to_image_attention` for the arguments."""
+    """Run the registered operation; see :func:`fastsam_kernels.token_to_image_attention` for the arguments."""
     out = queries.new_empty((queries.shape[0], queries.shape[2], len(value_weight)))
     tile = lookup("token_to_image_attention", arch_of(keys.device), queries.dtype, TokenShape.of(queries.shape[2]))
     image = ImageTokens(keys, key_pe, image_index)

@@ -63,7 +63,7 @@ def attend_share(
     BLOCK_N: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """HEADS heads of a prompt attend to its image tokens from ``begin`` to ``end``."""
+    """Attend from HEADS heads of a prompt to its image tokens ``begin`` to ``end``."""
     R: tl.constexpr = HEADS * T_PADDED
     r = tl.arange(0, R)
     c = tl.arange(0, C)

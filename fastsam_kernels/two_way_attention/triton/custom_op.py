@@ -26,7 +26,7 @@ def two_way_triton(
     value_bias: Tensor,
     image_index: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The registered operation; see :func:`fastsam_kernels.two_way_attention` for the arguments."""
+    """Run the registered operation; see :func:`fastsam_kernels.two_way_attention` for the arguments."""
     out_keys = keys.new_empty((len(queries), *keys.shape[1:]))
     out = queries.new_empty((len(queries), queries.shape[2], len(value_weight)))
     tile = lookup("two_way_attention", arch_of(keys.device), keys.dtype, TokenShape.of(queries.shape[2]))
