@@ -96,9 +96,9 @@ def parts(result: Result) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def worst_error(found: Result, truth: Result) -> float:
+def worst_error(result: Result, truth: Result) -> float:
     """Return the relative error of the worst part; infinity when something is not finite."""
-    return max(relative_error(part, exact) for part, exact in zip(parts(found), parts(truth), strict=True))
+    return max(relative_error(part, exact) for part, exact in zip(parts(result), parts(truth), strict=True))
 
 
 def rows_of(result: Result, rows: list[int]) -> Result:

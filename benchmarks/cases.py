@@ -29,13 +29,13 @@ def jobs(
     Every case has its turn in the first of its dtypes before any has it in the second; those that are late come last.
     """
     chosen = [dtype for dtype in _DTYPES if dtype in dtypes]
-    found = [(case, dtype) for dtype in chosen for case in select(group, pattern, device, dtype)]
+    selected = [(case, dtype) for dtype in chosen for case in select(group, pattern, device, dtype)]
 
     def place(job: tuple[Case, torch.dtype]) -> tuple[bool, int]:
         case, dtype = job
         return case.late, [other for other in chosen if other in case.dtypes].index(dtype)
 
-    return sorted(found, key=place)
+    return sorted(selected, key=place)
 
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

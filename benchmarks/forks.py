@@ -17,8 +17,8 @@ def map_in_forks(work: Callable[[Item], Found], items: Iterable[Item], workers: 
     """Return ``work`` of every item, in their order; ``what`` is for the progress bar."""
     _TASKS[:] = [partial(work, item) for item in items]
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        places = range(len(_TASKS))
-        return list(tqdm(pool.map(_do, places), total=len(places), desc=what, disable=None, leave=False))
+        positions = range(len(_TASKS))
+        return list(tqdm(pool.map(_do, positions), total=len(positions), desc=what, disable=None, leave=False))
 
 
 _TASKS: list[Callable[[], Any]] = []

@@ -139,9 +139,9 @@ def compare_times(path: str, dtype: str, repeats: int) -> dict[str, Any]:
     for run in (whole, encode):
         run()
     rows = [{"ours": _seconds(whole), "encode": _seconds(encode), "quarter": _seconds(quarter)} for _ in range(repeats)]
-    found = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-    extrapolated = found["encode"] + 4 * (found["quarter"] - found["encode"])
-    return {"dtype": dtype, "runs": rows, "official": extrapolated, "times faster": extrapolated / found["ours"]}
+    medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    extrapolated = medians["encode"] + 4 * (medians["quarter"] - medians["encode"])
+    return {"dtype": dtype, "runs": rows, "official": extrapolated, "times faster": extrapolated / medians["ours"]}
 
 
 def compare_tails(path: str, repeats: int) -> list[dict[str, Any]]:
@@ -188,12 +188,12 @@ def memory_of(form: str, path: str) -> int:
 
 
 def compare_memory(path: str) -> dict[str, Any]:
-    found = {}
+    peaks = {}
     for form in ("ours", "official"):
         command = [sys.executable, "-m", "benchmarks.generate", form, "--segment-anything", path]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found[form] = int(done.stdout)
-    return {"max_memory": MAX_MEMORY, "GB": {form: size / 1e9 for form, size in found.items()}}
+        peaks[form] = int(done.stdout)
+    return {"max_memory": MAX_MEMORY, "GB": {form: size / 1e9 for form, size in peaks.items()}}
 
 
 def main() -> None:

@@ -34,14 +34,14 @@ def mask_iou(checkpoint: str | None) -> dict[str, float]:
     for name in PHOTOGRAPHS:
         image = getattr(data, name)()
         height, width = image.shape[:2]
-        places = np.linspace(0.1, 0.9, CLICKS_PER_SIDE)
-        prompts = [sam.Prompt([(x * width, y * height)], [1]) for y in places for x in places]
-        found = {dtype: model.predict(model.encode(image), prompts) for dtype, model in models.items()}
-        best = found[torch.float32].iou_predictions.argmax(dim=1)
+        positions = np.linspace(0.1, 0.9, CLICKS_PER_SIDE)
+        prompts = [sam.Prompt([(x * width, y * height)], [1]) for y in positions for x in positions]
+        predictions = {dtype: model.predict(model.encode(image), prompts) for dtype, model in models.items()}
+        best = predictions[torch.float32].iou_predictions.argmax(dim=1)
         rows = torch.arange(len(prompts))
-        exact = found[torch.float32].masks[rows, best]
+        exact = predictions[torch.float32].masks[rows, best]
         for dtype in NARROW:
-            masks = found[dtype].masks[rows, best]
+            masks = predictions[dtype].masks[rows, best]
             both, either = ((masks & exact).sum(dim=(1, 2)), (masks | exact).sum(dim=(1, 2)))
             scores[dtype] += torch.where(either > 0, both / either.clamp(min=1), 1.0).tolist()
     return {str(dtype).removeprefix("torch."): float(np.mean(values)) for dtype, values in scores.items()}

@@ -36,11 +36,11 @@ def summary(answer: Tensor | np.ndarray) -> dict[str, Any]:
     """Describe an answer by its shape, its norm and values at places spread over it."""
     values = torch.as_tensor(answer).detach().double()
     flat = values.flatten()
-    places = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), dtype=torch.float64).round().long()
+    positions = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), dtype=torch.float64).round().long()
     return {
         "shape": list(values.shape),
         "norm": float(f"{float(flat.norm()):.7g}"),
-        "samples": [float(f"{value:.6g}") for value in flat[places].tolist()],
+        "samples": [float(f"{value:.6g}") for value in flat[positions].tolist()],
     }
 
 
@@ -314,10 +314,10 @@ def main() -> None:
     parser.add_argument("--segment-anything", default="", metavar="PATH", help="folder of the package")
     package = import_segment_anything(parser.parse_args().segment_anything)
     ours = sam.load_model(device="cpu")
-    found = all_calls(package, official_copy(package, ours))
+    calls = all_calls(package, official_copy(package, ours))
     lines = [
         f"{json.dumps(call)}: {json.dumps({name: summary(answer) for name, answer in answers.items()})}"
-        for call, answers in found.items()
+        for call, answers in calls.items()
     ]
     head = {"package": package_version(), "model_hash": ours.model_hash}
     TARGET.write_text(json.dumps(head)[:-1] + ', "calls": {\n' + ",\n".join(lines) + "\n}}\n")

@@ -101,9 +101,9 @@ def main() -> None:
     package = import_segment_anything(args.segment_anything)
     ours = sam.load_model(device="cpu")
     model = official_copy(package, ours)
-    kept = json.loads(TARGET.read_text()) if TARGET.is_file() else {}
-    same = kept.get("model_hash") == ours.model_hash
-    results = {(found["what"], found["image"]): found for found in kept["results"]} if same else {}
+    stored = json.loads(TARGET.read_text()) if TARGET.is_file() else {}
+    same = stored.get("model_hash") == ours.model_hash
+    results = {(record["what"], record["image"]): record for record in stored["results"]} if same else {}
     for what in tqdm(args.only or ARGUMENTS, desc="official masks"):
         for name, image in photographs().items():
             records = package.SamAutomaticMaskGenerator(model, **ARGUMENTS[what]).generate(image)

@@ -60,12 +60,12 @@ def inputs_of(name: str, image_size: int) -> dict[str, Tensor]:
 def summary(outputs: tuple[Tensor, ...]) -> dict[str, Any]:
     """Return the stored form of the outputs: of masks and logits the shape and some 40 values spread over them."""
     names = OUTPUTS if len(outputs) == len(OUTPUTS) else ("masks", "scores", "low_res_logits")
-    kept: dict[str, Any] = {}
+    stored: dict[str, Any] = {}
     for name, values in zip(names, outputs, strict=True):
         flat = values.flatten()
-        some = flat[:: len(flat) // 40 + 1]
-        kept[name] = {"shape": list(values.shape), "values": [round(float(value), 5) for value in some]}
-    return kept
+        samples = flat[:: len(flat) // 40 + 1]
+        stored[name] = {"shape": list(values.shape), "values": [round(float(value), 5) for value in samples]}
+    return stored
 
 
 def main() -> None:

@@ -238,19 +238,19 @@ def _clicks(prompts: int) -> str:
 
 def predicted(gpu: GPU, step: Step) -> Row:
     """Compile a step for a GPU and count."""
-    found = inspect(CompileCase(step.operation, step.name, torch.bfloat16, gpu.arch, step.launch))
+    compiled = inspect(CompileCase(step.operation, step.name, torch.bfloat16, gpu.arch, step.launch))
     each = executed(compile_launch(step.launch, gpu.arch).asm["cubin"], step.trips, step.fractions)
     programs, warps = math.prod(step.launch.grid), step.launch.tile.num_warps
-    assert found.programs_an_sm is not None
+    assert compiled.programs_an_sm is not None
     instruction_floor, product_floor, byte_floor, expected = floors(
-        gpu, each, programs, warps, found.programs_an_sm, step.work
+        gpu, each, programs, warps, compiled.programs_an_sm, step.work
     )
     return Row(
         name=step.name,
         gpu=gpu.name,
-        tile=found.tile,
-        registers=found.registers,
-        programs_an_sm=found.programs_an_sm,
+        tile=compiled.tile,
+        registers=compiled.registers,
+        programs_an_sm=compiled.programs_an_sm,
         programs=programs,
         instructions=each * warps,
         instruction_floor=instruction_floor,

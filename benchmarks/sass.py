@@ -166,8 +166,8 @@ def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
             line = lines_of(named[1]).get(int(named[2])) if own else None
         elif (label := re.match(r"(\.L_\w+):", text)) is not None:
             labels[label[1]] = len(instructions)
-        elif (found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", text)) is not None:
-            instructions.append(Instruction(found[1], line))
+        elif (match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", text)) is not None:
+            instructions.append(Instruction(match[1], line))
     return instructions, labels
 
 

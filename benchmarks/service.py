@@ -67,8 +67,8 @@ def run(seconds: float, rounds: int, clients: int, checkpoint: str | None, json_
     rows, shares = [], []
     with Engine(model, deadline=_PATIENCE) as engine, _Server(checkpoint) as server:
         embedding = engine.embed(image).result()
-        asked = [Prompt([_CLICK], [1])]
-        ask_engine = lambda: engine.segment(embedding, asked, keep_logits=True).result()  # noqa: E731
+        request = [Prompt([_CLICK], [1])]
+        ask_engine = lambda: engine.segment(embedding, request, keep_logits=True).result()  # noqa: E731
         for turn in range(1, rounds + 1):  # in turn, so that a drifting machine drifts for both
             both = [
                 _closed(f"{name}, {clients} clients, closed loop, round {turn}", make, seconds, clients)
@@ -153,9 +153,9 @@ class _Server:
     def counted(self, name: str) -> float:
         """Return one of the engine's counters."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics") as answer:
-            found = re.search(rf"^sam_engine_{name}_total (\S+)$", answer.read().decode(), re.MULTILINE)
-        assert found is not None
-        return float(found[1])
+            match = re.search(rf"^sam_engine_{name}_total (\S+)$", answer.read().decode(), re.MULTILINE)
+        assert match is not None
+        return float(match[1])
 
     def resident_bytes(self) -> int:
         pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])

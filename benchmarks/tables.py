@@ -67,14 +67,14 @@ def _compiled(operation: str) -> str:
 
 
 def _ran(case: str, form: str) -> str:
-    found: dict[str, set[str]] = {}
+    dtypes_by_place: dict[str, set[str]] = {}
     for path in sorted(RESULTS.glob("gpu*.json")):
         for row in read_rows(path):
             if row["case"].startswith(case) and row["form"] == form and row["speedup"] is not None:
                 facts = row["provenance"]
                 where = f"{facts['gpu']}, {facts['date']}, {facts['revision']}"
-                found.setdefault(where, set()).add(row["dtype"])
-    return "; ".join(f"{where}: {', '.join(sorted(dtypes))}" for where, dtypes in found.items()) or "never"
+                dtypes_by_place.setdefault(where, set()).add(row["dtype"])
+    return "; ".join(f"{where}: {', '.join(sorted(dtypes))}" for where, dtypes in dtypes_by_place.items()) or "never"
 
 
 def _tuned(operation: str) -> str:
@@ -129,7 +129,7 @@ def _sources(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         facts = row["provenance"]
         revisions.setdefault(describe({**facts, "revision": "{}"}), {})[facts["revision"]] = None
-    return [f"{line.format(', '.join(found))}." for line, found in revisions.items()]
+    return [f"{line.format(', '.join(names))}." for line, names in revisions.items()]
 
 
 def _milliseconds(row: dict[str, Any], is_ours: bool) -> str:

@@ -31,14 +31,14 @@ def overwrites(ttgir: str) -> list[str]:
     """Return each copy over a tile that the same loop has yet to read, as its line of the TTGIR."""
     lines = ttgir.splitlines()
     steps, rings = _read(lines)
-    found: set[int] = set()
+    hits: set[int] = set()
     for around, begin, end in _loops(lines):  # inner ones first
         body = [step for step in steps if begin < step.line < end]
         for ring in {step.operands[1] for step in body if step.name == _COPY} & rings.keys():
             before = [step for step in steps if around < step.line < begin]
             # What copies ahead of a loop belongs to it, and is no copy of the loop around it.
-            found.update(_overwrites(before, body, ring, rings.pop(ring)))
-    return [f"line {line + 1}: {lines[line].strip()}" for line in sorted(found)]
+            hits.update(_overwrites(before, body, ring, rings.pop(ring)))
+    return [f"line {line + 1}: {lines[line].strip()}" for line in sorted(hits)]
 
 
 def _overwrites(before: list[_Step], body: list[_Step], ring: str, buffers: int) -> Iterator[int]:

@@ -143,9 +143,9 @@ def tune(
     judged = list(zip(problem.candidates, verdicts, strict=True))
     rejected = [Trial(tile, None, verdict.complaint) for tile, verdict in judged if verdict.complaint]
     problem = replace(problem, candidates=[tile for tile, verdict in judged if not verdict.complaint])
-    with counting() as found:
+    with counting() as in_cache:
         trials = try_all(problem, device, seconds)
-    return trials + rejected, found.count(False)
+    return trials + rejected, in_cache.count(False)
 
 
 def numbers_of(tile: TileConfig) -> dict[str, int]:

@@ -67,11 +67,11 @@ def planned(operations: list[str] | None) -> list[Planned]:
 
 def distinct(problem: TuneProblem, tiles: list[TileConfig]) -> list[TileConfig]:
     """Drop tiles that come to the same launches as an earlier one: a plan may round blocks up or down."""
-    found: dict[str, TileConfig] = {}
+    distinct_tiles: dict[str, TileConfig] = {}
     for tile in tiles:
         launches = _launches(problem, tile)
-        found.setdefault(repr([(one.grid, one.constexprs, one.options) for one in launches]), tile)
-    return list(found.values())
+        distinct_tiles.setdefault(repr([(one.grid, one.constexprs, one.options) for one in launches]), tile)
+    return list(distinct_tiles.values())
 
 
 def _launches(problem: TuneProblem, tile: TileConfig) -> tuple[Launch, ...]:
@@ -115,12 +115,12 @@ def compile_all(problem: TuneProblem, about: Planned, arch: int, dtype: torch.dt
 
 def _verdict(cases: list[CompileCase]) -> Verdict:
     before = _cpu_seconds()
-    with counting() as found:
+    with counting() as in_cache:
         try:
             complaint = "; ".join(problem for case in cases for problem in inspect(case).problems)
         except Exception as failure:
             complaint = in_a_line(failure)
-    return Verdict(complaint, found.count(False), _cpu_seconds() - before)
+    return Verdict(complaint, in_cache.count(False), _cpu_seconds() - before)
 
 
 def in_a_line(failure: Exception) -> str:
@@ -137,14 +137,14 @@ def counting() -> Iterator[list[bool]]:
     """Record, for each kernel that Triton makes ready meanwhile, whether its cache on the disk had it."""
     from triton.knobs import compilation
 
-    found: list[bool] = []
+    in_cache: list[bool] = []
 
     def note(*, cache_hit: bool, **rest: object) -> None:
-        found.append(cache_hit)
+        in_cache.append(cache_hit)
 
     with compilation.scope():
         compilation.listener = note
-        yield found
+        yield in_cache
 
 
 # The dry run --------------------------------------------------------------------------------------------------
@@ -172,12 +172,12 @@ def rehearse(about: Planned, arch: int, dtype: torch.dtype, workers: int) -> Reh
     verdicts = compile_all(problem, about, arch, dtype, workers)
     clean = [tile for tile, verdict in zip(problem.candidates, verdicts, strict=True) if not verdict.complaint]
     pretend(arch)
-    with counting() as found:
+    with counting() as in_cache:
         for tile in clean:
             for launch in without_memory(problem, tile):
                 warmup(launch)
     compiled, spent = (sum(values) for values in zip(*((v.compiled, v.seconds) for v in verdicts), strict=True))
-    return Rehearsed(about, len(verdicts), len(clean), int(compiled), found.count(False), spent)
+    return Rehearsed(about, len(verdicts), len(clean), int(compiled), in_cache.count(False), spent)
 
 
 def dry_run(

@@ -81,7 +81,7 @@ def hazards(ptx: str) -> list[str]:
         return []  # one warpgroup waits for itself
     blocks, names = _blocks(ptx)
     lines = ptx.splitlines()
-    found: set[int] = set()
+    hits: set[int] = set()
     seen: set[tuple[int, _State]] = set()
     ways = [(0, _State())]
     while ways:
@@ -92,14 +92,14 @@ def hazards(ptx: str) -> list[str]:
         for step in blocks[place]:
             state = state.after(step, threads)
             if step.kind == "write" and state.waited:
-                found.add(step.line)
+                hits.add(step.line)
             elif step.kind == "branch":
                 ways.append((names[step.operands.split()[-1]], state))
             if step.kind in ("branch", "end") and not step.predicated:
                 break
         else:
             ways.append((place + 1, state))
-    return [f"line {line + 1}: {lines[line].strip()}" for line in sorted(found)]
+    return [f"line {line + 1}: {lines[line].strip()}" for line in sorted(hits)]
 
 
 def _is_of_all(barrier: _Step, threads: int) -> bool:

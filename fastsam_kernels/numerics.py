@@ -31,8 +31,8 @@ class Budget:
         return 2 * self.baseline + self.scale * max(torch.finfo(self.dtype).eps, torch.finfo(torch.float32).eps)
 
 
-def relative_error(found: Tensor, truth: Tensor) -> float:
-    """Return ||found - truth|| / ||truth|| in fp64; infinity where ``found`` is not finite."""
+def relative_error(result: Tensor, truth: Tensor) -> float:
+    """Return ||result - truth|| / ||truth|| in fp64; infinity where ``result`` is not finite."""
     exact = truth.double()
-    error = float((found.double() - exact).norm() / exact.norm())
+    error = float((result.double() - exact).norm() / exact.norm())
     return error if error == error else float("inf")  # NaN differs from itself

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 
-def require(name: str, value: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
+def require(name: str, value: Any, kinds: type | tuple[type, ...], expected: str) -> None:
     """Raise ``TypeError`` saying what ``name`` must be, unless ``value`` is of one of ``kinds``."""
     if not isinstance(value, kinds):
-        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
 
 
 def path_of(name: str, value: Any) -> Path:

@@ -177,9 +177,9 @@ class _Beside:
         """Raise where a module is missing in ours because the program means its own."""
         theirs = None if PathFinder.find_spec(name, path) else _sam_of_the_program()
         if theirs is not None:
-            places = [theirs.origin] if theirs.origin else list(theirs.submodule_search_locations or ())
+            paths = [theirs.origin] if theirs.origin else list(theirs.submodule_search_locations or ())
             raise ModuleNotFoundError(
-                f"no module {name}: {_NAME} is fastsam-kernels' here, as {places[0]} came onto sys.path only after it "
+                f"no module {name}: {_NAME} is fastsam-kernels' here, as {paths[0]} came onto sys.path only after it "
                 "was imported; put the folder that holds it on PYTHONPATH",
                 name=name,
             )

@@ -75,10 +75,10 @@ class _Models:
         dtype: torch.dtype | None = None,
     ) -> Check:
         """Compare what ``run`` returns for each model; ``dtype`` is the arithmetic's where it is not the model's."""
-        found, plain, truth = (run(model).double() for model in (self.ours, self.plain, self.truth))
-        error, noise = relative_error(found, truth), relative_error(plain, truth)
+        result, plain, truth = (run(model).double() for model in (self.ours, self.plain, self.truth))
+        error, noise = relative_error(result, truth), relative_error(plain, truth)
         budget = Budget(noise, dtype or self.ours.dtype).limit
-        return Check(operation, case, error, noise, budget, _least_iou(found, truth) if masks else None)
+        return Check(operation, case, error, noise, budget, _least_iou(result, truth) if masks else None)
 
 
 @torch.no_grad()
@@ -101,12 +101,12 @@ def verify(model: Sam, image: np.ndarray | None = None) -> Iterator[Check]:
     embedding = models.truth.encode(image)
     yield from _encoder_checks(models, image)
     yield from _decoder_checks(models, embedding)
-    found = {id(m): m.encode(image) for m in (models.ours, models.plain, models.truth)}
-    yield models.compare("image encoder", "whole", lambda m: found[id(m)].features)
+    result = {id(m): m.encode(image) for m in (models.ours, models.plain, models.truth)}
+    yield models.compare("image encoder", "whole", lambda m: result[id(m)].features)
     for case, prompts in _prompts(embedding).items():
 
         def logits(m: Sam, prompts: Sequence[Prompt] = prompts) -> Tensor:
-            return m.predict(found[id(m)], prompts).low_res_logits
+            return m.predict(result[id(m)], prompts).low_res_logits
 
         yield models.compare("image to masks", case, logits, masks=True)
 
@@ -228,8 +228,8 @@ def drawn_image(side: int) -> np.ndarray:
     return image.clip(0, 255).astype(np.uint8)
 
 
-def _least_iou(found: Tensor, truth: Tensor) -> float:
+def _least_iou(result: Tensor, truth: Tensor) -> float:
     """Return the smallest IoU of masks [P, M, h, w] as logits; two empty masks agree."""
-    a, b = found > 0, truth > 0
+    a, b = result > 0, truth > 0
     union = (a | b).sum((-1, -2))
     return float(torch.where(union > 0, (a & b).sum((-1, -2)) / union.clamp(min=1), 1.0).min())

@@ -49,10 +49,10 @@ def random_prompt(rng: np.random.Generator, mask: bool) -> Prompt:
     )
 
 
-def assert_same(found: MaskPrediction, expected: MaskPrediction, what: str) -> None:
-    assert_close_l2(found.low_res_logits, expected.low_res_logits, 1e-5, what)
+def assert_same(result: MaskPrediction, expected: MaskPrediction, what: str) -> None:
+    assert_close_l2(result.low_res_logits, expected.low_res_logits, 1e-5, what)
     # One number may lie near zero, where a relative error says nothing.
-    torch.testing.assert_close(found.iou_predictions, expected.iou_predictions, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.iou_predictions, expected.iou_predictions, rtol=1e-5, atol=1e-5)
 
 
 def ask_at_random(replaying: Sam, eager: Sam, requests: int, seed: int) -> None:
@@ -60,10 +60,10 @@ def ask_at_random(replaying: Sam, eager: Sam, requests: int, seed: int) -> None:
     embeddings = [eager.encode(random_image(48 - 4 * i, 40 + 8 * i, seed=i)) for i in range(3)]
     for request in range(requests):
         images = [embeddings[i] for i in rng.integers(0, 3, rng.integers(1, 4))]
-        asked = [[random_prompt(rng, rng.random() < 0.3) for _ in range(rng.integers(1, 5))] for _ in images]
+        prompts = [[random_prompt(rng, rng.random() < 0.3) for _ in range(rng.integers(1, 5))] for _ in images]
         multimask = bool(rng.integers(2))
-        found, expected = (model.predict(images, asked, multimask) for model in (replaying, eager))
-        for one, other in zip(found, expected, strict=True):
+        result, expected = (model.predict(images, prompts, multimask) for model in (replaying, eager))
+        for one, other in zip(result, expected, strict=True):
             assert_same(one, other, f"request {request}")
 
 
@@ -72,10 +72,10 @@ def by_prediction(model: Sam, embedding: ImageEmbedding, clicks: list[tuple[floa
     masks, logits = [], None
     for count in range(1, len(clicks) + 1):
         coords, labels = [click[:2] for click in clicks[:count]], [click[2] for click in clicks[:count]]
-        found = model.predict(embedding, [Prompt(coords, labels, mask_input=logits)], multimask_output=count == 1)
-        best = int(found.iou_predictions[0].argmax())
-        logits = found.low_res_logits[0, best][None]
-        masks.append(found.masks[0, best].cpu().numpy())
+        result = model.predict(embedding, [Prompt(coords, labels, mask_input=logits)], multimask_output=count == 1)
+        best = int(result.iou_predictions[0].argmax())
+        logits = result.low_res_logits[0, best][None]
+        masks.append(result.masks[0, best].cpu().numpy())
     return masks
 
 

@@ -34,7 +34,7 @@ def decided_by_a_clock(source: str) -> list[int]:
     while True:  # what a function returns may taint one before it
         everywhere = _tainted(outer, names | returning)
         tainted = {scope: everywhere | _tainted(scope, names | returning) for scope in scopes}
-        found = {
+        result = {
             function.name
             for scope in scopes
             for function in ast.walk(scope)
@@ -42,9 +42,9 @@ def decided_by_a_clock(source: str) -> list[int]:
             for node in ast.walk(function)
             if isinstance(node, ast.Return) and node.value and _reads(node.value, names | returning, tainted[scope])
         }
-        if found <= returning:
+        if result <= returning:
             break
-        returning |= found
+        returning |= result
     lines = {
         node.lineno
         for scope in scopes

@@ -57,9 +57,9 @@ def assert_within_budget(actual: Tensor, formula: Callable[..., Tensor], inputs:
         ("relative L2 error", lambda x: float(x.norm() / truth.norm()), 1.0),
         ("largest error", lambda x: float(x.abs().max()), float(truth.abs().max())),
     ):
-        found, limit = size(error), Budget(size(baseline), actual.dtype, scale).limit
-        assert found <= limit, (
-            f"{what}: {measure} {found:.2e} is over the budget of {limit:.2e} "
+        result, limit = size(error), Budget(size(baseline), actual.dtype, scale).limit
+        assert result <= limit, (
+            f"{what}: {measure} {result:.2e} is over the budget of {limit:.2e} "
             f"(plain PyTorch in the same dtype {size(baseline):.2e})"
         )
 

@@ -163,13 +163,13 @@ def test_a_copy_of_the_programs_own_stays_unless_told(
     monkeypatch.syspath_prepend(folder.parent)
     with warnings.catch_warnings(record=True) as said, sam.as_segment_anything(replace_local=replace_local):
         warnings.simplefilter("always")
-        found = importlib.import_module("segment_anything")
+        result = importlib.import_module("segment_anything")
         assert importlib.import_module("segment_anything.utils").__name__.endswith("utils")
     if installed or replace_local:
-        assert found is sam
+        assert result is sam
         assert not said
     else:
-        assert found.MODIFIED
+        assert result.MODIFIED
         (warning,) = said
         assert f"segment_anything in {folder} is a copy of the program's own and stays in use" in str(warning.message)
         assert warning.category is RuntimeWarning

@@ -88,15 +88,15 @@ def test_a_case_that_raises_loses_no_other(
 
     file = tmp_path / "rows.json"
     right = Case("trebling", doubling(wrong=0.0).make)
-    found: list[int] = []
+    result: list[int] = []
 
     def fail(device: torch.device, dtype: torch.dtype) -> Problem:
-        found.append(len(json.loads(file.read_text())))
+        result.append(len(json.loads(file.read_text())))
         raise RuntimeError("out of memory")
 
     monkeypatch.setitem(GROUPS, "kernels", [doubling(wrong=0.0), Case("failing", fail), right])
     assert runner.run("kernels", "", CPU, [torch.float32], 0.01, False, file) == 1
-    assert found == [3]  # rows of the case before were there already
+    assert result == [3]  # rows of the case before were there already
     document = json.loads(file.read_text())
     assert [row["failure"] for row in document if row["case"] == "failing"] == ["RuntimeError: out of memory"]
     assert [row["case"] for row in read_rows(file)] == 3 * ["doubling"] + 3 * ["trebling"]
@@ -112,8 +112,8 @@ def test_what_matters_most_is_measured_first() -> None:
     assert of_late == sorted(of_late)
     names = [name for name, dtype in order if dtype == torch.bfloat16]
     named = ("mask head", "decoder, 64", "click", "64 points", "encoder, vit_b, 1", "encoder, vit_h", "start of")
-    places = [next(place for place, name in enumerate(names) if name.startswith(text)) for text in named]
-    assert places == sorted(places)
+    positions = [next(place for place, name in enumerate(names) if name.startswith(text)) for text in named]
+    assert positions == sorted(positions)
     last_bf16 = order.index(("encoder, vit_b, 8 images", torch.bfloat16))
     assert last_bf16 < order.index(("hypernetwork_masks, 1 prompts x 3 masks", torch.float32))
     assert order.index(("automatic masks, tail of 3072 masks, 1024x1024", torch.float32)) < order.index(

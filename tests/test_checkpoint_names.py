@@ -170,9 +170,9 @@ def test_wrappers_of_any_kind_and_order(tiny: Sam, wrapping: str, layout: str) -
     state = tiny.state_dict()
     if layout == "transformers":
         state = {theirs: tensor for ours, tensor in state.items() for theirs in transformers_names(ours, TINY)}
-    found, of = find_weights(WRAPPED[wrapping](state))
+    result, of = find_weights(WRAPPED[wrapping](state))
     assert of == layout
-    assert_same_weights(official_state(found, of, TINY), tiny.state_dict())
+    assert_same_weights(official_state(result, of, TINY), tiny.state_dict())
 
 
 @settings(max_examples=40, deadline=None)
@@ -187,9 +187,9 @@ def test_wrappers_anywhere(data: st.DataObject) -> None:
         wrapped = within(wrapped, start, data.draw(segment))
     for prefix in data.draw(st.lists(segment, max_size=3)):
         wrapped = prefixed(wrapped, f"{prefix}.")
-    found, layout = find_weights(nested(wrapped) if data.draw(st.booleans()) else wrapped)
+    result, layout = find_weights(nested(wrapped) if data.draw(st.booleans()) else wrapped)
     assert layout == "official"
-    assert found == state
+    assert result == state
 
 
 def test_wrappers_in_files(tmp_path: Path, nano_state: State) -> None:

@@ -15,8 +15,8 @@ def test_no_test_is_decided_by_a_clock_or_the_number_of_cores() -> None:
     """Counts, order and events decide; times belong in benchmarks, and a test that may hang goes by ``wait_until``."""
     files = set(TESTS.rglob("*.py")) - ALLOWED - {Path(__file__)}
     assert len(files) > 50
-    found = {str(path.relative_to(TESTS)): lines for path in files if (lines := decided_by_a_clock(path.read_text()))}
-    assert found == {}
+    result = {str(path.relative_to(TESTS)): lines for path in files if (lines := decided_by_a_clock(path.read_text()))}
+    assert result == {}
     assert all(decided_by_a_clock(path.read_text()) for path in ALLOWED)
 
 

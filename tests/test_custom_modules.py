@@ -30,8 +30,8 @@ class Wrapped(torch.nn.Module):
         self.inner = inner
 
     def forward(self, *arguments: torch.Tensor, **named: torch.Tensor | bool) -> object:
-        found = self.inner(*arguments, **named)
-        return 0.5 * found if isinstance(found, torch.Tensor) else (0.5 * found[0], *found[1:])
+        result = self.inner(*arguments, **named)
+        return 0.5 * result if isinstance(result, torch.Tensor) else (0.5 * result[0], *result[1:])
 
 
 class HalvedMasks(MaskDecoder):
@@ -82,8 +82,8 @@ def test_what_a_user_put_into_the_decoder_is_reached(name: str) -> None:
     CHANGES[name](model)
     assert not model.uses_fused_decoder
     for multimask, before in zip((True, False), untouched, strict=True):
-        found = model.predict(embedding, prompts, multimask)
-        assert not torch.allclose(found.low_res_logits, before, rtol=1e-3)
+        result = model.predict(embedding, prompts, multimask)
+        assert not torch.allclose(result.low_res_logits, before, rtol=1e-3)
         points = [
             None if p.points is None else (torch.tensor(p.points)[None], torch.tensor(p.labels)[None]) for p in prompts
         ]
@@ -98,8 +98,8 @@ def test_what_a_user_put_into_the_decoder_is_reached(name: str) -> None:
                     dense_prompt_embeddings=dense,
                     multimask_output=multimask,
                 )
-            assert_close_l2(found.low_res_logits[row], masks[0], 1e-5, f"{name}, prompt {row}")
-            assert_close_l2(found.iou_predictions[row], iou[0], 1e-5, f"{name}, prompt {row}")
+            assert_close_l2(result.low_res_logits[row], masks[0], 1e-5, f"{name}, prompt {row}")
+            assert_close_l2(result.iou_predictions[row], iou[0], 1e-5, f"{name}, prompt {row}")
     records = sam.SamAutomaticMaskGenerator(
         model, points_per_side=2, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=1.0
     ).generate(image)

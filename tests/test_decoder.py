@@ -40,8 +40,8 @@ def some_prompts(
 
 
 def outputs(model: Sam, embeddings: list[ImageEmbedding], prompts: list[list[Prompt]], multimask: bool) -> Tensor:
-    found = model.predict(embeddings, prompts, multimask_output=multimask, return_logits=False)
-    parts = [torch.cat([p.low_res_logits.flatten(), p.iou_predictions.flatten()]) for p in found]
+    result = model.predict(embeddings, prompts, multimask_output=multimask, return_logits=False)
+    parts = [torch.cat([p.low_res_logits.flatten(), p.iou_predictions.flatten()]) for p in result]
     return torch.cat(parts).double()
 
 
@@ -173,15 +173,15 @@ def test_masks_of_some_prompts_only() -> None:
         encoder.embed_tokens(coords, labels),
         encoder.no_mask_embed.weight.view(1, -1, 1, 1),
     )
-    wanted, rows = MaskDecoder.mask_slice(True), torch.tensor([4, 1])
+    mask_slice, rows = MaskDecoder.mask_slice(True), torch.tensor([4, 1])
     for kernels in ("reference", "torch"):
-        masks, iou = fused_decoder.decode(packed, *arguments, mask_slice=wanted, kernels=kernels)
+        masks, iou = fused_decoder.decode(packed, *arguments, mask_slice=mask_slice, kernels=kernels)
         decoded = fused_decoder.decode_tokens(packed, *arguments, kernels=kernels)
-        assert torch.equal(decoded.iou[:, wanted], iou)
-        some = fused_decoder.decode_masks(decoded, wanted, rows, kernels)
-        assert some.shape == (2, 3, SIDE, SIDE)
-        assert_close_l2(some, masks[rows], 1e-5, kernels)
-        assert fused_decoder.decode_masks(decoded, wanted, rows[:0], kernels).shape == (0, 3, SIDE, SIDE)
+        assert torch.equal(decoded.iou[:, mask_slice], iou)
+        chunk = fused_decoder.decode_masks(decoded, mask_slice, rows, kernels)
+        assert chunk.shape == (2, 3, SIDE, SIDE)
+        assert_close_l2(chunk, masks[rows], 1e-5, kernels)
+        assert fused_decoder.decode_masks(decoded, mask_slice, rows[:0], kernels).shape == (0, 3, SIDE, SIDE)
 
 
 def test_folding_is_used_up_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,12 +219,12 @@ def test_tokens_that_are_not_wanted_back_change_nothing(points: int, kernels: st
         torch.randn(shape, generator=draws) for shape in ((2, 16, 64), (1, 16, 64), (2, OUTPUT_TOKENS + points, 64))
     )
     every, image = fused_transformer.run_transformer(packed, keys, key_pe, tokens, kernels=kernels)
-    some, same_image = fused_transformer.run_transformer(
+    returned, same_image = fused_transformer.run_transformer(
         packed, keys, key_pe, tokens, num_output_tokens=OUTPUT_TOKENS, kernels=kernels
     )
     assert every.shape == tokens.shape
     assert torch.equal(same_image, image)
-    torch.testing.assert_close(some, every[:, :OUTPUT_TOKENS])
+    torch.testing.assert_close(returned, every[:, :OUTPUT_TOKENS])
 
 
 def test_weights_that_change_are_seen() -> None:

@@ -57,8 +57,8 @@ def predictions(model: Sam) -> Iterator[Any]:
     yield from (embedding.features, embedding.model_hash, model.encode(IMAGE, resize_on_device=True).features)
     once = model.predict(embedding, PROMPTS)
     again = Prompt([(40, 40)], [1], mask_input=once.low_res_logits[0, :1].numpy())
-    for found in (once, *model.predict([embedding, embedding], [PROMPTS, [again]], False, True)):
-        yield from (found.masks, found.iou_predictions, found.low_res_logits)
+    for result in (once, *model.predict([embedding, embedding], [PROMPTS, [again]], False, True)):
+        yield from (result.masks, result.iou_predictions, result.low_res_logits)
     session = sam.InteractiveSession(model, embedding)
     yield from (session.click(40, 40).mask(), session.click(50, 40, 0).mask())
     yield next(iter(sam.encode_stream(model, [IMAGE]))).features
@@ -99,14 +99,14 @@ def official_calls(model: Sam) -> Iterator[Any]:
         yield str(mask)
 
 
-def assert_bit_equal(found: list[Any], expected: list[Any]) -> None:
-    assert len(found) == len(expected)
-    for index, (value, wanted) in enumerate(zip(found, expected, strict=True)):
-        if isinstance(wanted, Tensor):
-            assert (value.dtype, value.device) == (wanted.dtype, wanted.device), index
-            assert torch.equal(value, wanted), index
+def assert_bit_equal(result: list[Any], expected: list[Any]) -> None:
+    assert len(result) == len(expected)
+    for index, (value, required) in enumerate(zip(result, expected, strict=True)):
+        if isinstance(required, Tensor):
+            assert (value.dtype, value.device) == (required.dtype, required.device), index
+            assert torch.equal(value, required), index
         else:
-            assert np.array_equal(value, wanted), index
+            assert np.array_equal(value, required), index
 
 
 DEFAULTS = [torch.bfloat16, torch.float64, "meta"]
@@ -164,11 +164,11 @@ class NoFp64(TorchDispatchMode):
     """As MPS: no tensor on the device, for which "meta" stands, is of fp64."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for value in tree_leaves(found):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
             if isinstance(value, Tensor) and value.is_meta and value.dtype == torch.float64:
                 raise TypeError(f"{func} makes fp64 on a device that does not have it")
-        return found
+        return result
 
 
 def test_no_fp64_leaves_the_host_for_a_device_without_it() -> None:

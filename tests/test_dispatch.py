@@ -195,6 +195,6 @@ def test_questions_that_make_no_sense() -> None:
 
 
 def test_every_operation_is_public_and_has_a_reference() -> None:
-    for name, found in OPERATIONS.items():
+    for name, result in OPERATIONS.items():
         assert callable(getattr(fastsam_kernels, name))
-        assert [implementation.name for implementation in found.implementations] == ["triton", "torch", "reference"]
+        assert [implementation.name for implementation in result.implementations] == ["triton", "torch", "reference"]

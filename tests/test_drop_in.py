@@ -123,12 +123,12 @@ def resolve(path: str) -> object:
     parts = path.split(".")
     for split in range(len(parts), 0, -1):
         try:
-            found: object = importlib.import_module(".".join(["sam", *parts[:split]]))
+            result: object = importlib.import_module(".".join(["sam", *parts[:split]]))
         except ModuleNotFoundError:
             continue
         for name in parts[split:]:
-            found = getattr(found, name)
-        return found
+            result = getattr(result, name)
+        return result
     raise ModuleNotFoundError(path)
 
 

@@ -140,9 +140,9 @@ def test_a_method_patched_on_a_class_is_seen_and_put_back(
     written = getattr(kind, method)
     with monkeypatch.context() as patch:
         patch.setattr(kind, method, lambda self, *inputs: written(self, *inputs))
-        found = reason(model)
-        assert found is not None
-        assert found.startswith(f"{method} of {kind.__name__}, the class of mask_decoder")
+        result = reason(model)
+        assert result is not None
+        assert result.startswith(f"{method} of {kind.__name__}, the class of mask_decoder")
     assert reason(model) is None
 
 
@@ -207,8 +207,8 @@ def test_an_optimiser_step_starts_a_generation_of_its_parameters_only(fused: boo
     assert after[1] == before[1]
     unused = sam.build_from_config(TINY)
     unused.load_state_dict(stepped.state_dict())
-    found, expected = (model.predict(model.encode(image), prompts).low_res_logits for model in (stepped, unused))
-    assert torch.equal(found, expected)
+    result, expected = (model.predict(model.encode(image), prompts).low_res_logits for model in (stepped, unused))
+    assert torch.equal(result, expected)
 
 
 def test_a_model_that_is_dropped_is_freed_at_once() -> None:

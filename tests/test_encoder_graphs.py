@@ -27,9 +27,9 @@ def models(monkeypatch: pytest.MonkeyPatch) -> tuple[Sam, Sam]:
 def test_one_image_is_replayed_and_earlier_features_stay(models: tuple[Sam, Sam]) -> None:
     replaying, eager = models
     images = [random_image(48, 60, seed=i) for i in range(3)]
-    found = [replaying.encode(image) for image in images]
+    result = [replaying.encode(image) for image in images]
     assert Rerun.recorded == 1
-    for embedding, image in zip(found, images, strict=True):
+    for embedding, image in zip(result, images, strict=True):
         assert torch.equal(embedding.features, eager.encode(image).features)
 
 
@@ -38,10 +38,10 @@ def test_a_batch_runs_eagerly_and_as_large_as_it_is(models: tuple[Sam, Sam], mon
     images = [random_image(48, 60, seed=i) for i in range(5)]
     counts = []
     replaying.image_encoder.patch_embed.register_forward_hook(lambda _, args, out: counts.append(len(args[0])))
-    found = replaying.encode(images, batch_size=5)
+    result = replaying.encode(images, batch_size=5)
     assert counts == [5]  # padding to 8 is for shapes that are compiled
     assert Rerun.recorded == 0
-    for embedding, image in zip(found, images, strict=True):
+    for embedding, image in zip(result, images, strict=True):
         torch.testing.assert_close(embedding.features, eager.encode(image).features, rtol=1e-5, atol=1e-5)
 
 
@@ -65,10 +65,10 @@ def test_changes_are_recorded_anew(models: tuple[Sam, Sam], change: str) -> None
             model.kernels = "reference"
         else:
             model.double()
-    found = replaying.encode(image).features
+    result = replaying.encode(image).features
     assert Rerun.recorded == 2
-    assert found.dtype != before.dtype or change == "kernels" or not torch.allclose(found, before, rtol=1e-3)
-    assert torch.equal(found, eager.encode(image).features)
+    assert result.dtype != before.dtype or change == "kernels" or not torch.allclose(result, before, rtol=1e-3)
+    assert torch.equal(result, eager.encode(image).features)
 
 
 @pytest.mark.parametrize("who", ["hook", "patch", "grad", "autocast"])

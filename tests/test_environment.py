@@ -36,8 +36,8 @@ def test_no_path_user_host_or_secret(capsys: pytest.CaptureFixture[str], monkeyp
         monkeypatch.setenv(name, "not-for-others")
     assert main(["info", "--env"]) == 0
     shown = capsys.readouterr().out
-    places = [str(Path.home()), str(Path.cwd()), tempfile.gettempdir(), str(Path(sam.__file__).parent)]
-    assert [text for text in places if text in shown] == []
+    folders = [str(Path.home()), str(Path.cwd()), tempfile.gettempdir(), str(Path(sam.__file__).parent)]
+    assert [text for text in folders if text in shown] == []
     assert {getpass.getuser(), platform.node(), "not-for-others"} & set(re.split(r"[^\w.-]+", shown)) == set()
 
 

@@ -34,10 +34,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def assert_as_written(found: dict[str, Any], expected: dict[str, Any]) -> None:
+def assert_as_written(result: dict[str, Any], expected: dict[str, Any]) -> None:
     """Hold answers against the official ones: calls as they are, numbers to the rounding of fp32 and of six digits."""
-    assert found.keys() == expected.keys()
-    for name, answer in found.items():
+    assert result.keys() == expected.keys()
+    for name, answer in result.items():
         ours, theirs = written(answer), expected[name]
         if isinstance(theirs, list):
             assert ours == theirs, name

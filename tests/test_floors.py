@@ -54,20 +54,20 @@ VIOLATIONS: set[tuple[str, str]] = set()
 
 
 def modules() -> dict[str, Path]:
-    found = {}
+    result = {}
     for package in ("fastsam_kernels", "sam", "benchmarks"):
         for path in sorted((ROOT / package).rglob("*.py")):
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            found[name.removesuffix(".__init__")] = path
-    return found
+            result[name.removesuffix(".__init__")] = path
+    return result
 
 
 def place(name: str) -> tuple[int, str]:
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
-        found = FLOORS.get(".".join(parts[:length]))
-        if found is not None and (length > 1 or len(parts) == 1 or parts[0] != "sam"):
-            return found
+        result = FLOORS.get(".".join(parts[:length]))
+        if result is not None and (length > 1 or len(parts) == 1 or parts[0] != "sam"):
+            return result
     raise AssertionError(f"{name} stands on no floor: give it one in tests/test_floors.py")
 
 
@@ -87,20 +87,20 @@ def imports(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
 
 
 def wrong_ways(known: dict[str, Path]) -> set[tuple[str, str]]:
-    found = set()
+    result = set()
     for name, path in known.items():
         floor, room = place(name)
         for other in imports(name, path, known):
             other_floor, other_room = place(other)
             if other_floor > floor or (other_floor == floor and other_room != room):
-                found.add((name, other))
-    return found
+                result.add((name, other))
+    return result
 
 
 def test_imports_go_down() -> None:
-    found = wrong_ways(modules())
-    assert found - VIOLATIONS == set(), "these imports go up or sideways"
-    assert VIOLATIONS - found == set(), "these are gone: take them off the list"
+    result = wrong_ways(modules())
+    assert result - VIOLATIONS == set(), "these imports go up or sideways"
+    assert VIOLATIONS - result == set(), "these are gone: take them off the list"
 
 
 def test_the_fence_sees_every_kind_of_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

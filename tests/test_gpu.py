@@ -57,9 +57,9 @@ def test_model_within_budget(name: str, kernels: str, dtype: torch.dtype) -> Non
     model.kernels = "reference"
     plain = outputs(model, image)
     model.kernels = kernels
-    found = outputs(model, image)
+    result = outputs(model, image)
     for what, expected in truth.items():
-        error, baseline = relative_l2(found[what], expected), relative_l2(plain[what], expected)
+        error, baseline = relative_l2(result[what], expected), relative_l2(plain[what], expected)
         limit = Budget(baseline, dtype).limit
         assert error <= limit, f"{what}: {error:.2e} is over the budget of {limit:.2e} (plain {baseline:.2e})"
 
@@ -150,9 +150,9 @@ def test_replays_by_many_threads_on_their_own_streams() -> None:
 
     def ask(thread: int) -> bool:
         with torch.cuda.stream(torch.cuda.Stream()):
-            found = [model.predict(embeddings[(thread + i) % 2], prompts()).low_res_logits for i in range(25)]
+            result = [model.predict(embeddings[(thread + i) % 2], prompts()).low_res_logits for i in range(25)]
             torch.cuda.current_stream().synchronize()
-        return all(relative_l2(one, expected[(thread + i) % 2]) < 1e-4 for i, one in enumerate(found))
+        return all(relative_l2(one, expected[(thread + i) % 2]) < 1e-4 for i, one in enumerate(result))
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(ask, range(8)))
@@ -169,12 +169,12 @@ def test_a_session_of_ten_clicks_takes_no_new_memory(dtype: torch.dtype) -> None
         session.reset()
         return [session.click(*click).mask() for click in CLICKS[:10]]
 
-    found = answers()
+    result = answers()
     if dtype == torch.float32:
-        for answer, mask in zip(found, by_prediction(eager, embedding, CLICKS[:10]), strict=True):
+        for answer, mask in zip(result, by_prediction(eager, embedding, CLICKS[:10]), strict=True):
             assert (answer == mask).mean() > 0.999
     before = torch.cuda.memory_stats()
-    assert all((one == other).all() for one, other in zip(answers(), found, strict=True))
+    assert all((one == other).all() for one, other in zip(answers(), result, strict=True))
     after = torch.cuda.memory_stats()
     for what in ("reserved_bytes.all.current", "segment.all.allocated", "num_alloc_retries"):
         assert after[what] == before[what], what
@@ -185,12 +185,12 @@ def test_streams_on_a_gpu() -> None:
     model = sam.load_model(device="cuda")
     images = [random_image(40 + i, 90 - 2 * i, seed=i) for i in range(20)]
     requests = [(image, [Prompt([[5.0, 9.0]], [1])]) for image in images]
-    for (image, asked), found in zip(requests, sam.predict_stream(model, requests, batch_size=4), strict=True):
-        expected = model.predict(model.encode(image), asked)
-        assert found.masks.device.type == "cpu"
-        assert not any(tensor.is_pinned() for tensor in (found.masks, found.iou_predictions, found.low_res_logits))
-        assert relative_l2(found.low_res_logits, expected.low_res_logits.cpu()) < 1e-4
-        assert (found.masks == expected.masks.cpu()).double().mean() > 0.999
+    for (image, sent), result in zip(requests, sam.predict_stream(model, requests, batch_size=4), strict=True):
+        expected = model.predict(model.encode(image), sent)
+        assert result.masks.device.type == "cpu"
+        assert not any(tensor.is_pinned() for tensor in (result.masks, result.iou_predictions, result.low_res_logits))
+        assert relative_l2(result.low_res_logits, expected.low_res_logits.cpu()) < 1e-4
+        assert (result.masks == expected.masks.cpu()).double().mean() > 0.999
 
 
 def test_graphs_need_a_gpu_and_are_asked_for_by_name() -> None:
@@ -212,9 +212,9 @@ def test_features_are_waited_for_by_another_stream() -> None:
         torch.cuda._sleep(10**9)  # after everything that the host waits for
         (late,) = model.embed(pixels, [prepared])
     with torch.cuda.stream(torch.cuda.Stream()):
-        found = model.predict(late, prompts()).low_res_logits
+        result = model.predict(late, prompts()).low_res_logits
         torch.cuda.current_stream().synchronize()
-    assert relative_l2(found, expected) < 1e-5
+    assert relative_l2(result, expected) < 1e-5
 
 
 def test_the_encoder_of_one_image_is_replayed() -> None:

@@ -90,9 +90,9 @@ def test_changed_weights_are_recorded_anew(models: tuple[Sam, Sam], change: str)
                     value.copy_(state[name])
         else:
             model.mask_decoder.load_state_dict(state, assign=change == "assigned")
-    found = replaying.predict(embedding, prompt)
-    assert not torch.allclose(found.low_res_logits, before.low_res_logits, rtol=1e-3)
-    assert_same(found, eager.predict(embedding, prompt), change)
+    result = replaying.predict(embedding, prompt)
+    assert not torch.allclose(result.low_res_logits, before.low_res_logits, rtol=1e-3)
+    assert_same(result, eager.predict(embedding, prompt), change)
 
 
 def test_a_model_that_moves_is_recorded_anew(models: tuple[Sam, Sam]) -> None:
@@ -117,11 +117,11 @@ def test_threads(models: tuple[Sam, Sam]) -> None:
     replaying, eager = models
     embeddings = [eager.encode(random_image(48, 60, seed=i)) for i in range(2)]
     rng = np.random.default_rng(3)
-    asked = [(embeddings[i % 2], [random_prompt(rng, False) for _ in range(1 + i % 3)]) for i in range(32)]
-    expected = [eager.predict(*request) for request in asked]
+    requests = [(embeddings[i % 2], [random_prompt(rng, False) for _ in range(1 + i % 3)]) for i in range(32)]
+    expected = [eager.predict(*request) for request in requests]
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda request: replaying.predict(*request), asked))
-    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+        result = list(pool.map(lambda request: replaying.predict(*request), requests))
+    for index, (one, other) in enumerate(zip(result, expected, strict=True)):
         assert_same(one, other, f"request {index}")
 
 
@@ -167,12 +167,12 @@ def test_an_image_is_copied_once_and_again_when_it_changed() -> None:
 
 
 def test_results_that_are_fed_back_are_copied_each_time() -> None:
-    graphs, value, found = Graphs(torch.device("cpu"), Rerun), torch.ones(1), []
+    graphs, value, result = Graphs(torch.device("cpu"), Rerun), torch.ones(1), []
     for _ in range(4):
         with graphs.run("key", lambda x: (2 * x,), [StackedInput.of(value)]) as (outputs, _):
-            found.append(float(outputs[0]))
+            result.append(float(outputs[0]))
             value = outputs[0]
-    assert found == [2, 4, 8, 16]
+    assert result == [2, 4, 8, 16]
 
 
 def _batch_on(images: range | list[int]) -> object:
@@ -205,11 +205,11 @@ def test_a_session_by_a_box() -> None:
     model = load_model(device="cpu")
     embedding = model.encode(random_image(45, 70))
     session, box = InteractiveSession(model, embedding), (10.0, 12.0, 40.0, 30.0)
-    found = model.predict(embedding, [Prompt(box=box)], multimask_output=False)
+    result = model.predict(embedding, [Prompt(box=box)], multimask_output=False)
     answer = session.box(*box)
-    assert agree(answer, found.masks[0, 0].numpy())
-    assert answer.predicted_iou == pytest.approx(float(found.iou_predictions[0, 0]), abs=1e-5)
-    refined = model.predict(embedding, [Prompt([(20, 20)], [0], box, found.low_res_logits[0])], multimask_output=False)
+    assert agree(answer, result.masks[0, 0].numpy())
+    assert answer.predicted_iou == pytest.approx(float(result.iou_predictions[0, 0]), abs=1e-5)
+    refined = model.predict(embedding, [Prompt([(20, 20)], [0], box, result.low_res_logits[0])], multimask_output=False)
     assert agree(session.click(20, 20, 0), refined.masks[0, 0].numpy())
 
 
@@ -256,13 +256,13 @@ def test_sessions_on_images_of_any_size_share_what_is_recorded(models: tuple[Sam
 def test_a_move_to_where_it_is_records_anew(models: tuple[Sam, Sam]) -> None:
     """It drops what is derived from the weights, whose addresses a graph has."""
     replaying, eager = models
-    embedding, asked = eager.encode(random_image(48, 60)), [Prompt([[3, 4]], [1])]
+    embedding, requests = eager.encode(random_image(48, 60)), [Prompt([[3, 4]], [1])]
     for move in (lambda: None, lambda: replaying.to("cpu"), lambda: replaying.mask_decoder.float()):
         before = Rerun.recorded
         move()
-        replaying.predict(embedding, asked)
+        replaying.predict(embedding, requests)
         assert Rerun.recorded == before + 1
-        replaying.predict(embedding, asked)
+        replaying.predict(embedding, requests)
         assert Rerun.recorded == before + 1
 
 

@@ -80,8 +80,8 @@ def test_any_bytes_are_an_image_or_an_error(tmp_path: Path) -> None:
     for data in (JPEG, PNG, WEBP, file_of(RGB, "WEBP", save_all=True, append_images=[RGB.rotate(90)])):
         for _ in range(50):
             damaged = np.frombuffer(data, np.uint8).copy()
-            places = rng.integers(2, min(len(data), rng.choice([60, 10_000])), 3)
-            damaged[places] = rng.integers(0, 256, 3)
+            positions = rng.integers(2, min(len(data), rng.choice([60, 10_000])), 3)
+            damaged[positions] = rng.integers(0, 256, 3)
             try:
                 read(tmp_path, damaged.tobytes()[: rng.integers(20, 2 * len(data))])
                 outcomes.add(None)

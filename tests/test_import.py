@@ -109,12 +109,12 @@ def test_names_come_from_the_modules_that_type_checkers_are_told() -> None:
         for node in ast.parse(Path(sam.__file__).read_text()).body
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name)
     )
-    told = {
+    homes = {
         name.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for name in node.names
     }  # of ``from . import predictor`` the module is None
-    assert {name: module for name, module in told.items() if module} == sam._HOMES
-    assert {name for name, module in told.items() if not module} <= sam._SUBMODULES
-    assert sorted(told) == sorted(sam.__all__)
+    assert {name: module for name, module in homes.items() if module} == sam._HOMES
+    assert {name for name, module in homes.items() if not module} <= sam._SUBMODULES
+    assert sorted(homes) == sorted(sam.__all__)
 
 
 def test_every_name_is_there_by_every_way_to_import() -> None:

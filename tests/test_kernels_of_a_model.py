@@ -18,7 +18,7 @@ pytest.importorskip("scipy")
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     """The ``kernels`` that each operation was called with."""
     seen: dict[str, set[str]] = {}
     select = Operation.select
@@ -50,11 +50,11 @@ def everything(model: Sam) -> None:
 
 
 @pytest.mark.parametrize("kernels", ["torch", "reference"])
-def test_every_operation_is_called_with_the_models_kernels(asked: dict[str, set[str]], kernels: str) -> None:
+def test_every_operation_is_called_with_the_models_kernels(calls: dict[str, set[str]], kernels: str) -> None:
     model = random_model(TINY)
     model.kernels = kernels
     with torch.no_grad():
         everything(model)
     names = {"connected_components", "mask_statistics", "packed_masks", "nms", "preprocess_image"}
-    assert names <= set(asked), f"not asked for: {names - set(asked)}"
-    assert asked == {operation: {kernels} for operation in asked}
+    assert names <= set(calls), f"not asked for: {names - set(calls)}"
+    assert calls == {operation: {kernels} for operation in calls}

@@ -70,7 +70,7 @@ def test_max_memory_is_no_more_than_there_is(free: dict[str, int]) -> None:
 
 def test_a_full_gpu_is_asked_one_click_at_a_time_and_not_refused(free: dict[str, int]) -> None:
     free["device"] = 10**6
-    found = plan()
-    assert (found.points_at_once, found.masks_at_once, found.held_bytes) == (1, 1, 0)
+    result = plan()
+    assert (result.points_at_once, result.masks_at_once, result.held_bytes) == (1, 1, 0)
     with pytest.raises(ValueError, match=r"max_memory of 10 MB is too little for masks of 1024x1024"):
         plan(max_memory=10 * 10**6)

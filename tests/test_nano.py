@@ -18,9 +18,9 @@ GOOD = 0.75
 
 @pytest.fixture(scope="module")
 def truth() -> list[coins.Coin]:
-    found = coins.coins()
-    assert len(found) == 24
-    return found
+    result = coins.coins()
+    assert len(result) == 24
+    return result
 
 
 def report(what: str, scores: list[float]) -> None:

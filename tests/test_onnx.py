@@ -27,10 +27,10 @@ def test_of_these_weights(nano: Sam) -> None:
 def test_equals_the_official_module(nano: Sam, result: dict[str, Any]) -> None:
     """Logits to 1e-4 and scores to 2e-5, as far as five decimals tell; areas to the pixel."""
     ours = summary(SamOnnxModel(nano, **result["options"])(**inputs_of(result["prompts"], 512)))
-    for name, kept in ours.items():
-        assert kept["shape"] == result[name]["shape"]
+    for name, stored in ours.items():
+        assert stored["shape"] == result[name]["shape"]
         tolerance = {"areas": 0, "scores": 2e-5, "stability": 2e-5}.get(name, 1e-4)
-        np.testing.assert_allclose(kept["values"], result[name]["values"], rtol=0, atol=tolerance, err_msg=name)
+        np.testing.assert_allclose(stored["values"], result[name]["values"], rtol=0, atol=tolerance, err_msg=name)
 
 
 def traced(model: SamOnnxModel, inputs: dict[str, torch.Tensor]) -> torch.jit.ScriptModule:
@@ -89,8 +89,8 @@ def test_one_mask_of_several(tiny: Sam) -> None:
     model = SamOnnxModel(tiny, return_single_mask=True)
     masks = torch.arange(8.0).reshape(2, 4, 1, 1)
     scores = torch.tensor([[0.9, 0.1, 0.8, 0.2], [0.0, 0.3, 0.2, 0.9]])
-    for points, wanted in ((2, [2, 3]), (3, [0, 0])):
+    for points, expected in ((2, [2, 3]), (3, [0, 0])):
         chosen, score = model.select_masks(masks, scores, points)
-        assert chosen.flatten().tolist() == [wanted[0], 4 + wanted[1]]
-        assert score[:, 0].tolist() == [scores[0, wanted[0]], scores[1, wanted[1]]]
+        assert chosen.flatten().tolist() == [expected[0], 4 + expected[1]]
+        assert score[:, 0].tolist() == [scores[0, expected[0]], scores[1, expected[1]]]
     assert SamOnnxModel.resize_longest_image_size(torch.tensor([1500.0, 2250.0]), 1024).tolist() == [683, 1024]

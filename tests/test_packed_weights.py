@@ -40,13 +40,13 @@ def test_threads_derive_a_value_once() -> None:
 def test_derived_values_are_kept_and_dropped() -> None:
     model = random_model(TINY)
     encoder, matrix = model.prompt_encoder, model.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
-    kept = encoder.get_dense_pe()
-    assert encoder.get_dense_pe() is kept
+    cached = encoder.get_dense_pe()
+    assert encoder.get_dense_pe() is cached
     known = model.model_hash
     assert model.model_hash is known
 
     matrix.mul_(2)  # written in place
-    assert not torch.equal(encoder.get_dense_pe(), kept)
+    assert not torch.equal(encoder.get_dense_pe(), cached)
     assert model.model_hash != known
 
     other = random_model(TINY, seed=1)

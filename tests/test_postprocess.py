@@ -34,20 +34,20 @@ def test_logits_are_those_of_two_resizes(name: str, side: int) -> None:
     """A quarter, a half and all of the picture's size, and one that has to be enlarged by a broken factor."""
     for dtype, most in ((torch.float32, 4e-6), (torch.float64, 1e-14)):
         logits = draw(side, dtype)
-        found, expected = upscale_masks(logits, GEOMETRIES[name]), two_resizes(logits, GEOMETRIES[name])
-        assert found.dtype == dtype
-        torch.testing.assert_close(found, expected, atol=most * 20, rtol=most)
+        result, expected = upscale_masks(logits, GEOMETRIES[name]), two_resizes(logits, GEOMETRIES[name])
+        assert result.dtype == dtype
+        torch.testing.assert_close(result, expected, atol=most * 20, rtol=most)
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_masks_are_those_of_two_resizes(name: str) -> None:
     logits = draw(128)
     expected = two_resizes(logits.double(), GEOMETRIES[name])
-    found = masks_from_logits(logits, GEOMETRIES[name], 0.5)
-    wrong = found != (expected > 0.5)
+    result = masks_from_logits(logits, GEOMETRIES[name], 0.5)
+    wrong = result != (expected > 0.5)
     assert ((expected[wrong] - 0.5).abs() < 1e-4).all()
     assert wrong.float().mean() < 1e-5
-    assert 0.3 < found.float().mean() < 0.6
+    assert 0.3 < result.float().mean() < 0.6
 
 
 def test_upscaling_passes_gradients() -> None:
@@ -64,8 +64,8 @@ def test_a_mask_is_what_lies_above_the_threshold(dtype: torch.dtype, threshold: 
     logits[0, 0] = torch.tensor(threshold, dtype=dtype)  # a tie, where the dtype can say it
     logits[0, 1] = torch.nan
     geometry = GEOMETRIES["as large as the model's picture"]
-    found = masks_from_logits(logits.requires_grad_(), geometry, threshold)
+    result = masks_from_logits(logits.requires_grad_(), geometry, threshold)
     with torch.no_grad():
-        assert torch.equal(found, upscale_masks(logits, geometry) > threshold)
-    assert found.dtype == torch.bool
-    assert not found[0, 1].any()
+        assert torch.equal(result, upscale_masks(logits, geometry) > threshold)
+    assert result.dtype == torch.bool
+    assert not result[0, 1].any()

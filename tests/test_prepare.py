@@ -98,9 +98,9 @@ def test_a_prepared_image_is_encoded_as_its_pixels_are(model: Sam) -> None:
     prepared = prepare_image(IMAGE, model.image_geometry)
     expected = model.encode(IMAGE)
     one, (other, third) = model.encode(prepared), model.encode([prepared, IMAGE], batch_size=1)
-    for found in (one, other, third):
-        assert torch.equal(found.features, expected.features)
-        assert (found.geometry, found.image_hash) == (expected.geometry, expected.image_hash)
+    for result in (one, other, third):
+        assert torch.equal(result.features, expected.features)
+        assert (result.geometry, result.image_hash) == (expected.geometry, expected.image_hash)
     assert prepared.pixels.shape[:2] == expected.geometry.input_size
     assert prepared.is_resized
 
@@ -110,9 +110,9 @@ def test_an_image_that_the_device_resizes_is_kept_as_it_is(model: Sam) -> None:
     assert not prepared.is_resized
     assert np.array_equal(prepared.pixels, IMAGE[::-1])
     expected = model.encode(IMAGE[::-1], resize_on_device=True)
-    found = model.encode(prepared)
-    assert torch.equal(found.features, expected.features)
-    assert found.image_hash is None
+    result = model.encode(prepared)
+    assert torch.equal(result.features, expected.features)
+    assert result.image_hash is None
 
 
 def test_an_image_prepared_for_another_model_is_refused(model: Sam) -> None:

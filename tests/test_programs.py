@@ -25,10 +25,10 @@ OFFICIAL: dict[str, Any] = json.loads((Path(__file__).parent / "official_calls.j
 
 def assert_official(answers: dict[str, dict[str, Tensor]]) -> None:
     """Hold every answer against the written one, to the rounding of fp32 sums and of six digits."""
-    for call, found in answers.items():
+    for call, result in answers.items():
         expected = OFFICIAL["calls"][call]
-        assert found.keys() == expected.keys(), call
-        for name, answer in found.items():
+        assert result.keys() == expected.keys(), call
+        for name, answer in result.items():
             ours, theirs = summary(answer), expected[name]
             what = f"{call}, {name}"
             assert ours["shape"] == theirs["shape"], what

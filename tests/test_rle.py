@@ -64,8 +64,8 @@ def test_words_that_come_in_one_copy() -> None:
     changes[[3, 77, 300, 499]] = torch.tensor([1, -1, 2**31 - 1, -(2**31)], dtype=torch.int32)
     expected = rle_encode._nonzero_words(changes)
     assert expected.tolist() == [3 << 32 | 1, 77 << 32 | 2**32 - 1, 300 << 32 | 2**31 - 1, 499 << 32 | 2**31]
-    for room in (0, 3, 4, 500):
-        assert rle_encode._copy_nonzero_words(changes, room).equal(expected)
+    for capacity in (0, 3, 4, 500):
+        assert rle_encode._copy_nonzero_words(changes, capacity).equal(expected)
 
 
 def test_a_large_noisy_mask() -> None:
@@ -108,9 +108,9 @@ def test_shapes_of_boxes() -> None:
     assert amg.batched_mask_to_box(torch.ones(0, 5, 6, dtype=torch.bool)).shape == (0, 4)
     for make in (torch.tensor, np.array, list, tuple):
         box = make([3, 4, 10, 20])
-        found = amg.box_xyxy_to_xywh(box)
-        assert type(found) is type(box)
-        assert list(found) == [3, 4, 7, 16]
+        result = amg.box_xyxy_to_xywh(box)
+        assert type(result) is type(box)
+        assert list(result) == [3, 4, 7, 16]
         assert list(box) == [3, 4, 10, 20]
     several = [[[3, 4, 10, 20]], [[1, 2, 1, 3]]]
     for make in (torch.tensor, np.array):

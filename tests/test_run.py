@@ -58,21 +58,21 @@ def test_official_calls(nano: Sam, photo: np.ndarray, tmp_path: Path) -> None:
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run([*flags, str(PROGRAM), *given], env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 7, done.stderr
-    found = json.loads(done.stdout)
-    assert found["path"] == str(PROGRAM.parent)
-    assert found["file"] == str(PROGRAM)
-    assert "ignore::UserWarning" in found["warnings"]
-    assert found["unbuffered"]
-    assert [found[process] for process in ("before", "spawn", "subprocess")] == [sam.__file__] * 3
-    assert found["missing"] == []
-    assert found["star"]
-    assert found["from"] == ["sam.utils.onnx", "sam.utils.transforms"]
-    assert found["pickle"]
-    assert found["reload"]
-    assert found["function"]
-    assert found["masks"] == len((tmp_path / "metadata.csv").read_text().splitlines()) > 0
-    assert found["clicks"] == [[3, 300, 451], [1, 300, 451], [1, 300, 451], [2, 1, 300, 451], [2, 1, 300, 451]]
-    assert found["decoder"] == [[1, 1, 300, 451], [1, 1]]
+    result = json.loads(done.stdout)
+    assert result["path"] == str(PROGRAM.parent)
+    assert result["file"] == str(PROGRAM)
+    assert "ignore::UserWarning" in result["warnings"]
+    assert result["unbuffered"]
+    assert [result[process] for process in ("before", "spawn", "subprocess")] == [sam.__file__] * 3
+    assert result["missing"] == []
+    assert result["star"]
+    assert result["from"] == ["sam.utils.onnx", "sam.utils.transforms"]
+    assert result["pickle"]
+    assert result["reload"]
+    assert result["function"]
+    assert result["masks"] == len((tmp_path / "metadata.csv").read_text().splitlines()) > 0
+    assert result["clicks"] == [[3, 300, 451], [1, 300, 451], [1, 300, 451], [2, 1, 300, 451], [2, 1, 300, 451]]
+    assert result["decoder"] == [[1, 1, 300, 451], [1, 1]]
 
 
 OWN = """
@@ -109,8 +109,8 @@ def test_a_copy_of_the_programs_own(tmp_path: Path) -> None:
     assert f"{program}:1: RuntimeWarning: segment_anything in {tmp_path / 'segment_anything'} is a copy" in done.stderr
     assert "sam run --replace-local, serves" in done.stderr
     program.write_text("import importlib.util; print(importlib.util.find_spec('segment_anything').origin)")
-    told = python(program, variables={"FASTSAM_REPLACE_LOCAL": "1"})
-    assert (told.stdout.strip(), told.stderr) == (sam.__file__, "")
+    done = python(program, variables={"FASTSAM_REPLACE_LOCAL": "1"})
+    assert (done.stdout.strip(), done.stderr) == (sam.__file__, "")
 
 
 SPAWNING = """

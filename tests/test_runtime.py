@@ -60,10 +60,10 @@ def test_nothing_is_compiled_after_the_warm_up(compiled: Sam) -> None:
     assert before > 0
     for count in (1, 2, 3, 5, 17):
         for points in range(1, 10):
-            found = compiled.predict(embedding, clicks(count, points))
+            result = compiled.predict(embedding, clicks(count, points))
             expected = eager.predict(embedding, clicks(count, points))
-            assert_close_l2(found.low_res_logits, expected.low_res_logits, 1e-5, f"{count} prompts, {points} points")
-            assert_close_l2(found.iou_predictions, expected.iou_predictions, 1e-5, f"{count} prompts, {points} points")
+            assert_close_l2(result.low_res_logits, expected.low_res_logits, 1e-5, f"{count} prompts, {points} points")
+            assert_close_l2(result.iou_predictions, expected.iou_predictions, 1e-5, f"{count} prompts, {points} points")
     compiled.encode([random_image(40, 64), random_image(64, 40)])
     assert compilations() == before
 
@@ -72,9 +72,9 @@ def test_nothing_is_compiled_after_the_warm_up(compiled: Sam) -> None:
 def test_one_mask_and_mask_inputs(compiled: Sam) -> None:
     embedding, eager = compiled.encode(random_image(48, 60)), copy.deepcopy(compiled)
     for multimask, mask in ((False, False), (True, True)):
-        found = compiled.predict(embedding, clicks(1, 1, mask), multimask_output=multimask)
+        result = compiled.predict(embedding, clicks(1, 1, mask), multimask_output=multimask)
         expected = eager.predict(embedding, clicks(1, 1, mask), multimask_output=multimask)
-        assert_close_l2(found.low_res_logits, expected.low_res_logits, 1e-5, f"{multimask}, {mask}")
+        assert_close_l2(result.low_res_logits, expected.low_res_logits, 1e-5, f"{multimask}, {mask}")
 
 
 @pytest.mark.slow
@@ -82,9 +82,9 @@ def test_a_click_compiled(compiled: Sam) -> None:
     image, eager = random_image(48, 60), copy.deepcopy(compiled)
     embedding = compiled.encode(image)
     assert_close_l2(embedding.features, eager.encode(image).features, 1e-5, "features")
-    found, expected = compiled.predict(embedding, clicks(1, 1)), eager.predict(embedding, clicks(1, 1))
-    assert_close_l2(found.low_res_logits, expected.low_res_logits, 1e-5, "a click")
-    assert_close_l2(found.iou_predictions, expected.iou_predictions, 1e-5, "a click")
+    result, expected = compiled.predict(embedding, clicks(1, 1)), eager.predict(embedding, clicks(1, 1))
+    assert_close_l2(result.low_res_logits, expected.low_res_logits, 1e-5, "a click")
+    assert_close_l2(result.iou_predictions, expected.iou_predictions, 1e-5, "a click")
 
 
 def test_what_fits_no_bucket_runs_and_says_so_once(compiled: Sam, caplog: pytest.LogCaptureFixture) -> None:
@@ -92,9 +92,9 @@ def test_what_fits_no_bucket_runs_and_says_so_once(compiled: Sam, caplog: pytest
     embedding = eager.encode(random_image(48, 60))
     with caplog.at_level(logging.WARNING, logger="sam"):
         for _ in range(2):
-            found = compiled.predict(embedding, clicks(1, 20))
+            result = compiled.predict(embedding, clicks(1, 20))
             compiled.predict([embedding, embedding], [clicks(1, 1), clicks(1, 1)])
-    assert_close_l2(found.low_res_logits, eager.predict(embedding, clicks(1, 20)).low_res_logits, 1e-6, "20 points")
+    assert_close_l2(result.low_res_logits, eager.predict(embedding, clicks(1, 20)).low_res_logits, 1e-6, "20 points")
     assert sorted(record.message for record in caplog.records if record.name == "sam") == [
         "prompts of more than 11 tokens fit no shape made ready and run eagerly",
         "prompts on several images at once fit no shape made ready and run eagerly",

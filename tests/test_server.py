@@ -55,8 +55,8 @@ def test_segment_an_upload(local: Local, model: Sam) -> None:
     prompts = [{"points": [[5, 6], [40, 30]], "labels": [1, 0]}, {"box": [10, 10, 50, 40]}]
     status, answer, headers = local.post("/v1/segment", PNG, prompts=prompts)
     assert status == 200
-    asked = [Prompt([(5, 6), (40, 30)], [1, 0]), Prompt(box=(10, 10, 50, 40))]
-    expected = local.engine.segment(IMAGE, asked).result(SECONDS)
+    requests = [Prompt([(5, 6), (40, 30)], [1, 0]), Prompt(box=(10, 10, 50, 40))]
+    expected = local.engine.segment(IMAGE, requests).result(SECONDS)
     assert answer["image"] == {"height": 60, "width": 90}
     assert answer["request_id"] == headers["x-request-id"]
     assert [prompt["best"] for prompt in answer["prompts"]] == [masks.best for masks in expected]
@@ -75,8 +75,8 @@ def test_a_box_may_reach_over_the_edges(local: Local) -> None:
         status, answer, _ = local.post("/v1/segment", PNG, prompts=[{"box": box}])
         assert status == 200
         (expected,) = local.engine.segment(IMAGE, [Prompt(box=box)]).result(SECONDS)
-        found = [record["segmentation"]["counts"] for record in answer["prompts"][0]["masks"]]
-        assert found == [rle.compress(one["counts"]) for one in expected.rles]
+        result = [record["segmentation"]["counts"] for record in answer["prompts"][0]["masks"]]
+        assert result == [rle.compress(one["counts"]) for one in expected.rles]
 
 
 def test_outputs_agree(local: Local) -> None:
@@ -289,11 +289,11 @@ def test_large_json_does_not_keep_others_waiting(local: Local, monkeypatch: pyte
     prompts = [{"points": [[1, 1]] * 64, "labels": [1] * 64}] * 256
     body = json.dumps({"embedding": embedded["embedding"], "prompts": [*prompts, {}]}).encode()
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(local.request, "POST", "/v1/segment", body, {"Content-Type": "application/json"})
+        requests = pool.submit(local.request, "POST", "/v1/segment", body, {"Content-Type": "application/json"})
         assert reading.wait(SECONDS)
         assert local.request("GET", "/v2/health/live")[0] == 200
         answered.set()
-        assert asked.result(SECONDS)[0] == 422
+        assert requests.result(SECONDS)[0] == 422
 
 
 def test_bombs_are_refused_by_their_header(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,17 +53,17 @@ def test_bodies_that_do_not_come_hold_no_place() -> None:
 
 def test_large_bodies_take_turns_and_small_ones_do_not_wait() -> None:
     running = started(Settings(max_uploads=1))
-    places = running.service.bodies.large
+    limiter = running.service.bodies.large
     first = begun(running, 10**6, HEAD + NOISE[:100_000])
-    wait_until(lambda: places.borrowed_tokens == 1)
+    wait_until(lambda: limiter.borrowed_tokens == 1)
     assert running.post("/v1/embed", PNG)[0] == 200
     with ThreadPoolExecutor(1) as pool:
         second = pool.submit(running.post, "/v1/embed", NOISE)
-        wait_until(lambda: places.statistics().tasks_waiting == 1)
+        wait_until(lambda: limiter.statistics().tasks_waiting == 1)
         assert not second.done()
         first.close()
         assert second.result(SECONDS)[0] == 200
-    assert places.borrowed_tokens == 0
+    assert limiter.borrowed_tokens == 0
     running.close()
 
 
@@ -131,8 +131,13 @@ def test_the_largest_document_is_read() -> None:
     read = read_document(SegmentRequest, json.dumps(largest).encode())
     assert (len(read.prompts), read.prompts[-1].points[-1]) == (1024, tuple(point))
     fields = {"prompts": json.dumps(largest["prompts"]), "output": '"png"', "embedding": "1" * 32, "multimask": "false"}
-    asked = read_fields(SegmentRequest, fields)
-    assert (len(asked.prompts), asked.output, asked.embedding, asked.multimask) == (1024, "png", "1" * 32, False)
+    request = read_fields(SegmentRequest, fields)
+    assert (len(request.prompts), request.output, request.embedding, request.multimask) == (
+        1024,
+        "png",
+        "1" * 32,
+        False,
+    )
 
 
 def test_other_fields_are_short() -> None:

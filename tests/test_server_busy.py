@@ -170,10 +170,10 @@ def test_an_encoding_ends_with_the_time_to_drain(monkeypatch: pytest.MonkeyPatch
     encoding = Encoding(monkeypatch)
     prompts = CLICK * 4
     with ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(running.error, "/v1/segment", PNG, prompts=prompts, output=output) for _ in range(4)]
+        requests = [pool.submit(running.error, "/v1/segment", PNG, prompts=prompts, output=output) for _ in range(4)]
         wait_until(lambda: running.service.in_flight == 4 and encoding.begun == 2)
         drain(running)
-        assert [future.result(SECONDS) for future in asked] == [(503, "draining")] * 4
+        assert [future.result(SECONDS) for future in requests] == [(503, "draining")] * 4
     assert encoding.begun == 2
     assert running.service.in_flight == 0
     running.close()
@@ -205,10 +205,10 @@ def test_few_encodings_run_at_once(gated: tuple[Local, Gate], monkeypatch: pytes
     gate.open.set()
     encoding = Encoding(monkeypatch)
     with ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(running.post, "/v1/segment", PNG, prompts=CLICK, output="npz") for _ in range(4)]
+        requests = [pool.submit(running.post, "/v1/segment", PNG, prompts=CLICK, output="npz") for _ in range(4)]
         wait_until(lambda: encoding.begun == 2 and running.service._encoding.statistics().tasks_waiting == 2)
         encoding.go.set()
-        assert [future.result(SECONDS)[0] for future in asked] == [200] * 4
+        assert [future.result(SECONDS)[0] for future in requests] == [200] * 4
     assert encoding.most_at_once == 2
 
 
@@ -288,17 +288,17 @@ def test_one_bad_request_never_fails_its_batch_mates(gated: tuple[Local, Gate]) 
     """They wait at the same time for the same model; the good ones are answered as they are alone."""
     running, gate = gated
     gate.open.set()
-    asked = {"prompts": CLICK * 2}
-    alone = running.post("/v1/segment", PNG, **asked)[1]["prompts"]
+    requests = {"prompts": CLICK * 2}
+    alone = running.post("/v1/segment", PNG, **requests)[1]["prompts"]
     gate.open.clear()
     gate.entered.clear()
     with ThreadPoolExecutor(4) as pool:
         busy = pool.submit(running.post, "/v1/embed", file_of(random_image(30, 30)))
         assert gate.entered.wait(SECONDS)
-        good = [pool.submit(running.post, "/v1/segment", PNG, **asked) for _ in range(2)]
+        good = [pool.submit(running.post, "/v1/segment", PNG, **requests) for _ in range(2)]
         wait_until(lambda: running.engine.pending == 3)
         for image, fields, code in (
-            (PNG[:200], asked, "bad_image"),
+            (PNG[:200], requests, "bad_image"),
             (PNG, {"prompts": [*CLICK, {"points": [[91, 1]]}]}, "out_of_image"),
             (PNG, {"prompts": [{"points": [[5, 5]], "mask_input": {"result": "0" * 32}}]}, "unknown_result"),
         ):

@@ -239,14 +239,14 @@ def test_the_longest_silent_make_room() -> None:
         connection.sendall(begun)
     wait_until(lambda: running.service.bodies.held == 5)
     with ThreadPoolExecutor(4) as pool:
-        asked = []
+        requests = []
         for count in range(4):
-            asked.append(pool.submit(running.post, "/v1/embed", PNG))
+            requests.append(pool.submit(running.post, "/v1/embed", PNG))
             wait_until(lambda count=count: running.service.in_flight == count + 1)
             assert silent[count].recv(1) == b""
         assert statuses(answers_to(running.port, LIVE + b"\r\n")) in ([503], [])
         gate.open.set()
-        assert [future.result(SECONDS)[0] for future in asked] == [200] * 4
+        assert [future.result(SECONDS)[0] for future in requests] == [200] * 4
     assert running.request("GET", "/v2/health/live")[0] == 200
     running.close()
 
@@ -280,7 +280,7 @@ def test_nobody_reads_an_answer_of_megabytes(local: Local, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("allowed", "most", "connections", "asked"),
+    ("allowed", "most", "connections", "requested"),
     [
         (1024, 1024, 400, None),
         (256, 4096, 400, 2 * 400 + 192),
@@ -290,14 +290,14 @@ def test_nobody_reads_an_answer_of_megabytes(local: Local, monkeypatch: pytest.M
     ],
 )
 def test_connections_fit_the_descriptors(
-    monkeypatch: pytest.MonkeyPatch, allowed: int, most: int, connections: int, asked: int | None
+    monkeypatch: pytest.MonkeyPatch, allowed: int, most: int, connections: int, requested: int | None
 ) -> None:
     """Each may have a file on disk beside it."""
     raised: list[tuple[int, tuple[int, int]]] = []
     monkeypatch.setattr(run.resource, "getrlimit", lambda which: (allowed, most))
     monkeypatch.setattr(run.resource, "setrlimit", lambda which, limits: raised.append(limits))
     assert run._within_descriptors(Settings()).max_connections == connections
-    assert raised == ([] if asked is None else [(asked, most)])
+    assert raised == ([] if requested is None else [(requested, most)])
 
 
 def test_what_is_odd_in_an_image_is_neither_logged_nor_remembered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,7 +175,7 @@ def test_schemathesis(server: Server) -> None:
     assert len(operations) == 7
     posts = [operation for operation in operations if operation.method.upper() == "POST"]
     statuses: Counter[str] = Counter()
-    asked: Counter[str] = Counter()
+    requests: Counter[str] = Counter()
 
     def ask_often(operation: Any, mode: Any, times: int) -> None:
         @settings(
@@ -189,7 +189,7 @@ def test_schemathesis(server: Server) -> None:
         def ask(data: st.DataObject) -> None:
             response = data.draw(operation.as_strategy(generation_mode=mode)).call(timeout=300)
             statuses[f"{operation.path} {response.status_code}"] += 1
-            asked[operation.path] += 1
+            requests[operation.path] += 1
             assert response.status_code < 500, (operation.path, response.text, server.tracebacks())
 
         with contextlib.suppress(Unsatisfiable, schemathesis.errors.SchemathesisError):  # nothing can be wrong there
@@ -199,8 +199,8 @@ def test_schemathesis(server: Server) -> None:
         for mode in modes:
             ask_often(operation, mode, max(1, GENERATED // (len(posts) * len(modes))) if operation in posts else 50)
     print(f"\n{sum(statuses.values())} cases: {dict(statuses)}")
-    assert set(asked) == {operation.path for operation in operations}
-    assert sum(asked[operation.path] for operation in posts) >= 0.7 * GENERATED
+    assert set(requests) == {operation.path for operation in operations}
+    assert sum(requests[operation.path] for operation in posts) >= 0.7 * GENERATED
     assert server.get("/v2/health/ready")[0] == 200
 
 

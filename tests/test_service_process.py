@@ -186,9 +186,9 @@ def test_the_log_is_json_with_request_ids(server: Server) -> None:
     connection.request("GET", "/v2/health/live?x=1", headers={"X-Request-ID": "find-me"})
     connection.getresponse().read()
     connection.close()
-    found = lambda: [record for record in server.log if record.get("request_id") == "find-me"]  # noqa: E731
-    wait_until(found)
-    assert {**found()[0], "time": 0, "seconds": 0} == {
+    result = lambda: [record for record in server.log if record.get("request_id") == "find-me"]  # noqa: E731
+    wait_until(result)
+    assert {**result()[0], "time": 0, "seconds": 0} == {
         "time": 0, "level": "info", "event": "request", "request_id": "find-me", "method": "GET",
         "route": "/v2/health/live", "status": 200, "seconds": 0, "bytes": 13,
     }  # fmt: skip

@@ -32,20 +32,20 @@ def images() -> list[np.ndarray]:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_embeddings_are_those_of_encode(model: Sam, images: list[np.ndarray], batch_size: int) -> None:
-    found = list(sam.encode_stream(model, iter(images), batch_size=batch_size))
+    result = list(sam.encode_stream(model, iter(images), batch_size=batch_size))
     expected = model.encode(images, batch_size=batch_size)
-    assert len(found) == len(expected) == len(SIZES)
-    for one, other in zip(found, expected, strict=True):
+    assert len(result) == len(expected) == len(SIZES)
+    for one, other in zip(result, expected, strict=True):
         assert torch.equal(one.features, other.features)
         assert (one.geometry, one.image_hash, one.model_hash) == (other.geometry, other.image_hash, other.model_hash)
 
 
 def test_predictions_are_those_of_predict(model: Sam, images: list[np.ndarray]) -> None:
     prompts = [[Prompt([[5 + i, 9]], [1])] * (1 + i % 2) for i in range(len(images))]
-    found = list(sam.predict_stream(model, zip(images, prompts, strict=True), multimask_output=False))
-    assert len(found) == len(images)
-    for image, asked, prediction in zip(images, prompts, found, strict=True):
-        expected = model.predict(model.encode(image), asked, multimask_output=False)
+    result = list(sam.predict_stream(model, zip(images, prompts, strict=True), multimask_output=False))
+    assert len(result) == len(images)
+    for image, requests, prediction in zip(images, prompts, result, strict=True):
+        expected = model.predict(model.encode(image), requests, multimask_output=False)
         assert torch.equal(prediction.masks, expected.masks)
         assert torch.equal(prediction.iou_predictions, expected.iou_predictions)
         assert torch.equal(prediction.low_res_logits, expected.low_res_logits)
@@ -122,8 +122,8 @@ def test_it_reads_ahead_and_no_further(model: Sam, images: list[np.ndarray]) -> 
 
 
 def test_images_resized_on_the_device(model: Sam, images: list[np.ndarray]) -> None:
-    found = list(sam.encode_stream(model, images, batch_size=2, resize_on_device=True))
-    for one, other in zip(found, model.encode(images, batch_size=2, resize_on_device=True), strict=True):
+    result = list(sam.encode_stream(model, images, batch_size=2, resize_on_device=True))
+    for one, other in zip(result, model.encode(images, batch_size=2, resize_on_device=True), strict=True):
         assert torch.equal(one.features, other.features)
         assert one.image_hash is None
 

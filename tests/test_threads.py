@@ -44,8 +44,8 @@ def same(ours: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
     )
 
 
-def assert_same_logits(found: np.ndarray, expected: np.ndarray) -> None:
-    assert_close_l2(torch.from_numpy(found), torch.from_numpy(expected), 1e-5, "logits")
+def assert_same_logits(result: np.ndarray, expected: np.ndarray) -> None:
+    assert_close_l2(torch.from_numpy(result), torch.from_numpy(expected), 1e-5, "logits")
 
 
 WAYS: dict[str, tuple[dict[str, Any], Callable[[SamAutomaticMaskGenerator, np.ndarray], Any]]] = {
@@ -65,7 +65,7 @@ def test_one_generator_in_two_threads(model: Sam, way: str, monkeypatch: pytest.
         model, points_per_side=2, progress=lambda *done: calls.append(done), **ALL, **options
     )
     expected = [call(shared, image) for image in IMAGES]
-    told = sorted(calls)
+    before = sorted(calls)
     calls.clear()
     meet, official = threading.Barrier(2, timeout=SECONDS), SamPredictor.set_image
 
@@ -76,7 +76,7 @@ def test_one_generator_in_two_threads(model: Sam, way: str, monkeypatch: pytest.
     monkeypatch.setattr(SamPredictor, "set_image", set_image)
     for ours, alone in zip(in_threads(lambda image: call(shared, image)), expected, strict=True):
         assert same(ours, alone), ours
-    assert sorted(calls) == told
+    assert sorted(calls) == before
 
 
 def test_a_predictor_of_a_users_own_is_still_asked(model: Sam, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ def test_what_the_compiler_complains_of_is_not_run(monkeypatch: pytest.MonkeyPat
 
     committed = TileConfig({"FACTOR": 5}, 4, 1, provenance="a file")
     monkeypatch.setattr(tuning_plan, "OPERATIONS", doubling_operation(lambda device, dtype: multiplication()))
-    monkeypatch.setattr(tuning_plan, "lookup", lambda *wanted: committed)
+    monkeypatch.setattr(tuning_plan, "lookup", lambda *key: committed)
     monkeypatch.setattr(tune, "arch_of", lambda device: 90)
     monkeypatch.setattr(tune, "compile_all", verdicts)
     monkeypatch.setattr(tune, "try_all", lambda problem, *rest: [tune.Trial(tile, 1.0) for tile in problem.candidates])
@@ -108,8 +108,8 @@ def test_no_candidate_is_tried_twice() -> None:
 def test_operations_are_tuned_in_the_order_of_their_worth(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planned(None)
     assert list(dict.fromkeys(about.operation for about in plan)) == list(tuning_plan.ORDER)
-    asked = [about.operation for about in planned(["preprocess_image", "two_way_attention"])]
-    assert list(dict.fromkeys(asked)) == ["preprocess_image", "two_way_attention"]
+    operations = [about.operation for about in planned(["preprocess_image", "two_way_attention"])]
+    assert list(dict.fromkeys(operations)) == ["preprocess_image", "two_way_attention"]
     left_out = {operation for operation, module in OPERATIONS.items() if module.TUNING} - set(tuning_plan.ORDER)
     sources = "".join(path.read_text() for path in (ROOT / "sam").rglob("*.py"))
     for operation in left_out:
@@ -163,7 +163,7 @@ def test_a_shape_without_a_right_tile_does_not_stop_the_others(
 
     shapes = {"none": none, "wrong": all_wrong, "right": lambda device, dtype: multiplication()}
     monkeypatch.setattr(tuning_plan, "OPERATIONS", {"doubling": SimpleNamespace(TUNING=shapes)})
-    monkeypatch.setattr(tuning_plan, "lookup", lambda *wanted: TileConfig({"FACTOR": 3}, 4, 1))
+    monkeypatch.setattr(tuning_plan, "lookup", lambda *key: TileConfig({"FACTOR": 3}, 4, 1))
     written: list[Any] = []
     monkeypatch.setattr(tune, "write_choice", lambda *choice: written.append(choice[:2]))
     assert tune.run(["doubling"], CPU, [torch.float32], 0.01, workers=1, write=True) == 1

@@ -58,8 +58,8 @@ def test_wrappers_change_no_hash(tiny: Sam, wrapping: str, by_hand: bool) -> Non
         tiny = Sam(tiny.image_encoder, tiny.prompt_encoder, tiny.mask_decoder).eval()
     plain = tiny.model_hash
     embedding = tiny.encode(random_image(90, 128))
-    found = WRAPPINGS[wrapping](tiny)
-    model = found if isinstance(found, torch.nn.Module) else tiny
+    result = WRAPPINGS[wrapping](tiny)
+    model = result if isinstance(result, torch.nn.Module) else tiny
     tiny.weights_changed()  # nothing is kept of before
     assert model.model_hash == plain is not None
     assert tiny.predict(embedding, PROMPTS[:1]).masks.shape == (1, 3, 90, 128)
@@ -97,7 +97,7 @@ def test_the_spelling_of_a_config_changes_no_hash(tiny: Sam, spelling: str) -> N
 
 
 def test_configs_of_one_model_are_equal() -> None:
-    ascending, descending = (sam.SamConfig("custom", 64, 6, 2, some) for some in ((2, 5), [5, 2]))
+    ascending, descending = (sam.SamConfig("custom", 64, 6, 2, indexes) for indexes in ((2, 5), [5, 2]))
     assert ascending == descending
     assert ascending.to_json() == descending.to_json()
     whole = sam.SamConfig("custom", 64, 6, 2, (2,), mlp_ratio=4, pixel_mean=(1, 2, 3), pixel_std=(1, 1, 1))
@@ -182,8 +182,8 @@ def test_every_call_takes_weights_that_are_no_plain_tensors(change: str, kernels
     model, image = random_model(TINY), random_image(90, 128)
     foreign = model.encode(image)
     expected = model.predict(foreign, PROMPTS).low_res_logits
-    found = UNUSUAL[change](model)
-    model = found if isinstance(found, Sam) else model
+    result = UNUSUAL[change](model)
+    model = result if isinstance(result, Sam) else model
     model.kernels = kernels
 
     embedding = model.encode(image)
@@ -222,8 +222,8 @@ def test_weights_quantised_after_a_click_leave_nothing_of_before(tiny: Sam) -> N
     quantise_weights(tiny)
     other = random_model(TINY)
     quantise_weights(other)
-    found, expected = (model.predict(model.encode(image), PROMPTS).low_res_logits for model in (tiny, other))
-    assert torch.equal(found, expected)
+    result, expected = (model.predict(model.encode(image), PROMPTS).low_res_logits for model in (tiny, other))
+    assert torch.equal(result, expected)
 
 
 def test_a_runtime_is_told_of_weights_quantised_later(tiny: Sam) -> None:
@@ -232,8 +232,8 @@ def test_a_runtime_is_told_of_weights_quantised_later(tiny: Sam) -> None:
     for model in (tiny, other):
         quantise_weights(model)
     tiny.runtime.reset()
-    found, expected = (model.predict(model.encode(image), PROMPTS).low_res_logits for model in (tiny, other))
-    assert torch.equal(found, expected)
+    result, expected = (model.predict(model.encode(image), PROMPTS).low_res_logits for model in (tiny, other))
+    assert torch.equal(result, expected)
     assert tiny.runtime.buckets == {}
 
 

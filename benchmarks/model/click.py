@@ -123,7 +123,7 @@ def _session(device: torch.device, dtype: torch.dtype) -> Problem:
     """Measure clicks on one object, each with the last answer as mask input; held by its logits."""
     model = _model(device, dtype)
     features = draw((1, 256, 64, 64), device, dtype, 1)
-    places = 1024 * torch.rand(_CLICKS, 2, generator=torch.Generator().manual_seed(2))
+    positions = 1024 * torch.rand(_CLICKS, 2, generator=torch.Generator().manual_seed(2))
     signs = torch.tensor([int(index % 3 != 2) for index in range(_CLICKS)])
 
     def ours(model: sam.Sam, kernels: str) -> Form:
@@ -132,14 +132,14 @@ def _session(device: torch.device, dtype: torch.dtype) -> Problem:
         def form() -> Tensor:
             model.kernels = kernels
             session.reset()
-            for (x, y), sign in zip(places.tolist(), signs.tolist(), strict=True):
+            for (x, y), sign in zip(positions.tolist(), signs.tolist(), strict=True):
                 session.click(x, y, sign)
             return session.low_res_logits.clone()
 
         return form
 
     def theirs(predict: Predict, features: Tensor) -> Form:
-        coords, labels = places[None].to(device), signs[None].to(device)
+        coords, labels = positions[None].to(device), signs[None].to(device)
 
         def form() -> Tensor:
             logits = None

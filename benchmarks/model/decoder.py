@@ -103,16 +103,16 @@ def _decode(model: sam.Sam, features: Tensor, coords: Tensor, labels: Tensor, se
     projections = fused_decoder.project_images(packed, features, image_pe, encoder.no_mask_embed.weight)
     dense = encoder.no_mask_embed.weight.view(1, -1, 1, 1)
     size, wide = model.prompts_per_chunk, torch.promote_types(features.dtype, torch.float32)
-    places = range(len(coords))[selected]
-    masks = torch.empty(len(places), 3, 256, 256, device=features.device, dtype=wide)
+    indices = range(len(coords))[selected]
+    masks = torch.empty(len(indices), 3, 256, 256, device=features.device, dtype=wide)
     filled = 0
     for start in range(0, len(coords), size):
-        some = slice(start, start + size)
-        sparse = encoder.embed_tokens(*append_padding_point(coords[some], labels[some]))
+        chunk = slice(start, start + size)
+        sparse = encoder.embed_tokens(*append_padding_point(coords[chunk], labels[chunk]))
         decoded = fused_decoder.decode_tokens(
             packed, features, image_pe, sparse, dense, projections=projections, kernels=kernels
         )
-        rows = [place - start for place in places if start <= place < start + size]
+        rows = [place - start for place in indices if start <= place < start + size]
         index = None if len(rows) == len(sparse) else torch.tensor(rows, device=features.device)
         masks[filled : filled + len(rows)] = fused_decoder.decode_masks(decoded, mask_slice, index, kernels)
         filled += len(rows)

@@ -51,7 +51,7 @@ def _case(variant: str, count: int) -> Callable[[torch.device, torch.dtype], Pro
             def form() -> Tensor:
                 model.kernels = kernels
                 requests = ((image, prompts) for image in images)
-                return torch.cat([found.low_res_logits for found in sam.predict_stream(model, requests)])
+                return torch.cat([result.low_res_logits for result in sam.predict_stream(model, requests)])
 
             return form
 

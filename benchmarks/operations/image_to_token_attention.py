@@ -35,8 +35,8 @@ def inputs(prompts: int, image_tokens: int, tokens: int, device: torch.device, d
 
 def rows_of(of_all: list[Tensor], rows: list[int], dtype: torch.dtype) -> list[Tensor]:
     keys, key_pe, *tokens, norm_weight, norm_bias = of_all
-    some = (keys[rows], key_pe, *(tensor[rows] for tensor in tokens), norm_weight, norm_bias)
-    return [tensor.to(dtype) for tensor in some]
+    inputs = (keys[rows], key_pe, *(tensor[rows] for tensor in tokens), norm_weight, norm_bias)
+    return [tensor.to(dtype) for tensor in inputs]
 
 
 def operands(of_all: list[Tensor]) -> tuple[ImageTokens, AbsorbedTokens, LayerNormWeights]:

@@ -116,9 +116,9 @@ def _sdpa_with_one_hot_columns(inputs: Inputs) -> Tensor:
     rel_h, rel_w = _bias_rows(q, inputs)
     side, head_dim = q.shape[2], q.shape[-1]
     eye = torch.eye(side, device=q.device, dtype=q.dtype)
-    places = torch.cat([eye[:, None].expand(-1, side, -1), eye[None].expand(side, -1, -1)], -1)
+    one_hot = torch.cat([eye[:, None].expand(-1, side, -1), eye[None].expand(side, -1, -1)], -1)
     q = torch.cat([q * head_dim**-0.5, rel_h, rel_w], -1).flatten(2, 3)
-    k = torch.cat([k, places.expand(*k.shape[:-1], -1)], -1).flatten(2, 3)
+    k = torch.cat([k, one_hot.expand(*k.shape[:-1], -1)], -1).flatten(2, 3)
     v = F.pad(v.flatten(2, 3), (0, 2 * side))  # fused attention wants heads of one width
     attended = F.scaled_dot_product_attention(q, k, v, scale=1.0)
     return _together(attended[..., :head_dim], inputs)

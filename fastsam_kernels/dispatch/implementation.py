@@ -44,10 +44,10 @@ def triton_implementation(
     """
 
     def all_limitations(*arguments: Any) -> str | None:
-        found = devices.triton_limitation(first_tensor(arguments).device) or limitation(*arguments)
-        if found is None and devices.requires_autograd(*_tensors_in(arguments)):
+        reason = devices.triton_limitation(first_tensor(arguments).device) or limitation(*arguments)
+        if reason is None and devices.requires_autograd(*_tensors_in(arguments)):
             return "it has no backward; 'torch' and 'reference' differentiate"
-        return found
+        return reason
 
     def drawback(*arguments: Any) -> str | None:
         return devices.triton_drawback(first_tensor(arguments).dtype if multiplies else None)
@@ -63,10 +63,10 @@ def first_tensor(arguments: Sequence[Any]) -> Tensor:
 
 def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """Return the tensors among ``values`` and in tuples among them."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, tuple):
-            found += _tensors_in(value)
-    return found
+            tensors += _tensors_in(value)
+    return tensors

@@ -104,10 +104,10 @@ def limitation(operation: str, implementation: str, *arguments: Any, **options: 
     Raises:
         ValueError: unknown names, or arguments that the function itself would refuse.
     """
-    found = OPERATIONS.get(operation)
-    if found is None:
+    entry = OPERATIONS.get(operation)
+    if entry is None:
         raise ValueError(f"unknown operation {operation!r}; known: {', '.join(sorted(OPERATIONS))}")
-    ask, prepared = found.implementation(implementation).limitation, found.prepare(*arguments, **options)
+    ask, prepared = entry.implementation(implementation).limitation, entry.prepare(*arguments, **options)
     return None if ask is None else ask(*prepared)
 
 

@@ -33,8 +33,8 @@ def parse_bytes(size: int | str) -> int:
 
 def free_memory(device: torch.device) -> int:
     """Return the bytes of a CUDA device that a new tensor could have: what is free, and what torch keeps for reuse."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
+    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reusable
 
 
 def usual_memory(device: torch.device) -> int:
@@ -91,10 +91,10 @@ class MemoryPlan:
         points = max(points_per_batch, device_profile(model.device).min_clicks_per_batch)
         if max_memory is not None or not on_cpu:
             # Where nothing is said, half goes to decoding: waiting logits are counted as they come.
-            room = share if max_memory is not None else 2 * share
-            chunk = max(1, min(room // chunk_click, model.prompts_per_chunk))
-            room = max(0, room - chunk * chunk_click)
-            points = min(points, chunk + (room // more_click if chunk == model.prompts_per_chunk else 0))
+            capacity = share if max_memory is not None else 2 * share
+            chunk = max(1, min(capacity // chunk_click, model.prompts_per_chunk))
+            capacity = max(0, capacity - chunk * chunk_click)
+            points = min(points, chunk + (capacity // more_click if chunk == model.prompts_per_chunk else 0))
         return cls(
             points_at_once=points,
             masks_at_once=max(1, min(64, share // mask) if on_cpu else share // mask),

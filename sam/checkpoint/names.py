@@ -127,28 +127,28 @@ def find_weights(stored: Any) -> tuple[dict[str, Tensor], Layout]:
     names = _names_of(layout)
     _refuse_added(tensors.values(), names)
 
-    places = {path: place for path, key in tensors.items() if (place := names.locate(key))}
-    containers = {path[:-1] for path in places}
-    located = [tensors[path] for path in places]
-    prefixes = tuple({place.prefix for place in places.values()})
+    positions = {path: place for path, key in tensors.items() if (place := names.locate(key))}
+    containers = {path[:-1] for path in positions}
+    inside = [tensors[path] for path in positions]
+    prefixes = tuple({place.prefix for place in positions.values()})
 
     def belongs(path: tuple[str, ...]) -> bool:
         key, value = ".".join(path), leaves[path]
-        if isinstance(value, Tensor) and is_counter(value) and _is_outside(key, located, names):
+        if isinstance(value, Tensor) and is_counter(value) and _is_outside(key, inside, names):
             return False
         parts = names.split(key)
         if parts is None:
             return path[:-1] in containers and key.startswith(prefixes)
         return path[:-1] in containers or parts[0] in prefixes
 
-    others = {path: value for path, value in leaves.items() if path not in places and belongs(path)}
+    others = {path: value for path, value in leaves.items() if path not in positions and belongs(path)}
     no_tensors = [".".join(path) for path, value in others.items() if not isinstance(value, Tensor)]
     if no_tensors:
         raise CheckpointError(f"keys that hold no tensor: {listing(no_tensors)}")
-    flawed = [f"{tensors[path]} ({flaw})" for path in [*places, *others] if (flaw := _flaw(leaves[path]))]
+    flawed = [f"{tensors[path]} ({flaw})" for path in [*positions, *others] if (flaw := _flaw(leaves[path]))]
     if flawed:
         raise CheckpointError(f"keys that hold no dense floating-point values: {listing(flawed)}")
-    entries = [(tensors[path], place, leaves[path]) for path, place in places.items()]
+    entries = [(tensors[path], place, leaves[path]) for path, place in positions.items()]
     beside = [(tensors[path], _beside(tensors[path], names), value) for path, value in others.items()]
     return _one_model([*entries, *beside]), layout
 
@@ -188,23 +188,23 @@ def _layout_of(keys: Iterable[str]) -> Layout:
 def _refuse_added(keys: Iterable[str], names: _Names) -> None:
     keys = list(keys)
     for pattern, kind in _ADDED:
-        found = []
+        added = []
         for key in keys:
             parts = names.split(key)
             # Before the model's parts a name means nothing: sam_adapter.image_encoder.* is a whole model.
             segments = key.split(".") if parts is None else parts[1]
             if any(pattern.fullmatch(segment) for segment in segments):
-                found.append(key)
-        if found:
-            raise CheckpointError(f"keys of {kind}: {listing(found)}")
+                added.append(key)
+        if added:
+            raise CheckpointError(f"keys of {kind}: {listing(added)}")
 
 
-def _is_outside(key: str, located: Iterable[str], names: _Names) -> bool:
+def _is_outside(key: str, inside: Iterable[str], names: _Names) -> bool:
     """Tell whether ``key`` is beside the model's parts, or beside a module that wraps one of them or a piece of it."""
     if names.split(key) is None:
         return True
     beside = key.rpartition(".")[0] + "."
-    following = {name[len(beside) :].split(".", 1)[0] for name in located if name.startswith(beside)}
+    following = {name[len(beside) :].split(".", 1)[0] for name in inside if name.startswith(beside)}
     return bool(following) and not any(segment in names.segments or segment.isdecimal() for segment in following)
 
 

@@ -162,10 +162,10 @@ def _foreign_archive(path: Path) -> str | None:
 
 def _refusal(says: str) -> str:
     """Name what kept torch's reader of weights from reading a pickle."""
-    found = re.search(r"GLOBAL (\S+)", says)
-    if found is not None:
+    match = re.search(r"GLOBAL (\S+)", says)
+    if match is not None:
         return (
-            f"it holds more than tensors: {found[1]}, and other objects are never loaded (nothing in it was run); "
+            f"it holds more than tensors: {match[1]}, and other objects are never loaded (nothing in it was run); "
             "if you trust the file, load it with torch.load(path, weights_only=False), which runs what it says, and "
             'save only its state dict, like ["model"]'
         )

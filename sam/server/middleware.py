@@ -108,8 +108,8 @@ class Gatekeeper:
 
 def _name_of(hosts: list[str]) -> str | None:
     """Return the name or address in the one Host header, in lower case; None if there is none."""
-    found = _HOST.fullmatch(hosts[0].lower()) if len(hosts) == 1 else None
-    return found[1] if found else None
+    match = _HOST.fullmatch(hosts[0].lower()) if len(hosts) == 1 else None
+    return match[1] if match else None
 
 
 def _is_foreign(headers: Headers) -> bool:

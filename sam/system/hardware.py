@@ -25,12 +25,12 @@ def usable_device(device: Any = None) -> torch.device:
     if not isinstance(device, (str, int, torch.device)) or isinstance(device, bool):
         raise TypeError(f"device must be a torch.device or its name like 'cuda:0', got {device!r}")
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = re.split(r"\n|\. ", str(error))[0].rstrip(".")
         raise ValueError(f"torch cannot use device {str(device)!r} here: {reason}") from None
-    return found
+    return chosen
 
 
 def usable_cores() -> int:

@@ -35,8 +35,8 @@ def test_answers_are_those_of_the_model(nano: Sam, photo: np.ndarray) -> None:
     ]
     with Engine(nano, max_batch=8) as engine:
         futures = [engine.segment(*both, keep_logits=True) for both in zip(images, prompts, strict=True)]
-        for image, asked, future in zip(images, prompts, futures, strict=True):
-            expected = nano.predict(nano.encode(image), asked)
+        for image, requests, future in zip(images, prompts, futures, strict=True):
+            expected = nano.predict(nano.encode(image), requests)
             for index, answer in enumerate(future.result(SECONDS)):
                 masks = np.stack([rle.decode(encoded) for encoded in answer.rles])
                 differ = (masks != expected.masks[index].numpy()).mean()

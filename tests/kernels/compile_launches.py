@@ -282,8 +282,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
     import fastsam_kernels
 
-    for found in pkgutil.walk_packages(fastsam_kernels.__path__, "fastsam_kernels."):
-        importlib.import_module(found.name)
+    for result in pkgutil.walk_packages(fastsam_kernels.__path__, "fastsam_kernels."):
+        importlib.import_module(result.name)
     _as_plain_functions()
 
 

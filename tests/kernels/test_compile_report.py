@@ -144,9 +144,9 @@ def test_what_forks_compile_is_found_by_the_process_that_launches(
     script.write_text(FINDS)
     done = run(script)
     assert done.returncode == 0, done.stderr[-2000:]
-    verdicts, found, unchanged = done.stdout.splitlines()
+    verdicts, result, unchanged = done.stdout.splitlines()
     assert verdicts == "[('', 1, True), ('', 1, True)]"
-    assert found == "[True, True]"
+    assert result == "[True, True]"
     assert unchanged == "True"
 
 

@@ -64,11 +64,11 @@ def output_of(script: str) -> Any:
 
 def test_sizes_of_images_are_not_compiled_for() -> None:
     """200 images of as many sizes: what is compiled again is for another number of taps or of logits under a tile."""
-    found = output_of(SPECIALISATIONS)
-    patches = found.pop("mask_postprocess_kernel")
+    result = output_of(SPECIALISATIONS)
+    patches = result.pop("mask_postprocess_kernel")
     assert patches <= 6
     once = ("preprocess_image_kernel", "runs_kernel", "unite_kernel", "labels_kernel")
-    assert found == {**dict.fromkeys(once, 1), "overlap_bits_kernel": 1, "sweep_kernel": 1}
+    assert result == {**dict.fromkeys(once, 1), "overlap_bits_kernel": 1, "sweep_kernel": 1}
 
 
 FENCES = """

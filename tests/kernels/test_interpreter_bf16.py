@@ -38,10 +38,10 @@ def cast(source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_same_bits(result: torch.Tensor, expected: torch.Tensor) -> None:
     """The payload of NaN is free."""
-    assert torch.equal(found.isnan(), expected.isnan())
-    assert torch.equal(found.view(torch.int16)[~found.isnan()], expected.view(torch.int16)[~found.isnan()])
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert torch.equal(result.view(torch.int16)[~result.isnan()], expected.view(torch.int16)[~result.isnan()])
 
 
 def samples() -> torch.Tensor:

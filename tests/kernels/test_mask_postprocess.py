@@ -60,15 +60,15 @@ def check(low_res: Tensor, resizing: Resizing, kernels: str, threshold: float = 
     assert not (differs & ((logits - threshold).abs() > tolerance)).any(), f"{int(differs.sum())} pixels"
     assert torch.equal(pack_masks(masks), packed), "bits behind the last row"
 
-    found = mask_statistics(low_res, resizing, threshold=threshold, offset=offset, kernels=kernels)
-    assert near(found.inside, logits, threshold + offset, tolerance)
-    assert near(found.outside, logits, threshold - offset, tolerance)
-    assert torch.equal(found.area, masks.sum(dim=(1, 2))), "the area is that of the bits"
-    for mask, box in zip(masks, found.boxes.tolist(), strict=True):
+    result = mask_statistics(low_res, resizing, threshold=threshold, offset=offset, kernels=kernels)
+    assert near(result.inside, logits, threshold + offset, tolerance)
+    assert near(result.outside, logits, threshold - offset, tolerance)
+    assert torch.equal(result.area, masks.sum(dim=(1, 2))), "the area is that of the bits"
+    for mask, box in zip(masks, result.boxes.tolist(), strict=True):
         ys, xs = mask.cpu().numpy().nonzero()
         assert box == ([xs.min(), ys.min(), xs.max(), ys.max()] if len(xs) else [0, 0, 0, 0])
-    score = found.inside.int() / found.outside.int()
-    torch.testing.assert_close(found.stability, score, rtol=0, atol=0, equal_nan=True)
+    score = result.inside.int() / result.outside.int()
+    torch.testing.assert_close(result.stability, score, rtol=0, atol=0, equal_nan=True)
 
 
 @settings(max_examples=30, deadline=None)
@@ -112,12 +112,12 @@ def test_nothing_and_everything(device: torch.device, kernels: str) -> None:
     low_res[3] = 0.0  # at the threshold is outside
     resizing = resizing_of(37, 50, 64)
     check(low_res, resizing, kernels)
-    found = mask_statistics(low_res, resizing, kernels=kernels)
-    assert found.boxes.tolist()[:2] == [[0, 0, 0, 0], [0, 0, 49, 36]]
-    assert found.area.tolist()[0::3] == [0, 0]
-    assert found.area[1] == 37 * 50
-    assert found.stability[0].isnan()
-    assert found.stability[1:].tolist()[0] == 1.0
+    result = mask_statistics(low_res, resizing, kernels=kernels)
+    assert result.boxes.tolist()[:2] == [[0, 0, 0, 0], [0, 0, 49, 36]]
+    assert result.area.tolist()[0::3] == [0, 0]
+    assert result.area[1] == 37 * 50
+    assert result.stability[0].isnan()
+    assert result.stability[1:].tolist()[0] == 1.0
 
 
 @pytest.mark.parametrize("kernels", ["reference", "torch", "triton"])
@@ -137,9 +137,9 @@ def test_nan_is_outside(device: torch.device, kernels: str) -> None:
 def test_no_masks(device: torch.device, kernels: str) -> None:
     low_res, resizing = torch.zeros(0, 16, 16, device=device), resizing_of(37, 50, 64)
     assert packed_masks(low_res, resizing, kernels=kernels).shape == (0, 50, 2)
-    found = mask_statistics(low_res, resizing, kernels=kernels)
-    assert found.boxes.shape == (0, 4)
-    assert found.stability.shape == (0,)
+    result = mask_statistics(low_res, resizing, kernels=kernels)
+    assert result.boxes.shape == (0, 4)
+    assert result.stability.shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

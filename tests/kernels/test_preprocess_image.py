@@ -30,19 +30,19 @@ SIZES = [
 
 def check(image: Tensor, size: tuple[int, int], side: int, kernels: str, dtype: torch.dtype) -> None:
     mean, std = MEAN.to(image.device), STD.to(image.device)
-    found = preprocess_image(image, size, side, mean, std, dtype=dtype, kernels=kernels)
-    assert found.dtype == dtype
+    result = preprocess_image(image, size, side, mean, std, dtype=dtype, kernels=kernels)
+    assert result.dtype == dtype
     truth, plain = (
         preprocess_image(
             image, size, side, mean.to(precision), std.to(precision), dtype=precision, kernels="reference"
         ).double()
         for precision in (torch.float64, torch.float32)
     )
-    error, baseline = (float((values.double() - truth).abs().max()) for values in (found, plain.to(dtype)))
+    error, baseline = (float((values.double() - truth).abs().max()) for values in (result, plain.to(dtype)))
     of_levels = torch.finfo(torch.float32).eps * 255 / float(std.min())  # rounding of what the mean is taken from
     assert error <= Budget(baseline, dtype, float(truth.abs().max())).limit + of_levels
-    assert (found[:, size[0] :] == 0).all()
-    assert (found[:, :, size[1] :] == 0).all()
+    assert (result[:, size[0] :] == 0).all()
+    assert (result[:, :, size[1] :] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,8 +69,8 @@ def test_a_level_from_pillow(kernels: str, size: tuple[int, int]) -> None:
     image = random_image(200, 300)
     height, width = (min(side, 256) for side in size)
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-    found = preprocess_image(torch.from_numpy(image), (height, width), 256, MEAN, STD, kernels=kernels)
-    levels = found[:, :height, :width] * STD[:, None, None] + MEAN[:, None, None]
+    result = preprocess_image(torch.from_numpy(image), (height, width), 256, MEAN, STD, kernels=kernels)
+    levels = result[:, :height, :width] * STD[:, None, None] + MEAN[:, None, None]
     difference = (levels.permute(1, 2, 0).numpy() - np.array(resized).astype(np.float32)).__abs__()
     assert difference.max() <= 1.01
     assert difference.mean() < 0.4

@@ -61,11 +61,11 @@ def test_too_old_or_too_small() -> None:
 
 @pytest.mark.parametrize("operation", NAMES)
 def test_every_architecture_and_dtype_has_a_tile(operation: str) -> None:
-    found = [entry for gpu in architectures().values() for entry in gpu.tiles if entry["operation"] == operation]
-    floating = any("float16" in entry["dtype"] for entry in found)
+    result = [entry for gpu in architectures().values() for entry in gpu.tiles if entry["operation"] == operation]
+    floating = any("float16" in entry["dtype"] for entry in result)
     dtypes = (torch.float32, torch.float16, torch.bfloat16) if floating else ()
     shapes = list(SHAPES.get(operation, AnyShape))
-    assert {shape for entry in found for shape in entry["shape"]} == set(shapes), "shapes are those of the enumeration"
+    assert {shape for entry in result for shape in entry["shape"]} == set(shapes), "shapes are those of the enumeration"
     for shape in shapes:
         for arch in architectures():
             for dtype in dtypes:

@@ -57,8 +57,8 @@ class Operation:
         return plan_to_token(*to_token_operands(inputs), out, tile)
 
     def rows(self, inputs: Inputs, rows: slice) -> Inputs:
-        places = {self.keys, *self.by_prompt}
-        return tuple(tensor[rows] if place in places else tensor for place, tensor in enumerate(inputs))
+        positions = {self.keys, *self.by_prompt}
+        return tuple(tensor[rows] if place in positions else tensor for place, tensor in enumerate(inputs))
 
 
 @pytest.fixture(params=["token_to_image_attention", "image_to_token_attention"])
@@ -175,8 +175,8 @@ def test_few_prompts_are_shared_by_more_programs(device: torch.device, monkeypat
     from fastsam_kernels.token_to_image_attention.triton import kernel as token_to_image_kernel
 
     of_sam = {prompts: token_to_image_kernel.shares_of(prompts, 4096) for prompts in (1, 4, 5, 16, 17, 1024)}
-    few, some, many = (32, 128), (16, 256), (8, 512)
-    assert of_sam == {1: few, 4: few, 5: some, 16: some, 17: many, 1024: many}
+    few, medium, many = (32, 128), (16, 256), (8, 512)
+    assert of_sam == {1: few, 4: few, 5: medium, 16: medium, 17: many, 1024: many}
     assert token_to_image_kernel.shares_of(1, 129) == (3, 64)  # none would be left with nothing
     monkeypatch.setattr(token_to_image_kernel, "_SPLITS", ((1, 5), (2, 3)))
     monkeypatch.setattr(token_to_image_kernel, "_SPLITS_OF_MANY", 2)
@@ -184,12 +184,12 @@ def test_few_prompts_are_shared_by_more_programs(device: torch.device, monkeypat
     inputs = operation.inputs(4, 3, 17, torch.bfloat16, device)
     by_count = {}
     for prompts, splits in ((1, 5), (2, 3), (3, 2), (4, 2)):
-        some = operation.rows(inputs, slice(0, prompts))
+        first_prompts = operation.rows(inputs, slice(0, prompts))
         out = torch.empty(prompts, 3, HEADS * HEAD_DIM, dtype=torch.bfloat16, device=device)
-        launches = operation.plan(some, out)
+        launches = operation.plan(first_prompts, out)
         assert [launch.constexprs["SPLITS"] for launch in launches.launches] == [splits, splits]
         launches.run()
-        assert_within_budget(out, operation.formula, some, f"{splits} shares")
+        assert_within_budget(out, operation.formula, first_prompts, f"{splits} shares")
         by_count[prompts] = out
     assert torch.equal(by_count[3], by_count[4][:3])
 

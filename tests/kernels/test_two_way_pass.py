@@ -38,9 +38,9 @@ def plan(inputs: Inputs, out_keys: Tensor, out: Tensor) -> Launches:
     return plan(*two_way_operands(inputs), out_keys, out, tile)
 
 
-def rows(inputs: Inputs, some: slice) -> Inputs:
-    places = {KEYS, *BY_PROMPT}
-    return tuple(tensor[some] if place in places else tensor for place, tensor in enumerate(inputs))
+def rows(inputs: Inputs, chunk: slice) -> Inputs:
+    positions = {KEYS, *BY_PROMPT}
+    return tuple(tensor[chunk] if place in positions else tensor for place, tensor in enumerate(inputs))
 
 
 @pytest.mark.parametrize("images", [0, 1, 2])
@@ -49,16 +49,16 @@ def test_forms_in_pytorch(kernels: str, images: int) -> None:
     inputs = two_way_inputs(3, 7, 5, torch.float32, images=images)
     index = torch.tensor([1, 0, 1]) % images if images else None
     expected = one_after_the_other(*inputs, kernels=kernels, index=index)
-    for some, other in zip(two_way(*inputs, index=index, kernels=kernels), expected, strict=True):
-        assert torch.equal(some, other)
+    for chunk, other in zip(two_way(*inputs, index=index, kernels=kernels), expected, strict=True):
+        assert torch.equal(chunk, other)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("prompts", "tokens", "grid"), [(2, 7, 16), (1, 16, 5)])
 def test_triton_form(device: torch.device, prompts: int, tokens: int, grid: int, dtype: torch.dtype) -> None:
     inputs = two_way_inputs(prompts, tokens, grid, dtype, device)
-    found = two_way(*inputs, kernels="triton")
-    for place, (out, what) in enumerate(zip(found, ("image tokens", "tokens"), strict=True)):
+    result = two_way(*inputs, kernels="triton")
+    for place, (out, what) in enumerate(zip(result, ("image tokens", "tokens"), strict=True)):
         assert out.is_contiguous()
         assert_within_budget(out, lambda *i, p=place: one_after_the_other(*i)[p], inputs, f"{what}, {dtype}")
 
@@ -82,8 +82,8 @@ def test_operands_of_all_heads_loaded_once(
 ) -> None:
     """With heads of 16 channels, as those of SAM are, W_v of 8 heads is multiplied by in two rounds."""
     inputs = two_way_inputs(1, 7, 9, dtype, device, head_dim=head_dim)
-    found = two_way(*inputs, kernels="triton")
-    for place, out in enumerate(found):
+    result = two_way(*inputs, kernels="triton")
+    for place, out in enumerate(result):
         assert_within_budget(out, lambda *i, p=place: one_after_the_other(*i)[p], inputs, f"{tiles_of}, {place}")
 
 
@@ -108,9 +108,9 @@ def test_bit_equal_to_two_kernels_of_the_same_tiles(
     image_to_token_kernel.plan(*to_token_operands(tuple(update)), out_keys, update_tile).run()
     attend = to_image_operands((queries, out_keys, update[1], value_weight, value_bias))
     token_to_image_kernel.plan(*attend, out, attend_tile).run()
-    found_keys, found = two_way(*inputs, kernels="triton")
+    found_keys, result = two_way(*inputs, kernels="triton")
     assert torch.equal(found_keys, out_keys)
-    assert torch.equal(found, out)
+    assert torch.equal(result, out)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="real sizes take a GPU")
@@ -118,24 +118,24 @@ def test_bit_equal_to_two_kernels_of_the_same_tiles(
 @pytest.mark.parametrize(("prompts", "tokens"), [(1, 7), (33, 16), pytest.param(1024, 7, marks=large)])
 def test_triton_form_at_real_size(device: torch.device, prompts: int, tokens: int, dtype: torch.dtype) -> None:
     inputs = two_way_inputs(prompts, tokens, 64, dtype, device, channels=256)
-    found = two_way(*inputs, kernels="triton")
+    result = two_way(*inputs, kernels="triton")
     last = slice(prompts - 1, prompts)
-    for place, out in enumerate(found):
+    for place, out in enumerate(result):
         assert torch.isfinite(out).all()
         assert_within_budget(
             out[last], lambda *i, p=place: one_after_the_other(*i)[p], rows(inputs, last), f"{prompts}, {dtype}"
         )
-    for some, again in zip(found, two_way(*inputs, kernels="triton"), strict=True):
-        assert torch.equal(some, again)
+    for chunk, again in zip(result, two_way(*inputs, kernels="triton"), strict=True):
+        assert torch.equal(chunk, again)
 
 
 def test_prompts_of_several_images(device: torch.device) -> None:
     inputs = two_way_inputs(3, 7, 6, torch.float32, device, images=2)
     index = torch.tensor([1, 0, 1], device=device)
     expected = one_after_the_other(*inputs, index=index)
-    found = two_way(*inputs, index=index, kernels="triton")
-    for some, other in zip(found, expected, strict=True):
-        assert_close_l2(some, other, 1e-5, "two images")
+    result = two_way(*inputs, index=index, kernels="triton")
+    for chunk, other in zip(result, expected, strict=True):
+        assert_close_l2(chunk, other, 1e-5, "two images")
 
 
 def test_strided_keys_and_nothing_written_beside_the_outputs(device: torch.device) -> None:
@@ -153,8 +153,8 @@ def test_batches_are_bit_equal(device: torch.device) -> None:
     inputs = two_way_inputs(3, 7, 6, torch.float16, device)
     whole = two_way(*inputs, kernels="triton")
     last = slice(2, 3)
-    for some, alone in zip(whole, two_way(*rows(inputs, last), kernels="triton"), strict=True):
-        assert torch.equal(some[last], alone)
+    for chunk, alone in zip(whole, two_way(*rows(inputs, last), kernels="triton"), strict=True):
+        assert torch.equal(chunk[last], alone)
 
 
 @large
@@ -169,17 +169,17 @@ def test_offsets_are_64_bit(device: torch.device) -> None:
     storage = torch.empty(6 * stride, dtype=keys.dtype, device=keys.device)
     torch.utils.deterministic.fill_uninitialized_memory = True
     inputs[KEYS] = storage.as_strided(keys.shape, (stride, keys.stride(1), 1), 3 * stride).copy_(keys)
-    found = two_way(*inputs, kernels="triton")
-    assert all(torch.equal(some, other) for some, other in zip(found, expected, strict=True))
+    result = two_way(*inputs, kernels="triton")
+    assert all(torch.equal(chunk, other) for chunk, other in zip(result, expected, strict=True))
 
     outputs = [torch.zeros_like(tensor) for tensor in expected]
     update_and_ask, combine = plan(tuple(inputs), *outputs).launches
     mutated = kernel_without(two_way_kernel, two_way_kernel.two_way_kernel, ".to(tl.int64)")
     replace(update_and_ask, kernel=mutated).run()
     combine.run()
-    for some, other in zip(outputs, expected, strict=True):
-        assert torch.equal(some[:2], other[:2])
-        assert not torch.equal(some[2], other[2])
+    for chunk, other in zip(outputs, expected, strict=True):
+        assert torch.equal(chunk[:2], other[:2])
+        assert not torch.equal(chunk[2], other[2])
 
 
 def test_opcheck_and_one_graph(device: torch.device) -> None:
@@ -208,10 +208,10 @@ def test_gradients_of_the_torch_form() -> None:
 def test_fewer_tokens_may_ask_the_image_than_it_asks(device: torch.device, kernels: str) -> None:
     inputs = two_way_inputs(2, 7, 4, torch.float32, device)
     keys, learnt = two_way(*inputs, kernels=kernels)
-    some_keys, some = two_way(*inputs[:7], inputs[7][:, :, :5], *inputs[8:], kernels=kernels)
+    some_keys, chunk = two_way(*inputs[:7], inputs[7][:, :, :5], *inputs[8:], kernels=kernels)
     assert torch.equal(some_keys, keys)
-    assert some.shape == (2, 5, learnt.shape[2])
-    assert_close_l2(some, learnt[:, :5], 1e-6, kernels)
+    assert chunk.shape == (2, 5, learnt.shape[2])
+    assert_close_l2(chunk, learnt[:, :5], 1e-6, kernels)
 
 
 def with_image_queries(inputs: Inputs) -> tuple[Inputs, Inputs, Tensor]:
@@ -240,11 +240,11 @@ def test_image_queries_give_the_same(kernels: str, prompts: int, images: int, gr
     index = torch.tensor([1, 0, 1])[:prompts] % images if images else None
     absorbed, with_queries, queries = with_image_queries(inputs)
     expected = two_way(*absorbed, index=index, kernels="reference")
-    found = two_way(*with_queries, index=index, image_queries=queries, kernels=kernels)
-    for some, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(some, other, rtol=1e-10, atol=1e-10)
+    result = two_way(*with_queries, index=index, image_queries=queries, kernels=kernels)
+    for chunk, other in zip(result, expected, strict=True):
+        torch.testing.assert_close(chunk, other, rtol=1e-10, atol=1e-10)
     alone = to_token(*with_queries[:7], index=index, image_queries=queries, kernels=kernels)
-    assert torch.equal(alone, found[0])
+    assert torch.equal(alone, result[0])
 
 
 def test_gradients_with_image_queries() -> None:

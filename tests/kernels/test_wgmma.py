@@ -70,7 +70,7 @@ def test_a_wait_that_allows_as_many_groups_as_fly_waits_for_none() -> None:
 
 
 @pytest.mark.parametrize(
-    "some",
+    "barrier",
     [
         "bar.sync 1, 128;",
         "bar.sync %r1, 128;",
@@ -80,8 +80,8 @@ def test_a_wait_that_allows_as_many_groups_as_fly_waits_for_none() -> None:
         "@!%p1 barrier.sync 0;",
     ],
 )
-def test_a_barrier_of_some_threads_does_not(some: str) -> None:
-    assert hazards(kernel(PRODUCT, WAIT, some, WRITE))
+def test_a_barrier_of_some_threads_does_not(barrier: str) -> None:
+    assert hazards(kernel(PRODUCT, WAIT, barrier, WRITE))
 
 
 @pytest.mark.parametrize("line", ["{ %s }", "{%s}", "$L5: %s", "$L5: $L6: { %s", "mov.b32 %%r9, %%r8; %s"])
@@ -140,8 +140,8 @@ def test_what_writes_no_shared_memory(other: str) -> None:
 
 
 def test_every_way_needs_a_barrier() -> None:
-    some = ("@%p1 bra $L__BB0_2;", BARRIER, "$L__BB0_2:", WRITE)
-    assert hazards(kernel(PRODUCT, WAIT, *some))
+    skipped = ("@%p1 bra $L__BB0_2;", BARRIER, "$L__BB0_2:", WRITE)
+    assert hazards(kernel(PRODUCT, WAIT, *skipped))
     assert hazards(kernel(PRODUCT, WAIT, "bra.uni $L__BB0_2;", WRITE, "$L__BB0_2:", BARRIER, WRITE)) == []
 
 
@@ -171,9 +171,9 @@ def test_the_report_fails_on_either(dtype: str) -> None:
     facts = dict.fromkeys(Compiled.__dataclass_fields__, 0) | {"arch": "sm_90", "dtype": dtype, "tensor_core": {}}
     assert Compiled(**facts | {"serialised": [], "hazards": [], "overwrites": []}).problems == []  # type: ignore[arg-type]
     bad = {"serialised": ["C7515: slow"], "hazards": ["line 7: st.shared"], "overwrites": ["line 3: %a = copy"]}
-    found = Compiled(**facts | bad).problems  # type: ignore[arg-type]
+    result = Compiled(**facts | bad).problems  # type: ignore[arg-type]
     wrong = [
         "another warpgroup may still read what is written in line 7: st.shared",
         "its loop has yet to read the tile that is copied over in line 3: %a = copy",
     ]
-    assert found == (wrong if dtype == "fp32" else [*wrong, "C7515: slow"])
+    assert result == (wrong if dtype == "fp32" else [*wrong, "C7515: slow"])

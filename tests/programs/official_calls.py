@@ -37,10 +37,10 @@ def where(_=None):
 
 
 def processes():
-    found = {"spawn": multiprocessing.get_context("spawn").Pool(1).map(where, [0])[0]}
+    result = {"spawn": multiprocessing.get_context("spawn").Pool(1).map(where, [0])[0]}
     code = "import importlib.util; print(importlib.util.find_spec('segment_anything').origin)"
-    found["subprocess"] = subprocess.check_output([sys.executable, "-c", code], text=True).strip()
-    return found
+    result["subprocess"] = subprocess.check_output([sys.executable, "-c", code], text=True).strip()
+    return result
 
 
 def names():
@@ -127,7 +127,7 @@ def decoder(model, embedding, best):
 
 def main():
     args = parser.parse_args()
-    found = {
+    result = {
         "path": sys.path[0],
         "file": __file__,
         "warnings": sys.warnoptions,
@@ -135,19 +135,19 @@ def main():
         "before": where(),
         **processes(),
     }
-    found.update(names())
+    result.update(names())
     import cv2
     from segment_anything import sam_model_registry
 
     model = sam_model_registry[args.model_type](checkpoint=args.checkpoint)
     model.to(device=args.device)
     image = cv2.cvtColor(cv2.imread(args.input), cv2.COLOR_BGR2RGB)
-    found["masks"] = automatic_masks(args, model, image)
-    found["clicks"], embedding, best = clicks(model, image)
-    found["decoder"] = decoder(model, embedding, best)
+    result["masks"] = automatic_masks(args, model, image)
+    result["clicks"], embedding, best = clicks(model, image)
+    result["decoder"] = decoder(model, embedding, best)
     amg = sys.modules["segment_anything.utils.amg"]
-    found["reload"] = importlib.reload(amg) is amg  # last, as its classes are others then
-    print(json.dumps(found))
+    result["reload"] = importlib.reload(amg) is amg  # last, as its classes are others then
+    print(json.dumps(result))
     sys.exit(7)
 
 
