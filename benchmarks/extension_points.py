@@ -55,9 +55,9 @@ class Log(list[str]):
 
     def take(self) -> list[str]:
         """Return the calls in order, those repeated in a row once with their number, and forget them."""
-        found = [call if (count := len(list(same))) == 1 else f"{count} x {call}" for call, same in groupby(self)]
+        result = [call if (count := len(list(same))) == 1 else f"{count} x {call}" for call, same in groupby(self)]
         self.clear()
-        return found
+        return result
 
 
 def described(value: Any) -> str:

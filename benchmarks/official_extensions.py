@@ -332,20 +332,20 @@ def generated(change: Change) -> dict[str, Any]:
     """Ask a changed generator for all masks of an image, and then by its inner methods for their parts."""
     generator = change.generator()
     records = generator.generate(IMAGE)
-    found: dict[str, Any] = {"calls of generate": change.log.take()}
+    result: dict[str, Any] = {"calls of generate": change.log.take()}
     for name in ("bbox", "area", "predicted_iou", "stability_score", "point_coords", "crop_box"):
-        found[name] = torch.tensor([record[name] for record in records], dtype=torch.float64)
+        result[name] = torch.tensor([record[name] for record in records], dtype=torch.float64)
     data = generator._generate_masks(IMAGE)
-    found |= {f"{name} of _generate_masks": column for name, column in data.items() if name != "rles"}
+    result |= {f"{name} of _generate_masks": column for name, column in data.items() if name != "rles"}
     height, width = IMAGE.shape[:2]
     data = generator._process_crop(IMAGE, [10, 5, 70, 50], 1, (height, width))
-    found |= {f"{name} of _process_crop": column for name, column in data.items() if name != "rles"}
+    result |= {f"{name} of _process_crop": column for name, column in data.items() if name != "rles"}
     generator.predictor.set_image(IMAGE)
     data = generator._process_batch(
         np.array([[20.0, 30.0], [60.0, 7.0]]), (height, width), [0, 0, width, height], (height, width)
     )
-    found |= {f"{name} of _process_batch": column for name, column in data.items() if name != "rles"}
-    return found | {"calls of inner methods": change.log.take()}
+    result |= {f"{name} of _process_batch": column for name, column in data.items() if name != "rles"}
+    return result | {"calls of inner methods": change.log.take()}
 
 
 def answers(change: Change) -> dict[str, Any]:
@@ -354,7 +354,7 @@ def answers(change: Change) -> dict[str, Any]:
     predictor.set_image(IMAGE)
     for make in change.to_set_predictors:
         make(predictor)
-    found: dict[str, Any] = {"calls of set_image": change.log.take(), "features": predictor.get_image_embedding()}
+    result: dict[str, Any] = {"calls of set_image": change.log.take(), "features": predictor.get_image_embedding()}
     mask = numbers(1, 32, 32, seed=9).numpy()
     prompts: dict[str, dict[str, Any]] = {
         "points": {"point_coords": POINTS, "point_labels": LABELS},
@@ -362,11 +362,11 @@ def answers(change: Change) -> dict[str, Any]:
     }
     for name, prompt in prompts.items():
         masks, iou, low_res = predictor.predict(**prompt, return_logits=True)
-        found |= {f"calls of {name}": change.log.take()}
-        found |= {f"masks of {name}": masks, f"iou of {name}": iou, f"low_res of {name}": low_res}
+        result |= {f"calls of {name}": change.log.take()}
+        result |= {f"masks of {name}": masks, f"iou of {name}": iou, f"low_res of {name}": low_res}
     (output,) = change.model([forward_input(mask)], multimask_output=True)
-    found["calls of forward"] = change.log.take()
-    return found | {"forward masks": output["masks"].double(), "forward low_res": output["low_res_logits"]}
+    result["calls of forward"] = change.log.take()
+    return result | {"forward masks": output["masks"].double(), "forward low_res": output["low_res_logits"]}
 
 
 def forward_input(mask: np.ndarray) -> dict[str, Any]:
@@ -387,8 +387,8 @@ def written(answer: Any) -> Any:
         return answer
     values = torch.as_tensor(answer).detach().double()
     flat = values.flatten()
-    places = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), dtype=torch.float64).round().long()
-    samples = [float(f"{value:.6g}") for value in flat[places].tolist()]
+    positions = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), dtype=torch.float64).round().long()
+    samples = [float(f"{value:.6g}") for value in flat[positions].tolist()]
     return {"shape": list(values.shape), "norm": float(f"{float(flat.norm()):.7g}"), "samples": samples}
 
 

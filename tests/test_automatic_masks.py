@@ -53,7 +53,7 @@ def by_the_recipe(model: Sam, image: np.ndarray, side: int) -> list[dict[str, An
     height, width = image.shape[:2]
     predictor = SamPredictor(model)
     predictor.set_image(image)
-    found = []
+    result = []
     for row in range(side):
         for column in range(side):
             click = [(2 * column + 1) / (2 * side) * width, (2 * row + 1) / (2 * side) * height]
@@ -64,10 +64,10 @@ def by_the_recipe(model: Sam, image: np.ndarray, side: int) -> list[dict[str, An
                 if iou > LENIENT["pred_iou_thresh"] and stability >= LENIENT["stability_score_thresh"]:
                     ys, xs = np.nonzero(logits > 0)
                     box = [xs.min(), ys.min(), xs.max(), ys.max()]
-                    found.append({"mask": logits > 0, "iou": iou, "stability": stability, "box": box, "click": click})
-    boxes = torch.tensor([record["box"] for record in found], dtype=torch.float32)
-    keep = nms(boxes, torch.tensor([record["iou"] for record in found]), 0.7)
-    return [found[index] for index in keep.tolist()]
+                    result.append({"mask": logits > 0, "iou": iou, "stability": stability, "box": box, "click": click})
+    boxes = torch.tensor([record["box"] for record in result], dtype=torch.float32)
+    keep = nms(boxes, torch.tensor([record["iou"] for record in result]), 0.7)
+    return [result[index] for index in keep.tolist()]
 
 
 def test_records(small: Sam, generator: Generator, photograph: np.ndarray) -> None:
@@ -191,13 +191,13 @@ def test_a_bar_on_request(generator: Generator, photograph: np.ndarray, capsys: 
 
 
 def test_in_steps_from_an_embedding(small: Sam, generator: Generator, photograph: np.ndarray) -> None:
-    some = generator(6, points_per_batch=10, output_mode="coco_rle")
+    automatic = generator(6, points_per_batch=10, output_mode="coco_rle")
     for subject in (photograph, small.encode(photograph)):
-        steps = some.steps(subject)
+        steps = automatic.steps(subject)
         assert [next(steps) for _ in range(4)] == [10, 10, 10, 6]
         with pytest.raises(StopIteration) as stop:
             next(steps)
-        assert stop.value.value == some.generate(photograph)
+        assert stop.value.value == automatic.generate(photograph)
     with pytest.raises(ValueError, match="crop_n_layers=1 needs the image"):
         generator(6, crop_n_layers=1).steps(small.encode(photograph))
 
@@ -322,15 +322,15 @@ def test_masks_may_be_counted_late(
     generator: Generator, photograph: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, where the masks that go stay in place until the suppression."""
-    some = generator(4, crop_n_layers=1, output_mode="coco_rle")
-    expected = some.generate(photograph)
+    automatic = generator(4, crop_n_layers=1, output_mode="coco_rle")
+    expected = automatic.generate(photograph)
     plan = MemoryPlan.plan
 
     def late(*arguments: Any) -> MemoryPlan:
         return replace(plan(*arguments), count_early=False)
 
     monkeypatch.setattr(MemoryPlan, "plan", late)
-    assert some.generate(photograph) == expected
+    assert automatic.generate(photograph) == expected
 
 
 def test_too_little_memory_is_said(small: Sam, generator: Generator, photograph: np.ndarray) -> None:
@@ -357,10 +357,10 @@ def test_the_coins(nano: Sam) -> None:
     """Those of the photograph that are found, by a grid of a quarter of the usual clicks."""
     records = SamAutomaticMaskGenerator(nano, 16, **NANO_THRESHOLDS).generate(coins.photograph())
     truth = coins.coins()
-    found = [max(coins.iou(record["segmentation"], coin.mask) for record in records) >= 0.75 for coin in truth]
-    print(f"\n{sum(found)} of {len(truth)} coins among {len(records)} masks, {NANO_THRESHOLDS}")
+    result = [max(coins.iou(record["segmentation"], coin.mask) for record in records) >= 0.75 for coin in truth]
+    print(f"\n{sum(result)} of {len(truth)} coins among {len(records)} masks, {NANO_THRESHOLDS}")
     assert len(truth) == 24
-    assert sum(found) >= 18
+    assert sum(result) >= 18
 
 
 def test_resizing_on_the_device(generator: Generator, photograph: np.ndarray) -> None:

@@ -30,7 +30,7 @@ from ..measure import Form, Work
 from ..operations.mask_postprocess import discs
 from ..peers import SegmentAnything, chosen_peers
 
-_POINTS_AT_ONCE = 64
+_POINTS_CHUNK = 64
 SIDE = 256  # of the logits
 
 
@@ -54,7 +54,7 @@ class Tail:
 
     def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
-            yield from zip(self.low_res.split(_POINTS_AT_ONCE), self.iou.split(_POINTS_AT_ONCE), strict=True)
+            yield from zip(self.low_res.split(_POINTS_CHUNK), self.iou.split(_POINTS_CHUNK), strict=True)
 
     def ours(self, kernels: str) -> Callable[[], list[dict[str, Any]]]:
         geometry = ImageGeometry.longest_side(*self.image.shape[:2], 4 * SIDE)
@@ -100,7 +100,7 @@ class Tail:
         """Run the official steps written out, in the official order."""
         size, input_size = self.image.shape[:2], ImageGeometry.longest_side(*self.image.shape[:2], 4 * SIDE).input_size
         data = amg.MaskData()
-        for low_res, iou in zip(self.low_res.split(_POINTS_AT_ONCE), self.iou.split(_POINTS_AT_ONCE), strict=True):
+        for low_res, iou in zip(self.low_res.split(_POINTS_CHUNK), self.iou.split(_POINTS_CHUNK), strict=True):
             logits = F.interpolate(low_res.to(dtype), (4 * SIDE, 4 * SIDE), mode="bilinear")
             logits = F.interpolate(logits[..., : input_size[0], : input_size[1]], size, mode="bilinear").flatten(0, 1)
             part = amg.MaskData(logits=logits, iou=iou.flatten())

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 TESTS = Path(__file__).parents[1]
-_LARGEST_GRID = (2**31 - 1, 65535, 65535)
+_MAX_GRID = (2**31 - 1, 65535, 65535)
 
 
 class LaunchError(Exception):
@@ -154,8 +154,8 @@ class Simulation:
         from fastsam_kernels.triton.tiles import architectures
 
         self.launches += 1
-        if not all(1 <= size <= most for size, most in zip(grid, _LARGEST_GRID, strict=False)):
-            raise LaunchError(f"grid {grid}, of which each must be from 1 to {_LARGEST_GRID[: len(grid)]}")
+        if not all(1 <= size <= most for size, most in zip(grid, _MAX_GRID, strict=False)):
+            raise LaunchError(f"grid {grid}, of which each must be from 1 to {_MAX_GRID[: len(grid)]}")
         try:
             compiled = kernel.warmup(
                 *map(_Pointer.of, arguments),

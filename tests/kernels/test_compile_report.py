@@ -95,7 +95,7 @@ def test_the_products_of_nms_are_rounded(compiled: list[str]) -> None:
     assert fused == 0
 
 
-def test_an_interpreting_process_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_of_the_interpreter_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     case = next(compile_cases(["hypernetwork_masks"], [80]))
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1: the interpreter cannot compile"):

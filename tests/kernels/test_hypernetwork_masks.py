@@ -81,7 +81,7 @@ def test_reference_is_the_decoder_s_modules() -> None:
 @pytest.mark.parametrize(
     ("prompts", "grid", "masks"), [(1, (16, 16), 3), (2, (20, 27), 1), (5, (16, 16), 4), (3, (64, 64), 3)]
 )
-def test_torch_form(device: torch.device, dtype: torch.dtype, prompts: int, grid: tuple[int, int], masks: int) -> None:
+def test_eager(device: torch.device, dtype: torch.dtype, prompts: int, grid: tuple[int, int], masks: int) -> None:
     check(make_inputs(prompts, grid, masks, dtype, device), "torch", None, f"torch form, {dtype}")
 
 
@@ -255,7 +255,7 @@ def test_fast_gelu(device: torch.device) -> None:
     assert y[-1] == 1e4
 
 
-def test_gradients_of_the_torch_form() -> None:
+def test_gradients_of_the_eager() -> None:
     inputs = make_inputs(1, (2, 2), 2, torch.float64, channels=64)
     keys, weights, hyper, grid = inputs
     keys.requires_grad_(True)
@@ -295,7 +295,7 @@ def test_what_the_triton_form_does_not_do(
         unsupported(**changes)
 
 
-def test_auto_takes_the_torch_form_where_triton_cannot_run() -> None:
+def test_auto_takes_the_eager_where_triton_cannot_run() -> None:
     """No error, and the same values as asking for it."""
     keys, weights, hyper, grid = make_inputs(1, (2, 3), 1, torch.float64)
     auto = hypernetwork_masks(keys, weights, hyper, grid=grid)
@@ -324,7 +324,7 @@ def test_bad_shapes_and_dtypes() -> None:
         hypernetwork_masks(keys, weights, hyper, grid=grid, kernels="cuda")
 
 
-def test_a_decoder_of_many_masks_takes_the_torch_form() -> None:
+def test_a_decoder_of_many_masks_takes_the_eager() -> None:
     inputs = make_inputs(2, (3, 5), 6, torch.float32)
     keys, weights, hyper, grid = inputs
     assert_within_budget(hypernetwork_masks(keys, weights, hyper, grid=grid), formula, inputs, "six masks")

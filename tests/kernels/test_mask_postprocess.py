@@ -73,19 +73,19 @@ def check(low_res: Tensor, resizing: Resizing, kernels: str, threshold: float = 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 400), st.integers(1, 200), st.booleans(), st.integers(0, 1000), st.sampled_from([64, 128, 1024]))
-def test_torch_form_at_any_geometry(long: int, short: int, portrait: bool, seed: int, image_size: int) -> None:
+def test_eager_at_any_geometry(long: int, short: int, portrait: bool, seed: int, image_size: int) -> None:
     size = (max(long, short), min(long, short))
     resizing = resizing_of(*(size if portrait else size[::-1]), image_size)
     check(smooth_logits(3, image_size // 4, seed), resizing, "torch")
 
 
 @pytest.mark.parametrize("size", [(1500, 2250), (1, 1024), (37, 20)])
-def test_torch_form_at_real_sizes(size: tuple[int, int]) -> None:
+def test_eager_at_real_sizes(size: tuple[int, int]) -> None:
     check(smooth_logits(2, 256), resizing_of(*size, 1024), "torch")
 
 
 @pytest.mark.slow
-def test_torch_form_at_many_sizes() -> None:
+def test_eager_at_many_sizes() -> None:
     """Portrait, landscape, tiny, 4K, and resized sizes that do not follow the ratio."""
     rng = np.random.default_rng(0)
     for number in range(250):

@@ -56,7 +56,7 @@ def test_forms(
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(16, 64))
-def test_torch_form_at_any_geometry(height: int, width: int, side: int) -> None:
+def test_eager_at_any_geometry(height: int, width: int, side: int) -> None:
     """Sizes as SAM resizes: the longer side becomes ``side``."""
     scale = side / max(height, width)
     size = (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))

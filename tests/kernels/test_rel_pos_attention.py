@@ -88,12 +88,12 @@ SHAPES = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*SHAPES, (1, (64, 64), 14, 2, 64), (2, (32, 32), 0, 3, 64)], ids=str)
-def test_torch_form(device: torch.device, dtype: torch.dtype, shape: Any) -> None:
+def test_eager(device: torch.device, dtype: torch.dtype, shape: Any) -> None:
     check(make_inputs(*shape, dtype, device), "torch", f"torch form, {dtype}, {shape}")
 
 
 @pytest.mark.parametrize(("scores", "queries"), [(1, 1), (500, 12), (3000, 1024)])
-def test_torch_form_in_any_blocks(scores: int, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eager_in_any_blocks(scores: int, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("_SCORES_PER_THREAD", scores), ("_SCORES_GPU", scores), ("_QUERY_CHUNK", queries)):
         monkeypatch.setattr(eager, name, value)
     for shape in ((2, (7, 5), 3, 3, 32), (1, (9, 6), 0, 5, 32)):
@@ -256,7 +256,7 @@ def test_compiles_as_one_graph(device: torch.device, kernels: str) -> None:
 
 
 @pytest.mark.parametrize("window_size", [3, 0])
-def test_gradients_of_the_torch_form(window_size: int) -> None:
+def test_gradients_of_the_eager(window_size: int) -> None:
     inputs = make_inputs(1, (4, 5), window_size, 2, 32, torch.float64)
     leaves = tuple(tensor.requires_grad_(True) for tensor in inputs[:4])
 

@@ -68,7 +68,7 @@ def operation(request: pytest.FixtureRequest) -> Operation:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("prompts", "tokens", "grid"), [(1, 7, 16), (2, 9, 8), (7, 16, 8), (9, 5, 5), (64, 7, 8)])
-def test_torch_form(operation: Operation, prompts: int, tokens: int, grid: int, dtype: torch.dtype) -> None:
+def test_eager(operation: Operation, prompts: int, tokens: int, grid: int, dtype: torch.dtype) -> None:
     inputs = operation.inputs(prompts, tokens, grid, dtype)
     out = operation.public(*inputs, kernels="torch")
     assert out.dtype == dtype
@@ -257,7 +257,7 @@ def test_compiles_as_one_graph(operation: Operation, device: torch.device, kerne
     assert_close_l2(compiled(*inputs), attend(*inputs), 1e-5, kernels)
 
 
-def test_gradients_of_the_torch_form(operation: Operation) -> None:
+def test_gradients_of_the_eager(operation: Operation) -> None:
     inputs = tuple(tensor.requires_grad_(True) for tensor in operation.inputs(1, 3, 2, torch.float64))
     assert torch.autograd.gradcheck(
         lambda *tensors: operation.public(*tensors, kernels="torch"), inputs, fast_mode=True

@@ -199,7 +199,7 @@ def test_opcheck_and_one_graph(device: torch.device) -> None:
     assert torch.equal(compiled(*inputs), attend(*inputs))
 
 
-def test_gradients_of_the_torch_form() -> None:
+def test_gradients_of_the_eager() -> None:
     inputs = tuple(tensor.requires_grad_(True) for tensor in two_way_inputs(1, 3, 2, torch.float64))
     assert torch.autograd.gradcheck(lambda *t: two_way(*t, kernels="torch"), inputs, fast_mode=True)
 

@@ -19,7 +19,7 @@ from ...triton.launch import Launch, stream_key
 from ...triton.tiles import TileConfig
 from ..resize_map import TILE, Axis, Resizing, axes
 
-_LARGEST_PATCH = 2048  # logits under a tile; where more are, in images of a few pixels, every tile is evaluated
+_MAX_PATCH = 2048  # logits under a tile; where more are, in images of a few pixels, every tile is evaluated
 
 
 # Images have all sizes: the compiler is to know nothing about them, or some would be compiled for while serving.
@@ -190,7 +190,7 @@ def plan(
             "STATISTICS": statistics,
             "PATCH_ROWS": patch_rows,
             "PATCH_COLUMNS": patch_columns,
-            "BOUNDED": patch_rows * patch_columns <= _LARGEST_PATCH,
+            "BOUNDED": patch_rows * patch_columns <= _MAX_PATCH,
         },
         tile=TileConfig({"BLOCK_W": block_w}, tile.num_warps, tile.num_stages, tile.provisional, tile.provenance),
     )
