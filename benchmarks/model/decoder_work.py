@@ -14,8 +14,6 @@ from ..operations.token_to_image_attention import CHANNELS, CLICK_TOKENS, HEAD_C
 
 IMAGE_TOKENS, MASKS, ELEMENT, FP32 = 4096, 3, 2, 4
 _PADDED_TOKENS = 8
-# The projection of values is inside the passes over the image, and block 0 keeps its keys.
-_ABSORBED_ELSEWHERE = ("token_to_image.v_proj", "layers.0.cross_attn_token_to_image.k_proj")
 
 
 @dataclass(frozen=True)
