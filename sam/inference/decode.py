@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -23,27 +22,10 @@ from . import fused_decoder
 from .eligibility import look, why_not_fused
 from .fused_decoder import DecodedPrompts
 from .module_decoder import MadeMasks, decode_by_modules
-from .packed_weights import Linear, PackedDecoder, pack_decoder, pack_image_pe
-from .parts import Model
+from .packed_weights import Linear, pack_decoder, pack_image_pe
+from .parts import FusedParts, Model
 
 logger = logging.getLogger("sam")
-
-
-@dataclass(frozen=True)
-class FusedParts:
-    """The parts that decode one request fused.
-
-    Attributes:
-        prompt_encoder: the module; its weights are read as they are.
-        image_pe: its encoding of the grid, [1, C, h, w].
-        packed: the mask decoder.
-        generation: of both; None where autograd records and nothing is kept.
-    """
-
-    prompt_encoder: PromptEncoder
-    image_pe: Tensor
-    packed: PackedDecoder
-    generation: Hashable | None
 
 
 def fused_parts(model: Model) -> FusedParts | None:

@@ -1,9 +1,11 @@
-"""What :mod:`sam.inference` takes of a model: its parts and sizes."""
+"""The parts and sizes of a model that :mod:`sam.inference` reads."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,10 +13,42 @@ from torch import Tensor
 from ..embedding import ImageEmbedding
 from ..images.geometry import ImageGeometry
 from ..images.prepare import PreparedImage
+from ..modeling.prompt_encoder import PromptEncoder
 from ..prompts.batch import PromptBatch
+from .buckets import Bucket
+from .packed_weights import PackedDecoder
 
-if TYPE_CHECKING:
-    from .runtime import Runtime
+
+@dataclass(frozen=True)
+class FusedParts:
+    """The parts that decode one request fused.
+
+    Attributes:
+        prompt_encoder: the module; its weights are read as they are.
+        image_pe: its encoding of the grid, [1, C, h, w].
+        packed: the mask decoder.
+        generation: of both; None where autograd records and nothing is kept.
+    """
+
+    prompt_encoder: PromptEncoder
+    image_pe: Tensor
+    packed: PackedDecoder
+    generation: Hashable | None
+
+
+class DecoderRuntime(Protocol):
+    """A decoder that is compiled or replayed; :class:`sam.inference.Runtime` is one."""
+
+    @property
+    def buckets(self) -> Mapping[Bucket, float]: ...
+    @property
+    def replays(self) -> bool: ...
+    @property
+    def compiles_encoder(self) -> bool: ...
+
+    def run(
+        self, parts: FusedParts, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask: bool
+    ) -> AbstractContextManager[tuple[Tensor, Tensor] | None]: ...
 
 
 class Model(Protocol):
@@ -23,8 +57,9 @@ class Model(Protocol):
     image_encoder: Any
     prompt_encoder: Any
     mask_decoder: Any
-    runtime: Runtime | None
 
+    @property
+    def runtime(self) -> DecoderRuntime | None: ...
     @property
     def device(self) -> torch.device: ...
     @property

@@ -24,12 +24,12 @@ from ..prompts.batch import PromptBatch
 from ..prompts.labels import LABEL_ABSENT
 from . import fused_decoder
 from .buckets import TOKEN_BUCKETS, Bucket, Limits, as_table
-from .decode import FusedParts, image_projections
+from .decode import image_projections
 from .eligibility import look
 from .fused_encoder import encode, run_block
 from .graphs import Graphs, Recorder, StackedInput
 from .packed_weights import pack_decoder
-from .parts import Model
+from .parts import FusedParts, Model
 
 logger = logging.getLogger("sam")
 
