@@ -67,20 +67,21 @@ def test_one_generator_in_two_threads(model: Sam, way: str, monkeypatch: pytest.
     expected = [call(shared, image) for image in IMAGES]
     before = sorted(calls)
     calls.clear()
-    meet, official = threading.Barrier(2, timeout=SECONDS), SamPredictor.set_image
+    meet, features = threading.Barrier(2, timeout=SECONDS), Sam.image_features
 
-    def set_image(self: SamPredictor, image: np.ndarray, *rest: Any) -> None:
-        official(self, image, *rest)
+    def image_features(self: Sam, pixels: torch.Tensor) -> torch.Tensor:
+        result = features(self, pixels)
         meet.wait()
+        return result
 
-    monkeypatch.setattr(SamPredictor, "set_image", set_image)
+    monkeypatch.setattr(Sam, "image_features", image_features)
     for ours, alone in zip(in_threads(lambda image: call(shared, image)), expected, strict=True):
         assert same(ours, alone), ours
     assert sorted(calls) == before
 
 
 def test_a_predictor_of_a_users_own_is_still_asked(model: Sam, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A subclass and a patched instance; the image that was set on it before stays."""
+    """A subclass and a patched instance; the image that was set on it before is gone, as officially."""
     seen: list[tuple[int, ...]] = []
 
     class Counting(SamPredictor):
@@ -92,10 +93,9 @@ def test_a_predictor_of_a_users_own_is_still_asked(model: Sam, monkeypatch: pyte
     expected = generator.generate(IMAGES[0])
     generator.predictor = Counting(model)
     generator.predictor.set_image(IMAGES[1])
-    features = generator.predictor.features
     assert same(generator.generate(IMAGES[0]), expected)
     assert seen == [IMAGES[1].shape, IMAGES[0].shape]
-    assert generator.predictor.features is features
+    assert generator.predictor.features is None
     official = generator.predictor.set_image
     monkeypatch.setattr(generator.predictor, "set_image", lambda image: [seen.append((0,)), official(image)])
     assert same(generator.generate(IMAGES[0]), expected)
