@@ -225,7 +225,7 @@ class SamAutomaticMaskGenerator:
         return CheckedImage.of(image, self.predictor.model.image_geometry).pixels
 
     def _crops(self, size: Sequence[int]) -> list[tuple[Box, int]]:
-        long_side = self.predictor.model.image_encoder.img_size
+        long_side = self.predictor.model.image_size
         return crops_of(size, self.crop_n_layers, self.crop_overlap_ratio, long_side)
 
     @torch.no_grad()
@@ -323,7 +323,7 @@ class SamAutomaticMaskGenerator:
 
     def _generate_masks(self, image: np.ndarray) -> MaskData:
         """Return the masks of an image [H, W, 3] as arrays, best crop by crop."""
-        size, data, long_side = image.shape[:2], MaskData(), self.predictor.model.image_encoder.img_size
+        size, data, long_side = image.shape[:2], MaskData(), self.predictor.model.image_size
         crops = crops_of(size, self.crop_n_layers, self.crop_overlap_ratio, long_side, generate_crop_boxes)
         for box, layer in crops:
             data.cat(self._process_crop(image, [*box], layer, size))

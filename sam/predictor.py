@@ -57,7 +57,7 @@ class SamPredictor:
         """
         require_model(sam_model)
         self.model = sam_model
-        self.transform = ResizeLongestSide(sam_model.image_encoder.img_size)
+        self.transform = ResizeLongestSide(sam_model.image_size)
         self.reset_image()
 
     def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
@@ -90,7 +90,7 @@ class SamPredictor:
             RuntimeError: another thread is setting an image on this predictor.
         """
         require("transformed_image", transformed_image, Tensor, "a torch.Tensor [1, 3, h, w] in 0..255")
-        long_side, shape = self.model.image_encoder.img_size, list(transformed_image.shape)
+        long_side, shape = self.model.image_size, list(transformed_image.shape)
         if len(shape) != 4 or shape[1] != 3 or max(shape[2:]) != long_side:
             raise ValueError(f"set_torch_image takes [1, 3, h, w] with a longer side of {long_side}, got {shape}")
         input_size = (transformed_image.shape[-2], transformed_image.shape[-1])
@@ -262,7 +262,7 @@ class SamPredictor:
             RuntimeError: no image is set.
         """
         features = self._require_image()
-        geometry = ImageGeometry(self.original_size, self.input_size, self.model.image_encoder.img_size)
+        geometry = ImageGeometry(self.original_size, self.input_size, self.model.image_size)
         handle = self._handle
         if handle is None or handle.features is not features or handle.geometry != geometry:
             handle = self._handle = ImageEmbedding(features, geometry)

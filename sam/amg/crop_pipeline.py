@@ -111,7 +111,7 @@ class _Columns:
 
 
 def _prompts(model: Sam, clicks: np.ndarray, size: tuple[int, int]) -> PromptBatch:
-    coords = ResizeLongestSide(model.image_encoder.img_size).apply_coords(clicks, size)
+    coords = ResizeLongestSide(model.image_size).apply_coords(clicks, size)
     points = coordinates_on(torch.from_numpy(coords)[:, None], model.device, non_blocking=True)
     labels = torch.ones(points.shape[:2], dtype=torch.int64, device=points.device)
     return PromptBatch.from_tensors((points, labels), None, None, model.device)

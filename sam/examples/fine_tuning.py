@@ -42,7 +42,7 @@ def main(out: str, steps: str = "30") -> tuple[float, float]:
         return float(np.mean(overlaps))
 
     before = validate()
-    transform = ResizeLongestSide(model.image_encoder.img_size)
+    transform = ResizeLongestSide(model.image_size)
     optimizer = torch.optim.AdamW(model.mask_decoder.parameters(), lr=3e-4)
     for step in range(int(steps)):
         (_, mask, box), embedding = scenes[step % 2], embeddings[step % 2]

@@ -35,7 +35,7 @@ class SamOnnxModel(nn.Module):
         super().__init__()
         self.mask_decoder = model.mask_decoder
         self.model = model
-        self.img_size = model.image_encoder.img_size
+        self.img_size = model.image_size
         self.return_single_mask = return_single_mask
         self.use_stability_score = use_stability_score
         self.stability_score_offset = 1.0
