@@ -74,14 +74,16 @@ class Snapshot(Stale):
     __slots__ = (
         *("generation", "intrusion", "why_not_fused", "weights", "_values"),
         *("_hooks", "_modules", "_states", "_sizes", "_kinds", "_contents", "_members", "_addresses"),
-        *("_versioned", "_versions", "_constants", "_constant_values", "_methods", "_functions", "_root"),
+        *("_versioned", "_versions", "_constants", "_constant_values", "_methods", "_functions"),
+        *("_root_constants", "_root"),
     )
 
     def __init__(self, part: WeightCache, name: str) -> None:
         self.generation = next(_generations)
         _, *self._modules = modules = list(part.modules())
         states = [module.__dict__ for module in modules]
-        self._root = _root_of(part)
+        self._root_constants = [name for _, name in _constants([part])]
+        self._root = self._present_root(part)
         self._states = states[1:]
         self._sizes = list(map(len, self._states))
         self._kinds = list(map(type, self._modules))
@@ -118,7 +120,7 @@ class Snapshot(Stale):
             and all(map(is_, members, self._members))
             and list(map(Tensor.data_ptr, self.weights)) == self._addresses
             and list(map(_version, self._versioned)) == self._versions
-            and _root_of(part) == self._root
+            and self._present_root(part) == self._root
             and list(map(len, self._states)) == self._sizes
             and list(map(type, self._modules)) == self._kinds
             and self._present_constants() == self._constant_values
@@ -137,6 +139,11 @@ class Snapshot(Stale):
                     finish(self.weights)
                     self._values[make] = value
         return value
+
+    def _present_root(self, part: nn.Module) -> tuple[Any, ...]:
+        """Return the class of a part, how many attributes it has, and its constants."""
+        state = part.__dict__
+        return type(part), len(state), list(map(state.get, self._root_constants))
 
     def _present_members(self) -> list[Any]:
         return list(itertools.chain.from_iterable(map(dict.values, self._contents)))
@@ -239,6 +246,9 @@ def _find_stranger(part: nn.Module, name: str) -> str | None:
                 return f"{name}.{path} is {_whole_name(type(module))}, not {_whole_name(kind)}"
             return f"{name}.{path} is {_a(module)}, not {_a(kind)}"
     if isinstance(part, MaskDecoder):
+        for option in ("use_high_res_features", "dynamic_multimask_via_stability"):
+            if getattr(part, option):
+                return f"{name} has {option}, which the fused form does not compute"
         for index, mlp in enumerate(part.output_hypernetworks_mlps):
             if mlp.sigmoid_output:
                 return f"{name}.output_hypernetworks_mlps.{index} ends in a sigmoid"
@@ -252,7 +262,8 @@ def _places(part: nn.Module) -> Iterator[tuple[str, type[nn.Module]]]:
         yield from ((f"point_embeddings.{index}", nn.Embedding) for index in range(len(part.point_embeddings)))
         yield from ((name, nn.Embedding) for name in ("not_a_point_embed", "no_mask_embed"))
     elif isinstance(part, MaskDecoder):
-        yield from ((name, nn.Embedding) for name in ("iou_token", "mask_tokens"))
+        tokens = ("obj_score_token",) * part.pred_obj_scores + ("iou_token", "mask_tokens")
+        yield from ((name, nn.Embedding) for name in tokens)
         yield "transformer", TwoWayTransformer
         yield "output_upscaling", nn.Sequential
         for block in range(len(part.transformer.layers)):
@@ -279,11 +290,6 @@ def _constants(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], s
             yield state, "generation"
         if type(module) in (*_OURS, nn.LayerNorm, nn.GELU):
             yield from ((state, name) for name in getattr(module, "__constants__", ()))
-
-
-def _root_of(part: nn.Module) -> tuple[Any, ...]:
-    """Return the class of a part, how many attributes it has, and its constants."""
-    return type(part), len(part.__dict__), [state.get(name) for state, name in _constants([part])]
 
 
 def _name_of(part: nn.Module) -> str:

@@ -97,7 +97,7 @@ class PackedDecoder:
 
     Attributes:
         generation: of the decoder (:func:`sam.inference.eligibility.look`).
-        output_tokens: [1 + M, C], the decoder's own.
+        output_tokens: [1 + M, C], or one more with an object score, the decoder's own.
         positions: where they stand.
         blocks, final_attn, norm_final_attn: of the transformer.
         can_absorb: the projections of the image can be absorbed into the tokens.
@@ -146,7 +146,7 @@ def pack_decoder(decoder: MaskDecoder, generation: int = 0) -> PackedDecoder:
     matrices, eps = _pack_upscaling(upscaling)
     return PackedDecoder(
         generation=generation,
-        output_tokens=torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]),
+        output_tokens=decoder.output_token_weights(),
         positions=decoder.output_tokens,
         blocks=blocks,
         final_attn=final_attn,

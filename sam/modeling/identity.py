@@ -54,7 +54,9 @@ def _constants(module: nn.Module) -> str:
     names = getattr(module, "__constants__", None)
     if names is None:
         return module.extra_repr()
-    return ", ".join(f"{name}={_plain(getattr(module, name, None))!r}" for name in sorted(names))
+    values = {name: getattr(module, name, None) for name in sorted(names)}
+    defaults = getattr(module, "OPTIONS", {})
+    return ", ".join(f"{n}={_plain(v)!r}" for n, v in values.items() if n not in defaults or v != defaults[n])
 
 
 def _plain(value: Any) -> Any:
