@@ -52,6 +52,22 @@ class MaskDecoder(WeightCache):
     """Predicts ``num_multimask_outputs`` masks for ambiguous prompts and one for unambiguous ones.
 
     With its defaults it is the decoder of SAM; the options from ``use_high_res_features`` on are those of SAM 2.
+
+    Args:
+        transformer_dim: C, the channels of tokens and image embedding.
+        transformer: the two-way transformer.
+        num_multimask_outputs: masks for an ambiguous prompt.
+        activation: in the upscaling.
+        iou_head_depth, iou_head_hidden_dim: of the MLP that predicts the IoU.
+        use_high_res_features: the upscaling adds two feature maps of a finer grid.
+        iou_prediction_use_sigmoid: the predicted IoU goes through a sigmoid.
+        dynamic_multimask_via_stability: in eval mode, replace an unstable single mask by the alternative of the
+            best predicted IoU.
+        dynamic_multimask_stability_delta: logits by which the threshold is moved to measure stability.
+        dynamic_multimask_stability_thresh: IoU of both masks from which on the single mask is stable.
+        pred_obj_scores: a token of its own says whether the object is there.
+        pred_obj_scores_mlp: its head is an MLP of three layers and not one linear layer.
+        use_multimask_token_for_obj_ptr: the alternatives' tokens are those of the object, where they are returned.
     """
 
     # SAM 2's, at SAM's values. At those they are no part of a model's hash, which SAM had before them.
@@ -83,24 +99,6 @@ class MaskDecoder(WeightCache):
         pred_obj_scores_mlp: bool = False,
         use_multimask_token_for_obj_ptr: bool = False,
     ) -> None:
-        """Build the decoder with fresh weights.
-
-        Args:
-            transformer_dim: C, the channels of tokens and image embedding.
-            transformer: the two-way transformer.
-            num_multimask_outputs: masks for an ambiguous prompt.
-            activation: in the upscaling.
-            iou_head_depth, iou_head_hidden_dim: of the MLP that predicts the IoU.
-            use_high_res_features: the upscaling adds two feature maps of a finer grid.
-            iou_prediction_use_sigmoid: the predicted IoU goes through a sigmoid.
-            dynamic_multimask_via_stability: in eval mode, replace an unstable single mask by the alternative of the
-                best predicted IoU.
-            dynamic_multimask_stability_delta: logits by which the threshold is moved to measure stability.
-            dynamic_multimask_stability_thresh: IoU of both masks from which on the single mask is stable.
-            pred_obj_scores: a token of its own says whether the object is there.
-            pred_obj_scores_mlp: its head is an MLP of three layers and not one linear layer.
-            use_multimask_token_for_obj_ptr: the alternatives' tokens are those of the object, where they are returned.
-        """
         super().__init__()
         self.transformer_dim = transformer_dim
         self.transformer = transformer
