@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -108,6 +107,7 @@ class PackedDecoder:
         hypernetworks: weights [masks, in, out] and biases [masks, 1, out] of each layer, by the masks' first index and
             the one behind their last; of the single mask, of the others, and of all.
         mask_mlps: the M hypernetworks themselves.
+        logits_dtype: of logits and predicted IoU, at least fp32.
     """
 
     generation: int
@@ -123,15 +123,11 @@ class PackedDecoder:
     upscaling_eps: float
     hypernetworks: dict[tuple[int, int], list[tuple[Tensor, Tensor]]]
     mask_mlps: tuple[Function, ...]
+    logits_dtype: torch.dtype
 
     @property
     def dtype(self) -> torch.dtype:
         return self.output_tokens.dtype
-
-    @cached_property
-    def logits_dtype(self) -> torch.dtype:
-        """Dtype of logits and predicted IoU, at least fp32."""
-        return torch.promote_types(self.dtype, torch.float32)
 
 
 def pack_decoder(decoder: MaskDecoder, generation: int = 0) -> PackedDecoder:
@@ -158,6 +154,7 @@ def pack_decoder(decoder: MaskDecoder, generation: int = 0) -> PackedDecoder:
         upscaling_eps=eps,
         hypernetworks=_pack_hypernetworks(mlps),
         mask_mlps=mlps,
+        logits_dtype=torch.promote_types(decoder.iou_token.weight.dtype, torch.float32),
     )
 
 
