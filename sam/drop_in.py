@@ -120,8 +120,7 @@ class Served:
     def exec_module(self, module: ModuleType) -> None:
         """Put ours into ``sys.modules``, from where importlib takes it; of ``module`` nothing is kept.
 
-        All at once: a module imported later would be set as an attribute of its package, ``build_sam`` in place of
-        the function of that name.
+        All official paths at once, so that a later import of one of them finds it there.
         """
         ours = self._ours() + self._below
         served = {self._official: importlib.import_module(ours)}
