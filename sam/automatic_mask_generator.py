@@ -153,7 +153,7 @@ class SamAutomaticMaskGenerator:
         self.max_memory = None if max_memory is None else parse_bytes(max_memory)
 
     def generate(self, image: np.ndarray) -> list[dict[str, Any]]:
-        """Return the masks of everything in an image.
+        """Generate masks of everything in an image.
 
         Args:
             image: [H, W, 3] uint8 RGB, or floating-point in 0..1.

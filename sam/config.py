@@ -130,7 +130,7 @@ class SamConfig:
 
     @classmethod
     def from_json(cls, text: str) -> SamConfig:
-        """Inverse of :meth:`to_json`.
+        """Read what :meth:`to_json` wrote.
 
         Raises:
             ValueError: not JSON, or fields or values that no ``SamConfig`` has.
@@ -181,7 +181,7 @@ VARIANTS: dict[str, SamConfig] = {
 
 
 def variant_config(variant: str) -> SamConfig:
-    """The table's entry for ``variant``.
+    """Return the table's entry for ``variant``.
 
     Raises:
         TypeError: a ``variant`` that is no name.

@@ -157,7 +157,7 @@ class ImageEmbedding:
 
     @property
     def nbytes(self) -> int:
-        """Of the features and of what the decoder attached to them."""
+        """Return the bytes of the features and of what the decoder attached to them."""
         tensors = [self.features]
         if self._projected is not None:
             tensors += self._projected.projections.tensors

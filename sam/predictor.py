@@ -124,7 +124,7 @@ class SamPredictor:
         multimask_output: bool = True,
         return_logits: bool = False,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Masks for one prompt on the image that is set.
+        """Predict masks for one prompt on the image that is set.
 
         Args:
             point_coords: [N, 2] as (x, y) in pixels of the original image.
@@ -191,7 +191,7 @@ class SamPredictor:
         multimask_output: bool = True,
         return_logits: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return masks for P prompts, already transformed to the input frame with ``ResizeLongestSide``.
+        """Predict masks for P prompts, already transformed to the input frame with ``ResizeLongestSide``.
 
         Args:
             point_coords, point_labels: [P, N, 2] and [P, N].
@@ -223,7 +223,7 @@ class SamPredictor:
         return masks if return_logits else masks > self.model.mask_threshold, iou, low_res
 
     def get_image_embedding(self) -> Tensor:
-        """Features [1, C, h, w] of the image that is set.
+        """Return the features [1, C, h, w] of the image that is set.
 
         Raises:
             RuntimeError: no image is set.

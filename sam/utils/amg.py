@@ -74,7 +74,7 @@ class MaskData:
 
 
 def is_box_near_crop_edge(boxes: Tensor, crop_box: list[int], orig_box: list[int], atol: float = 20.0) -> Tensor:
-    """[N], whether a box in a crop's frame lies within ``atol`` px of the crop's edge but not of the image's."""
+    """Return [N], whether a box in a crop's frame is within ``atol`` px of an edge of the crop but not of the image."""
     require("boxes", boxes, Tensor, "a torch.Tensor [N, 4]")
     near = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
     for side, (of_crop, of_image) in enumerate(zip(crop_box, orig_box, strict=True)):
@@ -84,7 +84,7 @@ def is_box_near_crop_edge(boxes: Tensor, crop_box: list[int], orig_box: list[int
 
 
 def box_xyxy_to_xywh(box_xyxy: Any) -> Any:
-    """Corners to corner and size: a tensor or an array [..., 4], or the four numbers of one box as a list."""
+    """Convert corners to corner and size: a tensor or an array [..., 4], or the four numbers of one box as a list."""
     if isinstance(box_xyxy, Tensor | np.ndarray):
         box_xywh: Any = box_xyxy.clone() if isinstance(box_xyxy, Tensor) else box_xyxy.copy()
         box_xywh[..., 2:] -= box_xyxy[..., :2]
@@ -94,7 +94,7 @@ def box_xyxy_to_xywh(box_xyxy: Any) -> Any:
 
 
 def batch_iterator(batch_size: int, *args: Any) -> Generator[list[Any], None, None]:
-    """Slices of ``batch_size`` rows of all ``args`` together; the last may be shorter."""
+    """Yield slices of ``batch_size`` rows of all ``args`` together; the last may be shorter."""
     if not args or any(len(arg) != len(args[0]) for arg in args):
         raise ValueError(f"batches need inputs of one length, got {[len(arg) for arg in args]}")
     for start in range(0, len(args[0]), batch_size):
@@ -102,31 +102,31 @@ def batch_iterator(batch_size: int, *args: Any) -> Generator[list[Any], None, No
 
 
 def mask_to_rle_pytorch(tensor: Tensor) -> list[dict[str, Any]]:
-    """[N, H, W] bool -> uncompressed COCO RLEs."""
+    """Encode masks [N, H, W] bool as uncompressed COCO RLEs."""
     require("masks", tensor, Tensor, "a torch.Tensor [N, H, W] of bool")
     return rle_encode.encode(tensor)
 
 
 def rle_to_mask(rle: dict[str, Any]) -> np.ndarray:
-    """Uncompressed COCO RLE -> [H, W] bool."""
+    """Decode an uncompressed COCO RLE to [H, W] bool."""
     require("rle", rle, dict, "a dictionary of size and counts")
     return run_lengths.decode(rle)
 
 
 def area_from_rle(rle: dict[str, Any]) -> int:
-    """Number of mask pixels of an uncompressed RLE."""
+    """Count the mask pixels of an uncompressed RLE."""
     require("rle", rle, dict, "a dictionary of size and counts")
     return run_lengths.area(rle)
 
 
 def coco_encode_rle(uncompressed_rle: dict[str, Any]) -> dict[str, Any]:
-    """Uncompressed RLE -> the compressed form, its counts a string."""
+    """Compress an uncompressed RLE, its counts to a string."""
     require("uncompressed_rle", uncompressed_rle, dict, "a dictionary of size and counts")
     return {"size": uncompressed_rle["size"], "counts": run_lengths.compress(uncompressed_rle["counts"])}
 
 
 def calculate_stability_score(masks: Tensor, mask_threshold: float, threshold_offset: float) -> Tensor:
-    """IoU of the masks [..., H, W] cut from the logits a little above and a little below the threshold."""
+    """Compute the IoU of the masks [..., H, W] cut from the logits a little above and below the threshold."""
     require("masks", masks, Tensor, "a torch.Tensor [..., H, W] of logits")
     # The higher cut lies inside the lower one, so these are intersection and union.
     inside = (masks > mask_threshold + threshold_offset).sum(dim=(-1, -2), dtype=torch.int32)
@@ -135,7 +135,7 @@ def calculate_stability_score(masks: Tensor, mask_threshold: float, threshold_of
 
 
 def build_point_grid(n_per_side: int) -> np.ndarray:
-    """[n * n, 2] centres (x, y) of an even grid over the unit square, row by row.
+    """Return [n * n, 2] centres (x, y) of an even grid over the unit square, row by row.
 
     Raises:
         ValueError: less than one a side.
@@ -150,14 +150,14 @@ def build_point_grid(n_per_side: int) -> np.ndarray:
 
 
 def build_all_layer_point_grids(n_per_side: int, n_layers: int, scale_per_layer: int) -> list[np.ndarray]:
-    """The grid of the whole image and of each layer of crops, thinner by ``scale_per_layer`` a layer."""
+    """Return the grid of the whole image and of each layer of crops, thinner by ``scale_per_layer`` per layer."""
     return [build_point_grid(int(n_per_side / scale_per_layer**layer)) for layer in range(n_layers + 1)]
 
 
 def generate_crop_boxes(
     im_size: tuple[int, ...], n_layers: int, overlap_ratio: float
 ) -> tuple[list[list[int]], list[int]]:
-    """The whole image and, for layer i, 2^i x 2^i overlapping crops of it.
+    """Return the whole image and, for layer i, 2^i x 2^i overlapping crops of it.
 
     Returns:
         boxes, and the layer of each.
@@ -176,20 +176,20 @@ def generate_crop_boxes(
 
 
 def uncrop_boxes_xyxy(boxes: Tensor, crop_box: list[int]) -> Tensor:
-    """Boxes [..., 4] from a crop's frame to the image's."""
+    """Move boxes [..., 4] from a crop's frame to the image's."""
     require("boxes", boxes, Tensor, "a torch.Tensor [..., 4]")
     x0, y0 = crop_box[:2]
     return boxes + torch.tensor([x0, y0, x0, y0], device=boxes.device)
 
 
 def uncrop_points(points: Tensor, crop_box: list[int]) -> Tensor:
-    """Points [..., 2] from a crop's frame to the image's."""
+    """Move points [..., 2] from a crop's frame to the image's."""
     require("points", points, Tensor, "a torch.Tensor [..., 2]")
     return points + torch.tensor(crop_box[:2], device=points.device)
 
 
 def uncrop_masks(masks: Tensor, crop_box: list[int], orig_h: int, orig_w: int) -> Tensor:
-    """Masks [..., crop height, crop width] placed in an empty image."""
+    """Place masks [..., crop height, crop width] in an empty image."""
     require("masks", masks, Tensor, "a torch.Tensor [..., H, W]")
     x0, y0, x1, y1 = crop_box
     if (x0, y0, x1, y1) == (0, 0, orig_w, orig_h):
@@ -211,7 +211,7 @@ def remove_small_regions(mask: np.ndarray, area_thresh: float, mode: str) -> tup
 
 
 def batched_mask_to_box(masks: Tensor) -> Tensor:
-    """Boxes [..., 4] around masks [..., H, W], their last row and column included; zeros for an empty mask."""
+    """Return boxes [..., 4] around masks [..., H, W], last row and column included; zeros for an empty mask."""
     require("masks", masks, Tensor, "a torch.Tensor [..., H, W] of bool")
     if masks.numel() == 0:
         return torch.zeros(*masks.shape[:-2], 4, dtype=torch.float32, device=masks.device)

@@ -80,7 +80,7 @@ class ResizeLongestSide:
 
     @staticmethod
     def get_preprocess_shape(oldh: int, oldw: int, long_side_length: int) -> tuple[int, int]:
-        """(height, width) after resizing the longer side to ``long_side_length``."""
+        """Return (height, width) after resizing the longer side to ``long_side_length``."""
         return resized_size(oldh, oldw, long_side_length)
 
 
