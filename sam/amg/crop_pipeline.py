@@ -36,7 +36,7 @@ from .memory_plan import MemoryPlan
 
 @dataclass(frozen=True)
 class Criteria:
-    """What a mask must have to stay; the arguments of :class:`sam.SamAutomaticMaskGenerator` by the same names."""
+    """The criteria by which masks stay; the arguments of :class:`sam.SamAutomaticMaskGenerator` by the same names."""
 
     pred_iou_thresh: float
     stability_score_thresh: float
@@ -105,7 +105,7 @@ def masks_of_crop(
 
 
 class _Columns:
-    """Of the table with a row a mask."""
+    """The columns of the table, which has one row per mask."""
 
     IOU, STABILITY, BOX, CLICK, COUNT = 0, 1, slice(2, 6), 6, 7
 
@@ -120,7 +120,7 @@ def _prompts(model: Sam, clicks: np.ndarray, size: tuple[int, int]) -> PromptBat
 def confident_masks(
     model: Sam, embedding: ImageEmbedding, batch: PromptBatch, iou_threshold: float | None, count_early: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of three masks a prompt, those of a predicted IoU above a threshold; None takes all.
+    """Select, of three masks per prompt, those of a predicted IoU above a threshold; None takes all.
 
     The decoder upscales prompts of which a mask is left, and only those. What is left is counted after each chunk with
     ``count_early``, while its image side is in the cache of a CPU, else once, after the tokens of the whole batch.

@@ -1,4 +1,4 @@
-"""How many clicks and masks automatic masks take at a time, from the memory that they may use."""
+"""The number of clicks and masks that automatic masks take at a time, from the memory that they may use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user sees while automatic masks are made."""
+"""Progress bars of automatic masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report of a bug says of its machine: versions, hardware and kernels; no path, user, host or secret."""
+"""The machine in a bug report: versions, hardware and kernels; no path, user, host or secret."""
 
 from __future__ import annotations
 

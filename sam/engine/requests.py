@@ -1,4 +1,4 @@
-"""What the engine is asked for, what it answers, and how far each request has come."""
+"""Requests to the engine, its answers, and the progress of each request."""
 
 from __future__ import annotations
 

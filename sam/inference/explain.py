@@ -1,4 +1,4 @@
-"""What runs when a model is used, and why something does not run fused, in sentences."""
+"""Explain what runs when a model is used, and why something does not run fused, in sentences."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ class _Buffer:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often it was written; -1 where nobody counts."""
+    """Return how often a tensor was written; -1 where nobody counts."""
     return -1 if tensor.is_inference() else tensor._version
 
 

@@ -249,7 +249,7 @@ class Runtime:
         return self._recorder is not None or self._model.device.type == "cuda"
 
     def _settings(self) -> Hashable:
-        """What a graph has in it besides weights."""
+        """Return what a graph holds besides weights."""
         backends = torch.backends
         precisions = (backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
         return self._model.device, self._model.resolved_kernels, precisions

@@ -52,7 +52,7 @@ class LayerNorm2d(nn.Module):
 
 
 def uncompiled(module: nn.Module) -> Any:
-    """What ``torch.compile`` wrapped, or the module itself."""
+    """Return what ``torch.compile`` wrapped, or the module itself."""
     return getattr(module, "_orig_mod", module)
 
 

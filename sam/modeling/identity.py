@@ -1,4 +1,4 @@
-"""What a model computes, as a hash: the values of its weights, and the constants of its modules."""
+"""The hash of what a model computes: the values of its weights, and the constants of its modules."""
 
 from __future__ import annotations
 
