@@ -162,7 +162,7 @@ def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
     line: Line | None = None
     for text in listing.splitlines():
         if (named := re.match(r'\s*//## File "(.+)", line (\d+)', text)) is not None:
-            own = "/triton/" not in named[1]
+            own = "/triton/language/" not in named[1]  # kernels of ours stand in folders called triton
             line = lines_of(named[1]).get(int(named[2])) if own else None
         elif (label := re.match(r"(\.L_\w+):", text)) is not None:
             labels[label[1]] = len(instructions)

@@ -35,7 +35,8 @@ class Listing:
     """As ``nvdisasm`` writes it."""
 
     def __init__(self, folder: Path) -> None:
-        self.source = folder / "source.py"
+        self.source = folder / "operation" / "triton" / "source.py"  # as kernels stand here, beside Triton's own code
+        self.source.parent.mkdir(parents=True)
         self.source.write_text(SOURCE)
         self.lines: list[str] = []
 
