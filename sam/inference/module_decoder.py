@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..embedding import ImageEmbedding
 from ..prompts.batch import PromptBatch
+from .module_calls import call_modules
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class MadeMasks:
 
 def decode_by_modules(
     prompt_encoder: Any,
-    mask_decoder: Callable[..., tuple[Tensor, Tensor]],
+    mask_decoder: Any,
     embeddings: Sequence[ImageEmbedding],
     batch: PromptBatch,
     multimask_output: bool,
@@ -43,13 +44,9 @@ def decode_by_modules(
     for part in [batch] if alike else [batch.rows(row, row + 1) for row in range(len(batch))]:
         image = 0 if part.image_index is None or len(embeddings) == 1 else int(part.image_index[0])
         points, boxes = part.points_and_boxes()
-        sparse, dense = prompt_encoder(points=points, boxes=boxes, masks=part.mask_inputs)
-        masks, iou = mask_decoder(
-            image_embeddings=embeddings[image].ready_features(),
-            image_pe=prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=multimask_output,
+        features = embeddings[image].ready_features()
+        masks, iou = call_modules(
+            prompt_encoder, mask_decoder, features, points, boxes, part.mask_inputs, multimask_output
         )
         answers.append((masks.to(dtype), iou.to(dtype)))
     all_logits, all_iou = zip(*answers, strict=True)

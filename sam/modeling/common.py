@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
-
-from ..system.tensors import is_plain
 
 
 class MLPBlock(nn.Module):
@@ -72,25 +69,6 @@ def is_ours(module: nn.Module, kind: type[nn.Module]) -> bool:
     """
     module = uncompiled(module)
     return type(module) is kind and "forward" not in module.__dict__
-
-
-def is_as_written(module: nn.Module) -> bool:
-    """Whether nobody has hooked ``module`` or anything in it, given it another ``forward`` or other than plain weights.
-
-    Every click asks, and ``modules()`` takes four times as long.
-    """
-    left: list[nn.Module | None] = [module]
-    while left:
-        state = left.pop().__dict__
-        if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
-            return False
-        if state["_parameters"]:
-            for weight in state["_parameters"].values():
-                # Nearly all are of this very class, which is quicker to see than what it dispatches to.
-                if type(weight) is not Parameter and weight is not None and not is_plain(weight):
-                    return False
-        left += [inner for inner in state["_modules"].values() if inner is not None]
-    return True
 
 
 class Fp32Buffers(nn.Module):

@@ -29,6 +29,7 @@ from ..prompts.checks import check_mask_inputs
 from ..prompts.prompt import Prompt
 from ..system.device_profile import device_profile
 from ..system.malloc import keep_freed_memory
+from ..system.methods import WrittenMethods
 from .common import Fp32Buffers
 from .identity import hash_of_model
 from .image_encoder import ImageEncoderViT
@@ -308,12 +309,12 @@ class Sam(WeightCache, Fp32Buffers):
     @property
     def has_stock_postprocessing(self) -> bool:
         """True unless a program overrode or patched ``postprocess_masks``, which then makes all masks."""
-        return "postprocess_masks" not in self.__dict__ and type(self).postprocess_masks is _POSTPROCESS_MASKS
+        return _POSTPROCESSING.replaced_in(self) is None
 
     @property
     def has_stock_preprocessing(self) -> bool:
         """True unless a program overrode or patched ``preprocess``, which then makes every input of the encoder."""
-        return "preprocess" not in self.__dict__ and type(self).preprocess is _PREPROCESS
+        return _PREPROCESSING.replaced_in(self) is None
 
     def masks(self, low_res: Tensor, geometry: ImageGeometry, return_logits: bool) -> Tensor:
         """Make masks [P, C, H, W] of low-resolution logits [P, C, h, w], or their logits at that size."""
@@ -408,4 +409,4 @@ class Sam(WeightCache, Fp32Buffers):
         return normalize_and_pad(x, self.pixel_mean, self.pixel_std, image_size).to(self.dtype)
 
 
-_POSTPROCESS_MASKS, _PREPROCESS = Sam.postprocess_masks, Sam.preprocess
+_POSTPROCESSING, _PREPROCESSING = WrittenMethods(Sam, "postprocess_masks"), WrittenMethods(Sam, "preprocess")
