@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("httptools", reason="needs the extra serve")
+from models import TINY, random_model
 from python_multipart.multipart import MultipartParser
 from serving import multipart
 from uploads_by_hand import CLICK, HEAD, NOISE, PNG, begun, started
 from waiting import SECONDS, wait_until
 
-from sam.server import Settings, bodies, schemas
+from sam.engine import Engine
+from sam.server import Settings, app, bodies, create_app, schemas
 from sam.server.errors import ApiError
+from sam.server.run import _Server, configure
 from sam.server.schemas import AutomaticRequest, SegmentRequest, read_document, read_fields
 
 
@@ -103,9 +109,12 @@ def test_bytes_of_all_bodies_are_bounded() -> None:
 @pytest.mark.parametrize(
     "prompts",
     [
-        "[" + "[]," * 140_000 + "[]]",
-        "[" + "{}," * 9_000 + "{}]",
-        "[" + "1," * 270_000 + "1]",
+        "[" + "[]," * 69_000 + "[]]",
+        "[" + "{}," * 2_150 + "{}]",
+        "[" + "1," * 204_000 + "1]",
+        '[{"points":[' + "[1,1]," * 69_000 + "[1,1]]}]",
+        '[{"points":[[1,1]],"labels":[' + "1," * 204_000 + "1]}]",
+        '[{"box":[' + "1," * 204_000 + "1]}]",
         '{"' + '":1,"'.join(map(str, range(17_000))) + '":1}',
         '[{"points":[[1,1]],"' + '":1,"'.join(map(str, range(9_000))) + '":1}]',
         "[" * 140_000,
@@ -121,6 +130,73 @@ def test_json_that_takes_long_meets_no_parser(monkeypatch: pytest.MonkeyPatch, p
     ):
         with pytest.raises(ApiError, match="invalid_request"):
             read()
+
+
+@pytest.mark.parametrize("form", [False, True], ids=["document", "form"])
+def test_one_large_text_is_validated_at_a_time_and_nobody_else_waits(
+    monkeypatch: pytest.MonkeyPatch, form: bool
+) -> None:
+    """Two would take as long, and the event loop, which waits for the interpreter, would wait for both."""
+    running = started(Settings())
+    begun, go, threads = threading.Semaphore(0), threading.Semaphore(0), set()
+    read_text = app._read_text
+
+    def read_slowly(schema: Any, upload: Any) -> Any:
+        if upload.text_size > app._SMALL_TEXT:
+            begun.release()
+            threads.add(threading.current_thread())
+            assert go.acquire(timeout=SECONDS)
+        return read_text(schema, upload)
+
+    monkeypatch.setattr(app, "_read_text", read_slowly)
+    prompts, limiter = [{"points": [[1, 1]] * 64}] * 200, running.service._interpreting
+    with ThreadPoolExecutor(2) as pool:
+        large = [
+            pool.submit(running.error, "/v1/segment", PNG if form else None, prompts=prompts, output="none")
+            for _ in range(2)
+        ]
+        assert begun.acquire(timeout=SECONDS)
+        wait_until(lambda: limiter.statistics().tasks_waiting == 1)
+        assert running.request("GET", "/v2/health/live")[0] == 200
+        assert running.post("/v1/segment", PNG, prompts=CLICK)[0] == 200
+        assert not begun.acquire(blocking=False)
+        go.release(2)
+        assert [future.result(SECONDS) for future in large] == [(422, "invalid_request")] * 2
+    assert running.thread not in threads
+    running.close()
+
+
+def test_many_prompts_are_compared_with_the_image_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    running = started(Settings())
+    threads = set()
+    find_outside = app.wire.find_outside
+
+    def look(*arguments: Any) -> Any:
+        threads.add(threading.current_thread())
+        return find_outside(*arguments)
+
+    monkeypatch.setattr(app.wire, "find_outside", look)
+    status, answer, _ = running.post("/v1/segment", PNG, prompts=[{"points": [[1, 1]]}] * 99 + [{"points": [[1, 1e6]]}])
+    assert (status, answer["error"]["where"]) == (422, ["prompts", 99, "points", 0])
+    assert threads
+    assert running.thread not in threads
+    running.close()
+
+
+def test_the_collector_passes_over_what_was_there_before_the_first_request() -> None:
+    """With torch it is a million objects, and whoever begins a full collection holds everybody for 0.2 s."""
+    engine = Engine(random_model(TINY))
+    application = create_app(engine)
+    service = application.state.service
+    _Server(configure(application, service.settings), service)
+    assert gc.get_freeze_count() == 0
+    try:
+        service._warm_up()
+        assert service.warm
+        assert gc.get_freeze_count() > len(gc.get_objects())
+    finally:
+        gc.unfreeze()
+        engine.close()
 
 
 def test_the_largest_document_is_read() -> None:

@@ -197,22 +197,27 @@ class _Subject:
 
 
 async def _validate(service: Service, schema: type[BaseModel], upload: Upload) -> tuple[Any, _Subject]:
-    parameters = await service.run_in_thread(lambda: _read_text(schema, upload), upload.text_size, _SMALL_TEXT)
+    parameters = await service.interpret(lambda: _read_text(schema, upload), upload.text_size, _SMALL_TEXT)
     key = getattr(parameters, "embedding", None)
     if (key is None) == (upload.image is None):
         raise ApiError("invalid_request", ["image"])
     subject = await _subject(service, key, upload)
     if isinstance(parameters, SegmentRequest):
-        for index, prompt in enumerate(parameters.prompts):
-            outside = wire.find_outside(prompt.points, prompt.box, subject.size)
-            if outside is not None:
-                raise ApiError("out_of_image", ["prompts", index, *outside])
+        prompts = parameters.prompts
+        await service.interpret(lambda: _check_inside(prompts, subject.size), len(prompts), _FEW_PROMPTS)
     return parameters, subject
 
 
 def _read_text(schema: type[BaseModel], upload: Upload) -> BaseModel:
     text = upload.text
     return read_document(schema, text) if isinstance(text, bytes) else read_fields(schema, text)
+
+
+def _check_inside(prompts: list[PromptRequest], size: tuple[int, int]) -> None:
+    for index, prompt in enumerate(prompts):
+        outside = wire.find_outside(prompt.points, prompt.box, size)
+        if outside is not None:
+            raise ApiError("out_of_image", ["prompts", index, *outside])
 
 
 async def _subject(service: Service, key: str | None, upload: Upload) -> _Subject:
@@ -246,7 +251,7 @@ def _pixels(subject: _Subject) -> KeyedImage:
 
 
 async def _segment(service: Service, parameters: SegmentRequest, subject: _Subject, request_id: str) -> Response:
-    prompts = await service.run_in_thread(
+    prompts = await service.interpret(
         lambda: [_prompt(service, prompt, subject.key) for prompt in parameters.prompts],
         len(parameters.prompts),
         _FEW_PROMPTS,

@@ -102,8 +102,10 @@ _PROMPTS = TypeAdapter(Prompts)
 # Fields that are text even if they look like a number.
 _TEXTS = ("embedding", "output")
 _MAX_SMALL_TEXT = 1024
-# How often these occur in the largest valid document, with a margin: they determine a parser's time.
-_MAX_OCCURRENCES = {"[": 2**17, "{": 2**13, ",": 2**18, '"': 2**15, ":": 2**13}
+# How often these occur in the largest valid document, with a margin: they determine a parser's time. A prompt has a
+# list of points, each a list, one of labels and a box; four names; and three more, with an identifier, in a reference.
+_PER_PROMPT = {"[": wire.MAX_POINTS + 3, "{": 2, ",": 3 * wire.MAX_POINTS + 7, '"': 16, ":": 7}
+_MAX_OCCURRENCES = {sign: wire.MAX_PROMPTS * count + 64 for sign, count in _PER_PROMPT.items()}
 
 
 def read_document(schema: type[Request], document: bytes) -> Request:

@@ -74,6 +74,7 @@ class Service:
 
     Attributes:
         stop: called when the model failed, so that the process can end.
+        on_warm: called once, in the thread that warmed up, before the service is ready.
         in_flight: number of requests to the model that were admitted and are not answered.
     """
 
@@ -84,6 +85,7 @@ class Service:
         self.results = ResultStore(settings.result_cache_bytes)
         self.bodies = BodyReader(settings)
         self.stop: Callable[[], None] = lambda: None
+        self.on_warm: Callable[[], None] = lambda: None
         self.warm = False
         self.draining = False
         self.in_flight = 0
@@ -93,7 +95,8 @@ class Service:
         self._decoding = anyio.CapacityLimiter(2)
         # So is an answer of masks of the largest size; more at once would all be late.
         self._encoding = anyio.CapacityLimiter(2)
-        self._threads = anyio.CapacityLimiter(4)
+        # One: Python and pydantic hold the interpreter, so that two take as long and the event loop waits for both.
+        self._interpreting = anyio.CapacityLimiter(1)
         self._answering: set[anyio.CancelScope] = set()
         engine.on_failure = self._model_failed
 
@@ -116,6 +119,7 @@ class Service:
             if self.engine.failure is None:
                 self.engine.fail(error)
         else:
+            self.on_warm()
             self.warm = True
             log.info("ready")
 
@@ -195,11 +199,9 @@ class Service:
         """Run ``work(check)`` in one of a few threads; ``check``, called now and then, raises once nobody waits."""
         return await _run_limited(lambda: work(anyio.from_thread.check_cancelled), self._encoding)
 
-    async def run_in_thread(self, work: Callable[[], T], size: int = 1, small: int = 0) -> T:
-        """Run ``work()`` in another thread, or here if its ``size`` is ``small``: the way there would take longer."""
-        if size <= small:
-            return work()
-        return await _run_limited(work, self._threads)
+    async def interpret(self, work: Callable[[], T], size: int, small: int) -> T:
+        """Run ``work()``, all Python, in a thread; or here if its ``size`` is ``small``: the way would take longer."""
+        return work() if size <= small else await _run_limited(work, self._interpreting)
 
 
 async def _run_limited(work: Callable[[], T], limiter: anyio.CapacityLimiter) -> T:
