@@ -11,7 +11,7 @@ from torch import Tensor
 from fastsam_kernels import choice_for, nms
 
 from ..masks import rle as run_lengths
-from ..masks.upscale import remove_small_regions
+from ..masks.regions import remove_small_regions
 from ..utils.amg import (
     MaskData,
     area_from_rle,

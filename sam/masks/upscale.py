@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsam_kernels import connected_components, requires_autograd
+from fastsam_kernels import requires_autograd
 
 from ..images.geometry import ImageGeometry
 from ..system.device_profile import device_profile
@@ -89,49 +89,3 @@ def _above(logits: Tensor, threshold: float, out: Tensor) -> None:
         np.greater(logits.detach().numpy(), threshold, out=out.numpy())
     else:
         torch.gt(logits, threshold, out=out)
-
-
-def remove_small_regions(
-    masks: Tensor, area_threshold: float, mode: str, kernels: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """Fill holes or drop islands of fewer than ``area_threshold`` pixels, 8-connected.
-
-    When every island of a mask is that small its largest stays.
-
-    Args:
-        masks: [N, H, W] bool.
-        area_threshold: in pixels.
-        mode: "holes" or "islands".
-        kernels: of :func:`fastsam_kernels.connected_components`.
-
-    Returns:
-        the masks [N, H, W], and which of them changed, [N] bool.
-
-    Raises:
-        ValueError: another ``mode``.
-    """
-    if mode not in ("holes", "islands"):
-        raise ValueError(f"mode must be 'holes' or 'islands', got {mode!r}")
-    labels = connected_components(~masks if mode == "holes" else masks, kernels=kernels)
-    flat = labels.flatten(1).long()
-    sizes = torch.zeros(len(masks), flat.shape[1] + 1, dtype=torch.int32, device=masks.device)
-    sizes.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.int32))
-    small = (sizes.gather(1, flat) < area_threshold).view(masks.shape) & (labels > 0)
-    changed = small.flatten(1).any(dim=1)
-    if mode == "holes":
-        return masks | small, changed
-    remaining = masks & ~small
-    sizes[:, 0] = 0
-    for index in (changed & ~remaining.flatten(1).any(dim=1)).nonzero()[:, 0].tolist():
-        remaining[index] = labels[index] == _largest(labels[index], sizes[index])
-    return remaining, changed
-
-
-def _largest(labels: Tensor, sizes: Tensor) -> int:
-    """Return the label of most pixels; of several, the one that OpenCV numbers first, by blocks of 2 x 2 pixels."""
-    most = (sizes == sizes.max()).nonzero()[:, 0]
-    if len(most) == 1:
-        return int(most)
-    y, x = torch.isin(labels, most.to(labels.dtype)).nonzero().unbind(1)
-    block = (y // 2) * (labels.shape[1] // 2 + 1) + x // 2
-    return int(labels[y, x][block.argmin()])

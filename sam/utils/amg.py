@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..checks import require
+from ..masks import regions, rle_encode
 from ..masks import rle as run_lengths
-from ..masks import rle_encode, upscale
 
 
 class MaskData:
@@ -206,7 +206,7 @@ def remove_small_regions(mask: np.ndarray, area_thresh: float, mode: str) -> tup
         the mask [H, W], and whether it changed.
     """
     masks = torch.from_numpy(np.array(mask, dtype=bool))[None]
-    cleaned, changed = upscale.remove_small_regions(masks, area_thresh, mode, kernels="torch")
+    cleaned, changed = regions.remove_small_regions(masks, area_thresh, mode, kernels="torch")
     return cleaned[0].numpy(), bool(changed)
 
 
