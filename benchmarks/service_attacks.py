@@ -85,6 +85,8 @@ _LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n"
 _UNSENT = head("/v1/embed", _BOUNDARY, 1000)
 _DOCUMENT = b'{"embedding":"%b","prompts":' % (b"0" * 32)
 _MOST_POINTS = json.dumps([{"points": [[1.5, 2.5]] * 64, "labels": [1] * 64}] * 1024).encode()
+# Refused when all is parsed: pydantic's error holds a copy of it.
+_WRONG_POINTS = b'[{"points":[' + b"[1.5,2.5]," * 68_000 + b"[1,1]]}]"
 ATTACKS: dict[str, Callable[[int], None]] = {
     "charset=punycode": _post("/v1/segment", _form("prompts", b"a" * _MEBIBYTE), f"{_BOUNDARY}; charset=punycode"),
     "cookie of backslashes": lambda port: send(
@@ -105,6 +107,7 @@ ATTACKS: dict[str, Callable[[int], None]] = {
     ),
     "JSON of empty arrays": _post("/v1/segment", _DOCUMENT + b"[" + b"[]," * 1_300_000 + b"[]]}", _JSON),
     "JSON of many points": _post("/v1/segment", _DOCUMENT + _MOST_POINTS + b"}", _JSON),
+    "form of too many points": _post("/v1/segment", _form("prompts", _WRONG_POINTS)),
     "63 MiB of zeros": lambda port: send(
         port, head("/v1/embed", _BOUNDARY, 63 * _MEBIBYTE + len(_image(b""))), _IMAGE_PART, *[bytes(_MEBIBYTE)] * 63,
         b"\r\n--b--\r\n",
