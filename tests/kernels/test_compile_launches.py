@@ -52,6 +52,10 @@ def test_no_values(device):
 """
 
 
+# What may end, for want of values, before anything was launched: whole models, graphs, and what launches no kernel.
+WITHOUT_LAUNCHES = ("test_gpu.py", "compiles_as_one_graph", "-torch-", "takes_the_eager", "kept_tables")
+
+
 def compiled(*arguments: str) -> str:
     """What the plugin says of tests; the last lines are its own."""
     program = "import sys; sys.path.insert(0, 'tests'); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
@@ -83,4 +87,4 @@ def test_every_launch_of_the_gpu_s_tests_compiles(arch: str) -> None:
     for kernel in kernels:
         assert f"{kernel}_kernel " in said, kernel
     cut = [line for line in said.splitlines() if line.startswith("cut short after 0 launches")]
-    assert all("test_gpu.py" in line or "compiles_as_one_graph" in line for line in cut), cut
+    assert not [line for line in cut if not any(test in line for test in WITHOUT_LAUNCHES)]
