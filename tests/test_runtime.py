@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,6 +44,34 @@ def clicks(count: int, points: int, mask: bool = False) -> list[Prompt]:
 
 def compilations() -> int:
     return counters["stats"]["unique_graphs"]
+
+
+def test_torchs_limit_of_graphs_is_raised_around_our_calls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has it for each thread: raised once for all, it would be torch's own in every other thread."""
+    limits: list[int] = []
+
+    def compile_nothing(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            limits.append(torch._dynamo.config.recompile_limit)
+            return function(*arguments, **keywords)
+
+        return run
+
+    before = torch._dynamo.config.recompile_limit
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    model = random_model(TINY)
+    model.runtime = Runtime(model)
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: model.predict(model.encode(random_image(48, 60)), clicks(1, 1)))
+        thread.start()
+        thread.join()
+        model.predict(model.encode(random_image(48, 60)), clicks(1, 1))
+    assert len(limits) == 4 * (len(model.image_encoder.blocks) + 1)
+    assert set(limits) == {256}
+    with torch._dynamo.config.patch(recompile_limit=1000):  # a program's own
+        model.encode(random_image(48, 60))
+    assert limits[-1] == 1000
+    assert torch._dynamo.config.recompile_limit == before < 256
 
 
 @pytest.mark.slow

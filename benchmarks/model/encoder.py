@@ -11,7 +11,7 @@ from torch import Tensor
 import sam
 from sam import Sam
 from sam.inference.fused_encoder import encode
-from sam.inference.runtime import compiled_block
+from sam.inference.runtime import compiled_block, many_graphs
 
 from ..case import Case, Problem, draw
 from ..measure import Form, Work
@@ -57,7 +57,12 @@ def _case(batch: int, variant: str = "vit_b") -> Callable[[torch.device, torch.d
         forms = {name: ours(name) for name in names}
         if device.type == "cuda":
             run = compiled_block()
-            forms["triton, compiled blocks"] = lambda: encode(encoder, pixels, "triton", run)
+
+            def compiled() -> Tensor:
+                with many_graphs():
+                    return encode(encoder, pixels, "triton", run)
+
+            forms["triton, compiled blocks"] = compiled
         for name, peer in chosen_peers(model).items():
             forms[name] = lambda peer=peer: peer.encode(pixels)  # type: ignore[misc]
 

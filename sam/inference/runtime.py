@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
@@ -195,7 +195,8 @@ class Runtime:
             padded = min(1 << (count - 1).bit_length(), max(count, _MAX_PADDED_IMAGES))
         if padded > count:
             pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, padded - count))
-        return encode(model.image_encoder, pixels, kernels, self._run_block)[:count]
+        with many_graphs() if self.compiles_encoder else nullcontext():
+            return encode(model.image_encoder, pixels, kernels, self._run_block)[:count]
 
     @contextmanager
     def run(
@@ -225,7 +226,8 @@ class Runtime:
             tensors = [None if stacked is None else stacked.tensors[0] for stacked in image]
             with nullcontext() if bucket in self._first_use else self._lock:  # one thread compiles
                 start = time.perf_counter()
-                outputs = self._compiled(*tensors, *prompts, multimask=multimask, kernels=kernels)
+                with many_graphs():
+                    outputs = self._compiled(*tensors, *prompts, multimask=multimask, kernels=kernels)
                 self._first_use.setdefault(bucket, time.perf_counter() - start)
             yield outputs
             return
@@ -335,7 +337,6 @@ class Runtime:
 
     @cached_property
     def _compiled(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        _allow_many_graphs()
         return torch.compile(self._decode_padded, fullgraph=True, dynamic=False)
 
     def _wait(self) -> None:
@@ -364,11 +365,17 @@ def _padded(batch: PromptBatch, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor 
 
 
 def compiled_block() -> Callable[..., Tensor]:
-    """Compile :func:`run_block`: each kind of block at its first use, which others of its kind share."""
-    _allow_many_graphs()
+    """Compile :func:`run_block`: each kind of block at its first use, which others of its kind share.
+
+    It is called within :func:`many_graphs`.
+    """
     return torch.compile(run_block, fullgraph=True, dynamic=False)
 
 
-def _allow_many_graphs() -> None:
-    # A graph a bucket and a kind of block; torch gives up compiling after eight of a function otherwise.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_COMPILED_GRAPHS)
+def many_graphs() -> AbstractContextManager[None]:
+    """Let torch compile a graph for each bucket and kind of block, where it gives up after eight of a function.
+
+    The limit is one of the thread, so it is raised around every call that may compile, and nobody else's changes.
+    """
+    config = torch._dynamo.config
+    return config.patch(recompile_limit=max(config.recompile_limit, _MAX_COMPILED_GRAPHS))
