@@ -1,35 +1,40 @@
-"""The one description of a SAM model's shape, and the one table of the variants that exist."""
+"""The one description of a SAM model's shape, and the table of its variants."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
-from numbers import Integral, Real
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
-from .checks import require
+from ..checks import require
+from .checks import (
+    COUNTS,
+    SIZES,
+    builtin,
+    builtin_tuple,
+    check_pixel_statistics,
+    check_whole,
+    from_json,
+    is_whole,
+)
 
-# What the whole numbers of a SamConfig may be, far above vit_h's: files hold them, and a model is built of them.
-_COUNTS, SIZES = range(1, 257), range(1, 2**16 + 1)
+# What the whole numbers of a SamConfig may be.
 _WHOLE_NUMBERS = {
     "encoder_embed_dim": SIZES,
-    "encoder_depth": _COUNTS,
+    "encoder_depth": COUNTS,
     "encoder_num_heads": SIZES,
     "image_size": SIZES,
     "patch_size": SIZES,
     "window_size": range(SIZES.stop),  # 0: no windows
     "prompt_embed_dim": SIZES,
     "mask_in_chans": SIZES,
-    "decoder_depth": _COUNTS,
+    "decoder_depth": COUNTS,
     "decoder_num_heads": SIZES,
     "decoder_mlp_dim": SIZES,
-    "num_multimask_outputs": _COUNTS,
-    "iou_head_depth": _COUNTS,
+    "num_multimask_outputs": COUNTS,
+    "iou_head_depth": COUNTS,
     "iou_head_hidden_dim": SIZES,
 }
 _LARGEST_MLP_RATIO = 256
-_LARGEST_PIXEL = 2**16
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,9 @@ class SamConfig:
 
     def __post_init__(self) -> None:
         for name in ("global_attn_indexes", "pixel_mean", "pixel_std"):
-            values = getattr(self, name)
-            if not isinstance(values, Iterable):
-                raise ValueError(f"{name} must be a list, got {values!r}")
-            object.__setattr__(self, name, tuple(map(_builtin, values)))
+            object.__setattr__(self, name, builtin_tuple(name, getattr(self, name)))
         for name in (*_WHOLE_NUMBERS, "mlp_ratio"):
-            object.__setattr__(self, name, _builtin(getattr(self, name)))
+            object.__setattr__(self, name, builtin(getattr(self, name)))
         self._check_each()
         if self.image_size % self.patch_size:
             raise ValueError(
@@ -87,7 +89,7 @@ class SamConfig:
                 f"twice decoder_num_heads={self.decoder_num_heads} must divide prompt_embed_dim={self.prompt_embed_dim}"
             )
         blocks = range(self.encoder_depth)
-        outside = [i for i in self.global_attn_indexes if not _is_whole(i, blocks)]
+        outside = [i for i in self.global_attn_indexes if not is_whole(i, blocks)]
         if outside:
             raise ValueError(f"global_attn_indexes {outside} lie outside 0..{self.encoder_depth - 1}")
         # One spelling each, so that configs of one model are equal.
@@ -103,13 +105,7 @@ class SamConfig:
             check_whole(name, getattr(self, name), allowed)
         if type(self.mlp_ratio) not in (int, float) or not 0 < self.mlp_ratio <= _LARGEST_MLP_RATIO:
             raise ValueError(f"mlp_ratio must be above 0 and at most {_LARGEST_MLP_RATIO}, got {self.mlp_ratio!r}")
-        for name, least in (("pixel_mean", -_LARGEST_PIXEL), ("pixel_std", 0)):
-            values = getattr(self, name)
-            numbers = [v for v in values if type(v) in (int, float) and least <= v <= _LARGEST_PIXEL]
-            if not len(values) == len(numbers) == 3:
-                raise ValueError(f"{name} must be three numbers from {least} to {_LARGEST_PIXEL}, got {list(values)}")
-        if 0 in self.pixel_std:
-            raise ValueError(f"pixel_std must not be 0, got {list(self.pixel_std)}")
+        check_pixel_statistics(self.pixel_mean, self.pixel_std)
 
     @property
     def grid_size(self) -> int:
@@ -136,37 +132,7 @@ class SamConfig:
             ValueError: not JSON, or fields or values that no ``SamConfig`` has.
             RecursionError: JSON that is nested too deep.
         """
-        values: Any = json.loads(text)
-        if not isinstance(values, dict):
-            raise ValueError(f"a SamConfig is a JSON object, got {type(values).__name__}")
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown SamConfig fields {unknown}")
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ValueError(f"incomplete SamConfig: {error}") from None
-
-
-def check_whole(name: str, value: Any, allowed: range) -> None:
-    """Check a number that may come out of a file.
-
-    Raises:
-        ValueError: no whole number, or one that is not ``allowed``.
-    """
-    if not _is_whole(value, allowed):
-        raise ValueError(f"{name} must be a whole number from {allowed[0]} to {allowed[-1]}, got {value!r}")
-
-
-def _builtin(value: Any) -> Any:
-    """Return numpy's and others' numbers as Python's own, which JSON holds, and anything else as it is."""
-    if isinstance(value, bool):
-        return value
-    return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else value
-
-
-def _is_whole(value: Any, allowed: range) -> bool:
-    return type(value) is int and value in allowed  # True is an int too, and 1.0 is in a range
+        return from_json(cls, text)
 
 
 VARIANTS: dict[str, SamConfig] = {
