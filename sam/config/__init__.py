@@ -2,5 +2,15 @@
 
 from .checks import SIZES, check_whole
 from .sam1 import VARIANTS, SamConfig, variant_config
+from .sam2 import SAM2_VARIANTS, HieraConfig, Sam2Config
 
-__all__ = ["SIZES", "VARIANTS", "SamConfig", "check_whole", "variant_config"]
+__all__ = [
+    "SAM2_VARIANTS",
+    "SIZES",
+    "VARIANTS",
+    "HieraConfig",
+    "Sam2Config",
+    "SamConfig",
+    "check_whole",
+    "variant_config",
+]

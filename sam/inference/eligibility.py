@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..modeling import image_encoder, transformer
-from ..modeling.common import LayerNorm2d, MLPBlock, uncompiled
+from ..modeling import hiera, image_encoder, transformer
+from ..modeling.common import MLP, DropPath, LayerNorm2d, MLPBlock, uncompiled
+from ..modeling.feature_pyramid import FpnNeck, ImageEncoder
 from ..modeling.image_encoder import ImageEncoderViT, PatchEmbed
-from ..modeling.mask_decoder import MLP, MaskDecoder
+from ..modeling.mask_decoder import MaskDecoder
+from ..modeling.position_encoding import PositionEmbeddingSine
 from ..modeling.prompt_encoder import PositionEmbeddingRandom, PromptEncoder
 from ..modeling.transformer import TwoWayAttentionBlock, TwoWayTransformer
 from ..modeling.weight_cache import PACKING, Stale, WeightCache, finish, packing
@@ -29,21 +31,22 @@ from ..system.tensors import is_making_graph, is_plain
 
 T = TypeVar("T")
 
-PARTS: dict[str, type[WeightCache]] = {
-    "image_encoder": ImageEncoderViT,
-    "prompt_encoder": PromptEncoder,
-    "mask_decoder": MaskDecoder,
+PARTS: dict[str, tuple[type[WeightCache], ...]] = {
+    "image_encoder": (ImageEncoderViT, ImageEncoder),
+    "prompt_encoder": (PromptEncoder,),
+    "mask_decoder": (MaskDecoder,),
 }
 
 _OURS = (
-    *PARTS.values(),
+    *itertools.chain.from_iterable(PARTS.values()),
     *(image_encoder.Block, image_encoder.Attention, PatchEmbed),
+    *(hiera.Hiera, hiera.MultiScaleBlock, hiera.MultiScaleAttention, FpnNeck, PositionEmbeddingSine),
     *(TwoWayTransformer, TwoWayAttentionBlock, transformer.Attention),
-    *(PositionEmbeddingRandom, MLP, MLPBlock, LayerNorm2d),
+    *(PositionEmbeddingRandom, MLP, MLPBlock, LayerNorm2d, DropPath),
 )
 _TORCH = (
     *(nn.Linear, nn.LayerNorm, nn.Embedding, nn.Conv2d, nn.ConvTranspose2d, nn.GELU, nn.ReLU),
-    *(nn.Sequential, nn.ModuleList),
+    *(nn.MaxPool2d, nn.Identity, nn.Sequential, nn.ModuleList),
 )
 
 
@@ -171,8 +174,8 @@ def why_not_fused(**parts: nn.Module) -> str | None:
     """
     for name, part in parts.items():
         part = uncompiled(part)
-        if type(part) is not PARTS[name]:
-            return f"{name} is {_a(part)}, not {_a(PARTS[name])} of this package"
+        if type(part) not in PARTS[name]:
+            return f"{name} is {_a(part)}, not {' or '.join(map(_a, PARTS[name]))} of this package"
         reason = look(part).why_not_fused
         if reason is not None:
             return reason
@@ -280,6 +283,12 @@ def _places(part: nn.Module) -> Iterator[tuple[str, type[nn.Module]]]:
         for block in range(len(part.blocks)):
             yield f"blocks.{block}", image_encoder.Block
             yield f"blocks.{block}.attn", image_encoder.Attention
+    elif isinstance(part, ImageEncoder):
+        yield from (("trunk", hiera.Hiera), ("neck", FpnNeck), ("neck.position_encoding", PositionEmbeddingSine))
+        if isinstance(part.trunk, hiera.Hiera):
+            for block in range(len(part.trunk.blocks)):
+                yield f"trunk.blocks.{block}", hiera.MultiScaleBlock
+                yield f"trunk.blocks.{block}.attn", hiera.MultiScaleAttention
 
 
 def _constants(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -288,12 +297,12 @@ def _constants(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], s
         state = module.__dict__
         if isinstance(module, WeightCache):
             yield state, "generation"
-        if type(module) in (*_OURS, nn.LayerNorm, nn.GELU):
+        if type(module) in (*_OURS, nn.LayerNorm, nn.GELU, nn.MaxPool2d):
             yield from ((state, name) for name in getattr(module, "__constants__", ()))
 
 
 def _name_of(part: nn.Module) -> str:
-    return next((name for name, kind in PARTS.items() if isinstance(part, kind)), type(part).__name__)
+    return next((name for name, kinds in PARTS.items() if isinstance(part, kinds)), type(part).__name__)
 
 
 def _whole_name(kind: type) -> str:

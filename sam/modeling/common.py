@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -27,6 +29,54 @@ class MLPBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lin2(self.act(self.lin1(x)))
+
+
+class MLP(nn.Module):
+    """``num_layers`` linears with ``activation``, or ReLU, between them: [..., input_dim] -> [..., output_dim]."""
+
+    __constants__ = ("num_layers", "sigmoid_output")
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dim: int,
+        output_dim: int,
+        num_layers: int,
+        sigmoid_output: bool = False,
+        activation: type[nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_layers = num_layers
+        widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
+        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
+        self.sigmoid_output = sigmoid_output
+        if activation is not None:
+            self.act = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        act = getattr(self, "act", F.relu)
+        for layer in self.layers[:-1]:
+            x = act(layer(x))
+        x = self.layers[-1](x)
+        return x.sigmoid() if self.sigmoid_output else x
+
+
+class DropPath(nn.Module):
+    """Drop whole samples of a batch with probability ``drop_prob`` while training (arXiv 1603.09382)."""
+
+    __constants__ = ("drop_prob", "scale_by_keep")
+
+    def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+        self.scale_by_keep = scale_by_keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        mask = x.new_empty((len(x), *[1] * (x.ndim - 1))).bernoulli_(keep)
+        return x * (mask / keep if keep > 0.0 and self.scale_by_keep else mask)
 
 
 class LayerNorm2d(nn.Module):

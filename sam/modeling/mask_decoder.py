@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..system.tensors import is_making_graph
-from .common import LayerNorm2d
+from .common import MLP, LayerNorm2d
 from .transformer import TwoWayTransformer
 from .weight_cache import WeightCache
 
@@ -305,29 +303,3 @@ def _check_rows(**inputs: Tensor) -> None:
     rows = {name: x.shape[0] for name, x in inputs.items()}
     if len(set(rows.values()) - {1}) > 1:
         raise ValueError(f"the mask decoder takes one row of an input or as many as of the others, got {rows}")
-
-
-class MLP(nn.Module):
-    """``num_layers`` linears with ReLU between them: [..., input_dim] -> [..., output_dim]."""
-
-    __constants__ = ("num_layers", "sigmoid_output")
-
-    def __init__(
-        self,
-        input_dim: int,
-        hidden_dim: int,
-        output_dim: int,
-        num_layers: int,
-        sigmoid_output: bool = False,
-    ) -> None:
-        super().__init__()
-        self.num_layers = num_layers
-        widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
-        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
-        self.sigmoid_output = sigmoid_output
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
-        x = self.layers[-1](x)
-        return x.sigmoid() if self.sigmoid_output else x

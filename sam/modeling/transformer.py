@@ -8,27 +8,39 @@ from __future__ import annotations
 
 import math
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import MLPBlock
+from .common import MLP, MLPBlock
 
 
 class Attention(nn.Module):
     """Multi-head attention whose inner width is ``embedding_dim / downsample_rate``."""
 
     __constants__ = ("internal_dim", "num_heads")
+    dropout_p = 0.0  # of the class too, as pickled official modules have none of their own
 
-    def __init__(self, embedding_dim: int, num_heads: int, downsample_rate: int = 1) -> None:
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_heads: int,
+        downsample_rate: int = 1,
+        dropout: float = 0.0,
+        kv_in_dim: int | None = None,
+    ) -> None:
+        """``dropout`` of the weights while training, and keys and values of ``kv_in_dim`` channels, are SAM 2's."""
         super().__init__()
         self.embedding_dim = embedding_dim
+        self.kv_in_dim = embedding_dim if kv_in_dim is None else kv_in_dim
         self.internal_dim = embedding_dim // downsample_rate
         self.num_heads = num_heads
         if self.internal_dim % num_heads:
             raise ValueError(f"num_heads={num_heads} must divide the inner width {self.internal_dim}")
         self.q_proj = nn.Linear(embedding_dim, self.internal_dim)
-        self.k_proj = nn.Linear(embedding_dim, self.internal_dim)
-        self.v_proj = nn.Linear(embedding_dim, self.internal_dim)
+        self.k_proj = nn.Linear(self.kv_in_dim, self.internal_dim)
+        self.v_proj = nn.Linear(self.kv_in_dim, self.internal_dim)
         self.out_proj = nn.Linear(self.internal_dim, embedding_dim)
+        self.dropout_p = dropout
 
     def _separate_heads(self, x: Tensor, num_heads: int) -> Tensor:
         return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # [P, heads, tokens, D / heads]
@@ -40,8 +52,10 @@ class Attention(nn.Module):
         """Attend with queries [P, Q, C] to keys and values [P, K, C]; returns [P, Q, C]."""
         q, k, v = self.q_proj(q), self.k_proj(k), self.v_proj(v)
         q, k, v = (self._separate_heads(x, self.num_heads) for x in (q, k, v))
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-        return self.out_proj(self._recombine_heads(scores.softmax(dim=-1) @ v))
+        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+        if self.training and self.dropout_p:
+            weights = F.dropout(weights, self.dropout_p)
+        return self.out_proj(self._recombine_heads(weights @ v))
 
 
 class TwoWayAttentionBlock(nn.Module):
@@ -57,13 +71,19 @@ class TwoWayAttentionBlock(nn.Module):
         activation: type[nn.Module] = nn.ReLU,
         attention_downsample_rate: int = 2,
         skip_first_layer_pe: bool = False,
+        numbered_mlp: bool = False,
     ) -> None:
+        """``numbered_mlp`` names the linears of the MLP ``layers.0`` and ``layers.1``, as SAM 2 does."""
         super().__init__()
         self.self_attn = Attention(embedding_dim, num_heads)
         self.norm1 = nn.LayerNorm(embedding_dim)
         self.cross_attn_token_to_image = Attention(embedding_dim, num_heads, attention_downsample_rate)
         self.norm2 = nn.LayerNorm(embedding_dim)
-        self.mlp = MLPBlock(embedding_dim, mlp_dim, activation)
+        self.mlp: nn.Module
+        if numbered_mlp:
+            self.mlp = MLP(embedding_dim, mlp_dim, embedding_dim, 2, activation=activation)
+        else:
+            self.mlp = MLPBlock(embedding_dim, mlp_dim, activation)
         self.norm3 = nn.LayerNorm(embedding_dim)
         self.norm4 = nn.LayerNorm(embedding_dim)
         self.cross_attn_image_to_token = Attention(embedding_dim, num_heads, attention_downsample_rate)
@@ -95,6 +115,7 @@ class TwoWayTransformer(nn.Module):
         mlp_dim: int,
         activation: type[nn.Module] = nn.ReLU,
         attention_downsample_rate: int = 2,
+        numbered_mlp: bool = False,
     ) -> None:
         super().__init__()
         self.depth = depth
@@ -109,6 +130,7 @@ class TwoWayTransformer(nn.Module):
                 activation=activation,
                 attention_downsample_rate=attention_downsample_rate,
                 skip_first_layer_pe=index == 0,
+                numbered_mlp=numbered_mlp,
             )
             for index in range(depth)
         )
