@@ -19,7 +19,29 @@ from .system.atomic_write import write_atomically
 from .system.hardware import usable_device
 from .system.tensors import compact
 
-_FORMAT = "sam-image-embedding-1"
+_FORMAT, _HIGH_RES_FORMAT = "sam-image-embedding-1", "sam-image-embedding-2"
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What an image encoder makes of B images for the mask decoder.
+
+    Attributes:
+        embedding: [B, C, h, w].
+        high_res: features of finer grids, which the decoder adds to the masks: for SAM 2 [B, C / 8, 4h, 4w] and
+            [B, C / 4, 2h, 2w]; none for SAM.
+    """
+
+    embedding: Tensor
+    high_res: tuple[Tensor, ...] = ()
+
+    def rows(self) -> list[ImageFeatures]:
+        """Return the features of each image, in memory of its own."""
+        if len(self.embedding) == 1:
+            return [self]
+        maps = (self.embedding, *self.high_res)
+        images = zip(*([row.clone() for row in one.split(1)] for one in maps), strict=True)
+        return [ImageFeatures(embedding, tuple(high_res)) for embedding, *high_res in images]
 
 
 @dataclass(frozen=True)
@@ -107,12 +129,13 @@ class ImageEmbedding:
     Nothing of it changes after it was made, so threads may share it. ``model.encode`` makes one.
 
     Attributes:
-        features: [1, C, h, w] image embedding, in the model's dtype.
+        features: [1, C, h, w] image embedding, in the model's dtype; SAM 2's has ``no_mem_embed`` added.
         geometry: the sizes of the image.
         model_hash: of the weights that made it (:attr:`sam.modeling.Sam.model_hash`); other models refuse it.
             None for features of unknown origin, which are taken on trust.
         model_name: the variant's name, for messages.
-        image_hash: of the resized pixels and the original size; None when the pixels are not known.
+        image_hash: of the pixels and the original size; None when the pixels are not known.
+        high_res: SAM 2's features of finer grids, [1, C / 8, 4h, 4w] and [1, C / 4, 2h, 2w]; none of SAM.
     """
 
     features: Tensor
@@ -120,12 +143,14 @@ class ImageEmbedding:
     model_hash: str | None = None
     model_name: str = "unknown"
     image_hash: str | None = None
+    high_res: tuple[Tensor, ...] = ()
     _projected: _Projected | None = field(default=None, init=False, repr=False)
     _finish: _Finish | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.features.ndim != 4 or self.features.shape[0] != 1:
             raise ValueError(f"features must be [1, C, h, w], got {list(self.features.shape)}")
+        object.__setattr__(self, "high_res", tuple(self.high_res))
         object.__setattr__(self, "_finish", _Finish.of(self.features))
 
     def __repr__(self) -> str:
@@ -142,13 +167,19 @@ class ImageEmbedding:
             self._finish.wait(self.features)
         return self.features
 
+    def ready_high_res(self) -> tuple[Tensor, ...]:
+        """Return ``high_res`` as :meth:`ready_features` does ``features``."""
+        if self._finish is not None:
+            self._finish.wait(*self.high_res)
+        return self.high_res
+
     def __getstate__(self) -> dict[str, Any]:
-        features = compact(self.ready_features())
+        features, high_res = compact(self.ready_features()), tuple(map(compact, self.ready_high_res()))
         # The rest is made again where it is read.
-        return {**self.__dict__, "features": features, "_projected": None, "_finish": None}
+        return {**self.__dict__, "features": features, "high_res": high_res, "_projected": None, "_finish": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"high_res": (), **state})  # those pickled before SAM 2 have none
         self.__post_init__()
 
     @property
@@ -158,7 +189,7 @@ class ImageEmbedding:
     @property
     def nbytes(self) -> int:
         """Return the bytes of the features and of what the decoder attached to them."""
-        tensors = [self.features]
+        tensors = [self.features, *self.high_res]
         if self._projected is not None:
             tensors += self._projected.projections.tensors
         return sum(tensor.nbytes for tensor in tensors)
@@ -169,7 +200,9 @@ class ImageEmbedding:
         Raises:
             TypeError, ValueError: no device, or one that torch cannot use here.
         """
-        return replace(self, features=self.ready_features().to(usable_device(device)))
+        device = usable_device(device)
+        high_res = tuple(features.to(device) for features in self.ready_high_res())
+        return replace(self, features=self.ready_features().to(device), high_res=high_res)
 
     def projections(self, generation: Hashable, make: Callable[[], ImageProjections]) -> ImageProjections:
         """Return block 0 of the decoder on this image: ``make()`` once per generation of the weights that it reads.
@@ -186,17 +219,21 @@ class ImageEmbedding:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file that :meth:`load` reads; a file already there is replaced whole or not at all."""
-        path = path_of("path", path)
+        path, geometry = path_of("path", path), self.geometry
+        sizes: list[Any] = [geometry.original_size, geometry.input_size, geometry.image_size]
+        older = not (self.high_res or geometry.is_stretched)  # which releases before SAM 2 read too
         metadata = {
-            "format": _FORMAT,
-            "geometry": json.dumps([self.geometry.original_size, self.geometry.input_size, self.geometry.image_size]),
+            "format": _FORMAT if older else _HIGH_RES_FORMAT,
+            "geometry": json.dumps(sizes if older else [*sizes, geometry.is_stretched]),
             "model_hash": self.model_hash or "",
             "model_name": self.model_name,
             "image_hash": self.image_hash or "",
         }
-        features = {"features": self.ready_features().detach().cpu().contiguous()}
+        tensors = {"features": self.ready_features()}
+        tensors |= {f"high_res.{level}": features for level, features in enumerate(self.ready_high_res())}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with write_atomically(path) as partial:
-            safetensors.torch.save_file(features, partial, metadata)
+            safetensors.torch.save_file(tensors, partial, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> ImageEmbedding:
@@ -216,23 +253,32 @@ class ImageEmbedding:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") == _FORMAT:
+                if metadata.get("format") in (_FORMAT, _HIGH_RES_FORMAT):
+                    # Copies: a tensor that maps the file would change, or crash, when someone overwrites it.
+                    features, *high_res = (file.get_tensor(name).to(device, copy=True) for name in _names(file.keys()))
                     return cls(
-                        # A copy: a tensor that maps the file would change, or crash, when someone overwrites it.
-                        features=file.get_tensor("features").to(device, copy=True),
+                        features=features,
                         geometry=_read_geometry(metadata["geometry"]),
                         model_hash=metadata["model_hash"] or None,
                         model_name=metadata["model_name"],
                         image_hash=metadata["image_hash"] or None,
+                        high_res=tuple(high_res),
                     )
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is a damaged image embedding: {error}") from None
         raise ValueError(f"{path} is not a saved image embedding (format {metadata.get('format')!r})")
 
 
+def _names(names: Sequence[str]) -> list[str]:
+    """Return the names of an embedding's tensors in their order."""
+    return ["features", *(f"high_res.{level}" for level in range(len(names) - 1))]
+
+
 def _read_geometry(text: str) -> ImageGeometry:
-    original_size, input_size, image_size = json.loads(text)
+    original_size, input_size, image_size, *stretched = json.loads(text)
     sizes = [*original_size, *input_size, image_size]
     if any(type(size) is not int for size in sizes):
         raise ValueError(f"the sizes of its geometry must be integers, got {sizes}")
-    return ImageGeometry(tuple(original_size), tuple(input_size), image_size)
+    if stretched not in ([], [False], [True]):
+        raise ValueError(f"its geometry must end in true or false, got {stretched}")
+    return ImageGeometry(tuple(original_size), tuple(input_size), image_size, *stretched)

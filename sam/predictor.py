@@ -96,7 +96,7 @@ class SamPredictor:
         input_size = (transformed_image.shape[-2], transformed_image.shape[-1])
         geometry = ImageGeometry(original_image_size, input_size, long_side)
         with self._setting_an_image():
-            features = self.model.image_features(self.model.preprocess(transformed_image))
+            features = self.model.image_features(self.model.preprocess(transformed_image)).embedding
             self.reset_image()
             self.original_size = original_image_size
             self.input_size = input_size
@@ -211,7 +211,7 @@ class SamPredictor:
         self._check_tensors(point_coords, point_labels, boxes, mask_input)
         points = None if point_coords is None or point_labels is None else (point_coords, point_labels)
         if self._why_by_modules() is None:
-            batch = PromptBatch.from_tensors(points, boxes, mask_input, self.device)
+            batch = PromptBatch.from_tensors(points, boxes, mask_input, self.device, self.model.prompt_layout)
             low_res, iou = self.model.decode([self.embedding], batch, multimask_output)
         else:
             parts = self.model.prompt_encoder, self.model.mask_decoder

@@ -192,7 +192,7 @@ def _image_side(model: Sam, embedding: ImageEmbedding) -> Tensor:
 
 def _decode_tokens(model: Sam, embedding: ImageEmbedding, prompts: Sequence[Prompt]) -> DecodedPrompts:
     narrow = ImageEmbedding(embedding.features.to(model.dtype), embedding.geometry)
-    [chunk] = ragged_chunks([prompts], [narrow.geometry], model.device, len(prompts))
+    [chunk] = ragged_chunks([prompts], [narrow.geometry], model.device, len(prompts), model.prompt_layout)
     decoded = model.decode_tokens([narrow], chunk.batch)
     assert isinstance(decoded, DecodedPrompts)
     return decoded

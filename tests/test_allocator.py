@@ -12,19 +12,19 @@ import pytest
 CLICKS = """
 import resource, sys, tempfile
 import torch
-import sam, sam.modeling.sam
+import sam, sam.modeling.promptable
 from sam.checkpoint import write_checkpoint
 from sam import Prompt, SamConfig
 from sam.images.geometry import ImageGeometry
 
 torch.set_num_threads(1)
-keep, sam.modeling.sam.keep_freed_memory = sam.modeling.sam.keep_freed_memory, lambda: None
+keep, sam.modeling.promptable.keep_freed_memory = sam.modeling.promptable.keep_freed_memory, lambda: None
 small = SamConfig("custom", encoder_embed_dim=64, encoder_depth=1, encoder_num_heads=1, global_attn_indexes=(0,))
 built = sam.build_from_config(small)  # with the decoder of every official model
 with tempfile.TemporaryDirectory() as folder:
     write_checkpoint(built.state_dict(), small, folder + "/model.safetensors")
     if "returned" not in sys.argv:
-        sam.modeling.sam.keep_freed_memory = keep
+        sam.modeling.promptable.keep_freed_memory = keep
     model = sam.load_model(folder + "/model.safetensors", device="cpu")
 embedding = sam.ImageEmbedding(torch.randn(1, 256, 64, 64), ImageGeometry.longest_side(1024, 1024, 1024))
 

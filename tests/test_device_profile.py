@@ -11,6 +11,7 @@ from torch import Tensor
 
 import sam
 from sam import Prompt, Sam, SamAutomaticMaskGenerator
+from sam.embedding import ImageFeatures
 from sam.engine import Engine
 from sam.inference import predict
 from sam.system import device_profile as profiles
@@ -30,7 +31,7 @@ def test_every_way_to_encode_takes_as_many_images(model: Sam, monkeypatch: pytes
     passes: list[int] = []
     features = model.image_features
 
-    def counted(pixels: Tensor) -> Tensor:
+    def counted(pixels: Tensor) -> ImageFeatures:
         passes.append(len(pixels))
         return features(pixels)
 

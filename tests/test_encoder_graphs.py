@@ -86,11 +86,11 @@ def test_what_a_replay_would_hide_runs_eagerly(models: tuple[Sam, Sam], who: str
     pixels = torch.randn(1, 3, size, size)
     if who == "grad":
         replaying.requires_grad_(True)
-        features = replaying.image_features(pixels)
+        features = replaying.image_features(pixels).embedding
         assert features.requires_grad
     elif who == "autocast":
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-            assert replaying.image_features(pixels).dtype == torch.bfloat16
+            assert replaying.image_features(pixels).embedding.dtype == torch.bfloat16
     else:
         for _ in range(2):
             replaying.encode(image)

@@ -11,6 +11,7 @@ from models import random_image
 from PIL import Image
 
 from sam import InteractiveSession, Prompt, Sam, SamPredictor
+from sam.embedding import ImageFeatures
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def test_bad_module_input(
     record = {"image": torch.zeros(3, 512, 512), "original_size": (512, 512), "boxes": boxes, "mask_inputs": masks}
     if points is not None:
         record |= {"point_coords": points, "point_labels": labels}
-    monkeypatch.setattr(nano, "image_features", lambda pixels: torch.zeros(1, 256, 32, 32))
+    monkeypatch.setattr(nano, "image_features", lambda pixels: ImageFeatures(torch.zeros(1, 256, 32, 32)))
     with pytest.raises(ValueError, match=message):
         nano([record], multimask_output=True)
 

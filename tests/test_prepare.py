@@ -150,6 +150,6 @@ def test_the_engine_refuses_an_image_that_it_cannot_encode(model: Sam) -> None:
     with Engine(model) as engine:
         with pytest.raises(ValueError, match="an image prepared for 64 px does not suit this model"):
             engine.embed(other)
-        with pytest.raises(ValueError, match="the engine takes images that are resized already"):
+        with pytest.raises(ValueError, match="the engine takes images that are hashed"):
             engine.segment(unresized, [sam.Prompt([(5, 5)], [1])])
         assert engine.counters()["accepted"] == 0

@@ -17,6 +17,7 @@ from models import TINY, random_image, random_model
 from waiting import SECONDS
 
 from sam import Sam, SamAutomaticMaskGenerator, SamPredictor
+from sam.embedding import ImageFeatures
 
 IMAGES = [random_image(60, 80, seed=1), random_image(50, 40, seed=2)]
 ALL = {"pred_iou_thresh": -1.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0, "crop_nms_thresh": 1.0}
@@ -69,7 +70,7 @@ def test_one_generator_in_two_threads(model: Sam, way: str, monkeypatch: pytest.
     calls.clear()
     meet, features = threading.Barrier(2, timeout=SECONDS), Sam.image_features
 
-    def image_features(self: Sam, pixels: torch.Tensor) -> torch.Tensor:
+    def image_features(self: Sam, pixels: torch.Tensor) -> ImageFeatures:
         result = features(self, pixels)
         meet.wait()
         return result
@@ -109,7 +110,7 @@ def test_one_predictor_in_two_threads(model: Sam, monkeypatch: pytest.MonkeyPatc
     before = predictor.predict()[2]
     inside, go_on, encode = threading.Event(), threading.Event(), model.image_features
 
-    def image_features(pixels: torch.Tensor) -> torch.Tensor:
+    def image_features(pixels: torch.Tensor) -> ImageFeatures:
         inside.set()
         assert go_on.wait(SECONDS)
         return encode(pixels)

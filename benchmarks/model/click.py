@@ -14,6 +14,7 @@ from sam.embedding import ImageEmbedding
 from sam.images.geometry import ImageGeometry
 from sam.inference import Runtime
 from sam.prompts.batch import PromptBatch
+from sam.prompts.layout import PromptLayout
 
 from ..case import Case, Problem, draw, few_rows
 from ..measure import Form, Work
@@ -88,7 +89,7 @@ def _prompts(count: int) -> Callable[[torch.device, torch.dtype], Problem]:
 
             def form() -> Tensor:
                 model.kernels = kernels
-                batch = PromptBatch.from_tensors((coords, labels), None, None, device)
+                batch = PromptBatch.from_tensors((coords, labels), None, None, device, PromptLayout.POINTS_FIRST)
                 low_res, _ = model.decode([embedding], batch, multimask_output=True)
                 model.masks(low_res, embedding.geometry, return_logits=False)
                 return low_res

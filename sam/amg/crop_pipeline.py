@@ -23,14 +23,15 @@ from torch import Tensor
 from fastsam_kernels import Resizing, mask_statistics, packed_masks, ranked_nms
 
 from ..embedding import ImageEmbedding
+from ..images.geometry import ImageGeometry
 from ..inference.eligibility import why_not_fused
 from ..inference.module_calls import call_modules
 from ..masks.rle_encode import encode_packed
+from ..masks.upscale import resizing_of
 from ..modeling import Sam
 from ..modeling.mask_decoder import MaskDecoder
 from ..prompts.batch import PromptBatch, coordinates_on, upload
 from ..utils.amg import MaskData, is_box_near_crop_edge, uncrop_boxes_xyxy, uncrop_points
-from ..utils.transforms import ResizeLongestSide
 from .memory_plan import MemoryPlan
 
 
@@ -60,8 +61,8 @@ class Crop:
 
     @property
     def resizing(self) -> Resizing:
-        geometry = self.embedding.geometry
-        return Resizing(geometry.image_size, geometry.input_size, geometry.original_size)
+        side = 4 * self.embedding.features.shape[-1]
+        return resizing_of(self.embedding.geometry, (side, side))
 
     @property
     def is_whole(self) -> bool:
@@ -77,7 +78,7 @@ def masks_of_crop(
     Yields the number of clicks of each batch when it is done; the generator returns ``iou_preds``,
     ``stability_score``, ``boxes``, ``points``, ``crop_boxes`` and ``rles``.
     """
-    prompts = _prompts(model, clicks, crop.embedding.geometry.original_size)
+    prompts = _prompts(model, clicks, crop.embedding.geometry)
     pending = PendingMasks(model, crop, plan)
     tables = [torch.zeros(0, _Columns.COUNT, dtype=torch.float32, device=model.device)]
     for start in range(0, len(prompts), plan.points_at_once):
@@ -110,11 +111,10 @@ class _Columns:
     IOU, STABILITY, BOX, CLICK, COUNT = 0, 1, slice(2, 6), 6, 7
 
 
-def _prompts(model: Sam, clicks: np.ndarray, size: tuple[int, int]) -> PromptBatch:
-    coords = ResizeLongestSide(model.image_size).apply_coords(clicks, size)
-    points = coordinates_on(torch.from_numpy(coords)[:, None], model.device, non_blocking=True)
+def _prompts(model: Sam, clicks: np.ndarray, geometry: ImageGeometry) -> PromptBatch:
+    points = coordinates_on(torch.from_numpy(clicks * geometry.scale)[:, None], model.device, non_blocking=True)
     labels = torch.ones(points.shape[:2], dtype=torch.int64, device=points.device)
-    return PromptBatch.from_tensors((points, labels), None, None, model.device)
+    return PromptBatch.from_tensors((points, labels), None, None, model.device, model.prompt_layout)
 
 
 def confident_masks(
@@ -159,7 +159,7 @@ def confident_masks_by_modules(
     model: Sam, embedding: ImageEmbedding, batch: PromptBatch, iou_threshold: float | None, count_early: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do :func:`confident_masks` by one call of each module, as a model expects that a program has changed."""
-    points, boxes = batch.points_and_boxes()
+    points, boxes = batch.points_and_boxes(model.prompt_layout)
     parts, features = (model.prompt_encoder, model.mask_decoder), embedding.ready_features()
     logits, iou = call_modules(*parts, features, points, boxes, batch.mask_inputs, multimask_output=True)
     confident = torch.ones_like(iou, dtype=torch.bool) if iou_threshold is None else iou > iou_threshold

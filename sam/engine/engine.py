@@ -120,8 +120,8 @@ class Engine:
         """
         prepared = image if isinstance(image, PreparedImage) else prepare_image(image, self.model.image_geometry)
         self.model.check_prepared(prepared)
-        if not prepared.is_resized:
-            raise ValueError("the engine takes images that are resized already: prepare it without resize_on_device")
+        if prepared.image_hash is None:
+            raise ValueError("the engine takes images that are hashed: prepare it without resize_on_device")
         if isinstance(prepared, KeyedImage):
             return prepared
         content = f"{prepared.image_hash} {self._model_hash}".encode()

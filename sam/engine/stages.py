@@ -10,13 +10,14 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from fastsam_kernels import Resizing, packed_masks
+from fastsam_kernels import packed_masks
 
 from ..amg.memory_plan import usual_memory
 from ..automatic_mask_generator import SamAutomaticMaskGenerator
 from ..embedding import ImageEmbedding
 from ..images.geometry import ImageGeometry
 from ..masks.rle_encode import encode_packed
+from ..masks.upscale import resizing_of
 from ..modeling import Sam
 from ..prompts.batch import ragged_chunks
 from ..prompts.prompt import Prompt
@@ -155,7 +156,9 @@ class DecodeStage(Stage[SegmentJob, tuple[SegmentJob, int]]):
         geometries = [embedding.geometry for embedding in embeddings]
         multimask_output = work_items[0][0].multimask_output
         results: list[PromptMasks | None] = [None] * len(work_items)
-        for chunk in ragged_chunks(list(prompts.values()), geometries, self.model.device, self.max_batch):
+        for chunk in ragged_chunks(
+            list(prompts.values()), geometries, self.model.device, self.max_batch, self.model.prompt_layout
+        ):
             logits, iou = self.model.decode(embeddings, chunk.batch, multimask_output)
             predicted_iou = iou.float().cpu().numpy()
             jobs = [work_items[position][0] for position in chunk.positions]
@@ -170,7 +173,7 @@ class DecodeStage(Stage[SegmentJob, tuple[SegmentJob, int]]):
         rles: list[list[dict[str, Any]]] = [[] for _ in geometries]
         for geometry in dict.fromkeys(geometries):
             rows = [row for row, other in enumerate(geometries) if other == geometry]
-            resizing = Resizing(geometry.image_size, geometry.input_size, geometry.original_size)
+            resizing = resizing_of(geometry, self.model.low_res_size)
             packed = packed_masks(
                 logits[rows].flatten(0, 1), resizing, threshold=self.model.mask_threshold, kernels=self.model.kernels
             )

@@ -37,9 +37,14 @@ class CheckedImage:
         return cls(pixels, resize_policy(pixels.shape[0], pixels.shape[1]))
 
     def prepare(self, resize_on_device: bool = False) -> PreparedImage:
-        """Return the image as it goes to the device: resized and hashed, unless the device is to resize it."""
-        if resize_on_device:
-            return PreparedImage(np.require(self.pixels, requirements=("C", "W")), self.geometry, None)
+        """Return the image as it goes to the device: resized and hashed, unless the device is to resize it.
+
+        An image that is stretched is always resized by the device, in floating point as officially; it is hashed as
+        it is.
+        """
+        if resize_on_device or self.geometry.is_stretched:
+            pixels = np.require(self.pixels, requirements=("C", "W"))
+            return PreparedImage(pixels, self.geometry, None if resize_on_device else hash_image(pixels, self.geometry))
         resized = resize_image(self.pixels, self.geometry.input_size)
         return PreparedImage(resized, self.geometry, hash_image(resized, self.geometry))
 
@@ -51,7 +56,7 @@ class PreparedImage:
     Attributes:
         pixels: [h, w, 3] uint8 in memory that torch can wrap, of the geometry's input size where they are resized.
         geometry: the sizes of the image.
-        image_hash: 32 hex digits of the resized pixels and the geometry; None where the device is to resize them.
+        image_hash: 32 hex digits of these pixels and the geometry; None with ``resize_on_device``.
     """
 
     pixels: np.ndarray
@@ -61,7 +66,7 @@ class PreparedImage:
     @property
     def is_resized(self) -> bool:
         """Return whether the pixels have the encoder's input size already."""
-        return self.image_hash is not None
+        return self.image_hash is not None and not self.geometry.is_stretched
 
 
 def prepare_image(image: Any, resize_policy: ResizePolicy, *, resize_on_device: bool = False) -> PreparedImage:
@@ -69,10 +74,10 @@ def prepare_image(image: Any, resize_policy: ResizePolicy, *, resize_on_device: 
     return CheckedImage.of(image, resize_policy).prepare(resize_on_device)
 
 
-def hash_image(resized: np.ndarray, geometry: ImageGeometry) -> str:
-    """Return 32 hex digits of an image's content as a model of this input size sees it."""
+def hash_image(pixels: np.ndarray, geometry: ImageGeometry) -> str:
+    """Return 32 hex digits of an image's content as a model of this input size takes it."""
     digest = hashlib.blake2b(repr(geometry).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(resized).data)
+    digest.update(np.ascontiguousarray(pixels).data)
     return digest.hexdigest()
 
 

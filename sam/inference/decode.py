@@ -90,7 +90,7 @@ def decode_chunk(
     """Run :func:`decode` on one chunk, by ``parts`` or, where they are None, by the official calls."""
     if parts is None:
         dtype = logits_dtype(model)
-        return decode_by_modules(model.prompt_encoder, model.mask_decoder, embeddings, batch, multimask_output, dtype)
+        return decode_by_modules(model, embeddings, batch, multimask_output, dtype)
     dtype = parts.packed.logits_dtype
     if model.runtime is not None:
         with model.runtime.run(parts, embeddings, batch, multimask_output) as outputs:
@@ -112,8 +112,7 @@ def decode_tokens(model: Model, embeddings: Sequence[ImageEmbedding], batch: Pro
     if parts is None:
         dtype = logits_dtype(model)
         both = [
-            decode_by_modules(model.prompt_encoder, model.mask_decoder, embeddings, batch, multimask_output, dtype)
-            for multimask_output in (False, True)
+            decode_by_modules(model, embeddings, batch, multimask_output, dtype) for multimask_output in (False, True)
         ]
         return MadeMasks(*(torch.cat(halves, dim=1) for halves in zip(*both, strict=True)))
     return _decode_tokens(model, parts, embeddings, batch)

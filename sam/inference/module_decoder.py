@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from ..embedding import ImageEmbedding
 from ..prompts.batch import PromptBatch
 from .module_calls import call_modules
+from .parts import Model
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ class MadeMasks:
 
 
 def decode_by_modules(
-    prompt_encoder: Any,
-    mask_decoder: Any,
+    model: Model,
     embeddings: Sequence[ImageEmbedding],
     batch: PromptBatch,
     multimask_output: bool,
@@ -39,15 +38,15 @@ def decode_by_modules(
 
     The official calls take prompts of one image and of one kind; others go one by one.
     """
-    alike = len(embeddings) == 1 and batch.of_one_kind
+    layout = model.prompt_layout
+    alike = len(embeddings) == 1 and batch.is_of_one_kind(layout)
     answers = []
     for part in [batch] if alike else [batch.rows(row, row + 1) for row in range(len(batch))]:
         image = 0 if part.image_index is None or len(embeddings) == 1 else int(part.image_index[0])
-        points, boxes = part.points_and_boxes()
+        points, boxes = part.points_and_boxes(layout)
         features = embeddings[image].ready_features()
-        masks, iou = call_modules(
-            prompt_encoder, mask_decoder, features, points, boxes, part.mask_inputs, multimask_output
-        )
+        modules = model.prompt_encoder, model.mask_decoder
+        masks, iou = call_modules(*modules, features, points, boxes, part.mask_inputs, multimask_output)
         answers.append((masks.to(dtype), iou.to(dtype)))
     all_logits, all_iou = zip(*answers, strict=True)
     return torch.cat(all_logits), torch.cat(all_iou)

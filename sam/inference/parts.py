@@ -15,6 +15,7 @@ from ..images.geometry import ImageGeometry
 from ..images.prepare import PreparedImage
 from ..modeling.prompt_encoder import PromptEncoder
 from ..prompts.batch import PromptBatch
+from ..prompts.layout import PromptLayout
 from .buckets import Bucket
 from .packed_weights import PackedDecoder
 
@@ -52,12 +53,14 @@ class DecoderRuntime(Protocol):
 
 
 class Model(Protocol):
-    """A model as inference sees it; :class:`sam.modeling.Sam` is one."""
+    """A model as inference sees it; :class:`sam.modeling.promptable.PromptableModel` is one."""
 
-    image_encoder: Any
-    prompt_encoder: Any
-    mask_decoder: Any
-
+    @property
+    def image_encoder(self) -> Any: ...
+    @property
+    def prompt_encoder(self) -> Any: ...
+    @property
+    def mask_decoder(self) -> Any: ...
     @property
     def runtime(self) -> DecoderRuntime | None: ...
     @property
@@ -76,6 +79,8 @@ class Model(Protocol):
     def image_size(self) -> int: ...
     @property
     def low_res_size(self) -> tuple[int, int]: ...
+    @property
+    def prompt_layout(self) -> PromptLayout: ...
     @property
     def prompts_per_chunk(self) -> int: ...
 

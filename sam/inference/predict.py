@@ -35,7 +35,7 @@ def predict(
     low_res = torch.empty((total, masks_each, *model.low_res_size), device=model.device, dtype=dtype)
     iou = torch.empty((total, masks_each), device=model.device, dtype=dtype)
     geometries = [embedding.geometry for embedding in embeddings]
-    for chunk in ragged_chunks(prompts, geometries, model.device, model.prompts_per_chunk):
+    for chunk in ragged_chunks(prompts, geometries, model.device, model.prompts_per_chunk, model.prompt_layout):
         rows = chunk.rows
         low_res[rows], iou[rows] = decode_chunk(model, parts, embeddings, chunk.batch, multimask_output)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsam_kernels import requires_autograd
+from fastsam_kernels import Resizing, requires_autograd
 
 from ..images.geometry import ImageGeometry
 from ..system.device_profile import device_profile
@@ -18,9 +18,9 @@ from ..system.device_profile import device_profile
 def upscale_masks(low_res_logits: Tensor, geometry: ImageGeometry) -> Tensor:
     """Upscale logits to the original image's size.
 
-    Two bilinear resizes as in the official code: to the padded square, whose padding is cut off, and from the
-    resized input to the original image. They do not commute with one resize, so both are made; the second is left out
-    where the image was not resized, as it would change nothing.
+    Bilinear resizes as in the official code. Where the image was stretched there is one. Else there are two: to the
+    padded square, whose padding is cut off, and from the resized input to the original image. They do not commute with
+    one resize, so both are made; the second is left out where the image was not resized, as it would change nothing.
 
     Args:
         low_res_logits: [P, M, h, w].
@@ -28,12 +28,24 @@ def upscale_masks(low_res_logits: Tensor, geometry: ImageGeometry) -> Tensor:
     Returns:
         [P, M, original height, original width], same dtype.
     """
+    if geometry.is_stretched:
+        return F.interpolate(low_res_logits, geometry.original_size, mode="bilinear", align_corners=False)
     height, width = geometry.input_size
     padded = _resize_to_square(low_res_logits, geometry.image_size)
     cut = padded[..., :height, :width]
     if tuple(geometry.original_size) == (height, width):
         return cut.contiguous()
     return F.interpolate(cut, geometry.original_size, mode="bilinear", align_corners=False)
+
+
+def resizing_of(geometry: ImageGeometry, low_res_size: tuple[int, int]) -> Resizing:
+    """Return :func:`upscale_masks` of square logits as the operations of ``fastsam_kernels`` take it.
+
+    Their first resize is one to the same size where the image was stretched.
+    """
+    if geometry.is_stretched:
+        return Resizing(low_res_size[0], low_res_size, geometry.original_size)
+    return Resizing(geometry.image_size, geometry.input_size, geometry.original_size)
 
 
 def _resize_to_square(logits: Tensor, size: int) -> Tensor:

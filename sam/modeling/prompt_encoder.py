@@ -20,8 +20,13 @@ from .weight_cache import WeightCache
 
 
 class PromptEncoder(WeightCache):
-    """Embeds prompts given in pixels of the padded square input."""
+    """Embeds prompts given in pixels of the padded square input.
 
+    Attributes:
+        takes_corners: points may be corners of boxes, as of SAM 2, whose model sets it.
+    """
+
+    takes_corners: bool = False
     __constants__ = ("embed_dim", "input_image_size", "image_embedding_size", "mask_input_size")
 
     def __init__(
@@ -106,7 +111,8 @@ class PromptEncoder(WeightCache):
         """Embed prompts of one kind each, the same number of every kind given.
 
         Args:
-            points: coordinates [P, N, 2] in pixels of the padded input and labels [P, N].
+            points: coordinates [P, N, 2] in pixels of the padded input and labels [P, N]: 1 on the object, 0 on the
+                background, -1 for padding, and with :attr:`takes_corners` 2 and 3 for the corners of a box.
             boxes: [P, 4] as x0, y0, x1, y1 in pixels of the padded input.
             masks: [P, 1, 4 * grid_h, 4 * grid_w] low-resolution logits.
 
@@ -116,7 +122,7 @@ class PromptEncoder(WeightCache):
         Raises:
             ValueError: masks of another size; what :func:`check_prompts` says.
         """
-        check_prompts(points, boxes, masks)
+        check_prompts(points, boxes, masks, corners=self.takes_corners)
         prompts = self._get_batch_size(points, boxes, masks)
         sparse = torch.empty((prompts, 0, self.embed_dim), dtype=torch.float32, device=self._get_device())
         if points is not None:

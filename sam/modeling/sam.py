@@ -1,61 +1,42 @@
-"""The whole model: images to embeddings, embeddings and prompts to masks."""
+"""Segment Anything, the first model: the official batched interface."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Dict, List, Tuple, overload  # noqa: F401, UP035 - star imports give them
+from typing import Any, Dict, List, Tuple  # noqa: F401, UP035 - star imports give them
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: F401 - as above
 from torch import Tensor, nn  # noqa: F401
 
-from fastsam_kernels import Kernels, check_kernels, preprocess_image, resolve_kernels
-
 from ..checks import require
 from ..config import SamConfig
-from ..embedding import ImageEmbedding
+from ..embedding import ImageEmbedding, ImageFeatures
 from ..images.geometry import ImageGeometry
 from ..images.prepare import PreparedImage
 from ..images.tensors import normalize_and_pad
-from ..inference import decode, encode, explain, predict
 from ..inference.eligibility import is_stock
-from ..inference.fused_decoder import DecodedPrompts
-from ..inference.module_decoder import MadeMasks
 from ..masks import upscale
-from ..masks.results import MaskPrediction
 from ..prompts.batch import PromptBatch
 from ..prompts.checks import check_mask_inputs
-from ..prompts.prompt import Prompt
-from ..system.device_profile import device_profile
-from ..system.malloc import keep_freed_memory
 from ..system.methods import WrittenMethods
-from .common import Fp32Buffers
-from .identity import hash_of_model
 from .image_encoder import ImageEncoderViT
 from .mask_decoder import MaskDecoder
 from .prompt_encoder import PromptEncoder
-from .weight_cache import WeightCache, weights_of
-
-if TYPE_CHECKING:
-    from ..inference import Runtime
+from .promptable import PromptableModel
 
 
-class Sam(WeightCache, Fp32Buffers):
+class Sam(PromptableModel):
     """Segment Anything (arXiv 2304.02643): an image encoder, a prompt encoder and a mask decoder.
 
-    ``forward`` is the official batched interface. ``encode`` and ``predict`` are ours: handles that can be kept,
-    and prompts of any number and kind for any number of images. Those two may be called from many threads.
+    ``forward`` is the official batched interface; the rest is of every model of this package.
     """
 
-    mask_threshold: float = 0.0
     image_format: str = "RGB"
-    pixel_mean: Tensor
-    pixel_std: Tensor
-    # Of the class, as models that the official package pickled have none of their own.
     config: SamConfig | None = None
-    runtime: Runtime | None = None  # set by load_model(compile=True)
-    _kernels = "auto"
+    image_encoder: ImageEncoderViT
+    prompt_encoder: PromptEncoder
+    mask_decoder: MaskDecoder
 
     def __init__(
         self,
@@ -67,14 +48,11 @@ class Sam(WeightCache, Fp32Buffers):
         config: SamConfig | None = None,
     ) -> None:
         """``config`` says what the modules were built from; only saving in another layout needs it."""
-        super().__init__()
-        keep_freed_memory()
+        super().__init__(pixel_mean, pixel_std)
         self.image_encoder = image_encoder
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder
         self.config = config
-        for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
     @property
     def image_size(self) -> int:
@@ -82,114 +60,14 @@ class Sam(WeightCache, Fp32Buffers):
         return self.image_encoder.img_size
 
     @property
-    def device(self) -> torch.device:
-        return self.pixel_mean.device
+    def has_stock_postprocessing(self) -> bool:
+        """True unless a program overrode or patched ``postprocess_masks``, which then makes all masks."""
+        return _POSTPROCESSING.replaced_in(self) is None
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the image encoder and the mask decoder; prompts are always encoded in fp32 at least."""
-        weight = getattr(getattr(self.mask_decoder, "iou_token", None), "weight", None)
-        return weight.dtype if isinstance(weight, Tensor) else next(self.parameters()).dtype
-
-    @property
-    def name(self) -> str:
-        return self.config.variant if self.config is not None else "custom"
-
-    @property
-    def kernels(self) -> str:
-        """Return "auto", "reference", "torch" or "triton", with what single operations chose: "auto, nms=torch".
-
-        Set it to one of the four, or to a mapping like ``{"nms": "torch"}``; :attr:`resolved_kernels` is what runs.
-        """
-        return self._kernels
-
-    @kernels.setter
-    def kernels(self, kernels: Kernels) -> None:
-        self._kernels = check_kernels(kernels)
-        for part in self.children():
-            if isinstance(part, WeightCache):
-                part.kernels = self._kernels
-
-    @property
-    def resolved_kernels(self) -> str:
-        """What ``kernels`` means for the encoder and the decoder where the model is now."""
-        kind = self.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
-        return resolve_kernels(self._kernels, self.device, dtype)
-
-    @property
-    def model_hash(self) -> str | None:
-        """32 hex digits that tell these weights, this dtype and this architecture from any other.
-
-        None where weights are no plain tensors, like quantised ones. The values and the modules count, not what wraps
-        them, nor how the model was made or what its config calls it: a compiled model and one put together by hand
-        have the hash of the plain one. A checksum against mistakes, not against forgery: 600 MB of weights take
-        about 0.1 s on four cores.
-        """
-        with torch.no_grad():
-            return self.packed("model_hash", lambda: hash_of_model(self), *weights_of(self))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "runtime": None}  # a copy runs eagerly
-
-    # Images ------------------------------------------------------------------------------------------------
-
-    @overload
-    def encode(
-        self, images: np.ndarray | PreparedImage, batch_size: int | None = None, *, resize_on_device: bool = False
-    ) -> ImageEmbedding: ...
-    @overload
-    def encode(
-        self,
-        images: Sequence[np.ndarray | PreparedImage],
-        batch_size: int | None = None,
-        *,
-        resize_on_device: bool = False,
-    ) -> list[ImageEmbedding]: ...
-    @torch.no_grad()
-    def encode(
-        self,
-        images: np.ndarray | PreparedImage | Sequence[np.ndarray | PreparedImage],
-        batch_size: int | None = None,
-        *,
-        resize_on_device: bool = False,
-    ) -> ImageEmbedding | list[ImageEmbedding]:
-        """Embed one image, or a list of images of any sizes.
-
-        Args:
-            images: [H, W, 3] uint8 RGB, or floating-point in 0..1; or what :func:`sam.images.prepare_image` made of one
-                for this model, which is not resized again.
-            batch_size: images per pass of the encoder; by default 1 on a CPU and 8 elsewhere.
-            resize_on_device: the image goes to the device as it is and is resized, normalised and padded there in
-                one pass. Faster, and up to a level of 8 bits off Pillow's resize, which SAM was trained with; the
-                embedding has no ``image_hash`` then.
-
-        Returns:
-            one handle, or a list of them in the order of the images.
-
-        Raises:
-            TypeError, ValueError: an image of another kind, named by its place, or a batch below 1; nothing was
-                encoded.
-        """
-        if isinstance(images, (np.ndarray, PreparedImage)):
-            return self.encode([images], resize_on_device=resize_on_device)[0]
-        return encode.encode(self, images, batch_size, resize_on_device)
-
-    def check_prepared(self, image: PreparedImage) -> None:
-        """Raise ``ValueError`` unless ``image`` was prepared for a model of this size."""
-        if image.geometry != self.image_geometry(*image.geometry.original_size):
-            raise ValueError(f"an image prepared for {image.geometry.image_size} px does not suit this model")
-
-    @torch.no_grad()
-    def embed(self, pixels: Tensor, images: Sequence[PreparedImage]) -> list[ImageEmbedding]:
-        """Encode a batch [B, 3, size, size], as :meth:`encoder_input` makes it of B images, to one handle per image."""
-        features = self.image_features(pixels)
-        rows = [row.clone() for row in features.split(1)] if len(features) > 1 else [features]
-        model_hash = self.model_hash  # once a batch, while a GPU works on it
-        return [
-            ImageEmbedding(row, image.geometry, model_hash, self.name, image.image_hash)
-            for row, image in zip(rows, images, strict=True)
-        ]
+    def has_stock_preprocessing(self) -> bool:
+        """True unless a program overrode or patched ``preprocess``, which then makes every input of the encoder."""
+        return _PREPROCESSING.replaced_in(self) is None
 
     def encoder_input(self, pixels: Tensor, image: PreparedImage) -> Tensor:
         """Return the encoder's input [3, size, size] of an image whose pixels [h, w, 3] uint8 are on this device.
@@ -203,150 +81,20 @@ class Sam(WeightCache, Fp32Buffers):
             return self.preprocess(pixels.permute(2, 0, 1))
         if not self.has_stock_preprocessing:
             raise ValueError("resize_on_device=True would go past the model's preprocess, which is not the stock one")
-        return preprocess_image(
-            pixels,
-            image.geometry.input_size,
-            image.geometry.image_size,
-            self.pixel_mean,
-            self.pixel_std,
-            dtype=self.dtype,
-            kernels=self._kernels,
-        )
+        return super().encoder_input(pixels, image)
 
-    def image_features(self, pixels: Tensor) -> Tensor:
+    def image_features(self, pixels: Tensor) -> ImageFeatures:
         """What the encoder makes of :meth:`preprocess`'s pixels [B, 3, size, size], by the kernels of this model."""
         if self.runtime is not None and is_stock(self.image_encoder, ImageEncoderViT):
-            return self.runtime.image_features(pixels)
-        return self.image_encoder(pixels)
-
-    def image_geometry(self, height: int, width: int) -> ImageGeometry:
-        """Return how this model resizes an image of ``height`` x ``width``: its :data:`ResizePolicy`.
-
-        Raises:
-            ValueError: a side is 0, or vanishes when the longer one is resized.
-        """
-        return ImageGeometry.longest_side(height, width, self.image_size)
-
-    # Masks -------------------------------------------------------------------------------------------------
-
-    @overload
-    def predict(
-        self,
-        embeddings: ImageEmbedding,
-        prompts: Sequence[Prompt],
-        multimask_output: bool = True,
-        return_logits: bool = False,
-    ) -> MaskPrediction: ...
-    @overload
-    def predict(
-        self,
-        embeddings: Sequence[ImageEmbedding],
-        prompts: Sequence[Sequence[Prompt]],
-        multimask_output: bool = True,
-        return_logits: bool = False,
-    ) -> list[MaskPrediction]: ...
-    @torch.no_grad()
-    def predict(
-        self,
-        embeddings: ImageEmbedding | Sequence[ImageEmbedding],
-        prompts: Sequence[Any],
-        multimask_output: bool = True,
-        return_logits: bool = False,
-    ) -> MaskPrediction | list[MaskPrediction]:
-        """Predict masks for ragged prompts: any number per image, each with its own points, box and mask.
-
-        Args:
-            embeddings: one handle, or a list.
-            prompts: the prompts of the image, or a list of them for each image.
-            multimask_output: three masks per prompt instead of one.
-            return_logits: fp32 logits in place of boolean masks.
-
-        Returns:
-            one prediction per image, its rows in the order of the image's prompts.
-
-        Raises:
-            TypeError: no embeddings, or no lists of prompts.
-            ValueError: an embedding of another model or on another device, a mask input of the wrong size.
-        """
-        if isinstance(prompts, Prompt):
-            raise TypeError("prompts must be a list of Prompt, got a single one")
-        require("prompts", prompts, Sequence, "a list of Prompt, or for several embeddings a list of such lists")
-        if isinstance(embeddings, ImageEmbedding):
-            return self.predict([embeddings], [prompts], multimask_output, return_logits)[0]
-        return predict.predict(self, embeddings, prompts, multimask_output, return_logits)
-
-    def decode(
-        self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Decode prompts to low-resolution logits [P, C, h, w] and predicted IoU [P, C], fp32 at least.
-
-        See :func:`sam.inference.decode.decode`.
-        """
-        return decode.decode(self, embeddings, batch, multimask_output)
-
-    def decode_tokens(self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch) -> DecodedPrompts | MadeMasks:
-        """Run the first half of :meth:`decode`: all but the masks. See :func:`sam.inference.decode.decode_tokens`."""
-        return decode.decode_tokens(self, embeddings, batch)
-
-    def decode_masks(
-        self, decoded: DecodedPrompts | MadeMasks, multimask_output: bool, rows: Tensor | None = None
-    ) -> Tensor:
-        """Run the second half of :meth:`decode`, of the prompts ``rows`` [R] only where they are given."""
-        return decode.decode_masks(self, decoded, multimask_output, rows)
-
-    def explain(self) -> str:
-        """Say what runs, one line per part and operation, and what keeps a part from running fused."""
-        return explain.explain(self)
-
-    @property
-    def uses_fused_decoder(self) -> bool:
-        """True unless prompts go through the official calls of the prompt encoder and the mask decoder.
-
-        They do where a user hooked, patched, subclassed or replaced something in there.
-        """
-        return decode.why_not_fused_decoder(self) is None
-
-    @property
-    def has_stock_postprocessing(self) -> bool:
-        """True unless a program overrode or patched ``postprocess_masks``, which then makes all masks."""
-        return _POSTPROCESSING.replaced_in(self) is None
-
-    @property
-    def has_stock_preprocessing(self) -> bool:
-        """True unless a program overrode or patched ``preprocess``, which then makes every input of the encoder."""
-        return _PREPROCESSING.replaced_in(self) is None
+            return ImageFeatures(self.runtime.image_features(pixels))
+        return ImageFeatures(self.image_encoder(pixels))
 
     def masks(self, low_res: Tensor, geometry: ImageGeometry, return_logits: bool) -> Tensor:
         """Make masks [P, C, H, W] of low-resolution logits [P, C, h, w], or their logits at that size."""
-        if not self.has_stock_postprocessing:
-            logits = self.postprocess_masks(low_res, geometry.input_size, geometry.original_size)
-            return logits if return_logits else logits > self.mask_threshold
-        if return_logits:
-            return upscale.upscale_masks(low_res, geometry)
-        return upscale.masks_from_logits(low_res, geometry, self.mask_threshold)
-
-    def check_embedding(self, embedding: ImageEmbedding) -> None:
-        """Raise ``ValueError`` unless this model can decode ``embedding``."""
-        predict.check_embedding(self, embedding)
-
-    @property
-    def known_hash(self) -> str | None:
-        """:attr:`model_hash` as it was last computed: looking at every weight costs more than a click."""
-        entry = self._packed.get("model_hash")
-        return entry.value if entry is not None else self.model_hash
-
-    @property
-    def low_res_size(self) -> tuple[int, int]:
-        """(height, width) of low-resolution logits and of mask inputs."""
-        side = 4 * self.image_size // 16  # where the prompt encoder is a user's own
-        return getattr(self.prompt_encoder, "mask_input_size", (side, side))
-
-    @property
-    def prompts_per_chunk(self) -> int:
-        """Prompts that the decoder takes at a time."""
-        return device_profile(self.device).prompts_per_chunk
-
-    # The official interface --------------------------------------------------------------------------------
+        if self.has_stock_postprocessing:
+            return super().masks(low_res, geometry, return_logits)
+        logits = self.postprocess_masks(low_res, geometry.input_size, geometry.original_size)
+        return logits if return_logits else logits > self.mask_threshold
 
     @torch.no_grad()
     def forward(self, batched_input: list[dict[str, Any]], multimask_output: bool) -> list[dict[str, Tensor]]:
@@ -375,13 +123,14 @@ class Sam(WeightCache, Fp32Buffers):
             return []
         pixels = torch.stack([self.preprocess(record["image"]) for record in batched_input])
         outputs = []
-        for record, features in zip(batched_input, self.image_features(pixels), strict=True):
+        for record, features in zip(batched_input, self.image_features(pixels).embedding, strict=True):
             size = record["image"].shape[-2:]
             geometry = ImageGeometry(record["original_size"], size, self.image_size)
             points = (record["point_coords"], record["point_labels"]) if "point_coords" in record else None
             if record.get("mask_inputs") is not None:
                 check_mask_inputs(record["mask_inputs"].shape, self.low_res_size)
-            batch = PromptBatch.from_tensors(points, record.get("boxes"), record.get("mask_inputs"), self.device)
+            kinds = points, record.get("boxes"), record.get("mask_inputs")
+            batch = PromptBatch.from_tensors(*kinds, self.device, self.prompt_layout)
             logits, iou = self.decode([ImageEmbedding(features[None], geometry)], batch, multimask_output)
             if self.has_stock_postprocessing:
                 masks = self.masks(logits, geometry, return_logits=False)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..images.geometry import ImageGeometry
 from .labels import LABEL_ABSENT, LABEL_BOX_BOTTOM_RIGHT
+from .layout import PromptLayout
 from .prompt import Prompt
 from .tensors import append_padding_point, box_labels, check_prompts
 
@@ -59,17 +60,21 @@ class PromptBatch:
             self.ragged,
         )
 
-    @property
-    def of_one_kind(self) -> bool:
-        """Tell whether all prompts have as many points and all or none have a box."""
+    def is_of_one_kind(self, layout: PromptLayout) -> bool:
+        """Tell whether one official call takes all prompts: all have as many points, and all or none have a box."""
+        if layout is PromptLayout.BOX_FIRST:  # where corners are points
+            return not self.ragged
         boxed = (self.labels[:, -1:] == LABEL_BOX_BOTTOM_RIGHT).flatten().tolist()
         return not self.ragged and len(set(boxed)) <= 1
 
-    def points_and_boxes(self) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
-        """Return the official prompt encoder's arguments, (points, labels) and boxes, of prompts of one kind."""
+    def points_and_boxes(self, layout: PromptLayout) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+        """Return the official prompt encoder's arguments, (points, labels) and boxes, of prompts of one kind.
+
+        Those of SAM 2 have corners among the points and no boxes.
+        """
         present = (self.labels != LABEL_ABSENT).all(dim=0)
         coords, labels = self.coords[:, present], self.labels[:, present]
-        if bool((labels[:, -1:] == LABEL_BOX_BOTTOM_RIGHT).any()):
+        if layout is PromptLayout.POINTS_FIRST and bool((labels[:, -1:] == LABEL_BOX_BOTTOM_RIGHT).any()):
             boxes = coords[:, -2:].flatten(1)
             coords, labels = coords[:, :-2], labels[:, :-2]
         else:  # the encoder appends the padding point itself
@@ -83,29 +88,36 @@ class PromptBatch:
         boxes: Tensor | None,
         mask_inputs: Tensor | None,
         device: torch.device,
+        layout: PromptLayout,
     ) -> PromptBatch:
         """Batch prompts of one kind, already in the input frame: the official ``predict_torch`` arguments.
 
         Args:
-            points: coordinates [P, N, 2] and labels [P, N].
+            points: coordinates [P, N, 2] and labels [P, N]; with ``BOX_FIRST`` corners of boxes may be among them.
             boxes: [P, 4].
             mask_inputs: [P, 1, h, w]; one mask serves all points, and one set of points all masks.
+            layout: of the model.
 
         Raises:
             ValueError: NaN, infinity, an unknown label or a coordinate too far away in tensors on the CPU.
         """
-        check_prompts(points, boxes, mask_inputs)
-        coords = torch.empty((1, 0, 2), dtype=torch.float32, device=device)
-        labels = torch.empty((1, 0), device=device, dtype=torch.int64)
+        check_prompts(points, boxes, mask_inputs, corners=layout is PromptLayout.BOX_FIRST)
+        clicks = corners = None
         if points is not None:
-            coords, labels = coordinates_on(points[0], device), points[1].to(device, torch.int64)
-            if boxes is None:
-                coords, labels = append_padding_point(coords, labels)
+            clicks = coordinates_on(points[0], device), points[1].to(device, torch.int64)
         if boxes is not None:
-            corners = coordinates_on(boxes, device).reshape(-1, 2, 2)
-            pair = box_labels(corners)
-            coords = torch.cat([coords, corners], dim=1) if points is not None else corners
-            labels = torch.cat([labels, pair], dim=1) if points is not None else pair
+            pairs = coordinates_on(boxes, device).reshape(-1, 2, 2)
+            corners = pairs, box_labels(pairs)
+        parts, padded = layout.arrange(clicks, corners)
+        if not parts:
+            coords = torch.empty((1, 0, 2), dtype=torch.float32, device=device)
+            labels = torch.empty((1, 0), device=device, dtype=torch.int64)
+        elif len(parts) == 1:
+            coords, labels = parts[0]
+        else:
+            coords, labels = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        if padded:
+            coords, labels = append_padding_point(coords, labels)
         if mask_inputs is not None:
             prompts = max(len(coords), len(mask_inputs))
             mask_inputs = mask_inputs.to(device, torch.float32).expand(prompts, -1, -1, -1)
@@ -133,6 +145,7 @@ def ragged_chunks(
     geometries: Sequence[ImageGeometry],
     device: torch.device,
     prompts_per_chunk: int,
+    layout: PromptLayout,
 ) -> Iterator[RaggedChunk]:
     """Batch prompts of several images, prompts of like length together so that little is padded.
 
@@ -140,6 +153,7 @@ def ragged_chunks(
         prompts: for each image its prompts.
         geometries: one per image.
         prompts_per_chunk: maximum number of prompts per chunk.
+        layout: of the model.
 
     Yields:
         chunks that together hold every prompt once; positions count prompts image by image.
@@ -147,7 +161,7 @@ def ragged_chunks(
     entries: list[tuple[int, int, np.ndarray, np.ndarray, np.ndarray | None]] = []
     for index, (of_image, geometry) in enumerate(zip(prompts, geometries, strict=True)):
         for prompt in of_image:
-            coords, labels = prompt.tokens(geometry)
+            coords, labels = prompt.tokens(geometry, layout)
             entries.append((len(entries), index, coords, labels, prompt.mask_input))
     for with_mask in (False, True):
         group = sorted((e for e in entries if (e[4] is not None) == with_mask), key=lambda e: len(e[3]))

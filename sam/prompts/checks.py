@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from .labels import POINT_LABELS
+from .labels import CORNER_LABELS, POINT_LABELS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,12 +49,14 @@ def _check(name: str, rule: str, array: np.ndarray, good: np.ndarray) -> None:
         raise ValueError(f"{name} must {rule}, got {array[where]} at index {list(where)}")
 
 
-def check_labels(labels: np.ndarray | Tensor) -> None:
-    """Raise ``ValueError`` naming the first label outside {-1, 0, 1}."""
+def check_labels(labels: np.ndarray | Tensor, corners: bool = False) -> None:
+    """Raise ``ValueError`` naming the first label outside {-1, 0, 1}, or with ``corners`` outside {-1, 0, 1, 2, 3}."""
     array = as_array(labels)
-    bad = np.logical_and.reduce([array != label for label in POINT_LABELS])
+    allowed = (*POINT_LABELS, *CORNER_LABELS) if corners else POINT_LABELS
+    bad = np.logical_and.reduce([array != label for label in allowed])
     if bad.any():
-        raise ValueError(f"labels must be 1 (object), 0 (background) or -1 (padding), got {array[bad].flat[0]}")
+        also = ", or 2 and 3 (corners of a box)" if corners else ""
+        raise ValueError(f"labels must be 1 (object), 0 (background) or -1 (padding){also}, got {array[bad].flat[0]}")
 
 
 def check_corners(box: Corners) -> Corners:

@@ -9,7 +9,8 @@ import numpy as np
 
 from ..images.geometry import ImageGeometry
 from .checks import as_array, check_coordinates, check_corners, check_finite, check_labels
-from .labels import LABEL_BOX_BOTTOM_RIGHT, LABEL_BOX_TOP_LEFT, LABEL_PADDING
+from .labels import CORNER_LABELS, LABEL_PADDING
+from .layout import PromptLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,17 +72,20 @@ class Prompt:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
-    def tokens(self, geometry: ImageGeometry) -> tuple[np.ndarray, np.ndarray]:
+    def tokens(self, geometry: ImageGeometry, layout: PromptLayout) -> tuple[np.ndarray, np.ndarray]:
         """Return coordinates [S, 2] in the input frame and labels [S], in the order the model was trained with."""
-        coords, labels = np.empty((0, 2)), np.empty(0, np.int64)
-        if self.points is not None:
-            coords, labels = self.points, self.labels
-            if self.box is None:
-                coords, labels = np.vstack([coords, [(0.0, 0.0)]]), np.append(labels, LABEL_PADDING)
-        if self.box is not None:
-            coords = np.vstack([coords, self.box.reshape(2, 2)])
-            labels = np.append(labels, [LABEL_BOX_TOP_LEFT, LABEL_BOX_BOTTOM_RIGHT])
+        clicks = None if self.points is None else (self.points, self.labels)
+        corners = None if self.box is None else (self.box.reshape(2, 2), np.array(CORNER_LABELS))
+        parts, padded = layout.arrange(clicks, corners)
+        if padded:
+            parts.append(_PADDING)
+        if not parts:
+            return np.empty((0, 2)), np.empty(0, np.int64)
+        coords, labels = map(np.concatenate, zip(*parts, strict=True))
         return coords * geometry.scale, labels
+
+
+_PADDING = np.zeros((1, 2)), np.array([LABEL_PADDING], np.int64)
 
 
 class OfficialPrompt(Prompt):

@@ -23,8 +23,10 @@ def box_labels(corners: Tensor) -> Tensor:
     return pair.expand(corners.shape[0], 2)
 
 
-def check_prompts(points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None) -> None:
-    """Raise ``ValueError`` for values of prompts that no model takes.
+def check_prompts(
+    points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None, corners: bool = False
+) -> None:
+    """Raise ``ValueError`` for values of prompts that no model takes; with ``corners`` points may be corners of boxes.
 
     Only values on the CPU are read; values of traced graphs or of ``torch.func`` cannot be.
     """
@@ -36,7 +38,7 @@ def check_prompts(points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, ma
         if values is not None and _readable(values):
             check(name, values)
     if points is not None and _readable(points[1]):
-        check_labels(points[1])
+        check_labels(points[1], corners)
 
 
 def _readable(values: Tensor) -> bool:

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsam_kernels import Resizing, packed_masks
+from fastsam_kernels import packed_masks
 
 from ..checks import require, require_model
 from ..embedding import ImageEmbedding
 from ..inference import TOKEN_BUCKETS
 from ..inference.decode import decoding
+from ..masks.upscale import resizing_of
 from ..modeling import Sam
 from ..prompts.batch import PromptBatch
 from ..prompts.labels import LABEL_ABSENT
@@ -110,8 +111,8 @@ class InteractiveSession:
         prompt = Prompt(points or None, labels or None, box)
         geometry = self._embedding.geometry
         multimask_output = not self._answered and box is None and len(points) == 1
-        batch = self._batch(*prompt.tokens(geometry))
-        resizing = Resizing(geometry.image_size, geometry.input_size, geometry.original_size)
+        batch = self._batch(*prompt.tokens(geometry, self._model.prompt_layout))
+        resizing = resizing_of(geometry, self._model.low_res_size)
         threshold, kernels = self._model.mask_threshold, self._model.kernels
         with decoding(self._model, [self._embedding], batch, multimask_output) as (logits, iou):
             best = iou[0].argmax()[None]

@@ -149,7 +149,7 @@ def test_an_encoder_in_place_of_ours() -> None:
     model, pixels = random_model(TINY), torch.randn(1, 3, 128, 128)
     image = torch.zeros(64, 48, 3, dtype=torch.uint8).numpy()
     model.kernels = "torch"
-    expected, features = model.image_features(pixels), model.encode(image).features
+    expected, features = model.image_features(pixels).embedding, model.encode(image).features
     calls = []
     plain = ImageEncoderViT.forward
 
@@ -167,9 +167,9 @@ def test_an_encoder_in_place_of_ours() -> None:
         patch.setattr(ImageEncoderViT, "forward", lambda self, x: calls.append(1) or plain(self, x))
         encoder = model.image_encoder
         model.image_encoder = torch.compile(encoder, backend="eager")  # type: ignore[assignment]
-        assert_close_l2(model.image_features(pixels), expected, 1e-6, "compiled")
+        assert_close_l2(model.image_features(pixels).embedding, expected, 1e-6, "compiled")
         model.image_encoder = Foreign(encoder)  # type: ignore[assignment]
-        assert_close_l2(model.image_features(pixels), expected, 1e-5, "another encoder")
+        assert_close_l2(model.image_features(pixels).embedding, expected, 1e-5, "another encoder")
         assert_close_l2(model.encode(image).features, features, 1e-5, "another encoder, from an image")
     assert len(calls) == 3
 
