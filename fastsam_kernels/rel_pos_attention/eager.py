@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import requires_autograd
+from ..windows import regions
 from .tables import gather_rel_pos
 
 # Biases alive at once: on a CPU 4 MB in fp32 per thread; a GPU is better off with larger products.
@@ -29,7 +28,7 @@ def eager(
     gathered_h, gathered_w = gather_rel_pos(rel_pos_h), gather_rel_pos(rel_pos_w)
     _, k_bias, v_bias = qkv_bias.view(3, num_heads, -1)
     out = qkv.new_empty((batch, height, width, channels // 3))
-    for region in _regions(height, width, size):
+    for region in regions(height, width, size):
         rows, columns = region.window
         windows = region.cut(qkv).unflatten(-1, (3, num_heads, -1)).permute(5, 0, 1, 3, 6, 2, 4, 7)
         # [windows, heads, rows, columns, d] each; views of a whole grid
@@ -47,31 +46,6 @@ def eager(
         attended = attended.view(*windows.shape[1:]).permute(0, 1, 4, 2, 5, 3, 6)
         region.cut(out).unflatten(-1, (num_heads, -1)).copy_(attended)
     return out
-
-
-class _Region(NamedTuple):
-    """A rectangle of the grid filled by windows of one size: all whole ones, or those cut at an edge."""
-
-    top: int
-    left: int
-    windows: tuple[int, int]
-    window: tuple[int, int]
-
-    def cut(self, x: Tensor) -> Tensor:
-        """Cut [B, H, W, C] into a view [B, windows down, rows, windows across, columns, C]."""
-        (down, across), (rows, columns) = self.windows, self.window
-        x = x[:, self.top : self.top + down * rows, self.left : self.left + across * columns]
-        return x.unflatten(2, (across, columns)).unflatten(1, (down, rows))
-
-
-def _regions(height: int, width: int, size: tuple[int, int]) -> Iterator[_Region]:
-    def spans(length: int, window: int) -> list[tuple[int, int, int]]:
-        whole, rest = divmod(length, window)
-        return [(0, whole, window)] * (whole > 0) + [(whole * window, 1, rest)] * (rest > 0)
-
-    for top, down, rows in spans(height, size[0]):
-        for left, across, columns in spans(width, size[1]):
-            yield _Region(top, left, (down, across), (rows, columns))
 
 
 def _padding_bias(rel_h: Tensor, rel_w: Tensor, window: tuple[int, int]) -> Tensor:
