@@ -20,6 +20,7 @@ from .preprocess_image import preprocess_image
 from .rel_pos_attention import rel_pos_attention
 from .token_to_image_attention import token_to_image_attention
 from .two_way_attention import two_way_attention, without_unused_queries
+from .window_attention import window_attention
 
 __all__ = [
     "KERNELS",
@@ -52,5 +53,6 @@ __all__ = [
     "token_to_image_attention",
     "two_way_attention",
     "unpack_masks",
+    "window_attention",
     "without_unused_queries",
 ]
