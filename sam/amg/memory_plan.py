@@ -16,7 +16,7 @@ _FIXED_BYTES = 64 * 10**6  # of the statistics and bits of masks: blocks of a fe
 
 
 def parse_bytes(size: int | str) -> int:
-    """Bytes, as a number or with a unit: "500MB", "2 GB", "1.5GiB".
+    """Return a number of bytes given as one or with a unit: "500MB", "2 GB", "1.5GiB".
 
     Raises:
         ValueError: neither, or not more than 0.

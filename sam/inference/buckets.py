@@ -47,7 +47,7 @@ class Limits:
     def fit(
         self, images: int, prompts: int, tokens: int, multimask: bool, with_masks: bool, dtype: torch.dtype
     ) -> Bucket | str:
-        """The bucket of a request, or what about it fits none."""
+        """Return the bucket of a request, or what about it fits none."""
         if tokens > TOKEN_BUCKETS[-1]:
             return f"prompts of more than {TOKEN_BUCKETS[-1]} tokens"
         if prompts > self.prompts:
@@ -65,7 +65,7 @@ class Limits:
 
 
 def as_table(buckets: dict[Bucket, float]) -> str:
-    """A line a bucket, and the seconds that its first use took."""
+    """Return one line per bucket, with the seconds that its first use took."""
     lines = [f"{'images':>6} {'prompts':>7} {'tokens':>6} {'masks':>5} {'mask input':>10} {'dtype':>8} {'seconds':>8}"]
     for bucket, seconds in sorted(buckets.items(), key=lambda item: str(item[0])):
         dtype = str(bucket.dtype).removeprefix("torch.")

@@ -123,7 +123,7 @@ class Graphs:
     """
 
     def __init__(self, device: torch.device, recorder: Recorder | None = None) -> None:
-        """``recorder`` stands in for CUDA's graphs."""
+        """Begin without a recording; ``recorder`` stands in for CUDA's graphs."""
         self._record: Recorder = recorder or CudaRecorder(device)
         self._device = device
         self._lock = threading.Lock()

@@ -57,7 +57,7 @@ class _GraphsOfWeights:
         self._recorded_with: Hashable = None
 
     def now(self, device: torch.device, weights: Hashable, forget: Callable[[], None] | None = None) -> Graphs:
-        """The graphs for ``weights``; ``forget`` is called when there are none of them yet."""
+        """Return the graphs for ``weights``; ``forget`` is called when there are none of them yet."""
         with self._lock:
             if self._graphs is None or weights != self._recorded_with:
                 if self._graphs is not None:
@@ -111,7 +111,7 @@ class Runtime:
 
     @property
     def limits(self) -> Limits:
-        """What fits a bucket: up to the model's chunk of prompts on one image, or what graphs have memory for."""
+        """Return what fits a bucket: up to the model's chunk of prompts on one image, or what graphs have memory for."""
         return _REPLAYED if self.replays else Limits(images=1, prompts=self._model.prompts_per_chunk)
 
     def reset(self) -> None:
@@ -247,7 +247,7 @@ class Runtime:
 
     @property
     def replays(self) -> bool:
-        """True where the decoder runs as graphs and not compiled."""
+        """Tell whether the decoder runs as graphs and not compiled."""
         return self._recorder is not None or self._model.device.type == "cuda"
 
     def _settings(self) -> Hashable:
@@ -346,7 +346,7 @@ class Runtime:
 
 
 def _padded(batch: PromptBatch, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Coordinates in fp32, labels, mask inputs and image index of a bucket's sizes."""
+    """Pad to a bucket's sizes: coordinates in fp32, labels, mask inputs and image index."""
     prompts, tokens = bucket.prompts - len(batch), bucket.tokens - batch.labels.shape[1]
 
     def pad(tensor: Tensor, edges: tuple[int, ...], value: float = 0) -> Tensor:
