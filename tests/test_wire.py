@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import sam
 from sam import Prompt
+from sam.amg.defaults import NANO_THRESHOLDS
 from sam.prompts import wire
 
 DOCUMENTS: list[dict[str, Any]] = [
@@ -101,3 +105,19 @@ def test_schemas_of_requests_have_the_limits_of_the_grammar() -> None:
     assert [schema[name]["description"] for name in ("points", "labels", "box")] == [
         part.description for part in (wire.POINTS, wire.LABELS, wire.BOX)
     ]
+
+
+def test_the_page_writes_requests_in_the_grammar() -> None:
+    schemas = pytest.importorskip("sam.server.schemas", reason="needs the extra serve")
+    page = (Path(sam.__file__).parent / "server/static/page.js").read_text()
+
+    def literal(pattern: str) -> dict[str, Any]:
+        (found,) = re.findall(pattern, page)
+        return dict(re.findall(r"(\w+): ([^,]+?)(?:,| \})", found))
+
+    assert set(re.findall(r"prompt\.(\w+) =", page)) == {"box", "mask_input"} < set(wire._PARTS)
+    assert literal(r"assign\(prompt, (\{.*\})\)").keys() == {"points", "labels"}
+    assert literal(r"prompt\.mask_input = (\{.*\})").keys() == wire.mask_reference("", 0, 0).keys()
+    everything = {name: float(value) for name, value in literal(r"EVERYTHING = (\{.*\})").items()}
+    assert everything == {"points_per_side": 16, **NANO_THRESHOLDS}
+    assert everything.keys() < schemas.AutomaticRequest.model_fields.keys()

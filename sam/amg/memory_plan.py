@@ -61,43 +61,66 @@ class MemoryPlan:
 
     @classmethod
     def plan(cls, model: Sam, size: tuple[int, int], points_per_batch: int, max_memory: int | None) -> MemoryPlan:
-        """For masks of ``size`` (height, width).
+        """Return the plan for masks of ``size`` (height, width).
 
         Raises:
             ValueError: a single click or mask needs more than ``max_memory``.
         """
+        costs, on_cpu = _Costs.of(model, size), model.device.type == "cpu"
+        if max_memory is None:
+            budget = usual_memory(model.device)
+        else:
+            costs.check(max_memory, size)
+            budget = max_memory if on_cpu else min(max_memory, free_memory(model.device))
+        share = max(0, budget - _FIXED_BYTES) // 4
+        points = max(points_per_batch, device_profile(model.device).min_clicks_per_batch)
+        if max_memory is not None or not on_cpu:
+            # Where nothing is said, half goes to decoding: waiting logits are counted as they come.
+            decoding = share if max_memory is not None else 2 * share
+            points = min(points, costs.clicks_within(decoding, model.prompts_per_chunk))
+        return cls(
+            points_at_once=points,
+            masks_at_once=max(1, min(64, share // costs.mask) if on_cpu else share // costs.mask),
+            held_bytes=max(0, 2 * share),
+            count_early=on_cpu,
+        )
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """The bytes that a click of the decoder's chunk takes, a click beyond it, and a mask of full size."""
+
+    chunk_click: int
+    more_click: int
+    mask: int
+
+    @classmethod
+    def of(cls, model: Sam, size: tuple[int, int]) -> _Costs:
         low_height, low_width = model.low_res_size
         grid_height, grid_width = model.prompt_encoder.image_embedding_size
         tokens, logits = grid_height * grid_width, 4 * low_height * low_width
         on_cpu = model.device.type == "cpu"
         element = 4 if on_cpu else model.dtype.itemsize
-        # The logits of a click's three masks exist three times: in the decoder's chunk, joined, and filtered.
-        chunk_click = _DECODER_BYTES * element // 4 * tokens // 4096 + 9 * logits
-        # Beyond a chunk, more clicks only add their logits, on a GPU their image side too.
-        more_click = 9 * logits + (0 if on_cpu else element * tokens * model.prompt_encoder.embed_dim)
-        # The words of a mask are compared with their neighbours; its logits are stacked.
-        mask = 6 * 4 * size[1] * (size[0] // 32 + 2) + logits
-        if max_memory is None:
-            budget = usual_memory(model.device)
-        else:
-            budget = max_memory if on_cpu else min(max_memory, free_memory(model.device))
-        share = max(0, budget - _FIXED_BYTES) // 4
-        needed = _FIXED_BYTES + 4 * max(chunk_click, mask)
-        if max_memory is not None and max_memory < needed:
+        return cls(
+            # The logits of a click's three masks exist three times: in the decoder's chunk, joined, and filtered.
+            chunk_click=_DECODER_BYTES * element // 4 * tokens // 4096 + 9 * logits,
+            # Beyond a chunk, more clicks only add their logits, on a GPU their image side too.
+            more_click=9 * logits + (0 if on_cpu else element * tokens * model.prompt_encoder.embed_dim),
+            # The words of a mask are compared with their neighbours; its logits are stacked.
+            mask=6 * 4 * size[1] * (size[0] // 32 + 2) + logits,
+        )
+
+    def check(self, max_memory: int, size: tuple[int, int]) -> None:
+        """Raise ``ValueError`` where a single click or mask needs more than ``max_memory``."""
+        needed = _FIXED_BYTES + 4 * max(self.chunk_click, self.mask)
+        if max_memory < needed:
             raise ValueError(
                 f"max_memory of {max_memory / 1e6:.0f} MB is too little for masks of {size[0]}x{size[1]} "
                 f"(height x width): at least {needed / 1e6:.0f} MB are needed to take them one by one"
             )
-        points = max(points_per_batch, device_profile(model.device).min_clicks_per_batch)
-        if max_memory is not None or not on_cpu:
-            # Where nothing is said, half goes to decoding: waiting logits are counted as they come.
-            capacity = share if max_memory is not None else 2 * share
-            chunk = max(1, min(capacity // chunk_click, model.prompts_per_chunk))
-            capacity = max(0, capacity - chunk * chunk_click)
-            points = min(points, chunk + (capacity // more_click if chunk == model.prompts_per_chunk else 0))
-        return cls(
-            points_at_once=points,
-            masks_at_once=max(1, min(64, share // mask) if on_cpu else share // mask),
-            held_bytes=max(0, 2 * share),
-            count_early=on_cpu,
-        )
+
+    def clicks_within(self, capacity: int, chunk_size: int) -> int:
+        """Return how many clicks ``capacity`` bytes suffice for, in chunks of ``chunk_size``; at least one."""
+        chunk = max(1, min(capacity // self.chunk_click, chunk_size))
+        left = max(0, capacity - chunk * self.chunk_click)
+        return chunk + (left // self.more_click if chunk == chunk_size else 0)

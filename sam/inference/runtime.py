@@ -111,7 +111,7 @@ class Runtime:
 
     @property
     def limits(self) -> Limits:
-        """Return what fits a bucket: up to the model's chunk of prompts on one image, or what graphs have memory for."""
+        """Return what fits a bucket: up to the model's chunk on one image, or what graphs have memory for."""
         return _REPLAYED if self.replays else Limits(images=1, prompts=self._model.prompts_per_chunk)
 
     def reset(self) -> None:
