@@ -23,25 +23,60 @@ def eager(
     grid: tuple[int, int],
     eps: float,
     out_dtype: torch.dtype,
+    high_res: tuple[Tensor, Tensor] | None = None,
+    image_index: Tensor | None = None,
 ) -> Tensor:
     """Multiply twice per token and once with the vectors; the pixels are put in place at the end."""
-    prompt_chunk, token_chunk = _CHUNKS.get(keys.device.type, _CHUNKS_GPU)
-    if torch.compiler.is_compiling():
-        token_chunk = keys.shape[1]  # every block would be compiled
+    (height, width), (prompt_chunk, tokens) = grid, _CHUNKS.get(keys.device.type, _CHUNKS_GPU)
+    rows = height if torch.compiler.is_compiling() else max(1, tokens // width)  # every block would be compiled
     parts = []
-    for keys_chunk, hyper_chunk in zip(keys.split(prompt_chunk), hyper.split(prompt_chunk), strict=True):
-        blocks = [_upscale(block, weights, hyper_chunk, eps) for block in keys_chunk.split(token_chunk, dim=1)]
+    for start in range(0, max(len(keys), 1), prompt_chunk):
+        prompts = slice(start, start + prompt_chunk)
+        blocks = []
+        for top in range(0, height, rows):
+            block = slice(top, top + rows)
+            skips = None if high_res is None else _skips_of(*high_res, image_index, prompts, block)
+            of_block = keys[prompts, top * width : block.stop * width]
+            blocks.append(_upscale(of_block, weights, hyper[prompts], eps, skips))
         parts.append(_in_place(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2), grid))
     masks = parts[0] if len(parts) == 1 else torch.cat(parts)
     return masks.to(out_dtype)
 
 
-def _upscale(keys: Tensor, weights: UpscalingWeights, hyper: Tensor, eps: float) -> Tensor:
+def _skips_of(
+    fine: Tensor, coarse: Tensor, image_index: Tensor | None, prompts: slice, rows: slice
+) -> tuple[Tensor, Tensor]:
+    """Return what ``prompts`` add to tokens in ``rows``: [P or 1, rows, w, a, b, C1] and [.., a, b, c, d, C2]."""
+
+    def of_images(features: Tensor, scale: int) -> Tensor:
+        if image_index is not None and len(features) > 1:
+            features = features.index_select(0, image_index[prompts])
+        elif len(features) > 1:
+            features = features[prompts]
+        return features[:, :, scale * rows.start : scale * rows.stop].permute(0, 2, 3, 1)
+
+    s1 = of_images(coarse, 2).unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 2, 4, 5)
+    s0 = of_images(fine, 4).unflatten(2, (-1, 2, 2)).unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    return s1, s0
+
+
+def _upscale(
+    keys: Tensor, weights: UpscalingWeights, hyper: Tensor, eps: float, skips: tuple[Tensor, Tensor] | None
+) -> Tensor:
     """Upscale keys [P, n, C] by vectors [P, M, C2] to the pixels of n tokens, [P, M, n * 4 (ab) * 4 (cd)]."""
     y = _product(keys.flatten(0, 1), weights.weight1, weights.bias1).unflatten(1, (4, -1))  # [P * n, 4 (ab), C1]
+    if skips is not None:
+        y = _add(y, skips[0], len(keys))
     y = _gelu(F.layer_norm(y, weights.norm_weight.shape, weights.norm_weight, weights.norm_bias, eps))
-    z = _gelu(_product(y.flatten(0, 1), weights.weight2, weights.bias2))  # [P * n * 4 (ab), 4 (cd) * C2]
+    z = _product(y.flatten(0, 1), weights.weight2, weights.bias2)  # [P * n * 4 (ab), 4 (cd) * C2]
+    z = _gelu(z if skips is None else _add(z, skips[1], len(keys)))
     return hyper @ z.view(len(hyper), 16 * keys.shape[1], hyper.shape[2]).transpose(1, 2)
+
+
+def _add(x: Tensor, skip: Tensor, prompts: int) -> Tensor:
+    """Add ``skip`` [P or 1, ...] to the values of P prompts, in place unless autograd records it."""
+    values = x.view(prompts, *skip.shape[1:])
+    return (values + skip if requires_autograd(x, skip) else values.add_(skip)).view(x.shape)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

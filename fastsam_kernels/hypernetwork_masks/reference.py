@@ -16,8 +16,13 @@ def reference(
     grid: tuple[int, int],
     eps: float,
     out_dtype: torch.dtype,
+    high_res: tuple[Tensor, Tensor] | None = None,
+    image_index: Tensor | None = None,
 ) -> Tensor:
     """Run the modules of the mask decoder, one after the other."""
+
+    def features_of(images: Tensor) -> Tensor:
+        return images if image_index is None else images.index_select(0, image_index)
 
     def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         kernel = weight.unflatten(1, (2, 2, -1)).permute(0, 3, 1, 2)  # [in, out, 2, 2]
@@ -25,7 +30,12 @@ def reference(
 
     x = keys.transpose(1, 2).unflatten(2, grid)
     x = convolution(x, weights.weight1, weights.bias1)
+    if high_res is not None:
+        x = x + features_of(high_res[1])
     x = F.layer_norm(x.permute(0, 2, 3, 1), weights.norm_weight.shape, weights.norm_weight, weights.norm_bias, eps)
     x = F.gelu(x.permute(0, 3, 1, 2))
-    x = F.gelu(convolution(x, weights.weight2, weights.bias2))  # [P, C2, 4h, 4w]
+    x = convolution(x, weights.weight2, weights.bias2)
+    if high_res is not None:
+        x = x + features_of(high_res[0])
+    x = F.gelu(x)  # [P, C2, 4h, 4w]
     return (hyper @ x.flatten(2)).unflatten(2, x.shape[2:]).to(out_dtype)

@@ -77,6 +77,58 @@ def test_reference_is_the_decoder_s_modules() -> None:
     assert_close_l2(reference(keys, weights, hyper, (8, 8), EPS, keys.dtype), expected, 1e-12, "the formula")
 
 
+def finer(images: int, grid: tuple[int, int], channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Draw s0 and s1, one of them channels last in memory."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = (images, channels // 8, 4 * grid[0], 4 * grid[1]), (images, channels // 4, 2 * grid[0], 2 * grid[1])
+    s0, s1 = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return s0.contiguous(memory_format=torch.channels_last), s1
+
+
+def test_reference_with_finer_features_is_sam_2_s_modules() -> None:
+    decoder = random_model(TINY).double().mask_decoder
+    keys, hyper = torch.randn(2, 64, 64).double(), torch.randn(2, 4, 8).double()
+    s0, s1 = finer(1, (8, 8), 64, torch.float64)
+    first, norm, act1, second, act2 = decoder.output_upscaling
+    upscaled = act1(norm(first(keys.transpose(1, 2).unflatten(2, (8, 8))) + s1))
+    expected = (hyper @ act2(second(upscaled) + s0).flatten(2)).unflatten(2, (32, 32))
+    weights = pack_upscaling(first.weight, first.bias, norm.weight, norm.bias, second.weight, second.bias)
+    found = reference(keys, weights, hyper, (8, 8), EPS, keys.dtype, (s0, s1))
+    assert_close_l2(found, expected, 1e-12, "the formula")
+
+
+@pytest.mark.parametrize(("images", "index"), [(1, None), (3, None), (2, [1, 0, 1]), (1, [0, 0, 0])])
+@pytest.mark.parametrize("grid", [(6, 9), (64, 20)])
+def test_finer_features(images: int, index: list[int] | None, grid: tuple[int, int]) -> None:
+    """The larger grid has more than one block of tokens."""
+    keys, weights, hyper, _ = make_inputs(3, grid, 2, torch.float32, channels=64)
+    high_res, image_index = finer(images, grid, 64, torch.float32), None if index is None else torch.tensor(index)
+    request: dict[str, Any] = {"grid": grid, "high_res": high_res, "image_index": image_index}
+
+    def truth(keys: Tensor) -> Tensor:
+        return reference(keys, weights, hyper, grid, EPS, torch.float32, high_res, image_index)
+
+    found = hypernetwork_masks(keys, weights, hyper, kernels="torch", **request)
+    assert_close_l2(found, truth(keys), 1e-6, "masks")
+    keys.requires_grad_(True)
+    found = hypernetwork_masks(keys, weights, hyper, kernels="torch", **request)
+    [gradient], [expected] = (torch.autograd.grad(masks.square().sum(), keys) for masks in (found, truth(keys)))
+    assert_close_l2(gradient, expected, 1e-5, "gradients")
+
+
+def test_refused_finer_features() -> None:
+    keys, weights, hyper, grid = make_inputs(3, (4, 4), 2, torch.float32, channels=64)
+    s0, s1 = finer(2, grid, 64, torch.float32)
+    for high_res, index, message in (
+        ((s1, s0), None, r"s0 of high_res must be \[2, 8, 16, 16\] of torch.float32, got \[2, 16, 8, 8\]"),
+        ((s0, s1.double()), None, r"s1 of high_res .* got \[2, 16, 8, 8\] of torch.float64"),
+        ((s0, s1), None, r"high_res of 2 images needs an image_index \[3\]"),
+        ((s0, s1), torch.tensor([0, 1]), r"image_index must be \[3\] int64, got \[2\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hypernetwork_masks(keys, weights, hyper, grid=grid, high_res=high_res, image_index=index)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("prompts", "grid", "masks"), [(1, (16, 16), 3), (2, (20, 27), 1), (5, (16, 16), 4), (3, (64, 64), 3)]

@@ -19,6 +19,8 @@ def _run(
     grid: tuple[int, int],
     eps: float,
     out_dtype: torch.dtype,
+    high_res: tuple[Tensor, Tensor] | None = None,
+    image_index: Tensor | None = None,
 ) -> Tensor:
     from .custom_op import hypernetwork_masks_triton
 
@@ -32,10 +34,14 @@ def _limitation(
     grid: tuple[int, int],
     eps: float,
     out_dtype: torch.dtype,
+    high_res: tuple[Tensor, Tensor] | None = None,
+    image_index: Tensor | None = None,
 ) -> str | None:
     for name, dtype in (("keys", keys.dtype), ("the result", out_dtype)):
         if dtype not in _DTYPES:
             return f"{name} must be fp32, fp16 or bf16, got {dtype}"
+    if high_res is not None:
+        return "it adds no features of finer grids"
     channels = keys.shape[2]
     if channels < 64 or channels & (channels - 1):
         return f"the channels must be a power of two of at least 64, got {channels}"
