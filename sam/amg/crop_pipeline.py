@@ -24,14 +24,12 @@ from fastsam_kernels import Resizing, mask_statistics, packed_masks, ranked_nms
 
 from ..embedding import ImageEmbedding
 from ..images.geometry import ImageGeometry
-from ..inference.eligibility import why_not_fused
-from ..inference.module_calls import call_modules
 from ..masks.rle_encode import encode_packed
 from ..masks.upscale import resizing_of
-from ..modeling import Sam
-from ..modeling.mask_decoder import MaskDecoder
-from ..prompts.batch import PromptBatch, coordinates_on, upload
+from ..modeling.promptable import PromptableModel
+from ..prompts.batch import PromptBatch, coordinates_on
 from ..utils.amg import MaskData, is_box_near_crop_edge, uncrop_boxes_xyxy, uncrop_points
+from .finders import Finder, any_confident_masks
 from .memory_plan import MemoryPlan
 
 
@@ -43,6 +41,7 @@ class Criteria:
     stability_score_thresh: float
     stability_score_offset: float
     box_nms_thresh: float
+    mask_threshold: float
 
 
 @dataclass(frozen=True)
@@ -71,19 +70,24 @@ class Crop:
 
 
 def masks_of_crop(
-    model: Sam, crop: Crop, clicks: np.ndarray, criteria: Criteria, plan: MemoryPlan
+    model: PromptableModel,
+    crop: Crop,
+    clicks: np.ndarray,
+    criteria: Criteria,
+    plan: MemoryPlan,
+    find: Finder = any_confident_masks,
 ) -> Generator[int, None, MaskData]:
     """Masks at ``clicks`` [P, 2] in pixels of the crop, best first, on the host and in the frame of the image.
 
-    Yields the number of clicks of each batch when it is done; the generator returns ``iou_preds``,
-    ``stability_score``, ``boxes``, ``points``, ``crop_boxes`` and ``rles``.
+    ``find`` makes the masks of each batch. Yields the number of clicks of the batch when it is done; the generator
+    returns ``iou_preds``, ``stability_score``, ``boxes``, ``points``, ``crop_boxes`` and ``rles``.
     """
     prompts = _prompts(model, clicks, crop.embedding.geometry)
-    pending = PendingMasks(model, crop, plan)
+    pending = PendingMasks(model, crop, plan, criteria.mask_threshold)
     tables = [torch.zeros(0, _Columns.COUNT, dtype=torch.float32, device=model.device)]
     for start in range(0, len(prompts), plan.points_at_once):
         batch = prompts.rows(start, start + plan.points_at_once)
-        table, logits = _candidates(model, crop, batch, criteria, plan.count_early)
+        table, logits = _candidates(model, crop, batch, criteria, plan.count_early, find)
         table[:, _Columns.CLICK] += start
         tables.append(table)
         pending.append(logits)
@@ -111,63 +115,14 @@ class _Columns:
     IOU, STABILITY, BOX, CLICK, COUNT = 0, 1, slice(2, 6), 6, 7
 
 
-def _prompts(model: Sam, clicks: np.ndarray, geometry: ImageGeometry) -> PromptBatch:
+def _prompts(model: PromptableModel, clicks: np.ndarray, geometry: ImageGeometry) -> PromptBatch:
     points = coordinates_on(torch.from_numpy(clicks * geometry.scale)[:, None], model.device, non_blocking=True)
     labels = torch.ones(points.shape[:2], dtype=torch.int64, device=points.device)
     return PromptBatch.from_tensors((points, labels), None, None, model.device, model.prompt_layout)
 
 
-def confident_masks(
-    model: Sam, embedding: ImageEmbedding, batch: PromptBatch, iou_threshold: float | None, count_early: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Select, of three masks per prompt, those of a predicted IoU above a threshold; None takes all.
-
-    The decoder upscales prompts of which a mask is left, and only those. What is left is counted after each chunk with
-    ``count_early``, while its image side is in the cache of a CPU, else once, after the tokens of the whole batch.
-
-    Returns:
-        logits [N, h, w] and predicted IoU [N], fp32 at least, and the prompt of each, [N] int64, in rising order.
-    """
-    size = model.prompts_per_chunk
-    together = size if count_early else max(len(batch), 1)
-    found = []
-    for start in range(0, len(batch), together):
-        part = batch.rows(start, start + together)
-        chunks = [model.decode_tokens([embedding], part.rows(at, at + size)) for at in range(0, len(part), size)]
-        iou = torch.cat([chunk.iou for chunk in chunks])[:, MaskDecoder.mask_slice(multimask_output=True)]
-        confident = torch.ones_like(iou, dtype=torch.bool) if iou_threshold is None else iou > iou_threshold
-        chosen = confident.cpu().numpy()
-        logits = []
-        for chunk, choice in zip(chunks, np.split(chosen, range(size, len(chosen), size)), strict=True):
-            rows = np.flatnonzero(choice.any(axis=1))
-            if len(rows):
-                masks = model.decode_masks(chunk, True, upload(rows, model.device)).flatten(0, 1)
-                logits.append(masks[upload(np.flatnonzero(choice[rows]), model.device)])
-        if logits:
-            places = np.flatnonzero(chosen)
-            scores = iou.flatten()[upload(places, model.device)].to(logits[0].dtype)
-            found.append((torch.cat(logits), scores, upload(start + places // iou.shape[1], model.device)))
-    if not found:
-        side = model.low_res_size
-        none = torch.zeros(0, dtype=torch.float32, device=model.device)
-        return none.view(0, *side), none, none.long()
-    logits_of, iou_of, prompts_of = zip(*found, strict=True)
-    return torch.cat(logits_of), torch.cat(iou_of), torch.cat(prompts_of)
-
-
-def confident_masks_by_modules(
-    model: Sam, embedding: ImageEmbedding, batch: PromptBatch, iou_threshold: float | None, count_early: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Do :func:`confident_masks` by one call of each module, as a model expects that a program has changed."""
-    points, boxes = batch.points_and_boxes(model.prompt_layout)
-    parts, features = (model.prompt_encoder, model.mask_decoder), embedding.ready_features()
-    logits, iou = call_modules(*parts, features, points, boxes, batch.mask_inputs, multimask_output=True)
-    confident = torch.ones_like(iou, dtype=torch.bool) if iou_threshold is None else iou > iou_threshold
-    return logits[confident], iou[confident], confident.nonzero()[:, 0]
-
-
 def _candidates(
-    model: Sam, crop: Crop, batch: PromptBatch, criteria: Criteria, count_early: bool
+    model: PromptableModel, crop: Crop, batch: PromptBatch, criteria: Criteria, count_early: bool, find: Finder
 ) -> tuple[Tensor, Tensor]:
     """The table [N, columns] of confident masks and their logits [N, h, w].
 
@@ -175,13 +130,11 @@ def _candidates(
     whose boxes overlap nothing.
     """
     threshold = criteria.pred_iou_thresh if criteria.pred_iou_thresh > 0 else None
-    changed = why_not_fused(prompt_encoder=model.prompt_encoder, mask_decoder=model.mask_decoder)
-    find = confident_masks if changed is None else confident_masks_by_modules
     logits, iou, clicks = find(model, crop.embedding, batch, threshold, count_early)
     statistics = mask_statistics(
         logits,
         crop.resizing,
-        threshold=model.mask_threshold,
+        threshold=criteria.mask_threshold,
         offset=criteria.stability_score_offset,
         kernels=model.kernels,
     )
@@ -201,8 +154,8 @@ def _candidates(
 class PendingMasks:
     """Logits of masks that wait for the suppression; once there are too many, the runs in their place."""
 
-    def __init__(self, model: Sam, crop: Crop, plan: MemoryPlan) -> None:
-        self._model, self._crop, self._plan = model, crop, plan
+    def __init__(self, model: PromptableModel, crop: Crop, plan: MemoryPlan, threshold: float) -> None:
+        self._model, self._crop, self._plan, self._threshold = model, crop, plan, threshold
         self._parts: list[Tensor | list[dict[str, Any]]] = []
         self._held = 0
 
@@ -232,7 +185,7 @@ class PendingMasks:
             packed = packed_masks(
                 logits[some.to(logits.device, non_blocking=True)],
                 resizing,
-                threshold=self._model.mask_threshold,
+                threshold=self._threshold,
                 kernels=self._model.kernels,
             )
             runs += encode_packed(packed, resizing.output_size, (crop.box[0], crop.box[1]), crop.image_size)

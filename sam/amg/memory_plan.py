@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..modeling import Sam
+from ..modeling.promptable import PromptableModel
 from ..system.device_profile import device_profile
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -60,7 +60,9 @@ class MemoryPlan:
     count_early: bool
 
     @classmethod
-    def plan(cls, model: Sam, size: tuple[int, int], points_per_batch: int, max_memory: int | None) -> MemoryPlan:
+    def plan(
+        cls, model: PromptableModel, size: tuple[int, int], points_per_batch: int, max_memory: int | None
+    ) -> MemoryPlan:
         """Return the plan for masks of ``size`` (height, width).
 
         Raises:
@@ -95,7 +97,7 @@ class _Costs:
     mask: int
 
     @classmethod
-    def of(cls, model: Sam, size: tuple[int, int]) -> _Costs:
+    def of(cls, model: PromptableModel, size: tuple[int, int]) -> _Costs:
         low_height, low_width = model.low_res_size
         grid_height, grid_width = model.prompt_encoder.image_embedding_size
         tokens, logits = grid_height * grid_width, 4 * low_height * low_width

@@ -1,0 +1,107 @@
+"""The masks that automatic masks start from: of clicks on an embedded image, those that are confident.
+
+Each function is a :class:`Finder`, or becomes one when its further arguments are given.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..embedding import ImageEmbedding
+from ..inference.eligibility import why_not_fused
+from ..inference.module_calls import call_modules
+from ..modeling.mask_decoder import MaskDecoder
+from ..modeling.promptable import PromptableModel
+from ..prompts.batch import PromptBatch, upload
+
+
+class Finder(Protocol):
+    """What makes masks of a batch of clicks."""
+
+    def __call__(
+        self,
+        model: PromptableModel,
+        embedding: ImageEmbedding,
+        batch: PromptBatch,
+        iou_threshold: float | None,
+        count_early: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the masks of a predicted IoU above a threshold; None takes all.
+
+        Returns:
+            logits [N, h, w] and predicted IoU [N], fp32 at least, and the prompt of each, [N] int64, in rising order.
+        """
+
+
+def any_confident_masks(
+    model: PromptableModel,
+    embedding: ImageEmbedding,
+    batch: PromptBatch,
+    iou_threshold: float | None,
+    count_early: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Select of three masks per prompt, by the fused decoder or, where a program has changed it, by its modules."""
+    changed = why_not_fused(prompt_encoder=model.prompt_encoder, mask_decoder=model.mask_decoder)
+    find = confident_masks if changed is None else confident_masks_by_modules
+    return find(model, embedding, batch, iou_threshold, count_early)
+
+
+def confident_masks(
+    model: PromptableModel,
+    embedding: ImageEmbedding,
+    batch: PromptBatch,
+    iou_threshold: float | None,
+    count_early: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Select, of three masks per prompt, those of a predicted IoU above a threshold; None takes all.
+
+    The decoder upscales prompts of which a mask is left, and only those. What is left is counted after each chunk with
+    ``count_early``, while its image side is in the cache of a CPU, else once, after the tokens of the whole batch.
+
+    Returns:
+        logits [N, h, w] and predicted IoU [N], fp32 at least, and the prompt of each, [N] int64, in rising order.
+    """
+    size = model.prompts_per_chunk
+    together = size if count_early else max(len(batch), 1)
+    found = []
+    for start in range(0, len(batch), together):
+        part = batch.rows(start, start + together)
+        chunks = [model.decode_tokens([embedding], part.rows(at, at + size)) for at in range(0, len(part), size)]
+        iou = torch.cat([chunk.iou for chunk in chunks])[:, MaskDecoder.mask_slice(multimask_output=True)]
+        confident = torch.ones_like(iou, dtype=torch.bool) if iou_threshold is None else iou > iou_threshold
+        chosen = confident.cpu().numpy()
+        logits = []
+        for chunk, choice in zip(chunks, np.split(chosen, range(size, len(chosen), size)), strict=True):
+            rows = np.flatnonzero(choice.any(axis=1))
+            if len(rows):
+                masks = model.decode_masks(chunk, True, upload(rows, model.device)).flatten(0, 1)
+                logits.append(masks[upload(np.flatnonzero(choice[rows]), model.device)])
+        if logits:
+            places = np.flatnonzero(chosen)
+            scores = iou.flatten()[upload(places, model.device)].to(logits[0].dtype)
+            found.append((torch.cat(logits), scores, upload(start + places // iou.shape[1], model.device)))
+    if not found:
+        side = model.low_res_size
+        none = torch.zeros(0, dtype=torch.float32, device=model.device)
+        return none.view(0, *side), none, none.long()
+    logits_of, iou_of, prompts_of = zip(*found, strict=True)
+    return torch.cat(logits_of), torch.cat(iou_of), torch.cat(prompts_of)
+
+
+def confident_masks_by_modules(
+    model: PromptableModel,
+    embedding: ImageEmbedding,
+    batch: PromptBatch,
+    iou_threshold: float | None,
+    count_early: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do :func:`confident_masks` by one call of each module, as a model expects that a program has changed."""
+    points, boxes = batch.points_and_boxes(model.prompt_layout)
+    parts, features = (model.prompt_encoder, model.mask_decoder), embedding.ready_features()
+    logits, iou = call_modules(*parts, features, points, boxes, batch.mask_inputs, multimask_output=True)
+    confident = torch.ones_like(iou, dtype=torch.bool) if iou_threshold is None else iou > iou_threshold
+    return logits[confident], iou[confident], confident.nonzero()[:, 0]
