@@ -188,11 +188,11 @@ def test_no_fp64_leaves_the_host_for_a_device_without_it() -> None:
         record = {"image": torch.zeros(3, 90, 128, device="meta"), "original_size": SIZE, "boxes": boxes}
         record |= {"point_coords": coords, "point_labels": labels}
         assert model([record], multimask_output=False)[0]["masks"].shape == (1, 1, *SIZE)
-        clicks = _prompts(model, np.array([[3.0, 4.0], [5.0, 6.0]]), SIZE)
+        clicks = _prompts(model, np.array([[3.0, 4.0], [5.0, 6.0]]), model.image_geometry(*SIZE))
         assert (clicks.coords.dtype, clicks.coords.device.type) == (torch.float32, "meta")
 
 
 def test_fp64_coordinates_are_rounded_once_where_they_can_be(tiny: Sam) -> None:
     """As officially; CUDA has fp64 too."""
-    clicks = _prompts(tiny, np.array([[3.0, 4.0]]), SIZE)
+    clicks = _prompts(tiny, np.array([[3.0, 4.0]]), tiny.image_geometry(*SIZE))
     assert clicks.coords.dtype == torch.float64
