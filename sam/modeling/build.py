@@ -10,9 +10,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..checks import require
-from ..config import SamConfig
+from ..config import HieraConfig, SamConfig
+from .feature_pyramid import FpnNeck, ImageEncoder
+from .hiera import Hiera
 from .image_encoder import ImageEncoderViT
 from .mask_decoder import MaskDecoder
+from .position_encoding import PositionEmbeddingSine
 from .prompt_encoder import PromptEncoder
 from .sam import Sam
 from .transformer import TwoWayTransformer
@@ -58,6 +61,29 @@ def build_from_config(config: SamConfig) -> Sam:
         pixel_std=config.pixel_std,
         config=config,
     ).eval()
+
+
+def build_hiera_encoder(config: HieraConfig) -> ImageEncoder:
+    """Build SAM 2's image encoder with freshly initialised weights."""
+    trunk = Hiera(
+        embed_dim=config.embed_dim,
+        num_heads=config.num_heads,
+        q_pool=config.q_pool,
+        stages=config.stages,
+        dim_mul=config.dim_mul,
+        head_mul=config.head_mul,
+        window_pos_embed_bkg_spatial_size=config.window_pos_embed_bkg_spatial_size,
+        window_spec=config.window_spec,
+        global_att_blocks=config.global_att_blocks,
+    )
+    neck = FpnNeck(
+        position_encoding=PositionEmbeddingSine(config.d_model),
+        d_model=config.d_model,
+        backbone_channel_list=config.channel_list,
+        fpn_interp_model="nearest",
+        fpn_top_down_levels=config.fpn_top_down_levels,
+    )
+    return ImageEncoder(trunk, neck, scalp=config.scalp)
 
 
 class _SkipInit(TorchFunctionMode):

@@ -17,6 +17,16 @@ from torch import Tensor, nn
 from .common import MLP, DropPath
 from .image_encoder import PatchEmbed, window_partition, window_unpartition
 
+__all__ = [
+    "Hiera",
+    "MultiScaleAttention",
+    "MultiScaleBlock",
+    "PatchEmbed",
+    "do_pool",
+    "window_partition",
+    "window_unpartition",
+]
+
 
 class Hiera(nn.Module):
     """Encode normalised pixels [B, 3, H, W] as one map [B, C, h, w] per stage, at strides 4, 8, 16 and 32.
