@@ -10,12 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from waiting import SECONDS
 
 import sam
 from benchmarks.extension_points import Change
-from benchmarks.official_extensions import TABLES, written
+from benchmarks.official_extensions import IMAGE, TABLES, written
+from sam import Prompt
+from sam.engine import Engine
+from sam.masks import rle
+from sam.sessions import InteractiveSession
 
 OFFICIAL: dict[str, Any] = json.loads((Path(__file__).parent / "official_extensions.json").read_text())
 
@@ -59,6 +65,44 @@ def test_a_change_acts_as_officially(table: str, name: str) -> None:
     with Change(sam) as change:
         changes()[name](change)
         assert_as_written(ask(change), OFFICIAL[table][name])
+
+
+def mask_of_a_click(change: Change) -> dict[str, np.ndarray]:
+    """Return the best mask by each way to ask; the predictor's is held against the official one above."""
+    prompt, predictor = Prompt([(30, 20)], [1]), change.predictor()
+    predictor.set_image(IMAGE)
+    by_predictor, _, _ = predictor.predict(prompt.points, prompt.labels)
+    by_model = change.model.predict(change.model.encode(IMAGE), [prompt]).masks[0].numpy()
+    with Engine(change.model) as engine:
+        (answer,) = engine.segment(IMAGE, [prompt]).result(SECONDS)
+    by_engine = np.stack([rle.decode(encoded) for encoded in answer.rles])
+    by_session = InteractiveSession(change.model, change.model.encode(IMAGE)).click(30, 20).mask()
+    ways = {"predictor": by_predictor, "model": by_model, "engine": by_engine}
+    return {way: masks[answer.best] for way, masks in ways.items()} | {"session": by_session}
+
+
+@pytest.mark.parametrize("owner", ["instance", "class", "subclass"])
+def test_a_program_s_own_postprocessing_makes_the_masks_of_every_way_to_ask(owner: str) -> None:
+    with Change(sam) as change:
+        stock = mask_of_a_click(change)["predictor"]
+        if owner == "subclass":
+            change.model.__class__ = type("Own", (sam.modeling.Sam,), {})
+        thing = change.model if owner == "instance" else type(change.model)
+        change.wrap(thing, "postprocess_masks", alter=lambda logits: logits + 0.5)
+        answers = mask_of_a_click(change)
+        assert (answers["predictor"] != stock).any()
+        for way, mask in answers.items():
+            np.testing.assert_array_equal(mask, answers["predictor"], way)
+        assert len(change.log) == len(answers)
+
+
+def test_the_engine_refuses_masks_of_everything_that_only_the_official_loop_makes() -> None:
+    with Change(sam) as change, Engine(change.model) as engine:
+        change.wrap(change.model, "postprocess_masks")
+        reason = "postprocess_masks of the predictor's model was replaced"
+        with pytest.raises(ValueError, match=f"no masks of everything, because {reason}"):
+            engine.automatic(IMAGE)
+        assert engine.segment(IMAGE, [Prompt([(30, 20)], [1])]).result(SECONDS)  # it lives on
 
 
 def test_every_change_has_an_official_answer() -> None:

@@ -310,7 +310,7 @@ def test_bombs_are_refused_by_their_header(local: Local, monkeypatch: pytest.Mon
         (b"{", "application/json", 400, "bad_request"),
         (b"[]", "application/json", 422, "invalid_request"),
         (b"\xff\xfe", "application/json", 400, "bad_request"),
-        (b"[" * 100_000, "application/json", 400, "bad_request"),
+        (b"[" * 60_000, "application/json", 400, "bad_request"),
         (b"[" * 1_000_000, "application/json", 422, "invalid_request"),
         (b"9" * 10_000, "application/json", 400, "bad_request"),
         (b"{}", "text/plain", 415, "unsupported_media_type"),

@@ -77,7 +77,7 @@ def masks_of_crop(
     plan: MemoryPlan,
     find: Finder = any_confident_masks,
 ) -> Generator[int, None, MaskData]:
-    """Masks at ``clicks`` [P, 2] in pixels of the crop, best first, on the host and in the frame of the image.
+    """Make masks at ``clicks`` [P, 2] in pixels of the crop: best first, on the host, in the frame of the image.
 
     ``find`` makes the masks of each batch. Yields the number of clicks of the batch when it is done; the generator
     returns ``iou_preds``, ``stability_score``, ``boxes``, ``points``, ``crop_boxes`` and ``rles``.
@@ -124,7 +124,7 @@ def _prompts(model: PromptableModel, clicks: np.ndarray, geometry: ImageGeometry
 def _candidates(
     model: PromptableModel, crop: Crop, batch: PromptBatch, criteria: Criteria, count_early: bool, find: Finder
 ) -> tuple[Tensor, Tensor]:
-    """The table [N, columns] of confident masks and their logits [N, h, w].
+    """Return the table [N, columns] of confident masks, and their logits [N, h, w].
 
     With ``count_early`` without the masks that are not stable or cut off by the crop; else these stay as rows of NaN,
     whose boxes overlap nothing.
@@ -167,7 +167,7 @@ class PendingMasks:
             self._held = 0
 
     def encode(self, chosen: Tensor) -> list[dict[str, Any]]:
-        """The runs of masks by their number, in the order of appending."""
+        """Return the runs of masks by their number, in the order of appending."""
         runs: dict[int, dict[str, Any]] = {}
         start = 0
         for part in self._parts:

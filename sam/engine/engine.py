@@ -189,9 +189,11 @@ class Engine:
         """Segment everything: the records of :class:`sam.SamAutomaticMaskGenerator` with uncompressed RLEs.
 
         Raises:
-            TypeError, ValueError: a bad image, or an embedding that is not of this model or of its dtype.
+            TypeError, ValueError: a bad image, or an embedding that is not of this model or of its dtype; or a program
+                replaced something that only the official loop honours, such as ``postprocess_masks``.
             QueueFullError, EngineClosedError, EngineFailedError: nothing was accepted.
         """
+        self._automatic.check()
         job = AutomaticJob(
             source=self._source(image),
             expires=self._expiry(deadline),

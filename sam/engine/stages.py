@@ -10,14 +10,11 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from fastsam_kernels import packed_masks
-
 from ..amg.memory_plan import usual_memory
 from ..automatic_mask_generator import SamAutomaticMaskGenerator
 from ..embedding import ImageEmbedding
 from ..images.geometry import ImageGeometry
 from ..masks.rle_encode import encode_packed
-from ..masks.upscale import resizing_of
 from ..modeling import Sam
 from ..prompts.batch import ragged_chunks
 from ..prompts.prompt import Prompt
@@ -173,11 +170,7 @@ class DecodeStage(Stage[SegmentJob, tuple[SegmentJob, int]]):
         rles: list[list[dict[str, Any]]] = [[] for _ in geometries]
         for geometry in dict.fromkeys(geometries):
             rows = [row for row, other in enumerate(geometries) if other == geometry]
-            resizing = resizing_of(geometry, self.model.low_res_size)
-            packed = packed_masks(
-                logits[rows].flatten(0, 1), resizing, threshold=self.model.mask_threshold, kernels=self.model.kernels
-            )
-            encoded = encode_packed(packed, geometry.original_size)
+            encoded = encode_packed(self.model.packed_masks(logits[rows], geometry), geometry.original_size)
             for position, row in enumerate(rows):
                 rles[row] = encoded[position * logits.shape[1] : (position + 1) * logits.shape[1]]
         return rles
@@ -191,6 +184,12 @@ class AutomaticStage(Stage[AutomaticJob, AutomaticJob]):
 
     counter = "automatic"
     unfinished_first = True
+
+    def check(self) -> None:
+        """Raise ``ValueError`` where the official loop would run, which starts from images and not from embeddings."""
+        reason = SamAutomaticMaskGenerator(self.model, points_per_side=1).why_official()
+        if reason is not None:
+            raise ValueError(f"the engine makes no masks of everything, because {reason}: use the generator itself")
 
     def take(self) -> list[AutomaticJob]:
         return [self.queue.popleft()]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsam_kernels import Kernels, check_kernels, preprocess_image, resolve_kernels
+from fastsam_kernels import Kernels, check_kernels, packed_masks, preprocess_image, resolve_kernels
 
 from ..checks import require
 from ..embedding import ImageEmbedding, ImageFeatures
@@ -297,6 +297,11 @@ class PromptableModel(WeightCache, Fp32Buffers):
         if return_logits:
             return upscale.upscale_masks(low_res, geometry)
         return upscale.masks_from_logits(low_res, geometry, self.mask_threshold)
+
+    def packed_masks(self, low_res: Tensor, geometry: ImageGeometry) -> Tensor:
+        """Make the masks of :meth:`masks` as words [P * C, W, ceil(H / 32)]: :func:`fastsam_kernels.packed_masks`."""
+        resizing = upscale.resizing_of(geometry, self.low_res_size)
+        return packed_masks(low_res.flatten(0, 1), resizing, threshold=self.mask_threshold, kernels=self._kernels)
 
     def check_embedding(self, embedding: ImageEmbedding) -> None:
         """Raise ``ValueError`` unless this model can decode ``embedding``."""

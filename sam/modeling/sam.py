@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F  # noqa: F401 - as above
 from torch import Tensor, nn  # noqa: F401
 
+from fastsam_kernels import pack_masks
+
 from ..checks import require
 from ..config import SamConfig
 from ..embedding import ImageEmbedding, ImageFeatures
@@ -95,6 +97,12 @@ class Sam(PromptableModel):
             return super().masks(low_res, geometry, return_logits)
         logits = self.postprocess_masks(low_res, geometry.input_size, geometry.original_size)
         return logits if return_logits else logits > self.mask_threshold
+
+    def packed_masks(self, low_res: Tensor, geometry: ImageGeometry) -> Tensor:
+        """Make the masks of :meth:`masks` as words [P * C, W, ceil(H / 32)]: :func:`fastsam_kernels.packed_masks`."""
+        if self.has_stock_postprocessing:
+            return super().packed_masks(low_res, geometry)
+        return pack_masks(self.masks(low_res, geometry, return_logits=False).flatten(0, 1))
 
     @torch.no_grad()
     def forward(self, batched_input: list[dict[str, Any]], multimask_output: bool) -> list[dict[str, Tensor]]:

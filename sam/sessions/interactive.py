@@ -8,13 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsam_kernels import packed_masks
-
 from ..checks import require, require_model
 from ..embedding import ImageEmbedding
 from ..inference import TOKEN_BUCKETS
 from ..inference.decode import decoding
-from ..masks.upscale import resizing_of
 from ..modeling import Sam
 from ..prompts.batch import PromptBatch
 from ..prompts.labels import LABEL_ABSENT
@@ -112,12 +109,10 @@ class InteractiveSession:
         geometry = self._embedding.geometry
         multimask_output = not self._answered and box is None and len(points) == 1
         batch = self._batch(*prompt.tokens(geometry, self._model.prompt_layout))
-        resizing = resizing_of(geometry, self._model.low_res_size)
-        threshold, kernels = self._model.mask_threshold, self._model.kernels
         with decoding(self._model, [self._embedding], batch, multimask_output) as (logits, iou):
             best = iou[0].argmax()[None]
             torch.index_select(logits[0].to(self._logits.dtype), 0, best, out=self._logits[0])
-            words = packed_masks(self._logits[0], resizing, threshold=threshold, kernels=kernels).flatten()
+            words = self._model.packed_masks(self._logits, geometry).flatten()
             predicted_iou = iou[0].index_select(0, best).float().view(torch.int32)
             self._host_answer.copy_(torch.cat([words, predicted_iou]), non_blocking=True)
         if self._model.device.type == "cuda":
