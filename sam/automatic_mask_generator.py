@@ -112,7 +112,7 @@ class SamAutomaticMaskGenerator(MaskGenerator):
 
     # The official loop, for what a program calls or has changed of it -------------------------------------------
 
-    def why_official(self) -> str | None:
+    def _why_official(self) -> str | None:
         if (name := _METHODS.replaced_in(self)) is not None:
             return f"{name} of the generator was replaced"
         changed = [name for name, function in _FUNCTIONS.items() if globals()[name] is not function]

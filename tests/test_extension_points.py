@@ -100,7 +100,7 @@ def test_the_engine_refuses_masks_of_everything_that_only_the_official_loop_make
     with Change(sam) as change, Engine(change.model) as engine:
         change.wrap(change.model, "postprocess_masks")
         reason = "postprocess_masks of the predictor's model was replaced"
-        with pytest.raises(ValueError, match=f"no masks of everything, because {reason}"):
+        with pytest.raises(ValueError, match=f"needs the image, not its embedding; it runs because {reason}"):
             engine.automatic(IMAGE)
         assert engine.segment(IMAGE, [Prompt([(30, 20)], [1])]).result(SECONDS)  # it lives on
 

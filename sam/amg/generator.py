@@ -166,13 +166,17 @@ class MaskGenerator:
             if self._runs_officially():
                 return self._official_steps(image)
             return self._steps(self._embeddings([image[y0:y1, x0:x1] for (x0, y0, x1, y1), _ in plan]), plan, size)
-        if self.crop_n_layers > 0:
-            raise ValueError(f"crop_n_layers={self.crop_n_layers} needs the image, got its embedding")
-        if (reason := self.why_official()) is not None:
-            raise ValueError(f"the official loop needs the image, got its embedding; it runs because {reason}")
+        self.check_takes_embeddings()
         self.predictor.model.check_embedding(image)
         height, width = image.geometry.original_size
         return self._steps(iter([image]), [((0, 0, width, height), 0)], (height, width))
+
+    def check_takes_embeddings(self) -> None:
+        """Raise ``ValueError`` where :meth:`steps` needs the image itself, and say why."""
+        if self.crop_n_layers > 0:
+            raise ValueError(f"crop_n_layers={self.crop_n_layers} needs the image, not its embedding")
+        if (reason := self._why_official()) is not None:
+            raise ValueError(f"the official loop needs the image, not its embedding; it runs because {reason}")
 
     def _checked(self, image: np.ndarray) -> np.ndarray:
         """Return an image that can be embedded as uint8; ``TypeError`` or ``ValueError`` of another."""
@@ -252,7 +256,7 @@ class MaskGenerator:
     # The official loop, for what a program calls or has changed of it -------------------------------------------
 
     @abstractmethod
-    def why_official(self) -> str | None:
+    def _why_official(self) -> str | None:
         """Return what was changed, so that only the official loop answers as it should; None without anything."""
 
     @abstractmethod
@@ -266,7 +270,7 @@ class MaskGenerator:
         """Return the masks of the crop x0, y0, x1, y1 of an image, best first and in the frame of the image."""
 
     def _runs_officially(self) -> bool:
-        reason = self.why_official()
+        reason = self._why_official()
         if reason is None:
             return False
         given = {"max_memory": self.max_memory is not None, "resize_on_device": self.resize_on_device}

@@ -186,10 +186,8 @@ class AutomaticStage(Stage[AutomaticJob, AutomaticJob]):
     unfinished_first = True
 
     def check(self) -> None:
-        """Raise ``ValueError`` where the official loop would run, which starts from images and not from embeddings."""
-        reason = SamAutomaticMaskGenerator(self.model, points_per_side=1).why_official()
-        if reason is not None:
-            raise ValueError(f"the engine makes no masks of everything, because {reason}: use the generator itself")
+        """Raise ``ValueError`` where the official loop would make masks of everything: it starts from images."""
+        SamAutomaticMaskGenerator(self.model, points_per_side=1).check_takes_embeddings()
 
     def take(self) -> list[AutomaticJob]:
         return [self.queue.popleft()]
