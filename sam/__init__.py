@@ -24,12 +24,13 @@ if TYPE_CHECKING:  # for type checkers and editors: what ``_HOMES`` says
         sam_model_registry,
     )
     from .checkpoint import CheckpointError, save_checkpoint
-    from .config import VARIANTS, SamConfig
+    from .config import SAM2_VARIANTS, VARIANTS, HieraConfig, Sam2Config, SamConfig
     from .drop_in import as_segment_anything
     from .embedding import ImageEmbedding
     from .masks.results import MaskPrediction
     from .modeling import Sam
     from .modeling.build import build_from_config
+    from .modeling.sam2_base import SAM2Base
     from .predictor import SamPredictor
     from .prompts.prompt import Prompt
     from .sessions.interactive import InteractiveSession
@@ -38,13 +39,17 @@ if TYPE_CHECKING:  # for type checkers and editors: what ``_HOMES`` says
 __version__ = "0.1.0"
 
 __all__ = [
+    "SAM2_VARIANTS",
     "VARIANTS",
     "CheckpointError",
+    "HieraConfig",
     "ImageEmbedding",
     "InteractiveSession",
     "MaskPrediction",
     "Prompt",
+    "SAM2Base",
     "Sam",
+    "Sam2Config",
     "SamAutomaticMaskGenerator",
     "SamConfig",
     "SamPredictor",
@@ -78,12 +83,13 @@ _NAMES = {
         "sam_model_registry",
     ),
     "checkpoint": ("CheckpointError", "save_checkpoint"),
-    "config": ("VARIANTS", "SamConfig"),
+    "config": ("SAM2_VARIANTS", "VARIANTS", "HieraConfig", "Sam2Config", "SamConfig"),
     "drop_in": ("as_segment_anything",),
     "embedding": ("ImageEmbedding",),
     "masks.results": ("MaskPrediction",),
     "modeling": ("Sam",),
     "modeling.build": ("build_from_config",),
+    "modeling.sam2_base": ("SAM2Base",),
     "predictor": ("SamPredictor",),
     "prompts.prompt": ("Prompt",),
     "sessions.interactive": ("InteractiveSession",),

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..checks import require
-from ..config import HieraConfig, SamConfig
+from ..config import HieraConfig, Sam2Config, SamConfig
 from .feature_pyramid import FpnNeck, ImageEncoder
 from .hiera import Hiera
 from .image_encoder import ImageEncoderViT
 from .mask_decoder import MaskDecoder
+from .memory_attention import MemoryAttention, MemoryAttentionLayer, RoPEAttention
+from .memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
 from .position_encoding import PositionEmbeddingSine
 from .prompt_encoder import PromptEncoder
 from .sam import Sam
+from .sam2_base import SAM2Base
 from .transformer import TwoWayTransformer
 
 
-def build_from_config(config: SamConfig) -> Sam:
+@overload
+def build_from_config(config: SamConfig) -> Sam: ...
+@overload
+def build_from_config(config: Sam2Config) -> SAM2Base: ...
+def build_from_config(config: SamConfig | Sam2Config) -> Sam | SAM2Base:
     """Build a model in eval mode with freshly initialised weights."""
-    require("config", config, SamConfig, "a sam.SamConfig")
+    if isinstance(config, Sam2Config):
+        return SAM2Base(**sam2_arguments(config)).eval()
+    require("config", config, SamConfig, "a SamConfig or a Sam2Config")
+    return _build_sam(config).eval()
+
+
+def _build_sam(config: SamConfig) -> Sam:
     grid = (config.grid_size, config.grid_size)
     return Sam(
         image_encoder=ImageEncoderViT(
@@ -60,7 +73,7 @@ def build_from_config(config: SamConfig) -> Sam:
         pixel_mean=config.pixel_mean,
         pixel_std=config.pixel_std,
         config=config,
-    ).eval()
+    )
 
 
 def build_hiera_encoder(config: HieraConfig) -> ImageEncoder:
@@ -86,6 +99,48 @@ def build_hiera_encoder(config: HieraConfig) -> ImageEncoder:
     return ImageEncoder(trunk, neck, scalp=config.scalp)
 
 
+def sam2_arguments(config: Sam2Config) -> dict[str, Any]:
+    """Return the arguments of :class:`~sam.modeling.sam2_base.SAM2Base`, modules included, for it or a subclass."""
+    return {
+        "image_encoder": build_hiera_encoder(config.image_encoder),
+        "memory_attention": _build_memory_attention(config),
+        "memory_encoder": _build_memory_encoder(config),
+        **config.base_options(),
+        "sam_mask_decoder_extra_args": config.decoder_options(),
+        "pixel_mean": config.pixel_mean,
+        "pixel_std": config.pixel_std,
+        "config": config,
+    }
+
+
+def _build_memory_attention(config: Sam2Config) -> MemoryAttention:
+    width, side = config.image_encoder.d_model, config.grid_size
+    attention = partial(RoPEAttention, embedding_dim=width, num_heads=1, dropout=0.1, feat_sizes=(side, side))
+    layer = MemoryAttentionLayer(
+        activation="relu",
+        cross_attention=attention(rope_k_repeat=True, kv_in_dim=config.mem_dim),
+        d_model=width,
+        dim_feedforward=config.memory_attention_dim_feedforward,
+        dropout=0.1,
+        pos_enc_at_attn=False,
+        pos_enc_at_cross_attn_keys=True,
+        pos_enc_at_cross_attn_queries=False,
+        self_attention=attention(),
+    )
+    return MemoryAttention(width, pos_enc_at_input=True, layer=layer, num_layers=config.memory_attention_layers)
+
+
+def _build_memory_encoder(config: Sam2Config) -> MemoryEncoder:
+    width = config.image_encoder.d_model
+    return MemoryEncoder(
+        out_dim=config.mem_dim,
+        mask_downsampler=MaskDownSampler(embed_dim=width, kernel_size=3, stride=2, padding=1),
+        fuser=Fuser(CXBlock(width), num_layers=config.fuser_layers),
+        position_encoding=PositionEmbeddingSine(config.mem_dim),
+        in_dim=width,
+    )
+
+
 class _SkipInit(TorchFunctionMode):
     """Leaves new tensors as they are. Drawing on the meta device would import half of torch, for nothing."""
 
@@ -96,7 +151,11 @@ class _SkipInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_empty(config: SamConfig) -> Sam:
+@overload
+def build_empty(config: SamConfig) -> Sam: ...
+@overload
+def build_empty(config: Sam2Config) -> SAM2Base: ...
+def build_empty(config: SamConfig | Sam2Config) -> Sam | SAM2Base:
     """A model of shapes only, on the meta device."""
     with torch.device("meta"), _SkipInit():
         return build_from_config(config)

@@ -1,0 +1,388 @@
+"""One step of tracking objects with SAM 2: which memories a frame attends to, and what memory it leaves.
+
+Throughout: B objects, N tokens of a frame, C channels. ``output_dict`` is the official record of earlier frames:
+"cond_frame_outputs" and "non_cond_frame_outputs", each a dictionary of frame numbers, of what :meth:`track_step`
+returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .position_encoding import get_1d_sine_pe
+
+NO_OBJ_SCORE = -1024.0  # the logits of the mask of an object that is not in the frame
+
+Outputs = Mapping[int, Mapping[str, Any]]
+Size = tuple[int, int]
+
+
+class TrackingSteps(nn.Module):
+    """The part of :class:`~sam.modeling.sam2_base.SAM2Base` that is about frames of a video, by its official names."""
+
+    hidden_dim: int
+    mem_dim: int
+    num_maskmem: int
+    maskmem_tpos_enc: Tensor
+    no_mem_embed: Tensor
+    no_mem_pos_enc: Tensor
+    no_obj_embed_spatial: Tensor | None
+    max_cond_frames_in_attn: int
+    memory_temporal_stride_for_eval: int
+    use_obj_ptrs_in_encoder: bool
+    max_obj_ptrs_in_encoder: int
+    only_obj_ptrs_in_the_past_for_eval: bool
+    use_signed_tpos_enc_to_obj_ptrs: bool
+    add_tpos_enc_to_obj_ptrs: bool
+    proj_tpos_enc_in_obj_ptrs: bool
+    directly_add_no_mem_embed: bool
+    non_overlap_masks_for_mem_enc: bool
+    binarize_mask_from_pts_for_mem_enc: bool
+    sigmoid_scale_for_mem_enc: float
+    sigmoid_bias_for_mem_enc: float
+    use_mask_input_as_output_without_sam: bool
+    multimask_output_in_sam: bool
+    multimask_output_for_tracking: bool
+    multimask_min_pt_num: int
+    multimask_max_pt_num: int
+
+    def track_step(
+        self,
+        frame_idx: int,
+        is_init_cond_frame: bool,
+        current_vision_feats: list[Tensor],
+        current_vision_pos_embeds: list[Tensor],
+        feat_sizes: list[Size],
+        point_inputs: Mapping[str, Tensor] | None,
+        mask_inputs: Tensor | None,
+        output_dict: Mapping[str, Outputs],
+        num_frames: int,
+        track_in_reverse: bool = False,
+        run_mem_encoder: bool = True,
+        prev_sam_mask_logits: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """Predict the masks of B objects on a frame, and the memory that it leaves.
+
+        Args:
+            frame_idx: the number of the frame.
+            is_init_cond_frame: the objects begin here: no memory is read.
+            current_vision_feats, current_vision_pos_embeds, feat_sizes: of :meth:`_prepare_backbone_features`.
+            point_inputs: ``point_coords`` [B, N, 2] in pixels of the square and ``point_labels`` [B, N].
+            mask_inputs: [B, 1, H, W] masks that are given.
+            output_dict: what earlier frames returned.
+            num_frames: of the video; pointers are timed by it.
+            track_in_reverse: the earlier frames are those of higher numbers.
+            run_mem_encoder: make the memory.
+            prev_sam_mask_logits: [B, 1, h, w] logits of an earlier prediction on this frame, for more clicks.
+
+        Returns:
+            point_inputs, mask_inputs, pred_masks, pred_masks_high_res, obj_ptr, object_score_logits (in eval mode),
+            maskmem_features and maskmem_pos_enc.
+        """
+        current_out, sam_outputs, _, _ = self._track_step(
+            frame_idx,
+            is_init_cond_frame,
+            current_vision_feats,
+            current_vision_pos_embeds,
+            feat_sizes,
+            point_inputs,
+            mask_inputs,
+            output_dict,
+            num_frames,
+            track_in_reverse,
+            prev_sam_mask_logits,
+        )
+        _, _, _, low_res, high_res, pointer, scores = sam_outputs
+        current_out["pred_masks"] = low_res
+        current_out["pred_masks_high_res"] = high_res
+        current_out["obj_ptr"] = pointer
+        if not self.training:  # an output that no loss reads upsets checkpointed activations
+            current_out["object_score_logits"] = scores
+        self._encode_memory_in_output(
+            current_vision_feats, feat_sizes, point_inputs, run_mem_encoder, high_res, scores, current_out
+        )
+        return current_out
+
+    def _track_step(
+        self,
+        frame_idx: int,
+        is_init_cond_frame: bool,
+        current_vision_feats: list[Tensor],
+        current_vision_pos_embeds: list[Tensor],
+        feat_sizes: list[Size],
+        point_inputs: Mapping[str, Tensor] | None,
+        mask_inputs: Tensor | None,
+        output_dict: Mapping[str, Outputs],
+        num_frames: int,
+        track_in_reverse: bool,
+        prev_sam_mask_logits: Tensor | None,
+    ) -> tuple[dict[str, Any], tuple[Tensor, ...], list[Tensor] | None, Tensor]:
+        """Return the beginning of what :meth:`track_step` does, what the heads predict, and the features they read."""
+        current_out: dict[str, Any] = {"point_inputs": point_inputs, "mask_inputs": mask_inputs}
+        high_res_features = None
+        if len(current_vision_feats) > 1:
+            finer = zip(current_vision_feats[:-1], feat_sizes[:-1], strict=True)
+            high_res_features = [_as_map(x, size) for x, size in finer]
+        if mask_inputs is not None and self.use_mask_input_as_output_without_sam:
+            features = _as_map(current_vision_feats[-1], feat_sizes[-1])
+            outputs = self._use_mask_as_output(features, high_res_features, mask_inputs)  # type: ignore[operator]
+            return current_out, outputs, high_res_features, features
+        features = self._prepare_memory_conditioned_features(
+            frame_idx=frame_idx,
+            is_init_cond_frame=is_init_cond_frame,
+            current_vision_feats=current_vision_feats[-1:],
+            current_vision_pos_embeds=current_vision_pos_embeds[-1:],
+            feat_sizes=feat_sizes[-1:],
+            output_dict=output_dict,
+            num_frames=num_frames,
+            track_in_reverse=track_in_reverse,
+        )
+        if prev_sam_mask_logits is not None:
+            if point_inputs is None or mask_inputs is not None:
+                raise ValueError("prev_sam_mask_logits go with points, and with no mask_inputs")
+            mask_inputs = prev_sam_mask_logits
+        outputs = self._forward_sam_heads(  # type: ignore[operator]
+            backbone_features=features,
+            point_inputs=point_inputs,
+            mask_inputs=mask_inputs,
+            high_res_features=high_res_features,
+            multimask_output=self._use_multimask(is_init_cond_frame, point_inputs),
+        )
+        return current_out, outputs, high_res_features, features
+
+    def _use_multimask(self, is_init_cond_frame: bool, point_inputs: Mapping[str, Tensor] | None) -> bool:
+        """Tell whether the heads shall choose among three masks."""
+        points = 0 if point_inputs is None else point_inputs["point_labels"].shape[1]
+        asks = self.multimask_output_in_sam and (is_init_cond_frame or self.multimask_output_for_tracking)
+        return asks and self.multimask_min_pt_num <= points <= self.multimask_max_pt_num
+
+    # What a frame reads ------------------------------------------------------------------------------------
+
+    def _prepare_memory_conditioned_features(
+        self,
+        frame_idx: int,
+        is_init_cond_frame: bool,
+        current_vision_feats: list[Tensor],
+        current_vision_pos_embeds: list[Tensor],
+        feat_sizes: list[Size],
+        output_dict: Mapping[str, Outputs],
+        num_frames: int,
+        track_in_reverse: bool = False,
+    ) -> Tensor:
+        """Return the features [B, C, h, w] of a frame after they learnt from the memories of the others."""
+        features, size = current_vision_feats[-1], feat_sizes[-1]
+        if self.num_maskmem == 0:
+            return _as_map(features, size)
+        pointer_tokens = 0
+        if is_init_cond_frame:
+            if self.directly_add_no_mem_embed:
+                return _as_map(features + self.no_mem_embed, size)
+            shape = (1, features.shape[1], self.mem_dim)
+            memories, positions = [self.no_mem_embed.expand(shape)], [self.no_mem_pos_enc.expand(shape)]
+        else:
+            chosen, others = select_closest_cond_frames(
+                frame_idx, output_dict["cond_frame_outputs"], self.max_cond_frames_in_attn
+            )
+            tracked = (output_dict["non_cond_frame_outputs"], others)
+            memories, positions = self._spatial_memories(frame_idx, chosen, tracked, track_in_reverse, features.device)
+            if self.use_obj_ptrs_in_encoder:
+                pointers = self._pointer_memories(
+                    frame_idx, chosen, tracked, num_frames, track_in_reverse, features.shape[1], features.device
+                )
+                if pointers is not None:
+                    memories.append(pointers[0])
+                    positions.append(pointers[1])
+                    pointer_tokens = pointers[0].shape[0]
+        learnt = self.memory_attention(  # type: ignore[operator]
+            curr=current_vision_feats,
+            curr_pos=current_vision_pos_embeds,
+            memory=torch.cat(memories, dim=0),
+            memory_pos=torch.cat(positions, dim=0),
+            num_obj_ptr_tokens=pointer_tokens,
+        )
+        return _as_map(learnt, size)
+
+    def _spatial_memories(
+        self,
+        frame_idx: int,
+        chosen: Outputs,
+        tracked: tuple[Outputs, Outputs],
+        track_in_reverse: bool,
+        device: torch.device,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the maps of memory that a frame attends to, [N, B, mem_dim] each, and their positions.
+
+        Conditioning frames come first and share the last slot of time; a tracked frame has that of its distance.
+        """
+        if not chosen:
+            raise ValueError("no frame has a prompt yet: there is no memory to track with")
+        slots = [(self.num_maskmem - 1, output) for output in chosen.values()]
+        stride = 1 if self.training else self.memory_temporal_stride_for_eval
+        for distance in range(self.num_maskmem - 1, 0, -1):
+            output = _output_of(_frame_at(frame_idx, distance, stride, track_in_reverse), tracked)
+            if output is not None:
+                slots.append((distance - 1, output))
+        memories, positions = [], []
+        for slot, output in slots:
+            memories.append(_as_tokens(output["maskmem_features"].to(device, non_blocking=True)))
+            position = _as_tokens(output["maskmem_pos_enc"][-1].to(device))
+            positions.append(position + self.maskmem_tpos_enc[slot])
+        return memories, positions
+
+    def _pointer_memories(
+        self,
+        frame_idx: int,
+        chosen: Outputs,
+        tracked: tuple[Outputs, Outputs],
+        num_frames: int,
+        track_in_reverse: bool,
+        objects: int,
+        device: torch.device,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the object pointers that a frame attends to as tokens [K, B, mem_dim], and their positions."""
+        sign = -1 if track_in_reverse else 1
+        limit = min(num_frames, self.max_obj_ptrs_in_encoder)
+        found: list[tuple[int, Tensor]] = []
+        for frame, conditioning in chosen.items():
+            distance = (frame_idx - frame) * sign
+            if self.training or not self.only_obj_ptrs_in_the_past_for_eval or distance >= 0:
+                signed = distance if self.use_signed_tpos_enc_to_obj_ptrs else abs(distance)
+                found.append((signed, conditioning["obj_ptr"]))
+        for distance in range(1, limit):
+            frame = frame_idx - distance * sign
+            if not 0 <= frame < num_frames:
+                break
+            output = _output_of(frame, tracked)
+            if output is not None:
+                found.append((distance, output["obj_ptr"]))
+        if not found:
+            return None
+        pointers = torch.stack([pointer for _, pointer in found])  # [frames, B, C]
+        width = self.hidden_dim
+        if self.add_tpos_enc_to_obj_ptrs:
+            dim = width if self.proj_tpos_enc_in_obj_ptrs else self.mem_dim
+            distances = torch.tensor([distance for distance, _ in found]).to(device=device, non_blocking=True)
+            sines = get_1d_sine_pe(distances / (limit - 1), dim=dim).to(pointers.dtype)
+            position = self.obj_ptr_tpos_proj(sines)  # type: ignore[operator]
+            position = position[:, None].expand(-1, objects, self.mem_dim)
+        else:
+            position = pointers.new_zeros(len(found), objects, self.mem_dim)
+        if self.mem_dim < width:  # one pointer is several tokens
+            pointers = pointers.unflatten(2, (-1, self.mem_dim)).transpose(1, 2).flatten(0, 1)
+            position = position.repeat_interleave(width // self.mem_dim, dim=0)
+        return pointers, position
+
+    # What a frame leaves -----------------------------------------------------------------------------------
+
+    def _encode_memory_in_output(
+        self,
+        current_vision_feats: list[Tensor],
+        feat_sizes: list[Size],
+        point_inputs: Mapping[str, Tensor] | None,
+        run_mem_encoder: bool,
+        high_res_masks: Tensor,
+        object_score_logits: Tensor,
+        current_out: dict[str, Any],
+    ) -> None:
+        """Put the memory of a frame into ``current_out``, or None where none is wanted."""
+        features = positions = None
+        if run_mem_encoder and self.num_maskmem > 0:
+            features, positions = self._encode_new_memory(
+                current_vision_feats=current_vision_feats,
+                feat_sizes=feat_sizes,
+                pred_masks_high_res=high_res_masks,
+                object_score_logits=object_score_logits,
+                is_mask_from_pts=point_inputs is not None,
+            )
+        current_out["maskmem_features"], current_out["maskmem_pos_enc"] = features, positions
+
+    def _encode_new_memory(
+        self,
+        current_vision_feats: list[Tensor],
+        feat_sizes: list[Size],
+        pred_masks_high_res: Tensor,
+        object_score_logits: Tensor,
+        is_mask_from_pts: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Encode a frame and the logits [B, 1, H, W] of its masks as memories [B, mem_dim, h, w], and positions."""
+        if self.non_overlap_masks_for_mem_enc and not self.training:
+            pred_masks_high_res = self._apply_non_overlapping_constraints(pred_masks_high_res)
+        if self.binarize_mask_from_pts_for_mem_enc and is_mask_from_pts and not self.training:
+            masks = (pred_masks_high_res > 0).float()
+        else:
+            masks = pred_masks_high_res.sigmoid()
+        if self.sigmoid_scale_for_mem_enc != 1.0:
+            masks = masks * self.sigmoid_scale_for_mem_enc
+        if self.sigmoid_bias_for_mem_enc != 0.0:
+            masks = masks + self.sigmoid_bias_for_mem_enc
+        pixels = _as_map(current_vision_feats[-1], feat_sizes[-1])
+        memory = self.memory_encoder(pixels, masks, skip_mask_sigmoid=True)  # type: ignore[operator]
+        features, positions = memory["vision_features"], memory["vision_pos_enc"]
+        if self.no_obj_embed_spatial is not None:
+            absent = 1 - (object_score_logits > 0).float()
+            added = absent[..., None, None] * self.no_obj_embed_spatial[..., None, None]
+            features = (features + added).to(features.dtype)  # autocast narrows them, and not what is added
+        return features, positions
+
+    def _apply_non_overlapping_constraints(self, pred_masks: Tensor) -> Tensor:
+        """Give each pixel to the object of the highest logit; the others' are at most -10 there."""
+        if len(pred_masks) == 1:
+            return pred_masks
+        best = pred_masks.argmax(dim=0, keepdim=True)
+        own = torch.arange(len(pred_masks), device=pred_masks.device)[:, None, None, None]
+        return torch.where(best == own, pred_masks, pred_masks.clamp(max=-10.0))
+
+
+def select_closest_cond_frames(
+    frame_idx: int, cond_frame_outputs: Outputs, max_cond_frame_num: int
+) -> tuple[Outputs, Outputs]:
+    """Choose conditioning frames: the last before ``frame_idx``, the first from it on, then the nearest ones.
+
+    Args:
+        frame_idx: the frame that attends to them.
+        cond_frame_outputs: by frame number.
+        max_cond_frame_num: at least 2; -1 chooses all.
+
+    Returns:
+        those chosen, and the others.
+    """
+    if max_cond_frame_num == -1 or len(cond_frame_outputs) <= max_cond_frame_num:
+        return cond_frame_outputs, {}
+    if max_cond_frame_num < 2:
+        raise ValueError(f"at least 2 conditioning frames must be allowed, got {max_cond_frame_num}")
+    before = max((t for t in cond_frame_outputs if t < frame_idx), default=None)
+    after = min((t for t in cond_frame_outputs if t >= frame_idx), default=None)
+    frames = [t for t in (before, after) if t is not None]
+    nearest = sorted((t for t in cond_frame_outputs if t not in frames), key=lambda t: abs(t - frame_idx))
+    frames += nearest[: max_cond_frame_num - len(frames)]
+    chosen = {t: cond_frame_outputs[t] for t in frames}
+    return chosen, {t: output for t, output in cond_frame_outputs.items() if t not in chosen}
+
+
+def _output_of(frame: int, tracked: tuple[Outputs, Outputs]) -> Mapping[str, Any] | None:
+    """Return what a tracked frame returned, or a conditioning one that was not chosen; None where neither did."""
+    output = tracked[0].get(frame)
+    return tracked[1].get(frame) if output is None else output
+
+
+def _frame_at(frame_idx: int, distance: int, stride: int, track_in_reverse: bool) -> int:
+    """Return the frame of a slot of memory: the last one, or of every ``stride``-th that many before it."""
+    if distance == 1:
+        return frame_idx + 1 if track_in_reverse else frame_idx - 1
+    if track_in_reverse:
+        return -(-(frame_idx + 2) // stride) * stride + (distance - 2) * stride
+    return ((frame_idx - 2) // stride) * stride - (distance - 2) * stride
+
+
+def _as_map(tokens: Tensor, size: Sequence[int]) -> Tensor:
+    """[h * w, B, C] -> [B, C, h, w]."""
+    return tokens.permute(1, 2, 0).unflatten(2, tuple(size))
+
+
+def _as_tokens(features: Tensor) -> Tensor:
+    """[B, C, h, w] -> [h * w, B, C]."""
+    return features.flatten(2).permute(2, 0, 1)
