@@ -38,6 +38,7 @@ from torch import Tensor
 import sam
 from sam import ImageEmbedding, Sam, SamAutomaticMaskGenerator
 from sam.inference.fused_decoder import DecodedPrompts
+from sam.masks.results import DecodedMasks
 from sam.prompts.batch import PromptBatch
 
 from .model.automatic_masks import Tail
@@ -90,10 +91,10 @@ def ours(model: Sam, known: Discs, image: np.ndarray, max_memory: str | None = N
         decoded = replace(tokens_of(embeddings, batch), iou=F.pad(known.iou[rows], (1, 0)))
         return _Numbered(**vars(decoded), rows=rows)
 
-    def decode_masks(decoded: DecodedPrompts, multimask_output: bool, rows: Tensor) -> Tensor:
+    def decode_masks(decoded: DecodedPrompts, multimask_output: bool, rows: Tensor) -> DecodedMasks:
         masks_of(decoded, multimask_output, rows)
         assert isinstance(decoded, _Numbered)
-        return known.low_res[decoded.rows[rows]]
+        return DecodedMasks(known.low_res[decoded.rows[rows]], known.iou[decoded.rows[rows]])
 
     generator = SamAutomaticMaskGenerator(model, CLICKS, max_memory=max_memory, output_mode="coco_rle")
 

@@ -35,12 +35,23 @@ class ImageFeatures:
     embedding: Tensor
     high_res: tuple[Tensor, ...] = ()
 
+    @property
+    def maps(self) -> tuple[Tensor, ...]:
+        return self.embedding, *self.high_res
+
+    @classmethod
+    def cat(cls, several: Sequence[ImageFeatures]) -> ImageFeatures:
+        """Put the images of ``several`` one below the other."""
+        if len(several) == 1:
+            return several[0]
+        levels = zip(*(one.high_res for one in several), strict=True)
+        return cls(torch.cat([one.embedding for one in several]), tuple(map(torch.cat, levels)))
+
     def rows(self) -> list[ImageFeatures]:
         """Return the features of each image, in memory of its own."""
         if len(self.embedding) == 1:
             return [self]
-        maps = (self.embedding, *self.high_res)
-        images = zip(*([row.clone() for row in one.split(1)] for one in maps), strict=True)
+        images = zip(*([row.clone() for row in one.split(1)] for one in self.maps), strict=True)
         return [ImageFeatures(embedding, tuple(high_res)) for embedding, *high_res in images]
 
 
@@ -167,6 +178,10 @@ class ImageEmbedding:
             self._finish.wait(self.features)
         return self.features
 
+    def ready(self) -> ImageFeatures:
+        """Return all features, one row, as :meth:`ready_features` does one of them."""
+        return ImageFeatures(self.ready_features(), self.ready_high_res())
+
     def ready_high_res(self) -> tuple[Tensor, ...]:
         """Return ``high_res`` as :meth:`ready_features` does ``features``."""
         if self._finish is not None:
@@ -262,11 +277,16 @@ class ImageEmbedding:
                         model_hash=metadata["model_hash"] or None,
                         model_name=metadata["model_name"],
                         image_hash=metadata["image_hash"] or None,
-                        high_res=tuple(high_res),
+                        high_res=tuple(map(channels_last, high_res)),
                     )
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is a damaged image embedding: {error}") from None
         raise ValueError(f"{path} is not a saved image embedding (format {metadata.get('format')!r})")
+
+
+def channels_last(features: Tensor) -> Tensor:
+    """Return features [B, C, h, w] with the channels of a pixel side by side, as the decoder reads them best."""
+    return features.contiguous(memory_format=torch.channels_last)
 
 
 def _names(names: Sequence[str]) -> list[str]:

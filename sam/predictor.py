@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import require, require_model
-from .embedding import ImageEmbedding
+from .embedding import ImageEmbedding, ImageFeatures
 from .images.geometry import ImageGeometry
 from .images.prepare import CheckedImage
 from .inference.eligibility import why_not_fused
@@ -212,11 +212,13 @@ class SamPredictor:
         points = None if point_coords is None or point_labels is None else (point_coords, point_labels)
         if self._why_by_modules() is None:
             batch = PromptBatch.from_tensors(points, boxes, mask_input, self.device, self.model.prompt_layout)
-            low_res, iou = self.model.decode([self.embedding], batch, multimask_output)
+            low_res, iou, _ = self.model.decode([self.embedding], batch, multimask_output)
         else:
             parts = self.model.prompt_encoder, self.model.mask_decoder
-            features = self._require_image()
-            low_res, iou = call_modules(*parts, features, points, boxes, mask_input, multimask_output)
+            features = ImageFeatures(self._require_image())
+            low_res, iou, _ = call_modules(
+                *parts, features, points, boxes, mask_input, multimask_output, self.model.prompt_layout
+            )
         if _POSTPROCESSING.replaced_in(self.model) is None:
             return self.model.masks(low_res, self.embedding.geometry, return_logits), iou, low_res
         masks = self.model.postprocess_masks(low_res, self.input_size, self.original_size)

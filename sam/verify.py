@@ -191,7 +191,8 @@ def _image_side(model: Sam, embedding: ImageEmbedding) -> Tensor:
 
 
 def _decode_tokens(model: Sam, embedding: ImageEmbedding, prompts: Sequence[Prompt]) -> DecodedPrompts:
-    narrow = ImageEmbedding(embedding.features.to(model.dtype), embedding.geometry)
+    high_res = tuple(features.to(model.dtype) for features in embedding.high_res)
+    narrow = ImageEmbedding(embedding.features.to(model.dtype), embedding.geometry, high_res=high_res)
     [chunk] = ragged_chunks([prompts], [narrow.geometry], model.device, len(prompts), model.prompt_layout)
     decoded = model.decode_tokens([narrow], chunk.batch)
     assert isinstance(decoded, DecodedPrompts)

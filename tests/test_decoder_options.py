@@ -141,15 +141,16 @@ def test_upscaling_adds_the_finer_features(inputs: tuple[Tensor, ...]) -> None:
 @torch.no_grad()
 def test_finer_features_and_the_option_go_together(inputs: tuple[Tensor, ...]) -> None:
     decoder, plain = decoder_with(use_high_res_features=True), decoder_with()
-    reason = why_not_fused(mask_decoder=decoder)
-    assert reason is not None
-    assert "use_high_res_features" in reason
+    assert why_not_fused(mask_decoder=decoder) is None
     expected = [x[:, 1:] for x in decoder.predict_masks(*inputs, high_res_features=high_res())]
+    for ours, other in zip(decoder(*inputs, True, high_res_features=high_res()), expected, strict=True):
+        assert_close_l2(ours, other, 1e-5, "fused")
+    decoder.kernels = "reference"
     for ours, other in zip(decoder(*inputs, True, high_res_features=high_res()), expected, strict=True):
         assert torch.equal(ours, other)
     with pytest.raises(ValueError, match="takes two high_res_features, got 0"):
         decoder(*inputs, True)
-    with pytest.raises(ValueError, match="without use_high_res_features"):
+    with pytest.raises(ValueError, match="takes no high_res_features, got 2"):
         plain(*inputs, True, high_res_features=high_res())
 
 
@@ -180,7 +181,7 @@ def test_an_option_set_later_is_heeded() -> None:
     assert not torch.allclose(before.low_res_logits, after.low_res_logits)
     assert_close_l2(after.low_res_logits[:, 0], everything.low_res_logits[row, best], 1e-5, "masks")
     assert_close_l2(after.iou_predictions[:, 0], everything.iou_predictions[row, best], 1e-5, "IoU")
-    assert "dynamic_multimask_via_stability" in model.explain()
+    assert model.uses_fused_decoder
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ REASONS: dict[str, tuple[Callable[[Sam], Any], str]] = {
     "module in place of a block": (set_attribute(BLOCK, Halved), f"{BLOCK} is a Halved, not a TwoWayAttentionBlock"),
     "module in place of the decoder": (
         set_attribute("mask_decoder", Halved),
-        "mask_decoder is a Halved, not a MaskDecoder of this package",
+        "mask_decoder is a Halved, not a MaskDecoder or a Sam2MaskDecoder of this package",
     ),
     "int8": (
         set_attribute("mask_decoder.mask_tokens.weight", lambda w: nn.Parameter(Int8Weight(w), False)),

@@ -22,6 +22,7 @@ from sam.embedding import ImageEmbedding
 from sam.images.geometry import ImageGeometry
 from sam.inference.fused_decoder import DecodedPrompts
 from sam.inference.packed_weights import pack_decoder
+from sam.masks.results import DecodedMasks
 from sam.prompts.batch import PromptBatch
 from sam.utils import amg
 
@@ -72,8 +73,8 @@ class Tail:
                 first += len(batch)
                 return DecodedPrompts(rows, rows, F.pad(self.iou[rows], (1, 0)), (1, 1), packed)
 
-            def decode_masks(decoded: DecodedPrompts, multimask_output: bool, rows: Tensor) -> Tensor:
-                return self.low_res[decoded.keys[rows]]
+            def decode_masks(decoded: DecodedPrompts, multimask_output: bool, rows: Tensor) -> DecodedMasks:
+                return DecodedMasks(self.low_res[decoded.keys[rows]], self.iou[decoded.keys[rows]])
 
             self.model.kernels = kernels
             self.model.decode_tokens, self.model.decode_masks = decode_tokens, decode_masks  # type: ignore[method-assign, assignment]

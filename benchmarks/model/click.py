@@ -90,7 +90,7 @@ def _prompts(count: int) -> Callable[[torch.device, torch.dtype], Problem]:
             def form() -> Tensor:
                 model.kernels = kernels
                 batch = PromptBatch.from_tensors((coords, labels), None, None, device, PromptLayout.POINTS_FIRST)
-                low_res, _ = model.decode([embedding], batch, multimask_output=True)
+                low_res, _, _ = model.decode([embedding], batch, multimask_output=True)
                 model.masks(low_res, embedding.geometry, return_logits=False)
                 return low_res
 

@@ -78,7 +78,7 @@ def confident_masks(
         for chunk, choice in zip(chunks, np.split(chosen, range(size, len(chosen), size)), strict=True):
             rows = np.flatnonzero(choice.any(axis=1))
             if len(rows):
-                masks = model.decode_masks(chunk, True, upload(rows, model.device)).flatten(0, 1)
+                masks = model.decode_masks(chunk, True, upload(rows, model.device)).logits.flatten(0, 1)
                 logits.append(masks[upload(np.flatnonzero(choice[rows]), model.device)])
         if logits:
             places = np.flatnonzero(chosen)
@@ -100,8 +100,8 @@ def confident_masks_by_modules(
     count_early: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do :func:`confident_masks` by one call of each module, as a model expects that a program has changed."""
-    points, boxes = batch.points_and_boxes(model.prompt_layout)
-    parts, features = (model.prompt_encoder, model.mask_decoder), embedding.ready_features()
-    logits, iou = call_modules(*parts, features, points, boxes, batch.mask_inputs, multimask_output=True)
+    layout, parts = model.prompt_layout, (model.prompt_encoder, model.mask_decoder)
+    points, boxes = batch.points_and_boxes(layout)
+    logits, iou, _ = call_modules(*parts, embedding.ready(), points, boxes, batch.mask_inputs, True, layout)
     confident = torch.ones_like(iou, dtype=torch.bool) if iou_threshold is None else iou > iou_threshold
     return logits[confident], iou[confident], confident.nonzero()[:, 0]

@@ -156,7 +156,7 @@ class DecodeStage(Stage[SegmentJob, tuple[SegmentJob, int]]):
         for chunk in ragged_chunks(
             list(prompts.values()), geometries, self.model.device, self.max_batch, self.model.prompt_layout
         ):
-            logits, iou = self.model.decode(embeddings, chunk.batch, multimask_output)
+            logits, iou, _ = self.model.decode(embeddings, chunk.batch, multimask_output)
             predicted_iou = iou.float().cpu().numpy()
             jobs = [work_items[position][0] for position in chunk.positions]
             rles = self._rles(logits, [job.embedding.geometry for job in jobs])

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from fastsam_kernels import requires_autograd
 
-from ..embedding import ImageEmbedding, ImageProjections
+from ..embedding import ImageEmbedding, ImageFeatures, ImageProjections
+from ..masks.results import DecodedMasks
 from ..modeling.common import uncompiled
 from ..modeling.mask_decoder import MaskDecoder
-from ..modeling.prompt_encoder import PromptEncoder
 from ..prompts.batch import PromptBatch
 from ..prompts.labels import LABEL_ABSENT
 from . import fused_decoder
-from .eligibility import look, why_not_fused
+from .eligibility import PARTS, look, why_not_fused
 from .fused_decoder import DecodedPrompts
-from .module_decoder import MadeMasks, decode_by_modules
+from .module_decoder import MadeMasks, decode_by_modules, join
 from .packed_weights import Linear, pack_decoder, pack_image_pe
 from .parts import FusedParts, Model
 
@@ -31,7 +31,7 @@ logger = logging.getLogger("sam")
 def fused_parts(model: Model) -> FusedParts | None:
     """Return the parts of ``model`` as they are now; None where they do not run fused. One look per request."""
     prompt_encoder, mask_decoder = uncompiled(model.prompt_encoder), uncompiled(model.mask_decoder)
-    if type(prompt_encoder) is not PromptEncoder or type(mask_decoder) is not MaskDecoder:
+    if type(prompt_encoder) not in PARTS["prompt_encoder"] or type(mask_decoder) not in PARTS["mask_decoder"]:
         _log_once(why_not_fused_decoder(model))
         return None
     encoder, decoder = look(prompt_encoder), look(mask_decoder)
@@ -65,8 +65,8 @@ def logits_dtype(model: Model) -> torch.dtype:
 
 def decode(
     model: Model, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
-) -> tuple[Tensor, Tensor]:
-    """Return low-resolution logits [P, C, h, w] and predicted IoU [P, C], fp32 at least, of a batch of prompts.
+) -> DecodedMasks:
+    """Decode a batch of prompts.
 
     ``batch.image_index`` counts ``embeddings``; without it there is one of them. Prompts are decoded a chunk
     at a time, so memory does not grow with their number beyond the result.
@@ -74,10 +74,7 @@ def decode(
     size, parts = model.prompts_per_chunk, fused_parts(model)
     chunks = [batch.rows(start, start + size) for start in range(0, max(len(batch), 1), size)]
     decoded = [decode_chunk(model, parts, embeddings, chunk, multimask_output) for chunk in chunks]
-    if len(decoded) == 1:
-        return decoded[0]
-    logits, iou = zip(*decoded, strict=True)
-    return torch.cat(logits), torch.cat(iou)
+    return decoded[0] if len(decoded) == 1 else join(decoded, decoded[0].logits.dtype)
 
 
 def decode_chunk(
@@ -86,7 +83,7 @@ def decode_chunk(
     embeddings: Sequence[ImageEmbedding],
     batch: PromptBatch,
     multimask_output: bool,
-) -> tuple[Tensor, Tensor]:
+) -> DecodedMasks:
     """Run :func:`decode` on one chunk, by ``parts`` or, where they are None, by the official calls."""
     if parts is None:
         dtype = logits_dtype(model)
@@ -95,12 +92,9 @@ def decode_chunk(
     if model.runtime is not None:
         with model.runtime.run(parts, embeddings, batch, multimask_output) as outputs:
             if outputs is not None:
-                logits, iou = (output[: len(batch)] for output in outputs)
-                return logits.to(dtype, copy=True), iou.to(dtype, copy=True)
-    decoded = _decode_tokens(model, parts, embeddings, batch)
-    masks = MaskDecoder.mask_slice(multimask_output)
-    logits = fused_decoder.decode_masks(decoded, masks, kernels=model.kernels)
-    return logits.to(dtype), decoded.iou[:, masks].to(dtype)
+                rows = (None if output is None else output[: len(batch)].to(dtype, copy=True) for output in outputs)
+                return DecodedMasks(*rows)  # type: ignore[arg-type]
+    return decode_masks(model, _decode_tokens(model, parts, embeddings, batch), multimask_output)
 
 
 def decode_tokens(model: Model, embeddings: Sequence[ImageEmbedding], batch: PromptBatch) -> DecodedPrompts | MadeMasks:
@@ -114,27 +108,35 @@ def decode_tokens(model: Model, embeddings: Sequence[ImageEmbedding], batch: Pro
         both = [
             decode_by_modules(model, embeddings, batch, multimask_output, dtype) for multimask_output in (False, True)
         ]
-        return MadeMasks(*(torch.cat(halves, dim=1) for halves in zip(*both, strict=True)))
+        single, alternatives = both
+        logits = torch.cat([single.logits, alternatives.logits], dim=1)
+        return MadeMasks(logits, torch.cat([single.iou, alternatives.iou], dim=1), single.object_scores)
     return _decode_tokens(model, parts, embeddings, batch)
 
 
 def decode_masks(
     model: Model, decoded: DecodedPrompts | MadeMasks, multimask_output: bool, rows: Tensor | None = None
-) -> Tensor:
-    """Run the second half: low-resolution logits [P, C, h, w], fp32 at least, or of the prompts ``rows`` [R] only."""
-    masks = MaskDecoder.mask_slice(multimask_output)
+) -> DecodedMasks:
+    """Run the second half of :func:`decode`, of all prompts or of the prompts ``rows`` [R] only."""
+    scores = decoded.object_scores
+    if scores is not None and rows is not None:
+        scores = scores[rows]
     if isinstance(decoded, MadeMasks):
-        return decoded.logits[:, masks] if rows is None else decoded.logits[rows, masks]
-    return fused_decoder.decode_masks(decoded, masks, rows, model.kernels).to(decoded.packed.logits_dtype)
+        masks = MaskDecoder.mask_slice(multimask_output)
+        logits, iou = (x if rows is None else x[rows] for x in (decoded.logits, decoded.iou))
+        return DecodedMasks(logits[:, masks], iou[:, masks], scores)
+    logits, iou = fused_decoder.choose_masks(decoded, multimask_output, rows, model.kernels)
+    dtype = decoded.packed.logits_dtype
+    return DecodedMasks(logits.to(dtype), iou.to(dtype), None if scores is None else scores[:, 0].to(dtype))
 
 
 @contextmanager
 def decoding(
     model: Model, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Decode at most a chunk of prompts, and hold logits and predicted IoU for the length of the context.
+) -> Iterator[DecodedMasks]:
+    """Decode at most a chunk of prompts, and hold the answer for the length of the context.
 
-    They may be a graph's own memory, which the next request overwrites, and have more rows than prompts.
+    It may be a graph's own memory, which the next request overwrites, and have more rows than prompts.
     """
     parts = fused_parts(model)
     if parts is not None and model.runtime is not None:
@@ -153,16 +155,17 @@ def _decode_tokens(
     projections = None
     if masks is None and model.kernels != "reference":
         projections = ImageProjections.cat([image_projections(parts, embedding) for embedding in embeddings])
-    features = [embedding.ready_features() for embedding in embeddings]
+    features = ImageFeatures.cat([embedding.ready() for embedding in embeddings])
     return fused_decoder.decode_tokens(
         parts.packed,
-        features[0] if len(features) == 1 else torch.cat(features),
+        features.embedding,
         parts.image_pe,
         encoder.embed_tokens(batch.coords, batch.labels),
         dense,
         image_index=batch.image_index if len(embeddings) > 1 else None,
         token_mask=batch.labels != LABEL_ABSENT if batch.ragged else None,
         projections=projections,
+        high_res=features.high_res,
         kernels=model.kernels,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,11 @@ from ..modeling.mask_decoder import MaskDecoder
 from ..modeling.prompt_encoder import PromptEncoder
 from ..system.device_profile import device_profile
 from . import fused_decoder, fused_encoder, fused_hiera
-from .eligibility import look, why_not_now
+from .eligibility import PARTS, look, why_not_now
 from .fused_transformer import project_image
 from .packed_weights import PackedDecoder, pack_decoder, pack_image_pe
+
+Answer = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 def _fused_mask_decoder(
@@ -25,20 +29,35 @@ def _fused_mask_decoder(
     sparse: Tensor,
     dense: Tensor,
     multimask_output: bool,
-) -> tuple[Tensor, Tensor] | None:
-    """Compute :meth:`MaskDecoder.forward` fused; None where the official operations shall run."""
-    inputs = (image_embeddings, image_pe, sparse, dense)
-    if decoder.kernels == "reference" or why_not_now(*inputs, part=decoder) is not None:
+    high_res_features: Sequence[Tensor] | None = None,
+) -> Answer | None:
+    """Compute a mask decoder's ``forward`` fused: masks, their IoU, all mask tokens, and object scores.
+
+    None where the official operations shall run.
+    """
+    inputs, high_res = (image_embeddings, image_pe, sparse, dense), tuple(high_res_features or ())
+    if decoder.kernels == "reference" or why_not_now(*inputs, *high_res, part=decoder) is not None:
         return None
-    if type(decoder) is not MaskDecoder or not _are_usual(*inputs):
+    if type(decoder) not in PARTS["mask_decoder"] or not _are_usual(*inputs):
         return None
     snapshot = look(decoder)
     if snapshot.why_not_fused is not None:
         return None
     packed = snapshot.packed(pack_decoder, decoder)
-    if any(x.device != packed.output_tokens.device for x in inputs) or image_embeddings.dtype != packed.dtype:
+    if any(x.device != packed.output_tokens.device for x in (*inputs, *high_res)):
         return None
-    return _decode(packed, *inputs, MaskDecoder.mask_slice(multimask_output), decoder.kernels)
+    if image_embeddings.dtype != packed.dtype or not _are_usual_high_res(packed, high_res, *inputs):
+        return None
+    return _decode(packed, *inputs, multimask_output, high_res, decoder.kernels)
+
+
+def _are_usual_high_res(packed: PackedDecoder, high_res: Sequence[Tensor], *inputs: Tensor) -> bool:
+    """Tell whether there are the features of finer grids that the decoder takes, of one image or one per prompt."""
+    height, width = inputs[0].shape[-2:]
+    grids, prompts = [(4 * height, 4 * width), (2 * height, 2 * width)], max(map(len, inputs))
+    if not packed.takes_high_res or [x.shape[-2:] for x in high_res] != grids:
+        return not packed.takes_high_res and not high_res
+    return len(high_res[0]) == len(high_res[1]) in (1, prompts)
 
 
 def _are_usual(image_embeddings: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor) -> bool:
@@ -60,9 +79,10 @@ def _decode(
     image_pe: Tensor,
     sparse: Tensor,
     dense: Tensor,
-    mask_slice: slice,
+    multimask_output: bool,
+    high_res: tuple[Tensor, ...],
     kernels: str,
-) -> tuple[Tensor, Tensor]:
+) -> Answer:
     prompts = max(len(image_embeddings), len(sparse), len(dense))
     sparse = sparse.expand(prompts, -1, -1)
     projections = None
@@ -73,23 +93,26 @@ def _decode(
         projections = project_image(packed.blocks[0], keys, key_pe)
     else:
         image_embeddings, dense = (x.expand(prompts, -1, -1, -1) for x in (image_embeddings, dense))
-    size, masks, iou = device_profile(sparse.device).prompts_per_chunk, [], []
+    size, answers = device_profile(sparse.device).prompts_per_chunk, []
     for start in range(0, prompts, size):
         rows = slice(start, start + size)
         of_images = slice(None) if projections is not None else rows
-        logits, predicted_iou = fused_decoder.decode(
+        decoded = fused_decoder.decode_tokens(
             packed,
             image_embeddings[of_images],
             image_pe,
             sparse[rows],
             dense[of_images],
-            mask_slice=mask_slice,
             projections=projections,
+            high_res=[features if len(features) == 1 else features[rows] for features in high_res],
             kernels=kernels,
         )
-        masks.append(logits.to(packed.dtype))
-        iou.append(predicted_iou)
-    return (masks[0], iou[0]) if len(masks) == 1 else (torch.cat(masks), torch.cat(iou))
+        logits, iou = fused_decoder.choose_masks(decoded, multimask_output, kernels=kernels)
+        answers.append((logits.to(packed.dtype), iou, decoded.mask_tokens, decoded.object_scores))
+    if len(answers) == 1:
+        return answers[0]
+    masks, iou_of, tokens, scores = zip(*answers, strict=True)
+    return torch.cat(masks), torch.cat(iou_of), torch.cat(tokens), None if scores[0] is None else torch.cat(scores)
 
 
 def _packed_image_pe(encoder: PromptEncoder) -> Tensor | None:

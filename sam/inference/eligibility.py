@@ -25,6 +25,7 @@ from ..modeling.image_encoder import ImageEncoderViT, PatchEmbed
 from ..modeling.mask_decoder import MaskDecoder
 from ..modeling.position_encoding import PositionEmbeddingSine
 from ..modeling.prompt_encoder import PositionEmbeddingRandom, PromptEncoder
+from ..modeling.sam2_mask_decoder import Sam2MaskDecoder
 from ..modeling.transformer import TwoWayAttentionBlock, TwoWayTransformer
 from ..modeling.weight_cache import PACKING, Stale, WeightCache, finish, packing
 from ..system.tensors import is_making_graph, is_plain
@@ -34,7 +35,7 @@ T = TypeVar("T")
 PARTS: dict[str, tuple[type[WeightCache], ...]] = {
     "image_encoder": (ImageEncoderViT, ImageEncoder),
     "prompt_encoder": (PromptEncoder,),
-    "mask_decoder": (MaskDecoder,),
+    "mask_decoder": (MaskDecoder, Sam2MaskDecoder),
 }
 
 _OURS = (
@@ -50,13 +51,16 @@ _TORCH = (
 )
 
 
-def _methods(kind: type) -> dict[str, Any]:
+def _methods(kind: type) -> list[tuple[type, str, Any]]:
+    """List where the methods of a class of ours are written, and those of bases of ours; None where one is not."""
     kinds = (types.FunctionType, staticmethod, classmethod, property)
-    return {name: value for name, value in kind.__dict__.items() if isinstance(value, kinds)}
+    owners = [owner for owner in kind.__mro__ if owner in _OURS]
+    names = {name for owner in owners for name, value in owner.__dict__.items() if isinstance(value, kinds)}
+    return [(owner, name, owner.__dict__.get(name)) for owner in owners for name in names]
 
 
 # The methods of each class as they are written, to notice that somebody patched one.
-_WRITTEN = {kind: _methods(kind) for kind in _OURS} | {kind: {"forward": kind.forward} for kind in _TORCH[:-1]}
+_WRITTEN = {kind: _methods(kind) for kind in _OURS} | {kind: [(kind, "forward", kind.forward)] for kind in _TORCH[:-1]}
 _GLOBAL_HOOKS = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
 _version = attrgetter("_version")
 _generations = itertools.count(1)  # of all parts: what belongs to one is never taken for another's
@@ -101,9 +105,7 @@ class Snapshot(Stale):
         self._versions = list(map(_version, self._versioned))
         self._constants = list(_constants(self._modules))
         self._constant_values = self._present_constants()
-        written = [
-            (kind, *item) for kind in {type(part), *self._kinds} & _WRITTEN.keys() for item in _WRITTEN[kind].items()
-        ]
+        written = [method for kind in {type(part), *self._kinds} & _WRITTEN.keys() for method in _WRITTEN[kind]]
         self._methods = [(kind.__dict__, name) for kind, name, _ in written]
         self._functions = [function for _, _, function in written]
         self._values: dict[Callable[..., Any], Any] = {}
@@ -225,12 +227,12 @@ def _intrusion_on(module: nn.Module, name: str) -> str | None:
     state, kind = module.__dict__, type(module)
     if state["_forward_hooks"] or state["_forward_pre_hooks"]:
         return f"{name} has a forward hook"
-    written = _WRITTEN.get(kind, {})
-    for method in state.keys() & (written.keys() | {"forward"}):
+    written = _WRITTEN.get(kind, [])
+    for method in state.keys() & {"forward", *(method for _, method, _ in written)}:
         return f"{name} has a {method} of its own, set on the instance"
-    for method, function in written.items():
-        if kind.__dict__.get(method) is not function:
-            return f"{method} of {kind.__name__}, the class of {name}, was replaced"
+    for owner, method, function in written:
+        if owner.__dict__.get(method) is not function:
+            return f"{method} of {owner.__name__}, the class of {name}, was replaced"
     for weight, tensor in (*state["_parameters"].items(), *state["_buffers"].items()):
         if tensor is not None and not is_plain(tensor):
             return f"{name}.{weight} is {_a(tensor)}, no plain tensor"
@@ -249,12 +251,11 @@ def _find_stranger(part: nn.Module, name: str) -> str | None:
                 return f"{name}.{path} is {_whole_name(type(module))}, not {_whole_name(kind)}"
             return f"{name}.{path} is {_a(module)}, not {_a(kind)}"
     if isinstance(part, MaskDecoder):
-        for option in ("use_high_res_features", "dynamic_multimask_via_stability"):
-            if getattr(part, option):
-                return f"{name} has {option}, which the fused form does not compute"
         for index, mlp in enumerate(part.output_hypernetworks_mlps):
             if mlp.sigmoid_output:
                 return f"{name}.output_hypernetworks_mlps.{index} ends in a sigmoid"
+            if "act" in mlp._modules and type(mlp.act) is not nn.ReLU:
+                return f"{name}.output_hypernetworks_mlps.{index}.act is {_a(mlp.act)}, not a ReLU"
     return None
 
 

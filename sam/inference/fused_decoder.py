@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from fastsam_kernels import UnsupportedKernelError, choice_for, hypernetwork_masks
 
 from ..embedding import ImageProjections
+from ..modeling.mask_decoder import MaskDecoder, stability_of
 from .fused_transformer import project_image, run_transformer
 from .packed_weights import PackedDecoder
 
@@ -26,6 +28,9 @@ class DecodedPrompts:
         iou: [P, M] predicted IoU of each, in the weights' dtype.
         grid: (h, w).
         packed: the weights that decoded them, for the second half.
+        object_scores: logits [P, 1] of whether the object is seen; None where the decoder predicts none.
+        high_res: features of finer grids [I, C / 8, 4h, 4w] and [I, C / 4, 2h, 2w]; None where the decoder adds none.
+        image_index: [P] int64, the image of each prompt; None for one image, or one image per prompt.
     """
 
     keys: Tensor
@@ -33,6 +38,9 @@ class DecodedPrompts:
     iou: Tensor
     grid: tuple[int, int]
     packed: PackedDecoder
+    object_scores: Tensor | None = None
+    high_res: tuple[Tensor, Tensor] | None = None
+    image_index: Tensor | None = None
 
 
 def project_images(
@@ -81,6 +89,7 @@ def decode_tokens(
     image_index: Tensor | None = None,
     token_mask: Tensor | None = None,
     projections: ImageProjections | None = None,
+    high_res: Sequence[Tensor] = (),
     kernels: str = "reference",
 ) -> DecodedPrompts:
     """Run the transformer on P prompts spread over I images, and predict the IoU of their masks.
@@ -94,9 +103,13 @@ def decode_tokens(
         image_index: [P], int64, the image of each prompt; None for one image, or for one image per prompt.
         token_mask: [P, S], False for tokens that are padding; None when there are none.
         projections: from :func:`project_images`, for prompts without a mask input.
+        high_res: SAM 2's features of finer grids, [I, C / 8, 4h, 4w] and [I, C / 4, 2h, 2w].
         kernels: implementation of the operations; "auto" resolves for each of them.
     """
-    prompts, positions = sparse.shape[0], packed.positions
+    if len(high_res) != 2 * packed.takes_high_res:
+        wanted = "two maps of high-resolution features" if packed.takes_high_res else "no high-resolution features"
+        raise ValueError(f"this mask decoder takes {wanted}, got {len(high_res)}")
+    prompts, positions, image_of = sparse.shape[0], packed.positions, image_index
     output_tokens = packed.output_tokens.expand(prompts, -1, -1)
     tokens = torch.cat([output_tokens, sparse.to(packed.dtype)], dim=1)
     if token_mask is not None:
@@ -119,21 +132,55 @@ def decode_tokens(
     tokens, keys = run_transformer(
         packed, keys, key_pe, tokens, token_mask, projections, image_index, positions.total, kernels
     )
+    predict_scores, at = packed.predict_object_scores, positions.object_score
     return DecodedPrompts(
         keys=keys,
         mask_tokens=tokens[:, positions.masks],
         iou=packed.predict_iou(tokens[:, positions.iou]),
         grid=(image_embeddings.shape[-2], image_embeddings.shape[-1]),
         packed=packed,
+        object_scores=None if predict_scores is None or at is None else predict_scores(tokens[:, at]),
+        high_res=(high_res[0], high_res[1]) if high_res else None,
+        image_index=image_of,
     )
 
 
+def choose_masks(
+    decoded: DecodedPrompts, multimask_output: bool, rows: Tensor | None = None, kernels: str = "reference"
+) -> tuple[Tensor, Tensor]:
+    """Make the masks that a call returns, as :meth:`MaskDecoder.choose_masks` chooses them.
+
+    The predicted IoU is known before them, so of a single mask that may have to give way two are made and not four.
+
+    Args, errors: as :func:`decode_masks`.
+
+    Returns:
+        logits [P or rows, 3 or 1, 4h, 4w] and their predicted IoU [P or rows, 3 or 1].
+    """
+    iou = decoded.iou if rows is None else decoded.iou.index_select(0, rows)
+    stability, masks = decoded.packed.stability, MaskDecoder.mask_slice(multimask_output)
+    if multimask_output or stability is None:
+        return decode_masks(decoded, masks, rows, kernels), iou[:, masks]
+    best = 1 + iou[:, 1:].argmax(dim=1, keepdim=True)
+    pair = torch.cat([torch.zeros_like(best), best], dim=1)
+    logits, iou = decode_masks(decoded, pair, rows, kernels), iou.gather(1, pair)
+    stable = stability_of(logits[:, :1], stability.delta) >= stability.threshold
+    chosen = torch.where(stable[..., None, None], logits[:, :1], logits[:, 1:])
+    return chosen, torch.where(stable, iou[:, :1], iou[:, 1:])
+
+
 def decode_masks(
-    decoded: DecodedPrompts, mask_slice: slice, rows: Tensor | None = None, kernels: str = "reference"
+    decoded: DecodedPrompts, masks: slice | Tensor, rows: Tensor | None = None, kernels: str = "reference"
 ) -> Tensor:
     """Make low-resolution logits of decoded prompts, or only of those in ``rows``, an int64 index.
 
     What is left out costs nothing: upscaling is 45 % of the decoder's work.
+
+    Args:
+        decoded: from :func:`decode_tokens`.
+        masks: those of every prompt, or for each its own, [P or rows, masks] int64.
+        rows: [rows] int64.
+        kernels: implementation of the operations.
 
     Returns:
         [P or rows, masks, 4h, 4w] in at least fp32, in the weights' dtype for "reference".
@@ -142,37 +189,57 @@ def decode_masks(
         UnsupportedKernelError: "triton" for an upscaling that is not the official one.
     """
     packed, keys, mask_tokens = decoded.packed, decoded.keys, decoded.mask_tokens
+    high_res, image_index = decoded.high_res, decoded.image_index
     if rows is not None:
         keys, mask_tokens = keys.index_select(0, rows), mask_tokens.index_select(0, rows)
+        if image_index is not None:
+            image_index = image_index.index_select(0, rows)
+        elif high_res is not None and len(high_res[0]) > 1:
+            image_index = rows
     if packed.upscaling is None and choice_for(kernels, "hypernetwork_masks") == "triton":
         raise UnsupportedKernelError(
             "the 'triton' implementation of hypernetwork_masks takes the official upscaling only"
         )
     if kernels == "reference" or packed.upscaling is None:
-        return masks_by_modules(packed, keys, mask_tokens, mask_slice, decoded.grid)
+        return masks_by_modules(packed, keys, mask_tokens, masks, decoded.grid, high_res, image_index)
     return hypernetwork_masks(
         keys.to(packed.dtype),
         packed.upscaling,
-        hypernetworks(packed, mask_tokens, mask_slice).to(packed.dtype),  # autocast may have narrowed it
+        hypernetworks(packed, mask_tokens, masks).to(packed.dtype),  # autocast may have narrowed it
         grid=decoded.grid,
         eps=packed.upscaling_eps,
         out_dtype=packed.logits_dtype,
+        high_res=None if high_res is None else (high_res[0].to(packed.dtype), high_res[1].to(packed.dtype)),
+        image_index=image_index,
         kernels=kernels,
     )
 
 
 def masks_by_modules(
-    packed: PackedDecoder, keys: Tensor, mask_tokens: Tensor, mask_slice: slice, grid: tuple[int, int]
+    packed: PackedDecoder,
+    keys: Tensor,
+    mask_tokens: Tensor,
+    masks: slice | Tensor,
+    grid: tuple[int, int],
+    high_res: tuple[Tensor, Tensor] | None = None,
+    image_index: Tensor | None = None,
 ) -> Tensor:
     """Make logits [P, masks, 4h, 4w] by the official modules."""
-    upscaled = packed.upscale(keys.transpose(1, 2).unflatten(2, grid))
-    indices = range(len(packed.mask_mlps))[mask_slice]
+    if high_res is not None and image_index is not None:
+        high_res = high_res[0].index_select(0, image_index), high_res[1].index_select(0, image_index)
+    upscaled = packed.upscale(keys.transpose(1, 2).unflatten(2, grid), high_res or ())
+    indices = range(len(packed.mask_mlps))[masks if isinstance(masks, slice) else slice(None)]
     hyper = torch.stack([packed.mask_mlps[index](mask_tokens[:, index]) for index in indices], dim=1)
+    hyper = hyper if isinstance(masks, slice) else _gather(hyper, masks)
     return (hyper @ upscaled.flatten(2)).unflatten(-1, upscaled.shape[-2:])
 
 
-def hypernetworks(packed: PackedDecoder, mask_tokens: Tensor, mask_slice: slice) -> Tensor:
-    """Run the MLPs of the masks in ``mask_slice`` as one batched product per layer: [P, M, C] -> [P, masks, C / 8]."""
+def hypernetworks(packed: PackedDecoder, mask_tokens: Tensor, masks: slice | Tensor) -> Tensor:
+    """Run the MLPs of ``masks`` as one batched product per layer: [P, M, C] -> [P, masks, C / 8].
+
+    Where each prompt has masks of its own, [P, masks] int64, all are run: they cost next to nothing.
+    """
+    mask_slice = masks if isinstance(masks, slice) else slice(None)
     x = mask_tokens[:, mask_slice].transpose(0, 1)
     start, stop, _ = mask_slice.indices(mask_tokens.shape[1])
     layers = packed.hypernetworks[start, stop]
@@ -180,7 +247,13 @@ def hypernetworks(packed: PackedDecoder, mask_tokens: Tensor, mask_slice: slice)
         x = torch.baddbmm(bias, x, weight)
         if index < len(layers) - 1:
             x = x.relu()
-    return x.transpose(0, 1)
+    x = x.transpose(0, 1)
+    return x if isinstance(masks, slice) else _gather(x, masks)
+
+
+def _gather(vectors: Tensor, masks: Tensor) -> Tensor:
+    """Return the vectors [P, M, D] of each prompt's masks [P, masks]: [P, masks, D]."""
+    return vectors.gather(1, masks[..., None].expand(-1, -1, vectors.shape[2]))
 
 
 def _tokens_of(x: Tensor) -> Tensor:

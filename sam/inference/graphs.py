@@ -30,6 +30,14 @@ class StackedInput:
     tensors: Sequence[Tensor]
     shape: tuple[int, ...]
 
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Return the order of the tensors in memory, which the buffer has too."""
+        first = self.tensors[0]
+        if first.ndim == 4 and not first.is_contiguous() and first.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
+        return torch.contiguous_format
+
     @classmethod
     def of(cls, tensor: Tensor) -> StackedInput:
         return cls((tensor,), tuple(tensor.shape))
@@ -110,6 +118,10 @@ class _Buffer:
         return held() is tensor and version == _version(tensor) >= 0
 
 
+def _kind(stacked: StackedInput) -> tuple[tuple[int, ...], torch.dtype, torch.memory_format]:
+    return stacked.shape, stacked.tensors[0].dtype, stacked.memory_format
+
+
 def _version(tensor: Tensor) -> int:
     """Return how often a tensor was written; -1 where nobody counts."""
     return -1 if tensor.is_inference() else tensor._version
@@ -151,7 +163,7 @@ class Graphs:
                 stream.wait_event(self._done)
             try:
                 arguments = [self._filled(index, stacked) for index, stacked in enumerate(inputs)]
-                kinds = ((stacked.shape, stacked.tensors[0].dtype) if stacked else None for stacked in inputs)
+                kinds = (_kind(stacked) if stacked else None for stacked in inputs)
                 key = (key, *kinds)
                 seconds = None
                 if key not in self._recordings:
@@ -178,16 +190,23 @@ class Graphs:
     def _filled(self, index: int, stacked: StackedInput | None) -> Tensor | None:
         if stacked is None:
             return None
-        buffer = self._buffer(("input", index), stacked.shape, stacked.tensors[0].dtype)
+        buffer = self._buffer(("input", index), *_kind(stacked))
         buffer.fill(stacked.tensors)
         return buffer.tensor
 
-    def _buffer(self, place: Hashable, shape: tuple[int, ...], dtype: torch.dtype) -> _Buffer:
-        key = (place, shape, dtype)
+    def _buffer(
+        self,
+        place: Hashable,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> _Buffer:
+        key = (place, shape, dtype, memory_format)
         if key not in self._buffers:
             # Of zeros: rows that were never filled are read too.
             with torch.inference_mode(False):
-                self._buffers[key] = _Buffer(torch.zeros(shape, dtype=dtype, device=self._device))
+                zeros = torch.zeros(shape, dtype=dtype, device=self._device)
+                self._buffers[key] = _Buffer(zeros.contiguous(memory_format=memory_format))
         return self._buffers[key]
 
     def _recorded(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from fastsam_kernels import LayerNormWeights, UpscalingWeights, ValueProjection, pack_upscaling
 
 from ..modeling.common import LayerNorm2d
-from ..modeling.mask_decoder import MaskDecoder, OutputTokens
+from ..modeling.mask_decoder import MaskDecoder, OutputTokens, upscale
 from ..modeling.prompt_encoder import PromptEncoder
 from ..modeling.transformer import Attention, TwoWayAttentionBlock
 
@@ -91,6 +92,19 @@ class PackedBlock:
 
 
 @dataclass(frozen=True)
+class Stability:
+    """By what a single mask stays, or gives way to the alternative of the best predicted IoU.
+
+    Attributes:
+        delta: logits by which the threshold is moved.
+        threshold: IoU of both masks from which on the single mask stays.
+    """
+
+    delta: float
+    threshold: float
+
+
+@dataclass(frozen=True)
 class PackedDecoder:
     """All that the fused mask decoder reads of the weights of one generation.
 
@@ -101,8 +115,11 @@ class PackedDecoder:
         blocks, final_attn, norm_final_attn: of the transformer.
         can_absorb: the projections of the image can be absorbed into the tokens.
         predict_iou: the head [P, C] -> [P, M].
+        predict_object_scores: the head [P, C] -> [P, 1]; None where the decoder has none.
+        stability: by which a single mask stays; None where it always does.
+        takes_high_res: the upscaling adds features of finer grids.
         upscaling: both transposed convolutions as matrices; None where a user changed ``output_upscaling``.
-        upscale: ``output_upscaling`` itself.
+        upscale: ``output_upscaling`` itself, and the features that it adds.
         upscaling_eps: of its norm.
         hypernetworks: weights [masks, in, out] and biases [masks, 1, out] of each layer, by the masks' first index and
             the one behind their last; of the single mask, of the others, and of all.
@@ -118,8 +135,11 @@ class PackedDecoder:
     norm_final_attn: Function
     can_absorb: bool
     predict_iou: Function
+    predict_object_scores: Function | None
+    stability: Stability | None
+    takes_high_res: bool
     upscaling: UpscalingWeights | None
-    upscale: Function
+    upscale: Callable[[Tensor, Sequence[Tensor]], Tensor]
     upscaling_eps: float
     hypernetworks: dict[tuple[int, int], list[tuple[Tensor, Tensor]]]
     mask_mlps: tuple[Function, ...]
@@ -149,13 +169,22 @@ def pack_decoder(decoder: MaskDecoder, generation: int = 0) -> PackedDecoder:
         norm_final_attn=_pack_norm(transformer.norm_final_attn),
         can_absorb=final_attn.can_absorb and all(block.can_absorb for block in blocks),
         predict_iou=decoder.iou_prediction_head,
+        predict_object_scores=decoder.pred_obj_score_head if decoder.pred_obj_scores else None,
+        stability=_pack_stability(decoder),
+        takes_high_res=decoder.use_high_res_features,
         upscaling=matrices,
-        upscale=upscaling,
+        upscale=partial(upscale, upscaling),
         upscaling_eps=eps,
         hypernetworks=_pack_hypernetworks(mlps),
         mask_mlps=mlps,
         logits_dtype=torch.promote_types(decoder.iou_token.weight.dtype, torch.float32),
     )
+
+
+def _pack_stability(decoder: MaskDecoder) -> Stability | None:
+    if decoder.training or not decoder.dynamic_multimask_via_stability:
+        return None
+    return Stability(decoder.dynamic_multimask_stability_delta, decoder.dynamic_multimask_stability_thresh)
 
 
 def pack_image_pe(encoder: PromptEncoder, generation: int = 0) -> Tensor:

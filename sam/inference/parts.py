@@ -13,6 +13,9 @@ from torch import Tensor
 from ..embedding import ImageEmbedding
 from ..images.geometry import ImageGeometry
 from ..images.prepare import PreparedImage
+from ..masks.results import DecodedMasks
+from ..modeling.common import uncompiled
+from ..modeling.mask_decoder import MaskDecoder
 from ..modeling.prompt_encoder import PromptEncoder
 from ..prompts.batch import PromptBatch
 from ..prompts.layout import PromptLayout
@@ -49,7 +52,7 @@ class DecoderRuntime(Protocol):
 
     def run(
         self, parts: FusedParts, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask: bool
-    ) -> AbstractContextManager[tuple[Tensor, Tensor] | None]: ...
+    ) -> AbstractContextManager[DecodedMasks | None]: ...
 
 
 class Model(Protocol):
@@ -80,16 +83,33 @@ class Model(Protocol):
     @property
     def low_res_size(self) -> tuple[int, int]: ...
     @property
+    def low_res_limit(self) -> float | None: ...
+    @property
     def prompt_layout(self) -> PromptLayout: ...
     @property
     def prompts_per_chunk(self) -> int: ...
 
     def decode(
         self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> DecodedMasks: ...
     def masks(self, low_res: Tensor, geometry: ImageGeometry, return_logits: bool) -> Tensor: ...
     def embed(self, pixels: Tensor, images: Sequence[PreparedImage]) -> list[ImageEmbedding]: ...
     def encoder_input(self, pixels: Tensor, image: PreparedImage) -> Tensor: ...
     def image_geometry(self, height: int, width: int) -> ImageGeometry: ...
     def check_prepared(self, image: PreparedImage) -> None: ...
     def check_embedding(self, embedding: ImageEmbedding) -> None: ...
+
+
+def features_sizes(model: Model) -> list[tuple[int, int, int]] | None:
+    """Return [C, h, w] of the features of an image that the decoder reads, the embedding first.
+
+    None where a part is a user's own, which need not say what it takes.
+    """
+    encoder, decoder = uncompiled(model.prompt_encoder), uncompiled(model.mask_decoder)
+    if not isinstance(encoder, PromptEncoder):
+        return None
+    channels, (height, width) = encoder.embed_dim, encoder.image_embedding_size
+    sizes = [(channels, height, width)]
+    if isinstance(decoder, MaskDecoder) and decoder.use_high_res_features:
+        sizes += [(channels // 8, 4 * height, 4 * width), (channels // 4, 2 * height, 2 * width)]
+    return sizes

@@ -9,14 +9,12 @@ import torch
 from ..checks import require
 from ..embedding import ImageEmbedding
 from ..masks.results import MaskPrediction
-from ..modeling.common import uncompiled
 from ..modeling.mask_decoder import MaskDecoder
-from ..modeling.prompt_encoder import PromptEncoder
 from ..prompts.batch import ragged_chunks
 from ..prompts.checks import check_mask_inputs
 from ..prompts.prompt import Prompt
 from .decode import decode_chunk, fused_parts, logits_dtype
-from .parts import Model
+from .parts import Model, features_sizes
 
 
 def predict(
@@ -31,19 +29,24 @@ def predict(
     total = sum(len(of_image) for of_image in prompts)
     tokens = getattr(model.mask_decoder, "num_mask_tokens", 4)
     masks_each = len(range(tokens)[MaskDecoder.mask_slice(multimask_output)])
-    dtype, parts = logits_dtype(model), fused_parts(model)
+    dtype, parts, scores = logits_dtype(model), fused_parts(model), None
     low_res = torch.empty((total, masks_each, *model.low_res_size), device=model.device, dtype=dtype)
     iou = torch.empty((total, masks_each), device=model.device, dtype=dtype)
     geometries = [embedding.geometry for embedding in embeddings]
     for chunk in ragged_chunks(prompts, geometries, model.device, model.prompts_per_chunk, model.prompt_layout):
         rows = chunk.rows
-        low_res[rows], iou[rows] = decode_chunk(model, parts, embeddings, chunk.batch, multimask_output)
+        low_res[rows], iou[rows], of_chunk = decode_chunk(model, parts, embeddings, chunk.batch, multimask_output)
+        if of_chunk is not None:
+            scores = torch.empty(total, device=model.device, dtype=dtype) if scores is None else scores
+            scores[rows] = of_chunk
 
     counts = [len(of_image) for of_image in prompts]
-    return [
-        MaskPrediction(model.masks(logits, geometry, return_logits), predicted_iou, logits)
-        for logits, predicted_iou, geometry in zip(low_res.split(counts), iou.split(counts), geometries, strict=True)
-    ]
+    logits_of, iou_of = low_res.split(counts), iou.split(counts)
+    scores_of = [None] * len(counts) if scores is None else scores.split(counts)
+    masks_of = [model.masks(*both, return_logits) for both in zip(logits_of, geometries, strict=True)]
+    if model.low_res_limit is not None:
+        low_res.clamp_(-model.low_res_limit, model.low_res_limit)
+    return [MaskPrediction(*each) for each in zip(masks_of, iou_of, logits_of, scores_of, strict=True)]
 
 
 def check_embedding(model: Model, embedding: ImageEmbedding) -> None:
@@ -54,11 +57,11 @@ def check_embedding(model: Model, embedding: ImageEmbedding) -> None:
             f"this embedding was made by model {embedding.model_name} {embedding.model_hash}, not by this "
             f"model, {model.name} {own}; encode the image again"
         )
-    encoder = uncompiled(model.prompt_encoder)
-    if isinstance(encoder, PromptEncoder):  # a user's own need not say what it takes
-        expected = (1, encoder.embed_dim, *encoder.image_embedding_size)
-        if embedding.features.shape != expected:
-            raise ValueError(f"this model's features are {list(expected)}, got {list(embedding.features.shape)}")
+    sizes = features_sizes(model)
+    if sizes is not None:
+        expected, found = [[1, *size] for size in sizes], [list(x.shape) for x in embedding.ready().maps]
+        if found != expected:
+            raise ValueError(f"this model's features are {_listed(expected)}, got {_listed(found)}")
     if embedding.geometry.image_size != model.image_size:
         raise ValueError(
             f"the embedding is of an image of {embedding.geometry.image_size} px, the model takes {model.image_size} px"
@@ -68,6 +71,10 @@ def check_embedding(model: Model, embedding: ImageEmbedding) -> None:
             f"the embedding is on {embedding.device}, the model on {model.device}; "
             f"use embedding.to({str(model.device)!r})"
         )
+
+
+def _listed(shapes: list[list[int]]) -> str:
+    return ", ".join(map(str, shapes))
 
 
 def _check(model: Model, embeddings: Sequence[ImageEmbedding], prompts: Sequence[Sequence[Prompt]]) -> None:

@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..embedding import ImageEmbedding, ImageProjections
-from ..images.geometry import ImageGeometry
+from ..embedding import ImageEmbedding, ImageProjections, channels_last
+from ..masks.results import DecodedMasks
 from ..modeling.common import is_ours
 from ..modeling.image_encoder import ImageEncoderViT
-from ..modeling.mask_decoder import MaskDecoder
 from ..prompts.batch import PromptBatch
 from ..prompts.labels import LABEL_ABSENT
 from . import fused_decoder
@@ -29,7 +28,7 @@ from .eligibility import look
 from .fused_encoder import encode, run_block
 from .graphs import Graphs, Recorder, StackedInput
 from .packed_weights import pack_decoder
-from .parts import FusedParts, Model
+from .parts import FusedParts, Model, features_sizes
 
 logger = logging.getLogger("sam")
 
@@ -141,18 +140,15 @@ class Runtime:
         Returns:
             what was made ready and how long it took; nothing twice.
         """
-        model, done = self._model, []
-        size, grid = model.image_size, model.prompt_encoder.image_embedding_size
+        model, done, size = self._model, [], self._model.image_size
         for count in image_batches:
             start = time.perf_counter()
             with torch.no_grad():
                 self.image_features(torch.zeros(count, 3, size, size, device=model.device, dtype=model.dtype))
                 self._wait()
             done.append(WarmupStep(f"encoder, {count} images", time.perf_counter() - start))
-        features = torch.zeros(1, model.prompt_encoder.embed_dim, *grid, device=model.device, dtype=model.dtype)
-        geometry = ImageGeometry.longest_side(size, size, size)
         for image_count in images:
-            embeddings = [ImageEmbedding(features.clone(), geometry) for _ in range(image_count)]
+            embeddings = [self._blank_embedding() for _ in range(image_count)]
             counts = self.limits.prompt_counts if prompts is None else prompts
             for count, length, with_masks, multimask_output in product(counts, tokens, mask_input, multimask):
                 known = set(self._first_use)
@@ -163,6 +159,13 @@ class Runtime:
                 done += [WarmupStep(str(bucket), seconds) for bucket, seconds in first_use if bucket not in known]
         self._wait()
         return done
+
+    def _blank_embedding(self) -> ImageEmbedding:
+        model, sizes = self._model, features_sizes(self._model)
+        assert sizes is not None, "only parts of ours run compiled"
+        features, *high_res = (torch.zeros(1, *size, device=model.device, dtype=model.dtype) for size in sizes)
+        geometry = model.image_geometry(model.image_size, model.image_size)
+        return ImageEmbedding(features, geometry, high_res=tuple(map(channels_last, high_res)))
 
     def _blank_batch(self, images: int, prompts: int, tokens: int, with_masks: bool) -> PromptBatch:
         model = self._model
@@ -201,7 +204,7 @@ class Runtime:
     @contextmanager
     def run(
         self, parts: FusedParts, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask: bool
-    ) -> Iterator[tuple[Tensor, Tensor] | None]:
+    ) -> Iterator[DecodedMasks | None]:
         """Decode at most a chunk of prompts, and hold the outputs for the length of the context.
 
         No graph has what is done with them: what depends on the size of an image would be recorded for every size.
@@ -212,7 +215,7 @@ class Runtime:
             multimask: three masks per prompt instead of one.
 
         Yields:
-            logits and predicted IoU of the padded batch, which the next request overwrites; None where no bucket fits.
+            the answer to the padded batch, which the next request overwrites; None where no bucket fits.
         """
         bucket = self._bucket_of(len(embeddings), batch, multimask)
         if bucket is None:
@@ -229,7 +232,7 @@ class Runtime:
                 with many_graphs():
                     outputs = self._compiled(*tensors, *prompts, multimask=multimask, kernels=kernels)
                 self._first_use.setdefault(bucket, time.perf_counter() - start)
-            yield outputs
+            yield DecodedMasks(*outputs)
             return
 
         generation = (self._settings(), parts.generation)
@@ -238,10 +241,10 @@ class Runtime:
             bucket,
             lambda *tensors: self._decode_padded(*tensors, multimask=multimask, kernels=kernels, parts=parts),
             [*image, *(None if tensor is None else StackedInput.of(tensor) for tensor in prompts)],
-        ) as ((logits, iou), seconds):
+        ) as (outputs, seconds):
             if seconds is not None:
                 self._first_use.setdefault(bucket, seconds)
-            yield logits, iou
+            yield DecodedMasks(*outputs)
 
     # Graphs ------------------------------------------------------------------------------------------------
 
@@ -273,15 +276,22 @@ class Runtime:
     def _image_inputs(
         self, parts: FusedParts, embeddings: Sequence[ImageEmbedding], bucket: Bucket
     ) -> list[StackedInput | None]:
-        """Return features, keys, k, v and q of block 0: the features where there are mask inputs, else the rest."""
+        """Return features, keys, k, v and q of block 0, and the features of finer grids.
+
+        Where there are mask inputs the features are read, else the rest of them.
+        """
 
         def stacked(tensors: Sequence[Tensor]) -> StackedInput:
             return StackedInput(tensors, (bucket.images, *tensors[0].shape[1:]))
 
+        levels = zip(*(embedding.ready_high_res() for embedding in embeddings), strict=True)
+        high_res: list[StackedInput | None] = [stacked(level) for level in levels]
+        high_res = high_res or [None, None]
         if bucket.with_masks or self._model.resolved_kernels == "reference":
-            return [stacked([embedding.ready_features() for embedding in embeddings]), None, None, None, None]
+            features = stacked([embedding.ready_features() for embedding in embeddings])
+            return [features, None, None, None, None, *high_res]
         projections = [image_projections(parts, embedding).tensors for embedding in embeddings]
-        return [None, *map(stacked, zip(*projections, strict=True))]
+        return [None, *map(stacked, zip(*projections, strict=True)), *high_res]
 
     # Both --------------------------------------------------------------------------------------------------
 
@@ -306,6 +316,8 @@ class Runtime:
         k: Tensor | None,
         v: Tensor | None,
         q: Tensor | None,
+        fine: Tensor | None,
+        coarse: Tensor | None,
         coords: Tensor,
         labels: Tensor,
         masks: Tensor | None,
@@ -314,7 +326,7 @@ class Runtime:
         multimask: bool,
         kernels: str,
         parts: FusedParts | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         encoder = self._model.prompt_encoder
         if parts is None:  # compiled: of the weights that the compiled function is given
             image_pe, packed = encoder.get_dense_pe(), pack_decoder(self._model.mask_decoder)
@@ -322,21 +334,23 @@ class Runtime:
             image_pe, packed = parts.image_pe, parts.packed
         dense = encoder.no_mask_embed.weight.view(1, -1, 1, 1) if masks is None else encoder._embed_masks(masks)
         projections = [tensor for tensor in (keys, k, v, q) if tensor is not None]
-        return fused_decoder.decode(
+        decoded = fused_decoder.decode_tokens(
             packed,
             image_pe if features is None else features,  # of which only the grid is read beside ``projections``
             image_pe,
             encoder.embed_tokens(coords, labels),
             dense,
-            mask_slice=MaskDecoder.mask_slice(multimask),
             image_index=image_index,
             token_mask=labels != LABEL_ABSENT,
             projections=ImageProjections(*projections) if projections else None,
+            high_res=[level for level in (fine, coarse) if level is not None],
             kernels=kernels,
         )
+        answer = fused_decoder.choose_masks(decoded, multimask, kernels=kernels)
+        return answer if decoded.object_scores is None else (*answer, decoded.object_scores[:, 0])
 
     @cached_property
-    def _compiled(self) -> Callable[..., tuple[Tensor, Tensor]]:
+    def _compiled(self) -> Callable[..., tuple[Tensor, ...]]:
         return torch.compile(self._decode_padded, fullgraph=True, dynamic=False)
 
     def _wait(self) -> None:

@@ -162,10 +162,9 @@ class MaskDecoder(WeightCache):
                 or none where it adds them.
         """
         inputs = (image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings)
-        if not high_res_features:
-            fused = self._fused(*inputs, multimask_output)
-            if fused is not None:
-                return fused
+        fused = self._fused(*inputs, multimask_output, high_res_features)
+        if fused is not None:
+            return fused[:2]
         extra = {"high_res_features": high_res_features} if high_res_features else {}  # not of the official signature
         masks, iou = self.predict_masks(
             image_embeddings=image_embeddings,
@@ -208,6 +207,9 @@ class MaskDecoder(WeightCache):
             sparse_prompt_embeddings=sparse_prompt_embeddings,
             dense_prompt_embeddings=dense_prompt_embeddings,
         )
+        if len(high_res_features or ()) != 2 * self.use_high_res_features:
+            wanted = "two" if self.use_high_res_features else "no"
+            raise ValueError(f"this mask decoder takes {wanted} high_res_features, got {len(high_res_features or ())}")
         tokens, grid = self._tokens(sparse_prompt_embeddings), image_embeddings.shape[-2:]
         source = image_embeddings + dense_prompt_embeddings.to(image_embeddings.dtype)
         # A sum and no comparison, so that a traced graph serves any number of prompts.
@@ -215,7 +217,7 @@ class MaskDecoder(WeightCache):
         each = (prompts, -1, -1, -1)
         pe, tokens = image_pe.to(tokens.dtype).expand(each), tokens.expand(prompts, -1, -1)
         tokens, keys = self.transformer(source.expand(each), pe, tokens)
-        upscaled = self._upscale(keys.transpose(1, 2).unflatten(2, grid), high_res_features or ())
+        upscaled = upscale(self.output_upscaling, keys.transpose(1, 2).unflatten(2, grid), high_res_features or ())
         positions = self.output_tokens
         mask_tokens = tokens[:, positions.masks]
         mlps = self.output_hypernetworks_mlps
@@ -237,16 +239,22 @@ class MaskDecoder(WeightCache):
         single, single_iou = masks[:, chosen], iou[:, chosen]
         if multimask_output or self.training or not self.dynamic_multimask_via_stability:
             return single, single_iou
-        best = 1 + iou[:, 1:].argmax(dim=1)
+        return self._dynamic_multimask_via_stability(masks, iou)
+
+    def _dynamic_multimask_via_stability(
+        self, all_mask_logits: Tensor, all_iou_scores: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        best = 1 + all_iou_scores[:, 1:].argmax(dim=1)
         row = torch.arange(len(best), device=best.device)
-        delta = self.dynamic_multimask_stability_delta
-        inner, outer = ((single > offset).sum(dim=(-2, -1)) for offset in (delta, -delta))  # [P, 1]
-        # An empty mask is stable.
-        stable = (outer == 0) | (inner / outer.clamp(min=1) >= self.dynamic_multimask_stability_thresh)
+        single, single_iou = all_mask_logits[:, :1], all_iou_scores[:, :1]
+        stable = self._get_stability_scores(single) >= self.dynamic_multimask_stability_thresh
         return (
-            torch.where(stable[..., None, None], single, masks[row, best][:, None]),
-            torch.where(stable, single_iou, iou[row, best][:, None]),
+            torch.where(stable[..., None, None], single, all_mask_logits[row, best][:, None]),
+            torch.where(stable, single_iou, all_iou_scores[row, best][:, None]),
         )
+
+    def _get_stability_scores(self, mask_logits: Tensor) -> Tensor:
+        return stability_of(mask_logits, self.dynamic_multimask_stability_delta)
 
     def object_tokens(self, mask_tokens: Tensor, multimask_output: bool) -> Tensor:
         """Return the tokens [P, 3 or 1, C] that stand for the object, of all mask tokens [P, M, C].
@@ -282,18 +290,24 @@ class MaskDecoder(WeightCache):
         output_tokens = self.output_token_weights()
         return torch.cat([output_tokens.expand(sparse.shape[0], -1, -1), sparse.to(output_tokens.dtype)], dim=1)
 
-    def _upscale(self, x: Tensor, high_res_features: Sequence[Tensor]) -> Tensor:
-        """Upscale image features [P, C, h, w] to [P, C / 8, 4h, 4w], adding the finer features where there are any."""
-        if not self.use_high_res_features:
-            if high_res_features:
-                raise ValueError("high_res_features for a mask decoder without use_high_res_features")
-            return self.output_upscaling(x)
-        if len(high_res_features) != 2:
-            raise ValueError(f"this mask decoder takes two high_res_features, got {len(high_res_features)}")
-        fine, coarse = high_res_features
-        up1, norm, activation1, up2, activation2 = self.output_upscaling
-        x = activation1(norm(up1(x) + coarse))
-        return activation2(up2(x) + fine)
+
+def upscale(layers: nn.Sequential, x: Tensor, high_res_features: Sequence[Tensor]) -> Tensor:
+    """Upscale image features [P, C, h, w] to [P, C / 8, 4h, 4w], adding the finer features where there are any."""
+    if not high_res_features:
+        return layers(x)
+    fine, coarse = high_res_features
+    up1, norm, activation1, up2, activation2 = layers
+    x = activation1(norm(up1(x) + coarse))
+    return activation2(up2(x) + fine)
+
+
+def stability_of(logits: Tensor, delta: float) -> Tensor:
+    """Return the IoU [...] of the masks that logits [..., h, w] make at thresholds ``delta`` above and below 0.
+
+    Of an empty mask it is 1.
+    """
+    inner, outer = ((logits > offset).sum(dim=(-2, -1)) for offset in (delta, -delta))
+    return torch.where(outer > 0, inner / outer, 1.0)
 
 
 def _check_rows(**inputs: Tensor) -> None:

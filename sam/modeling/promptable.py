@@ -20,7 +20,7 @@ from ..inference import decode, encode, explain, predict
 from ..inference.fused_decoder import DecodedPrompts
 from ..inference.module_decoder import MadeMasks
 from ..masks import upscale
-from ..masks.results import MaskPrediction
+from ..masks.results import DecodedMasks, MaskPrediction
 from ..prompts.batch import PromptBatch
 from ..prompts.layout import PromptLayout
 from ..prompts.prompt import Prompt
@@ -45,6 +45,7 @@ class PromptableModel(WeightCache, Fp32Buffers):
     Attributes:
         prompt_layout: the order of a prompt's tokens that the model was trained with.
         stretches_images: images are resized to the square each side by a factor of its own, else both by the same.
+        low_res_limit: how far from 0 the low-resolution logits of a prediction lie, at most; None without a limit.
         mask_threshold: logits above it are in the mask.
         pixel_mean, pixel_std: [3, 1, 1] fp32, of pixels in 0..255.
     """
@@ -52,6 +53,7 @@ class PromptableModel(WeightCache, Fp32Buffers):
     mask_threshold: float = 0.0
     prompt_layout: ClassVar[PromptLayout] = PromptLayout.POINTS_FIRST
     stretches_images: ClassVar[bool] = False
+    low_res_limit: ClassVar[float | None] = None
     pixel_mean: Tensor
     pixel_std: Tensor
     # Of the class, as models that the official package pickled have none of their own.
@@ -261,13 +263,8 @@ class PromptableModel(WeightCache, Fp32Buffers):
             return self.predict([embeddings], [prompts], multimask_output, return_logits)[0]
         return predict.predict(self, embeddings, prompts, multimask_output, return_logits)
 
-    def decode(
-        self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Decode prompts to low-resolution logits [P, C, h, w] and predicted IoU [P, C], fp32 at least.
-
-        See :func:`sam.inference.decode.decode`.
-        """
+    def decode(self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool) -> DecodedMasks:
+        """Decode prompts. See :func:`sam.inference.decode.decode`."""
         return decode.decode(self, embeddings, batch, multimask_output)
 
     def decode_tokens(self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch) -> DecodedPrompts | MadeMasks:
@@ -276,7 +273,7 @@ class PromptableModel(WeightCache, Fp32Buffers):
 
     def decode_masks(
         self, decoded: DecodedPrompts | MadeMasks, multimask_output: bool, rows: Tensor | None = None
-    ) -> Tensor:
+    ) -> DecodedMasks:
         """Run the second half of :meth:`decode`, of the prompts ``rows`` [R] only where they are given."""
         return decode.decode_masks(self, decoded, multimask_output, rows)
 

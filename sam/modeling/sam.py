@@ -139,7 +139,7 @@ class Sam(PromptableModel):
                 check_mask_inputs(record["mask_inputs"].shape, self.low_res_size)
             kinds = points, record.get("boxes"), record.get("mask_inputs")
             batch = PromptBatch.from_tensors(*kinds, self.device, self.prompt_layout)
-            logits, iou = self.decode([ImageEmbedding(features[None], geometry)], batch, multimask_output)
+            logits, iou, _ = self.decode([ImageEmbedding(features[None], geometry)], batch, multimask_output)
             if self.has_stock_postprocessing:
                 masks = self.masks(logits, geometry, return_logits=False)
             else:

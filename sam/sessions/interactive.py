@@ -26,11 +26,13 @@ class Answer:
         packed: [width, ceil(height / 32)] int32; bit b of word k of column x is the pixel in row 32 k + b.
         predicted_iou: of the mask, as the model sees it.
         size: (height, width) of the image.
+        object_score: a logit, above 0 where SAM 2 sees the object; None of SAM, which does not say.
     """
 
     packed: np.ndarray
     predicted_iou: float
     size: tuple[int, int]
+    object_score: float | None = None
 
     def mask(self) -> np.ndarray:
         """Return the mask as a new array, [height, width] bool."""
@@ -62,9 +64,9 @@ class InteractiveSession:
         height, width = embedding.geometry.original_size
         self._packed_shape = (width, -(-height // 32))
         pin_memory = model.device.type == "cuda"
-        # On the host: the packed mask and its predicted IoU, and x, y and label of each prompt token.
+        # On the host: the packed mask, its predicted IoU and object score, and x, y and label of each prompt token.
         self._host_answer = torch.zeros(
-            self._packed_shape[0] * self._packed_shape[1] + 1, dtype=torch.int32, device="cpu", pin_memory=pin_memory
+            self._packed_shape[0] * self._packed_shape[1] + 2, dtype=torch.int32, device="cpu", pin_memory=pin_memory
         )
         self._host_tokens = torch.zeros(
             1, TOKEN_BUCKETS[-1], 3, dtype=torch.float32, device="cpu", pin_memory=pin_memory
@@ -109,17 +111,21 @@ class InteractiveSession:
         geometry = self._embedding.geometry
         multimask_output = not self._answered and box is None and len(points) == 1
         batch = self._batch(*prompt.tokens(geometry, self._model.prompt_layout))
-        with decoding(self._model, [self._embedding], batch, multimask_output) as (logits, iou):
+        with decoding(self._model, [self._embedding], batch, multimask_output) as (logits, iou, scores):
             best = iou[0].argmax()[None]
             torch.index_select(logits[0].to(self._logits.dtype), 0, best, out=self._logits[0])
             words = self._model.packed_masks(self._logits, geometry).flatten()
-            predicted_iou = iou[0].index_select(0, best).float().view(torch.int32)
-            self._host_answer.copy_(torch.cat([words, predicted_iou]), non_blocking=True)
+            numbers = [iou[0].index_select(0, best)] if scores is None else [iou[0].index_select(0, best), scores[:1]]
+            answer = torch.cat([words, *(number.float().view(torch.int32) for number in numbers)])
+            self._host_answer[: len(answer)].copy_(answer, non_blocking=True)
+            if self._model.low_res_limit is not None:
+                self._logits.clamp_(-self._model.low_res_limit, self._model.low_res_limit)
         if self._model.device.type == "cuda":
             torch.cuda.current_stream(self._model.device).synchronize()
         self._points, self._labels, self._box, self._answered = points, labels, box, True
-        packed = self._host_answer[:-1].view(self._packed_shape).numpy()
-        return Answer(packed, float(self._host_answer[-1:].view(torch.float32)), geometry.original_size)
+        packed, tail = self._host_answer[:-2].view(self._packed_shape).numpy(), self._host_answer[-2:]
+        predicted_iou, score = tail.view(torch.float32).tolist()
+        return Answer(packed, predicted_iou, geometry.original_size, None if scores is None else score)
 
     def _batch(self, coords: np.ndarray, labels: np.ndarray) -> PromptBatch:
         """Pad the prompt's tokens to a bucket's length and copy them to the device at once."""

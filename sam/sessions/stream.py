@@ -181,8 +181,9 @@ class _PendingCopy:
         return MaskPrediction(*(tensor.clone() for tensor in _tensors(self.prediction)))
 
 
-def _tensors(prediction: MaskPrediction) -> tuple[Tensor, Tensor, Tensor]:
-    return prediction.masks, prediction.iou_predictions, prediction.low_res_logits
+def _tensors(prediction: MaskPrediction) -> list[Tensor]:
+    """Return all tensors of a prediction, in the order of its fields."""
+    return [tensor for tensor in vars(prediction).values() if tensor is not None]
 
 
 class _Copier:
