@@ -16,9 +16,9 @@ from ..prompts.layout import PromptLayout
 from ..system.methods import WrittenMethods
 from .common import MLP
 from .feature_pyramid import ImageEncoder
-from .mask_decoder import MaskDecoder
 from .prompt_encoder import PromptEncoder
 from .promptable import PromptableModel
+from .sam2_mask_decoder import Sam2MaskDecoder
 from .sam2_tracking import NO_OBJ_SCORE, TrackingSteps
 from .transformer import TwoWayTransformer
 
@@ -39,6 +39,7 @@ class SAM2Base(TrackingSteps, PromptableModel):
     __constants__ = ("image_size", "backbone_stride", "directly_add_no_mem_embed", "use_high_res_features_in_sam")
     prompt_layout = PromptLayout.BOX_FIRST
     stretches_images = True
+    low_res_limit = 32.0
     image_encoder: Any
     image_size: int
     backbone_stride: int
@@ -135,7 +136,7 @@ class SAM2Base(TrackingSteps, PromptableModel):
             mask_in_chans=16,
         )
         self.sam_prompt_encoder.takes_corners = True
-        self.sam_mask_decoder = MaskDecoder(
+        self.sam_mask_decoder = Sam2MaskDecoder(
             num_multimask_outputs=3,
             transformer=TwoWayTransformer(depth=2, embedding_dim=width, mlp_dim=2048, num_heads=8, numbered_mlp=True),
             transformer_dim=width,
