@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
-import sam
 from sam import Sam, SamConfig
+from sam.config import HieraConfig, Sam2Config
+from sam.modeling.build import build_from_config
+from sam.modeling.sam2_base import SAM2Base
 
 # Small, and with every irregularity: windows that do not divide the grid, a global block, two sizes of head.
 TINY = SamConfig(
@@ -24,6 +26,10 @@ TINY = SamConfig(
     decoder_mlp_dim=96,
     iou_head_hidden_dim=48,
 )
+
+
+# SAM 2, small, with windows that do not divide the grid, a global block and blocks that pool.
+TINY_2 = Sam2Config("custom", HieraConfig(16, 1, (1, 2, 4, 2), (5,), d_model=64), image_size=128)
 
 
 class Int8Weight(torch.Tensor):
@@ -85,8 +91,12 @@ def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def random_model(config: SamConfig, seed: int = 0) -> Sam:
+@overload
+def random_model(config: SamConfig, seed: int = 0) -> Sam: ...
+@overload
+def random_model(config: Sam2Config, seed: int = 0) -> SAM2Base: ...
+def random_model(config: SamConfig | Sam2Config, seed: int = 0) -> Sam | SAM2Base:
     torch.manual_seed(seed)
-    model = sam.build_from_config(config)
+    model = build_from_config(config)
     randomise(model, seed)
     return model.requires_grad_(False)
