@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from asking import Rerun, run_into_poisoned_outputs
-from models import TINY, random_image, random_model
+from models import TINY, TINY_2, random_image, random_model
 
 from sam import Sam
 from sam.inference import Graphs, Runtime
@@ -108,4 +108,27 @@ def test_the_warm_up_covers_it_and_reset_forgets_it(models: tuple[Sam, Sam]) -> 
     assert Rerun.recorded == 1
     runtime.reset()
     replaying.encode(random_image(48, 60))
+    assert Rerun.recorded == 2
+
+
+def test_sam_2_s_image_is_replayed(models: tuple[Sam, Sam]) -> None:
+    eager = random_model(TINY_2)
+    replaying = copy.deepcopy(eager)
+    replaying.runtime = Runtime(replaying, recorder=Rerun)
+    images = [random_image(48, 60, seed=seed) for seed in range(2)]
+    results = [replaying.encode(image) for image in images]
+    assert Rerun.recorded == 1
+    for image, result in zip(images, results, strict=True):
+        expected = eager.encode(image)
+        maps = zip((result.features, *result.high_res), (expected.features, *expected.high_res), strict=True)
+        assert all(torch.equal(*both) and both[0].stride() == both[1].stride() for both in maps)
+    for model in (replaying, eager):
+        model.sam_mask_decoder.conv_s0.weight.mul_(1.5)
+    assert torch.equal(replaying.encode(images[0]).high_res[0], eager.encode(images[0]).high_res[0])
+    assert Rerun.recorded == 2
+    seen: list[int] = []
+    replaying.image_encoder.neck.register_forward_hook(lambda *_: seen.append(1))
+    for _ in range(2):
+        replaying.encode(images[0])
+    assert len(seen) == 2
     assert Rerun.recorded == 2

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from models import TINY, random_image, random_model
+from models import TINY, TINY_2, random_image, random_model
 
 from sam import Prompt
 from sam.inference import Runtime
@@ -20,7 +20,7 @@ def test_a_stock_model_runs_fused(monkeypatch: pytest.MonkeyPatch) -> None:
         "The model is float32 on cpu, kernels='auto'.",
         "The image encoder runs fused.",
         "The mask decoder runs fused.",
-        "The image's projections are absorbed into the tokens of prompts of up to 16 tokens.",
+        "The image's projections are absorbed into the tokens of prompts of up to 11 tokens.",
         "Nothing is compiled and no CUDA graph is replayed.",
     ]
     assert lines[5:] == [
@@ -30,6 +30,18 @@ def test_a_stock_model_runs_fused(monkeypatch: pytest.MonkeyPatch) -> None:
             *("hypernetwork_masks", "mask_postprocess", "nms", "connected_components"),
         )
     ]
+
+
+def test_a_stock_model_of_sam_2_runs_fused() -> None:
+    lines = random_model(TINY_2).explain().splitlines()
+    assert lines[1:4] == [
+        "The image encoder runs fused.",
+        "The mask decoder runs fused.",
+        "The image's projections are absorbed into the tokens of prompts of up to 10 tokens.",
+    ]
+    operations = {line.partition(":")[0] for line in lines[5:]}
+    assert {"window_attention", "hypernetwork_masks"} < operations
+    assert "rel_pos_attention" not in operations
 
 
 def test_what_a_program_changed_is_named() -> None:

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 
 import sam
 from sam import Prompt, Sam
-from sam.inference import TOKEN_BUCKETS, Bucket, Runtime
+from sam.inference import Bucket, Runtime
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +78,9 @@ def test_torchs_limit_of_graphs_is_raised_around_our_calls_alone(monkeypatch: py
 def test_nothing_is_compiled_after_the_warm_up(compiled: Sam) -> None:
     assert compiled.runtime is not None
     warmed = compiled.runtime.warmup(multimask=(True,), mask_input=(False,))
-    assert len([step for step in warmed if step.what.startswith("Bucket")]) == 3 * len(TOKEN_BUCKETS)
+    assert len([step for step in warmed if step.what.startswith("Bucket")]) == 3 * len(compiled.token_buckets)
     assert set(compiled.runtime.buckets) == {
-        Bucket(1, prompts, tokens, True, False, torch.float32) for prompts in (1, 2, 4) for tokens in TOKEN_BUCKETS
+        Bucket(1, prompts, tokens, True, False, torch.float32) for prompts in (1, 2, 4) for tokens in (2, 3, 6, 11)
     }
     assert all(step.seconds > 0 for step in warmed)
     assert compiled.runtime.warmup(multimask=(True,), mask_input=(False,))[1:] == []  # but for the encoder's run

@@ -8,8 +8,8 @@ reads.
 """
 
 from . import direct_calls  # noqa: F401 - gives the modules their fused forms
-from .buckets import TOKEN_BUCKETS, Bucket
+from .buckets import Bucket
 from .graphs import Graphs, StackedInput
 from .runtime import Runtime, WarmupStep
 
-__all__ = ["TOKEN_BUCKETS", "Bucket", "Graphs", "Runtime", "StackedInput", "WarmupStep"]
+__all__ = ["Bucket", "Graphs", "Runtime", "StackedInput", "WarmupStep"]

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-TOKEN_BUCKETS = (2, 3, 6, 11)  # a click or a box; both; 5 points; 10 points, up to which image projections are absorbed
+from fastsam_kernels import MAX_TOKENS
+
+
+def token_buckets(own_tokens: int) -> tuple[int, ...]:
+    """Return the lengths that prompts are padded to, for a decoder with ``own_tokens`` of its own.
+
+    They are a click or a box; both; 5 points; and the longest into which the projections of an image are absorbed.
+    """
+    return (*sorted({2, 3, 6, max(6, MAX_TOKENS - own_tokens)}),)
 
 
 @dataclass(frozen=True)
@@ -31,10 +39,11 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest of each; all powers of two up to them are buckets."""
+    """The largest of each; all powers of two up to them are buckets, and these lengths of prompts."""
 
     images: int
     prompts: int
+    tokens: tuple[int, ...]
 
     @property
     def image_counts(self) -> tuple[int, ...]:
@@ -48,8 +57,8 @@ class Limits:
         self, images: int, prompts: int, tokens: int, multimask: bool, with_masks: bool, dtype: torch.dtype
     ) -> Bucket | str:
         """Return the bucket of a request, or what about it fits none."""
-        if tokens > TOKEN_BUCKETS[-1]:
-            return f"prompts of more than {TOKEN_BUCKETS[-1]} tokens"
+        if tokens > self.tokens[-1]:
+            return f"prompts of more than {self.tokens[-1]} tokens"
         if prompts > self.prompts:
             return f"more than {self.prompts} prompts at once"
         if images > self.images:
@@ -57,7 +66,7 @@ class Limits:
         return Bucket(
             images=_next_power_of_two(images),
             prompts=_next_power_of_two(prompts),
-            tokens=next(size for size in TOKEN_BUCKETS if size >= tokens),
+            tokens=next(size for size in self.tokens if size >= tokens),
             multimask=multimask,
             with_masks=with_masks,
             dtype=dtype,

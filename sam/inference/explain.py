@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fastsam_kernels import MAX_TOKENS, resolve_kernels
+from fastsam_kernels import resolve_kernels
 
+from ..modeling.common import uncompiled
+from ..modeling.feature_pyramid import ImageEncoder
 from .decode import fused_parts, why_not_fused_decoder
 from .eligibility import why_not_fused
 from .parts import Model
@@ -14,6 +16,7 @@ from .parts import Model
 OPERATIONS = {
     "preprocess_image": False,
     "rel_pos_attention": True,
+    "window_attention": True,
     "token_to_image_attention": True,
     "two_way_attention": True,
     "hypernetwork_masks": True,
@@ -26,6 +29,8 @@ OPERATIONS = {
 def explain(model: Model) -> str:
     """Return one line per part and operation of ``model``: what runs, and what keeps it from running fused."""
     dtype = str(model.dtype).removeprefix("torch.")
+    is_hiera = isinstance(uncompiled(model.image_encoder), ImageEncoder)
+    other = "rel_pos_attention" if is_hiera else "window_attention"  # of the other kind of image encoder
     return "\n".join(
         [
             f"The model is {dtype} on {model.device}, kernels={model.kernels!r}.",
@@ -33,7 +38,7 @@ def explain(model: Model) -> str:
             _part("The mask decoder", why_not_fused_decoder(model), model.kernels),
             *_decoder(model),
             _runtime(model),
-            *(f"{operation}: {_implementation(model, products)}." for operation, products in OPERATIONS.items()),
+            *(f"{name}: {_implementation(model, products)}." for name, products in OPERATIONS.items() if name != other),
         ]
     )
 
@@ -51,7 +56,8 @@ def _decoder(model: Model) -> list[str]:
     parts = fused_parts(model)
     if parts is None or model.kernels == "reference":
         return []
-    lines = [f"The image's projections are absorbed into the tokens of prompts of up to {MAX_TOKENS} tokens."]
+    longest = model.token_buckets[-1]
+    lines = [f"The image's projections are absorbed into the tokens of prompts of up to {longest} tokens."]
     if not parts.packed.can_absorb:
         lines = [
             "The image is projected for every prompt: a projection or norm of the transformer is of another class."

@@ -30,14 +30,6 @@ class StackedInput:
     tensors: Sequence[Tensor]
     shape: tuple[int, ...]
 
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """Return the order of the tensors in memory, which the buffer has too."""
-        first = self.tensors[0]
-        if first.ndim == 4 and not first.is_contiguous() and first.is_contiguous(memory_format=torch.channels_last):
-            return torch.channels_last
-        return torch.contiguous_format
-
     @classmethod
     def of(cls, tensor: Tensor) -> StackedInput:
         return cls((tensor,), tuple(tensor.shape))
@@ -118,8 +110,12 @@ class _Buffer:
         return held() is tensor and version == _version(tensor) >= 0
 
 
-def _kind(stacked: StackedInput) -> tuple[tuple[int, ...], torch.dtype, torch.memory_format]:
-    return stacked.shape, stacked.tensors[0].dtype, stacked.memory_format
+def _kind(shape: Sequence[int], tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.memory_format]:
+    """Return what a buffer of ``shape`` for tensors like this one is known by; it has their order in memory."""
+    memory_format = torch.contiguous_format
+    if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        memory_format = torch.channels_last
+    return tuple(shape), tensor.dtype, memory_format
 
 
 def _version(tensor: Tensor) -> int:
@@ -163,7 +159,7 @@ class Graphs:
                 stream.wait_event(self._done)
             try:
                 arguments = [self._filled(index, stacked) for index, stacked in enumerate(inputs)]
-                kinds = (_kind(stacked) if stacked else None for stacked in inputs)
+                kinds = (_kind(stacked.shape, stacked.tensors[0]) if stacked else None for stacked in inputs)
                 key = (key, *kinds)
                 seconds = None
                 if key not in self._recordings:
@@ -190,7 +186,7 @@ class Graphs:
     def _filled(self, index: int, stacked: StackedInput | None) -> Tensor | None:
         if stacked is None:
             return None
-        buffer = self._buffer(("input", index), *_kind(stacked))
+        buffer = self._buffer(("input", index), *_kind(stacked.shape, stacked.tensors[0]))
         buffer.fill(stacked.tensors)
         return buffer.tensor
 
@@ -199,7 +195,7 @@ class Graphs:
         place: Hashable,
         shape: tuple[int, ...],
         dtype: torch.dtype,
-        memory_format: torch.memory_format = torch.contiguous_format,
+        memory_format: torch.memory_format,
     ) -> _Buffer:
         key = (place, shape, dtype, memory_format)
         if key not in self._buffers:
@@ -213,7 +209,7 @@ class Graphs:
         self, function: Callable[..., Outputs], arguments: Sequence[Tensor | None]
     ) -> tuple[Recording, Outputs]:
         # Results go to buffers outside of the pool, so that the next graph may take all of the pool.
-        kinds = [(tuple(result.shape), result.dtype) for result in function(*arguments)]
+        kinds = [_kind(result.shape, result) for result in function(*arguments)]
         outputs = tuple(self._buffer(("output", i), *kind).tensor for i, kind in enumerate(kinds))
 
         def into_outputs() -> None:

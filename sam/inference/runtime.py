@@ -13,18 +13,19 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..embedding import ImageEmbedding, ImageProjections, channels_last
 from ..masks.results import DecodedMasks
-from ..modeling.common import is_ours
+from ..modeling.common import is_ours, uncompiled
 from ..modeling.image_encoder import ImageEncoderViT
+from ..modeling.weight_cache import WeightCache
 from ..prompts.batch import PromptBatch
 from ..prompts.labels import LABEL_ABSENT
 from . import fused_decoder
-from .buckets import TOKEN_BUCKETS, Bucket, Limits, as_table
+from .buckets import Bucket, Limits, as_table
 from .decode import image_projections
-from .eligibility import look
+from .eligibility import PARTS, look
 from .fused_encoder import encode, run_block
 from .graphs import Graphs, Recorder, StackedInput
 from .packed_weights import pack_decoder
@@ -35,7 +36,10 @@ logger = logging.getLogger("sam")
 _MAX_PADDED_IMAGES = 8
 _MAX_COMPILED_GRAPHS = 256
 # Of a graph. The image side of a prompt is 2 MB in bf16 and image_count are alive: a pool for more would be gigabytes.
-_REPLAYED = Limits(images=16, prompts=32)
+_REPLAYED = {"images": 16, "prompts": 32}
+
+
+_KINDS = {kind for kinds in PARTS.values() for kind in kinds}
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,8 @@ class Runtime:
     @property
     def limits(self) -> Limits:
         """Return what fits a bucket: up to the model's chunk on one image, or what graphs have memory for."""
-        return _REPLAYED if self.replays else Limits(images=1, prompts=self._model.prompts_per_chunk)
+        sizes = _REPLAYED if self.replays else {"images": 1, "prompts": self._model.prompts_per_chunk}
+        return Limits(**sizes, tokens=self._model.token_buckets)
 
     def reset(self) -> None:
         """Forget every graph."""
@@ -121,7 +126,7 @@ class Runtime:
     def warmup(
         self,
         prompts: tuple[int, ...] | None = None,
-        tokens: tuple[int, ...] = TOKEN_BUCKETS,
+        tokens: tuple[int, ...] | None = None,
         multimask: tuple[bool, ...] = (True, False),
         mask_input: tuple[bool, ...] = (False, True),
         images: tuple[int, ...] = (1,),
@@ -144,13 +149,14 @@ class Runtime:
         for count in image_batches:
             start = time.perf_counter()
             with torch.no_grad():
-                self.image_features(torch.zeros(count, 3, size, size, device=model.device, dtype=model.dtype))
+                model.image_features(torch.zeros(count, 3, size, size, device=model.device, dtype=model.dtype))
                 self._wait()
             done.append(WarmupStep(f"encoder, {count} images", time.perf_counter() - start))
         for image_count in images:
             embeddings = [self._blank_embedding() for _ in range(image_count)]
             counts = self.limits.prompt_counts if prompts is None else prompts
-            for count, length, with_masks, multimask_output in product(counts, tokens, mask_input, multimask):
+            lengths = self.limits.tokens if tokens is None else tokens
+            for count, length, with_masks, multimask_output in product(counts, lengths, mask_input, multimask):
                 known = set(self._first_use)
                 with torch.no_grad():
                     batch = self._blank_batch(image_count, count, length, with_masks)
@@ -178,28 +184,45 @@ class Runtime:
         )
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Run the encoder on [B, 3, size, size].
+        """Run the encoder of SAM on [B, 3, size, size].
 
-        Compiled, batches are padded to powers of two, so that few shapes are compiled. As CUDA graphs, one image is
-        replayed: its kernels are shorter than the host takes to launch them. Larger batches run eagerly.
+        Compiled, batches are padded to powers of two, so that few shapes are compiled. Else one image is replayed, and
+        larger batches run eagerly.
         """
-        model, count = self._model, len(pixels)
-        kernels = model.resolved_kernels
-        generation = self._replayable_encoder(pixels)
-        if generation is not None:
-            with self._encoder_graphs.now(model.device, generation).run(
-                ("encoder", kernels),
-                lambda rows: (encode(model.image_encoder, rows, kernels),),
-                [StackedInput.of(pixels)],
-            ) as (outputs, _):
-                return outputs[0].clone()
+        encoder, count, kernels = self._model.image_encoder, len(pixels), self._model.resolved_kernels
+        if not self.compiles_encoder:
+            replayed = self.replay_image(lambda image: (encode(encoder, image, kernels),), pixels, encoder)
+            if replayed is not None:
+                return replayed[0]
         padded = count
         if self.compiles_encoder and count:
             padded = min(1 << (count - 1).bit_length(), max(count, _MAX_PADDED_IMAGES))
         if padded > count:
             pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, padded - count))
         with many_graphs() if self.compiles_encoder else nullcontext():
-            return encode(model.image_encoder, pixels, kernels, self._run_block)[:count]
+            return encode(encoder, pixels, kernels, self._run_block)[:count]
+
+    def replay_image(
+        self, encode: Callable[[Tensor], tuple[Tensor, ...]], pixels: Tensor, *parts: nn.Module
+    ) -> tuple[Tensor, ...] | None:
+        """Replay the pass of an encoder over one image, whose kernels are shorter than the host takes to launch them.
+
+        Args:
+            encode: of pixels, by the weights of ``parts`` and nothing else that may change.
+            pixels: [1, 3, size, size]; other batches are not replayed.
+            parts: parts of the model, each of a class of ours.
+
+        Returns:
+            what ``encode`` returns, in memory of its own; None where the pass cannot be replayed.
+        """
+        model = self._model
+        generation = self._replayable(pixels, parts)
+        if generation is None:
+            return None
+        with self._encoder_graphs.now(model.device, generation).run(
+            ("encoder", model.resolved_kernels), encode, [StackedInput.of(pixels)]
+        ) as (outputs, _):
+            return tuple(output.clone() for output in outputs)
 
     @contextmanager
     def run(
@@ -259,19 +282,20 @@ class Runtime:
         precisions = (backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
         return self._model.device, self._model.resolved_kernels, precisions
 
-    def _replayable_encoder(self, pixels: Tensor) -> Hashable | None:
-        """Return what its graphs belong to if the encoder's pass over ``pixels`` can be replayed, else None."""
-        model, encoder = self._model, self._model.image_encoder
-        if self.compiles_encoder or not self.replays or not is_ours(encoder, ImageEncoderViT):
-            return None
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(model.device.type):
+    def _replayable(self, pixels: Tensor, parts: Sequence[nn.Module]) -> Hashable | None:
+        """Return what its graphs belong to if a pass of ``parts`` over ``pixels`` can be replayed, else None."""
+        model = self._model
+        if not self.replays or torch.is_grad_enabled() or torch.is_autocast_enabled(model.device.type):
             return None
         if pixels.shape != (1, 3, model.image_size, model.image_size) or pixels.device != model.device:
             return None
-        snapshot = look(encoder)
-        if snapshot.intrusion is not None:  # a hook would see nothing of a replay
+        plain = [uncompiled(part) for part in parts]
+        if not all(isinstance(part, WeightCache) and type(part) in _KINDS for part in plain):
             return None
-        return self._settings(), snapshot.generation
+        snapshots = [look(part) for part in plain]
+        if any(snapshot.intrusion is not None for snapshot in snapshots):  # a hook would see nothing of a replay
+            return None
+        return self._settings(), *(snapshot.generation for snapshot in snapshots)
 
     def _image_inputs(
         self, parts: FusedParts, embeddings: Sequence[ImageEmbedding], bucket: Bucket

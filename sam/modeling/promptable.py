@@ -16,7 +16,7 @@ from ..checks import require
 from ..embedding import ImageEmbedding, ImageFeatures
 from ..images.geometry import ImageGeometry
 from ..images.prepare import PreparedImage
-from ..inference import decode, encode, explain, predict
+from ..inference import buckets, decode, encode, explain, predict
 from ..inference.fused_decoder import DecodedPrompts
 from ..inference.module_decoder import MadeMasks
 from ..masks import upscale
@@ -26,7 +26,7 @@ from ..prompts.layout import PromptLayout
 from ..prompts.prompt import Prompt
 from ..system.device_profile import device_profile
 from ..system.malloc import keep_freed_memory
-from .common import Fp32Buffers
+from .common import Fp32Buffers, uncompiled
 from .identity import hash_of_model
 from .weight_cache import WeightCache, weights_of
 
@@ -315,6 +315,12 @@ class PromptableModel(WeightCache, Fp32Buffers):
         """(height, width) of low-resolution logits and of mask inputs."""
         side = 4 * self.image_size // 16  # where the prompt encoder is a user's own
         return getattr(self.prompt_encoder, "mask_input_size", (side, side))
+
+    @property
+    def token_buckets(self) -> tuple[int, ...]:
+        """Lengths that prompts are padded to, so that few shapes run compiled or as graphs."""
+        own = getattr(uncompiled(self.mask_decoder), "output_tokens", None)  # a user's own has none
+        return buckets.token_buckets(5 if own is None else own.total)
 
     @property
     def prompts_per_chunk(self) -> int:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..checks import require, require_model
 from ..embedding import ImageEmbedding
-from ..inference import TOKEN_BUCKETS
 from ..inference.decode import decoding
 from ..modeling import Sam
 from ..prompts.batch import PromptBatch
@@ -58,7 +57,7 @@ class InteractiveSession:
         require_model(model)
         require("embedding", embedding, ImageEmbedding, "an ImageEmbedding, as model.encode makes it")
         model.check_embedding(embedding)
-        self._model, self._embedding = model, embedding
+        self._model, self._embedding, self._lengths = model, embedding, model.token_buckets
         logits_dtype = torch.promote_types(model.dtype, torch.float32)
         self._logits = torch.zeros((1, 1, *model.low_res_size), device=model.device, dtype=logits_dtype)
         height, width = embedding.geometry.original_size
@@ -69,7 +68,7 @@ class InteractiveSession:
             self._packed_shape[0] * self._packed_shape[1] + 2, dtype=torch.int32, device="cpu", pin_memory=pin_memory
         )
         self._host_tokens = torch.zeros(
-            1, TOKEN_BUCKETS[-1], 3, dtype=torch.float32, device="cpu", pin_memory=pin_memory
+            1, self._lengths[-1], 3, dtype=torch.float32, device="cpu", pin_memory=pin_memory
         )
         self.reset()
 
@@ -130,8 +129,8 @@ class InteractiveSession:
     def _batch(self, coords: np.ndarray, labels: np.ndarray) -> PromptBatch:
         """Pad the prompt's tokens to a bucket's length and copy them to the device at once."""
         count = len(labels)
-        length = next((size for size in TOKEN_BUCKETS if size >= count), count)
-        fits = length <= TOKEN_BUCKETS[-1]
+        length = next((size for size in self._lengths if size >= count), count)
+        fits = length <= self._lengths[-1]
         host_tokens = self._host_tokens[:, :length] if fits else self._host_tokens.new_zeros(1, length, 3)
         rows = host_tokens[0].numpy()
         rows[:count, :2], rows[:count, 2], rows[count:] = coords, labels, (0, 0, LABEL_ABSENT)
