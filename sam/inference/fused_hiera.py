@@ -26,6 +26,7 @@ from ..modeling.hiera import Hiera, MultiScaleAttention, MultiScaleBlock
 from ..modeling.position_encoding import PositionEmbeddingSine
 from ..modeling.weight_cache import packing
 from ..system.device_profile import device_profile
+from .dense import linear, linear_gelu
 from .eligibility import has_no_hooks, is_stock, look, why_not_now
 
 # What the official blocks call by these names of their module.
@@ -257,7 +258,7 @@ def _run_block(block: Any, level: Level, kernels: str, keeps_input: bool) -> Lev
         else:
             part = x[start:stop]
             part += attended.view(part.shape)
-        part += block.mlp(block.norm2(part))
+        part += _mlp(block, part)
     assert out is not None
     return Level(out, after)
 
@@ -265,7 +266,7 @@ def _run_block(block: Any, level: Level, kernels: str, keeps_input: bool) -> Lev
 def _attend(block: Any, x: Tensor, kernels: str) -> tuple[Tensor, Tensor]:
     """Return the attention of [B, H, W, C] with its projection, and the normalised tokens."""
     attention, y = block.attn, block.norm1(x)
-    qkv = attention.qkv(y)
+    qkv = linear(attention.qkv, y)
     attended = window_attention(
         qkv,
         num_heads=attention.num_heads,
@@ -274,13 +275,13 @@ def _attend(block: Any, x: Tensor, kernels: str) -> tuple[Tensor, Tensor]:
         pool_queries=block.pool is not None,
         kernels=kernels,
     )
-    return attention.proj(attended), y
+    return linear(attention.proj, attended), y
 
 
 def _shortcut(block: Any, x: Tensor, y: Tensor) -> Tensor:
     if block.dim == block.dim_out:
         return x
-    shortcut = block.proj(y)
+    shortcut = linear(block.proj, y)
     if block.pool is None:
         return shortcut
     shortcut = torch.maximum(shortcut[:, 0::2], shortcut[:, 1::2])
@@ -291,8 +292,14 @@ def _add_mlp(block: Any, x: Tensor) -> Tensor:
     """Add the MLP of tokens [..., C] to them."""
     tokens = x.view(-1, x.shape[-1])
     for part in tokens.split(device_profile(x.device).mlp_tokens_per_chunk or len(tokens)):
-        part += block.mlp(block.norm2(part))
+        part += _mlp(block, part)
     return x
+
+
+def _mlp(block: Any, x: Tensor) -> Tensor:
+    """Return what the MLP adds to tokens [T, C]."""
+    first, second = block.mlp.layers
+    return linear(second, linear_gelu(first, block.norm2(x), block.mlp.act.approximate))
 
 
 # The neck ----------------------------------------------------------------------------------------------------

@@ -50,10 +50,9 @@ class RoPEAttention(Attention):
     def _rotations(self, tokens: int, device: torch.device) -> Tensor:
         """Return the rotations of a square grid of ``tokens`` on ``device``, kept for the next call."""
         rotations = self.freqs_cis
-        is_stale = rotations.is_meta or len(rotations) != tokens
-        if is_stale or rotations.device != device:
+        if len(rotations) != tokens or rotations.device != device:
             with torch.inference_mode(False), torch.no_grad():  # a kept table serves later training too
-                if is_stale:
+                if len(rotations) != tokens:
                     side = math.isqrt(tokens)
                     rotations = self.compute_cis(end_x=side, end_y=side)
                 self.freqs_cis = rotations = rotations.to(device)

@@ -92,10 +92,11 @@ def compute_axial_cis(dim: int, end_x: int, end_y: int, theta: float = 10000.0) 
         theta: the frequencies are its powers.
 
     Returns:
-        [end_y * end_x, dim / 2] complex64, row by row.
+        [end_y * end_x, dim / 2] complex64 on the CPU, row by row.
     """
-    frequencies = theta ** (-torch.arange(0, dim, 4)[: dim // 4].float() / dim)
-    token = torch.arange(int(end_x) * int(end_y))
+    # On the CPU also where a model is built without memory: operations on its shapes alone would import half of torch.
+    frequencies = theta ** (-torch.arange(0, dim, 4, device="cpu")[: dim // 4].float() / dim)
+    token = torch.arange(int(end_x) * int(end_y), device="cpu")
     columns, rows = (token % int(end_x)).float(), (token // int(end_x)).float()
     phase = torch.cat([torch.outer(columns, frequencies), torch.outer(rows, frequencies)], dim=-1)
     return torch.polar(torch.ones_like(phase), phase)
