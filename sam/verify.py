@@ -19,13 +19,15 @@ from torch import Tensor
 from fastsam_kernels.numerics import Budget, relative_error
 
 from .embedding import ImageEmbedding
+from .inference import fused_hiera
 from .inference.decode import fused_parts
 from .inference.fused_decoder import DecodedPrompts, decode_masks, project_images
 from .inference.fused_encoder import Attend, attend, plan_blocks, run_block
-from .modeling import Sam
-from .modeling.common import is_ours
+from .modeling.common import is_ours, uncompiled
+from .modeling.feature_pyramid import ImageEncoder
 from .modeling.image_encoder import Block, ImageEncoderViT
 from .modeling.mask_decoder import MaskDecoder
+from .modeling.promptable import PromptableModel
 from .prompts.batch import ragged_chunks
 from .prompts.prompt import Prompt
 
@@ -62,15 +64,15 @@ class Check:
 class _Models:
     """Hold the model as it is, and two copies with nothing cached or fused: in its dtype, and in fp64."""
 
-    ours: Sam
-    plain: Sam
-    truth: Sam
+    ours: PromptableModel
+    plain: PromptableModel
+    truth: PromptableModel
 
     def compare(
         self,
         operation: str,
         case: str,
-        run: Callable[[Sam], Tensor],
+        run: Callable[[PromptableModel], Tensor],
         masks: bool = False,
         dtype: torch.dtype | None = None,
     ) -> Check:
@@ -82,7 +84,7 @@ class _Models:
 
 
 @torch.no_grad()
-def verify(model: Sam, image: np.ndarray | None = None) -> Iterator[Check]:
+def verify(model: PromptableModel, image: np.ndarray | None = None) -> Iterator[Check]:
     """Compare every operation of a model, and the whole of it, with plain PyTorch in fp64, and yield the results.
 
     The model is taken as it is, with its packed and cached weights, so errors in them show. Meanwhile three copies of
@@ -100,12 +102,16 @@ def verify(model: Sam, image: np.ndarray | None = None) -> Iterator[Check]:
     image = drawn_image(model.image_size) if image is None else image
     embedding = models.truth.encode(image)
     yield from _encoder_checks(models, image)
+    yield from _hiera_checks(models, image)
     yield from _decoder_checks(models, embedding)
     result = {id(m): m.encode(image) for m in (models.ours, models.plain, models.truth)}
     yield models.compare("image encoder", "whole", lambda m: result[id(m)].features)
+    for level in range(len(embedding.high_res)):
+        case = f"finer features, 1/{4 * 2**level} of the image"
+        yield models.compare("image encoder", case, lambda m, level=level: result[id(m)].high_res[level])  # type: ignore[misc]
     for case, prompts in _prompts(embedding).items():
 
-        def logits(m: Sam, prompts: Sequence[Prompt] = prompts) -> Tensor:
+        def logits(m: PromptableModel, prompts: Sequence[Prompt] = prompts) -> Tensor:
             return m.predict(result[id(m)], prompts).low_res_logits
 
         yield models.compare("image to masks", case, logits, masks=True)
@@ -116,7 +122,7 @@ def _encoder_checks(models: _Models, image: np.ndarray) -> Iterator[Check]:
     encoders = [m.image_encoder for m in (models.ours, models.plain, models.truth)]
     if not all(is_ours(encoder, ImageEncoderViT) for encoder in encoders):
         return  # a stand-in has no blocks of ours; it is part of the whole
-    x = _block_inputs(models.truth, image)
+    x = _block_inputs(models.truth, models.truth.image_encoder.blocks, image)
     for index in range(len(encoders[0].blocks)):
         blocks = {id(m): m.image_encoder.blocks[index] for m in (models.ours, models.plain, models.truth)}
         if not all(is_ours(block, Block) for block in blocks.values()):
@@ -124,12 +130,12 @@ def _encoder_checks(models: _Models, image: np.ndarray) -> Iterator[Check]:
         window = blocks[id(models.truth)].window_size
         case = f"block {index}, {f'windows of {window}' if window else 'global'}"
 
-        def attention(m: Sam, x: Tensor = x, blocks: dict[int, Any] = blocks) -> Tensor:
+        def attention(m: PromptableModel, x: Tensor = x, blocks: dict[int, Any] = blocks) -> Tensor:
             block = blocks[id(m)]
             how = Attend.MODULE if m.kernels == "reference" else Attend.GRID
             return attend(block, block.norm1(x.to(m.dtype)), m.kernels, how)
 
-        def added(m: Sam, x: Tensor = x, blocks: dict[int, Any] = blocks, index: int = index) -> Tensor:
+        def added(m: PromptableModel, x: Tensor = x, blocks: dict[int, Any] = blocks, index: int = index) -> Tensor:
             narrow = x.to(m.dtype)
             plan = None if m.kernels == "reference" else plan_blocks(m.image_encoder)[index]
             return run_block(blocks[id(m)], narrow, m.kernels, plan).double() - narrow.double()
@@ -139,10 +145,41 @@ def _encoder_checks(models: _Models, image: np.ndarray) -> Iterator[Check]:
         x = run_block(blocks[id(models.truth)], x, "reference", None)
 
 
-def _block_inputs(model: Sam, image: np.ndarray) -> Tensor:
-    """Return the input of the encoder's first block, [1, H, W, C]."""
+def _hiera_checks(models: _Models, image: np.ndarray) -> Iterator[Check]:
+    """Compare what each block of SAM 2's encoder adds to its input, or makes of it where it pools."""
+    encoders = {id(m): uncompiled(m.image_encoder) for m in (models.ours, models.plain, models.truth)}
+    if not all(is_ours(encoder, ImageEncoder) for encoder in encoders.values()):
+        return
+    fused = fused_hiera.plan(encoders[id(models.ours)])
+    truth = encoders[id(models.truth)].trunk.blocks
+    x = _block_inputs(models.truth, truth, image)
+    for index, is_fused in enumerate(fused.blocks):
+        window, pools = truth[index].window_size, truth[index].pool is not None
+        case = f"block {index}, {f'windows of {window}' if window else 'global'}{', pooled' if pools else ''}"
+
+        def attention(m: Any, x: Tensor = x, index: int = index) -> Tensor:
+            block = encoders[id(m)].trunk.blocks[index]
+            return fused_hiera.attend(block, x.to(m.dtype), m.kernels)[0]
+
+        def added(m: Any, x: Tensor = x, index: int = index) -> Tensor:
+            block, narrow = encoders[id(m)].trunk.blocks[index], x.to(m.dtype)
+            if m.kernels == "reference":
+                result = block(narrow)
+            else:
+                level = fused_hiera.Level.of(narrow, block.window_size or narrow.shape[1])
+                result = fused_hiera.run_block(block, level, m.kernels, keeps_input=True).grid()
+            return result.double() - narrow.double() if result.shape == narrow.shape else result
+
+        if is_fused:
+            yield models.compare("window_attention", case, attention)
+            yield models.compare("encoder block", case, added)
+        x = truth[index](x)
+
+
+def _block_inputs(model: PromptableModel, blocks: Any, image: np.ndarray) -> Tensor:
+    """Return the input of the first of an encoder's ``blocks``, [1, H, W, C]."""
     captured: list[Tensor] = []
-    hook = model.image_encoder.blocks[0].register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0]))
+    hook = blocks[0].register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0]))
     try:
         model.encode(image)
     finally:
@@ -158,16 +195,17 @@ def _decoder_checks(models: _Models, embedding: ImageEmbedding) -> Iterator[Chec
     )
     yield models.compare("image side of block 0", "kept for an image", lambda m: _image_side(m, embedding))
     scores: dict[int, list[Tensor]] = {}
+    seen: dict[int, list[Any]] = {}
     for case, prompts in _prompts(embedding).items():
         decoded = {id(m): _decode_tokens(m, embedding, prompts) for m in (models.ours, models.plain, models.truth)}
 
-        def keys(m: Sam, decoded: dict[int, DecodedPrompts] = decoded) -> Tensor:
+        def keys(m: PromptableModel, decoded: dict[int, DecodedPrompts] = decoded) -> Tensor:
             return decoded[id(m)].keys
 
-        def tokens(m: Sam, decoded: dict[int, DecodedPrompts] = decoded) -> Tensor:
+        def tokens(m: PromptableModel, decoded: dict[int, DecodedPrompts] = decoded) -> Tensor:
             return decoded[id(m)].mask_tokens
 
-        def masks(m: Sam, decoded: dict[int, DecodedPrompts] = decoded) -> Tensor:
+        def masks(m: PromptableModel, decoded: dict[int, DecodedPrompts] = decoded) -> Tensor:
             given = decoded[id(models.truth)]
             narrow = replace(decoded[id(m)], keys=given.keys.to(m.dtype), mask_tokens=given.mask_tokens.to(m.dtype))
             return decode_masks(narrow, MaskDecoder.mask_slice(True), kernels=m.kernels)
@@ -176,12 +214,15 @@ def _decoder_checks(models: _Models, embedding: ImageEmbedding) -> Iterator[Chec
         yield models.compare("two-way attention, mask tokens", case, tokens)
         for m, of_case in decoded.items():
             scores.setdefault(m, []).append(of_case.iou)
+            seen.setdefault(m, []).append(of_case.object_scores)
         yield models.compare("hypernetwork_masks", case, masks, masks=True)
     # Of all cases together: a few numbers are too few to tell noise from error.
     yield models.compare("predicted IoU", "all prompts", lambda m: torch.cat(scores[id(m)]))
+    if models.ours.mask_decoder.pred_obj_scores:
+        yield models.compare("object score", "all prompts", lambda m: torch.cat(seen[id(m)]))
 
 
-def _image_side(model: Sam, embedding: ImageEmbedding) -> Tensor:
+def _image_side(model: PromptableModel, embedding: ImageEmbedding) -> Tensor:
     narrow = embedding.features.to(model.dtype)
     no_mask = model.prompt_encoder.no_mask_embed.weight
     parts = fused_parts(model)
@@ -190,7 +231,7 @@ def _image_side(model: Sam, embedding: ImageEmbedding) -> Tensor:
     return torch.cat(projections.tensors, dim=-1)
 
 
-def _decode_tokens(model: Sam, embedding: ImageEmbedding, prompts: Sequence[Prompt]) -> DecodedPrompts:
+def _decode_tokens(model: PromptableModel, embedding: ImageEmbedding, prompts: Sequence[Prompt]) -> DecodedPrompts:
     high_res = tuple(features.to(model.dtype) for features in embedding.high_res)
     narrow = ImageEmbedding(embedding.features.to(model.dtype), embedding.geometry, high_res=high_res)
     [chunk] = ragged_chunks([prompts], [narrow.geometry], model.device, len(prompts), model.prompt_layout)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import TINY, random_model
+from models import TINY, TINY_2, random_model
 
 import sam
 from sam import Sam
@@ -33,6 +33,28 @@ def test_a_right_model_passes(kernels: str, dtype: torch.dtype) -> None:
     names = {check.operation for check in checks}
     assert {"rel_pos_attention", "two-way attention, image tokens", "hypernetwork_masks", "image to masks"} <= names
     assert all(check.mask_iou is not None for check in checks if check.operation == "image to masks")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_right_model_of_sam2_passes(dtype: torch.dtype) -> None:
+    checks = list(verify(random_model(TINY_2).to(dtype=dtype)))
+    assert not [check for check in checks if not check.passed]
+    names = [(check.operation, check.case) for check in checks]
+    assert {
+        ("window_attention", "block 1, windows of 8, pooled"),
+        ("encoder block", "block 5, global"),
+        ("image encoder", "finer features, 1/8 of the image"),
+        ("object score", "all prompts"),
+    } <= set(names)
+
+
+@pytest.mark.parametrize("kept", ["finer 0", "positions"])
+def test_a_corrupted_value_of_the_encoder_of_sam2_is_found(kept: str) -> None:
+    model = random_model(TINY_2)
+    model.encode(drawn_image(64))
+    value = model.image_encoder._packed[kept].value
+    (value[0] if kept == "finer 0" else next(iter(value.values())))[:3] += 3
+    assert "image encoder" in {check.operation for check in verify(model) if not check.passed}
 
 
 def packed(model: Sam) -> PackedDecoder:

@@ -163,6 +163,14 @@ class Level(NamedTuple):
     tokens: Tensor
     order: Order | None
 
+    @classmethod
+    def of(cls, grid: Tensor, window: int) -> Level:
+        """Return tokens [B, H, W, C] in the order that a CPU wants of one image, or as they are."""
+        if grid.device.type != "cpu" or len(grid) > 1:
+            return cls(grid, None)
+        order = Order((grid.shape[1], grid.shape[2]), window)
+        return cls(order.from_grid(grid), order)
+
     def grid(self) -> Tensor:
         """Return them as [B, H, W, C]."""
         return self.tokens if self.order is None else self.order.to_grid(self.tokens)
@@ -191,16 +199,14 @@ def encode_levels(encoder: ImageEncoder, made: Plan, pixels: Tensor, kernels: st
     trunk: Any = encoder.trunk
     x = trunk.patch_embed.proj(pixels.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
     size = (x.shape[1], x.shape[2])
-    order = Order(size, trunk.window_spec[0]) if x.device.type == "cpu" and len(x) == 1 else None
+    x, order = Level.of(x, trunk.window_spec[0])
     positions = _positions(encoder, size, order)
-    level = Level(x if order is None else order.from_grid(x), order)
-    x = level.tokens
     level = Level(x.add_(positions) if x.dtype == positions.dtype else x + positions, order)
     levels = []
     for index, (block, is_fused) in enumerate(zip(trunk.blocks, made.blocks, strict=True)):
         # A block writes to its tokens, but a stage's result stays as it is.
         begins = index - 1 in trunk.stage_ends
-        level = _run_block(block, level, kernels, begins) if is_fused else _call_block(block, level)
+        level = run_block(block, level, kernels, begins) if is_fused else _call_block(block, level)
         if index in trunk.stage_ends:
             levels.append(level)
     return levels
@@ -231,7 +237,7 @@ def _call_block(block: nn.Module, level: Level) -> Level:
     return Level(order.from_grid(grid), order)
 
 
-def _run_block(block: Any, level: Level, kernels: str, keeps_input: bool) -> Level:
+def run_block(block: Any, level: Level, kernels: str, keeps_input: bool) -> Level:
     """Run a block; its result is in the memory of ``level``, unless ``keeps_input`` or it has another shape."""
     level = level.ordered(block.window_size)
     x, order = level
@@ -240,7 +246,7 @@ def _run_block(block: Any, level: Level, kernels: str, keeps_input: bool) -> Lev
     chunk = device_profile(x.device).mlp_tokens_per_chunk
     if order is None or chunk is None or not block.window_size:
         grid = x if order is None else x.view(1, 1, *x.shape)
-        attended, y = _attend(block, grid, kernels)
+        attended, y = attend(block, grid, kernels)
         if not (changes or pools):
             return Level(_add_mlp(block, x.add_(attended.view(x.shape))), after)
         added = _shortcut(block, grid, y) + attended
@@ -248,7 +254,7 @@ def _run_block(block: Any, level: Level, kernels: str, keeps_input: bool) -> Lev
     out = x if not (changes or pools) else None
     for start, stop, window in order.chunks(chunk):
         windows = x[start:stop].view(-1, *window, x.shape[1])
-        attended, y = _attend(block, windows, kernels)
+        attended, y = attend(block, windows, kernels)
         if out is None or out is not x:
             attended = _shortcut(block, windows, y) + attended
             if out is None:
@@ -263,7 +269,7 @@ def _run_block(block: Any, level: Level, kernels: str, keeps_input: bool) -> Lev
     return Level(out, after)
 
 
-def _attend(block: Any, x: Tensor, kernels: str) -> tuple[Tensor, Tensor]:
+def attend(block: Any, x: Tensor, kernels: str) -> tuple[Tensor, Tensor]:
     """Return the attention of [B, H, W, C] with its projection, and the normalised tokens."""
     attention, y = block.attn, block.norm1(x)
     qkv = linear(attention.qkv, y)
