@@ -28,6 +28,7 @@ from .operations import OPERATIONS
 ORDER = (
     "two_way_attention",
     "rel_pos_attention",
+    "window_attention",
     "hypernetwork_masks",
     "mask_postprocess",
     "token_to_image_attention",

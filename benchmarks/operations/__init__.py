@@ -15,6 +15,7 @@ from . import (
     rel_pos_attention,
     token_to_image_attention,
     two_way_attention,
+    window_attention,
 )
 
 OPERATIONS = {
@@ -27,4 +28,5 @@ OPERATIONS = {
     "rel_pos_attention": rel_pos_attention,
     "token_to_image_attention": token_to_image_attention,
     "two_way_attention": two_way_attention,
+    "window_attention": window_attention,
 }

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import Implementation, Kernels, Operation
+from ..dispatch import Implementation, Kernels, Operation, register
 from .eager import eager
 from .reference import reference
+from .triton.implementation import TRITON
 
 
 def window_attention(
@@ -71,8 +72,10 @@ def _prepare(
     return qkv, qkv_bias, num_heads, window_size, pool_queries
 
 
-WINDOW_ATTENTION = Operation(
-    "window_attention",
-    (Implementation("torch", eager), Implementation("reference", reference)),
-    _prepare,
+WINDOW_ATTENTION = register(
+    Operation(
+        "window_attention",
+        (TRITON, Implementation("torch", eager), Implementation("reference", reference)),
+        _prepare,
+    )
 )

@@ -68,6 +68,21 @@ def assert_bands_untouched(buffer: Tensor, count: int) -> None:
     assert (buffer[-band:] == -777).all(), "written behind the output"
 
 
+def far_apart(qkv: Tensor, axis: int) -> Tensor:
+    """``qkv`` with steps of 2^30 elements along an axis of three, in memory reserved but never touched between them.
+
+    The view starts in the middle: an offset that wraps at 2^32 stays inside, and reads what is no image.
+    """
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    storage = torch.empty(6 * 2**30, dtype=qkv.dtype, device=qkv.device)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    strides = list(qkv.contiguous().stride())
+    strides[axis] = 2**30
+    view = storage.as_strided(qkv.shape, strides, 3 * 2**30)
+    view.copy_(qkv)
+    return view
+
+
 def kernel_without(module: ModuleType, kernel: Any, text: str) -> Any:
     """The same kernel compiled from its source with every occurrence of ``text`` taken out."""
     source = textwrap.dedent(inspect.getsource(kernel.fn))

@@ -84,6 +84,7 @@ def test_every_launch_of_the_gpu_s_tests_compiles(arch: str) -> None:
     assert " failed" not in said, said[-4000:]
     kernels = ("runs", "unite", "labels", "overlap_bits", "sweep", "combine", "two_way", "token_to_image")
     kernels += ("image_to_token", "hypernetwork_masks", "mask_postprocess", "preprocess_image", "rel_pos_attention")
+    kernels += ("window_attention",)
     for kernel in kernels:
         assert f"{kernel}_kernel " in said, kernel
     cut = [line for line in said.splitlines() if line.startswith("cut short after 0 launches")]

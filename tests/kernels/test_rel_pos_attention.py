@@ -10,7 +10,15 @@ import torch
 from comparison import assert_close_l2, assert_within_budget, relative_l2
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.foundation import DTYPES, assert_bands_untouched, guarded, guarded_output, kernel_without, large
+from kernels.foundation import (
+    DTYPES,
+    assert_bands_untouched,
+    far_apart,
+    guarded,
+    guarded_output,
+    kernel_without,
+    large,
+)
 from models import TINY, random_model
 from torch import Tensor
 
@@ -197,21 +205,6 @@ def test_repeats_and_batches_are_bit_equal(device: torch.device, window_size: in
     for row in range(3):
         one = slice(row, row + 1)
         assert torch.equal(whole[one], attend((inputs[0][one], *inputs[1:]), "triton"))
-
-
-def far_apart(qkv: Tensor, axis: int) -> Tensor:
-    """``qkv`` with steps of 2^30 elements along an axis of three, in memory reserved but never touched between them.
-
-    The view starts in the middle: an offset that wraps at 2^32 stays inside, and reads what is no image.
-    """
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    storage = torch.empty(6 * 2**30, dtype=qkv.dtype, device=qkv.device)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    strides = list(qkv.contiguous().stride())
-    strides[axis] = 2**30
-    view = storage.as_strided(qkv.shape, strides, 3 * 2**30)
-    view.copy_(qkv)
-    return view
 
 
 @large

@@ -23,6 +23,7 @@ from fastsam_kernels.triton.tiles import (
     lookup,
     nearest_arch,
 )
+from fastsam_kernels.window_attention.triton.shapes import WindowShape
 
 NAMES = sorted({entry["operation"] for gpu in architectures().values() for entry in gpu.tiles})
 SHAPES: dict[str, type[ShapeClass]] = {
@@ -30,6 +31,7 @@ SHAPES: dict[str, type[ShapeClass]] = {
     "rel_pos_attention": AttentionShape,
     "token_to_image_attention": TokenShape,
     "two_way_attention": TokenShape,
+    "window_attention": WindowShape,
 }
 
 

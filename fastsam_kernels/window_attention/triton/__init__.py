@@ -1,0 +1,1 @@
+"""The Triton implementation of ``window_attention``."""
