@@ -77,12 +77,14 @@ class RemoteMasks:
         predicted_iou: [C].
         best: index of the mask of the highest predicted IoU.
         reference: names that mask as ``mask_input`` of a later prompt; None if the service did not store it.
+        object_score: a logit, above 0 where SAM 2 sees the object; None of SAM, which does not say.
     """
 
     masks: np.ndarray
     predicted_iou: np.ndarray
     best: int
     reference: dict[str, Any] | None
+    object_score: float | None = None
 
 
 class Client:
@@ -249,7 +251,10 @@ class Client:
             scores = np.array([_number(record["predicted_iou"]) for record in records], np.float32)
             best = _count(prompt["best"], 0, len(records) - 1)
             reference = wire.mask_reference(result, index, best) if result else None
-            results.append(RemoteMasks(masks, scores, best, reference))
+            object_score = prompt.get("object_score")
+            if object_score is not None:
+                object_score = _number(object_score)
+            results.append(RemoteMasks(masks, scores, best, reference, object_score))
         return results
 
     def _read_records(self, answer: Any, image: RemoteImage, most: int) -> list[dict[str, Any]]:

@@ -168,6 +168,10 @@ def test_true_answers_are_believed() -> None:
     with answered_by(http_answer(200, answered)) as client:
         (masks,) = client.segment(IMAGE, [{"points": [[1, 1]]}])
         assert masks.reference == {"result": HANDLE, "prompt": 0, "mask": 0}
+        assert masks.object_score is None
+    scored = changed(ANSWERED, ["prompts", 0, "object_score"], -1.5)
+    with answered_by(http_answer(200, json.dumps(scored).encode())) as client:
+        assert client.segment(IMAGE, [{"points": [[1, 1]]}])[0].object_score == -1.5
     with answered_by(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", answered) as client:
         assert client.automatic(IMAGE)[0]["segmentation"].sum() == 5
     chunks = b"".join(b"%x\r\n%b\r\n" % (1, answered[i : i + 1]) for i in range(len(answered))) + b"0\r\n\r\n"
@@ -184,6 +188,7 @@ def test_true_answers_are_believed() -> None:
         (1, ["prompts"], [[], [7], 7, None, ANSWERED["prompts"] * 2]),
         (1, ["result"], [7, "x", HANDLE * 2, {}]),
         (1, ["prompts", 0, "best"], [-1, 1, 0.0, True, "0", None]),
+        (1, ["prompts", 0, "object_score"], ["1", True, [], float("inf")]),
         (1, ["prompts", 0, "masks"], [[], [RECORD] * 4, {}, None]),
         (1, ["prompts", 0, "masks", 0, "predicted_iou"], ["0.5", None, True, float("nan"), 10**400]),
         (1, ["prompts", 0, "masks", 0, "segmentation", "size"], [[3, 2], [2**31, 2**31], [2, 3, 1], [2], "23"]),

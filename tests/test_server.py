@@ -24,10 +24,12 @@ from serving import file_of, jpeg_with_an_odd_tag, multipart
 from waiting import SECONDS
 
 from sam import Prompt, Sam
-from sam.engine import Engine
+from sam.engine import Engine, PromptMasks
 from sam.masks import rle
+from sam.masks.formats import FORMATS
 from sam.server import Settings, app
 from sam.server.errors import KINDS
+from sam.server.outputs import prompt_masks
 
 IMAGE = random_image(60, 90)
 CLICK = [{"points": [[5, 5]]}]
@@ -76,6 +78,15 @@ def test_a_box_may_reach_over_the_edges(local: Local) -> None:
         (expected,) = local.engine.segment(IMAGE, [Prompt(box=box)]).result(SECONDS)
         result = [record["segmentation"]["counts"] for record in answer["prompts"][0]["masks"]]
         assert result == [rle.compress(one["counts"]) for one in expected.rles]
+
+
+def test_an_object_score_is_answered_where_the_model_gives_one() -> None:
+    encoded = {"size": [2, 3], "counts": [1, 5]}
+    answers = [PromptMasks([encoded], np.float32([0.5]), None, score) for score in (-1.5, None)]
+    seen, unsaid = prompt_masks(answers, FORMATS["rle"], (2, 3), 99, lambda: None)
+    assert seen["object_score"] == -1.5
+    assert seen["best"] == 0
+    assert "object_score" not in unsaid
 
 
 def test_outputs_agree(local: Local) -> None:

@@ -37,11 +37,13 @@ class PromptMasks:
         rles: uncompressed COCO run-length encodings at the original image's size, see :mod:`sam.masks.rle`.
         predicted_iou: [C] fp32.
         low_res_logits: [C, h, w] fp32 if they were asked for; each can be a next prompt's ``mask_input``.
+        object_score: a logit, above 0 where SAM 2 sees the object; None of SAM, which does not say.
     """
 
     rles: list[dict[str, Any]]
     predicted_iou: np.ndarray
     low_res_logits: np.ndarray | None = None
+    object_score: float | None = None
 
     @property
     def best(self) -> int:

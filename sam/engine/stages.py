@@ -156,13 +156,16 @@ class DecodeStage(Stage[SegmentJob, tuple[SegmentJob, int]]):
         for chunk in ragged_chunks(
             list(prompts.values()), geometries, self.model.device, self.max_batch, self.model.prompt_layout
         ):
-            logits, iou, _ = self.model.decode(embeddings, chunk.batch, multimask_output)
+            logits, iou, scores = self.model.decode(embeddings, chunk.batch, multimask_output)
             predicted_iou = iou.float().cpu().numpy()
+            object_scores = [None] * len(iou) if scores is None else scores.tolist()
             jobs = [work_items[position][0] for position in chunk.positions]
             rles = self._rles(logits, [job.embedding.geometry for job in jobs])
+            limit = self.model.low_res_limit
+            kept = logits if limit is None else logits.clamp(-limit, limit)
             for row, (job, position) in enumerate(zip(jobs, chunk.positions, strict=True)):
-                low_res = logits[row].float().cpu().numpy().copy() if job.keep_logits else None
-                results[position] = PromptMasks(rles[row], predicted_iou[row], low_res)
+                low_res = kept[row].float().cpu().numpy().copy() if job.keep_logits else None
+                results[position] = PromptMasks(rles[row], predicted_iou[row], low_res, object_scores[row])
         return [result for result in results if result is not None]
 
     def _rles(self, logits: Tensor, geometries: list[ImageGeometry]) -> list[list[dict[str, Any]]]:

@@ -20,6 +20,8 @@ def prompt_masks(
 ) -> bytes | list[dict[str, Any]]:
     """Return the masks of all prompts: one file, or one JSON record per prompt that names its best mask.
 
+    Records of SAM 2 have the object score too.
+
     Raises:
         ApiError: the format needs pixels, and the masks have more than ``max_pixels``.
     """
@@ -36,10 +38,12 @@ def prompt_masks(
         return content
     records = encode_masks(form, masks, predicted_iou.flatten().tolist())
     ends = accumulate(len(answer.rles) for answer in answers)
-    return [
-        {"best": answer.best, "masks": records[end - len(answer.rles) : end]}
-        for answer, end in zip(answers, ends, strict=True)
-    ]
+    results: list[dict[str, Any]] = []
+    for answer, end in zip(answers, ends, strict=True):
+        results.append({"best": answer.best, "masks": records[end - len(answer.rles) : end]})
+        if answer.object_score is not None:
+            results[-1]["object_score"] = answer.object_score
+    return results
 
 
 def automatic_masks(

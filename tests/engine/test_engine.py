@@ -15,7 +15,7 @@ import pytest
 import torch
 from busy import CLICK, hold
 from gate import Gate
-from models import random_image
+from models import TINY_2, random_image, random_model
 from waiting import SECONDS, wait_until
 
 import sam
@@ -44,6 +44,24 @@ def test_answers_are_those_of_the_model(nano: Sam, photo: np.ndarray) -> None:
                 np.testing.assert_allclose(answer.predicted_iou, expected.iou_predictions[index], atol=1e-4)
                 assert answer.low_res_logits is not None
                 np.testing.assert_allclose(answer.low_res_logits, expected.low_res_logits[index], atol=2e-2)
+
+
+def test_answers_of_sam_2_have_an_object_score() -> None:
+    model, image = random_model(TINY_2), random_image(48, 60)
+    for mlp in model.sam_mask_decoder.output_hypernetworks_mlps:
+        mlp.layers[2].weight.mul_(30)
+    prompts = [Prompt([(20, 30)], [1]), Prompt(box=(5, 6, 40, 50))]
+    expected = model.predict(model.encode(image), prompts)
+    assert expected.object_scores is not None
+    with Engine(model) as engine:
+        answers = engine.segment(image, prompts, keep_logits=True).result(SECONDS)
+    for row, answer in enumerate(answers):
+        assert answer.object_score == pytest.approx(float(expected.object_scores[row]), abs=1e-4)
+        assert answer.low_res_logits is not None
+        assert np.abs(answer.low_res_logits).max() == 32
+        np.testing.assert_allclose(answer.low_res_logits, expected.low_res_logits[row], atol=2e-2)
+        masks = np.stack([rle.decode(encoded) for encoded in answer.rles])
+        assert (masks != expected.masks[row].numpy()).mean() < 1e-3
 
 
 def test_embedding_is_the_models_bit_for_bit(model: Sam, engine_of: Callable[..., Engine]) -> None:
