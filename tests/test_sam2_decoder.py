@@ -24,6 +24,7 @@ from sam.inference.eligibility import why_not_fused
 from sam.modeling.mask_decoder import MaskDecoder
 from sam.modeling.sam2_base import SAM2Base
 from sam.modeling.sam2_mask_decoder import Sam2MaskDecoder
+from sam.prompts.batch import PromptBatch
 
 OFFICIAL: dict[str, Any] = json.loads((Path(__file__).parent / "official_sam2_prompts.json").read_text())
 LIMITS = {"masks": 1e-5, "low_res": 1e-5, "iou": 1e-5, "score": 1e-5}  # relative L2
@@ -167,6 +168,27 @@ def test_gradients_through_the_official_call(model: SAM2Base) -> None:
     # Not called here: the forward of an image has them.
     assert {name.partition(".")[0] for name in missing} <= {"conv_s0", "conv_s1", "output_hypernetworks_mlps"}
     assert not any("mlps.1" in name or "mlps.2" in name or "mlps.3" in name for name in missing)
+
+
+@pytest.mark.parametrize("multimask", [True, False])
+def test_gradients_of_the_fused_form_are_the_modules(model: SAM2Base, multimask: bool) -> None:
+    embedding, weights = model.encode(random_image(48, 60)), dict(model.sam_mask_decoder.named_parameters())
+    model.sam_mask_decoder.requires_grad_(True)
+    points = 100 * torch.rand(3, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([[1, 0]] * 3)
+    batch = PromptBatch.from_tensors(points, None, None, model.device, model.prompt_layout)
+    gradients = []
+    for kernels in ("torch", "reference"):
+        model.kernels = kernels
+        logits, iou, scores = model.decode([embedding], batch, multimask)
+        assert scores is not None
+        loss = logits.square().mean() + iou.sum() + scores.sum()
+        found = torch.autograd.grad(loss, [*weights.values()], allow_unused=True)
+        gradients.append({name: x for name, x in zip(weights, found, strict=True) if x is not None})
+    fused, modules = gradients
+    reached = {name for name, gradient in modules.items() if gradient.norm() > 1e-4}
+    assert len(reached) > 50
+    for name in reached:
+        assert_close_l2(fused[name], modules[name], 1e-4, name)
 
 
 def test_what_is_patched_is_noticed(model: SAM2Base, monkeypatch: pytest.MonkeyPatch) -> None:

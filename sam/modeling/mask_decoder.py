@@ -245,7 +245,7 @@ class MaskDecoder(WeightCache):
         self, all_mask_logits: Tensor, all_iou_scores: Tensor
     ) -> tuple[Tensor, Tensor]:
         best = 1 + all_iou_scores[:, 1:].argmax(dim=1)
-        row = torch.arange(len(best), device=best.device)
+        row = torch.arange(best.shape[0], device=best.device)
         single, single_iou = all_mask_logits[:, :1], all_iou_scores[:, :1]
         stable = self._get_stability_scores(single) >= self.dynamic_multimask_stability_thresh
         return (
