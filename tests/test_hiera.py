@@ -150,6 +150,22 @@ def test_a_hook_in_a_block_sees_windows_and_the_others_stay_fused(
         assert relative_error(a, b) < 1e-5
 
 
+@pytest.mark.parametrize("order", ["windows", "grid"])
+def test_what_a_hook_keeps_stays_as_it_was(encoder: ImageEncoder, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if order == "grid":
+        monkeypatch.setattr(fused_hiera, "_per_image", in_grid_order)
+    kept: dict[str, list[Tensor]] = {}
+    for block in (0, 4, 5):
+        encoder.trunk.blocks[block].register_forward_hook(lambda m, inputs, output: values.extend([*inputs, output]))
+    pixels = torch.randn(1 if order == "windows" else 2, 3, 64, 64)
+    for kernels in ("auto", "reference"):
+        encoder.kernels, values = kernels, kept.setdefault(kernels, [])
+        encoder(pixels)
+    assert len(kept["auto"]) == len(kept["reference"]) == 6
+    for ours, official in zip(kept["auto"], kept["reference"], strict=True):
+        assert relative_error(ours, official) < 1e-5
+
+
 def test_a_stand_in_for_qkv_acts(encoder: ImageEncoder) -> None:
     class Lora(nn.Module):
         def __init__(self, qkv: nn.Linear) -> None:

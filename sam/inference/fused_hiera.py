@@ -202,11 +202,11 @@ def encode_levels(encoder: ImageEncoder, made: Plan, pixels: Tensor, kernels: st
     x, order = Level.of(x, trunk.window_spec[0])
     positions = _positions(encoder, size, order)
     level = Level(x.add_(positions) if x.dtype == positions.dtype else x + positions, order)
-    levels = []
+    levels: list[Level] = []
     for index, (block, is_fused) in enumerate(zip(trunk.blocks, made.blocks, strict=True)):
-        # A block writes to its tokens, but a stage's result stays as it is.
-        begins = index - 1 in trunk.stage_ends
-        level = run_block(block, level, kernels, begins) if is_fused else _call_block(block, level)
+        # A block writes to its tokens, but not to a stage's result, nor to what a module returned and a hook may keep.
+        keeps = index > 0 and (index - 1 in trunk.stage_ends or not made.blocks[index - 1])
+        level = run_block(block, level, kernels, keeps) if is_fused else _call_block(block, level)
         if index in trunk.stage_ends:
             levels.append(level)
     return levels

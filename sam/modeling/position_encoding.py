@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,9 @@ class PositionEmbeddingSine(nn.Module):
             with torch.inference_mode(False), torch.no_grad():  # a kept table serves later training too
                 self.cache[size] = encoding = self._grid(size, x.device)
         return encoding.expand(len(x), -1, -1, -1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cache": {}}
 
     def _grid(self, size: tuple[int, int], device: torch.device) -> Tensor:
         """Return [num_pos_feats, h, w]: of rows, then of columns."""
