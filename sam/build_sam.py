@@ -12,9 +12,10 @@ import torch
 from fastsam_kernels import Kernels
 
 from .checkpoint import read_checkpoint
-from .config import SamConfig, variant_config
+from .config import VARIANTS, SamConfig, variant_config
 from .modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer  # noqa: F401
 from .modeling.build import build_empty, build_from_config
+from .modeling.promptable import PromptableModel
 from .system.hardware import usable_device
 
 NANO_CHECKPOINT = Path(__file__).parent / "assets" / "nano.safetensors"
@@ -30,17 +31,18 @@ def load_model(
     image_size: int | None = None,
     compile: bool = False,
     cuda_graphs: bool = False,
-) -> Sam:
-    """Return a model ready for prediction.
+) -> PromptableModel:
+    """Return a model ready for prediction: a :class:`sam.Sam` or a :class:`sam.SAM2Base`, as the weights are.
 
     Args:
-        checkpoint: a file or folder in any known layout; None takes the embedded model ``nano``.
-        variant: what the weights must be; None infers it from them.
+        checkpoint: a file or folder in any known layout, of SAM or SAM 2; None takes the embedded model ``nano``.
+        variant: what the weights must be, like "vit_b" or "sam2.1_tiny"; None infers it from them.
         device: None takes the CUDA device if there is one, else the CPU.
         dtype: of the image encoder and the mask decoder; None is fp32. Prompts are encoded in fp32 always.
         kernels: "auto", "reference", "torch" or "triton", or a mapping from operations to one of them like
             ``{"rel_pos_attention": "torch"}``, "auto" for the rest; resolved for the model's device at every call.
-        image_size: side of the padded square input in pixels; None takes the checkpoint's.
+        image_size: side of the square input in pixels; None takes the checkpoint's, or 1024 px for weights of SAM 2
+            that do not say it.
         compile: run the encoder through ``torch.compile``, and the decoder too or, on a CUDA device, as CUDA graphs;
             a shape at its first use or all of them by ``model.runtime.warmup()``; see :mod:`sam.inference`.
         cuda_graphs: the decoder, and the encoder of one image, as CUDA graphs without compiling anything.
@@ -83,10 +85,17 @@ def load_model(
     return model
 
 
+def _sam(checkpoint: str | os.PathLike[str] | None, variant: str) -> Sam:
+    """Load a variant of SAM on the CPU."""
+    model = load_model(checkpoint, variant, device="cpu")
+    assert isinstance(model, Sam)
+    return model
+
+
 def _build(variant: str, checkpoint: str | os.PathLike[str] | None = None) -> Sam:
     if checkpoint is None:
-        return build_from_config(variant_config(variant))
-    return load_model(checkpoint, variant, device="cpu")
+        return build_from_config(VARIANTS[variant])
+    return _sam(checkpoint, variant)
 
 
 def _build_sam(
@@ -128,7 +137,7 @@ def build_sam_vit_b(checkpoint: str | os.PathLike[str] | None = None) -> Sam:
 
 def build_sam_nano(checkpoint: str | os.PathLike[str] | None = None) -> Sam:
     """Build the small model on the CPU in fp32; without a checkpoint it has the weights embedded in this package."""
-    return load_model(checkpoint, "nano", device="cpu")
+    return _sam(checkpoint, "nano")
 
 
 build_sam = build_sam_vit_h

@@ -19,8 +19,8 @@ from .inference.eligibility import why_not_fused
 from .inference.module_calls import call_modules
 from .modeling import Sam
 from .prompts.batch import PromptBatch
-from .prompts.checks import check_finite, check_labels, check_mask_inputs
 from .prompts.prompt import OfficialPrompt
+from .prompts.tensors import check_prompt_tensors
 from .system.methods import WrittenMethods
 from .utils.transforms import ResizeLongestSide
 
@@ -56,6 +56,8 @@ class SamPredictor:
             TypeError: no SAM model.
         """
         require_model(sam_model)
+        if getattr(sam_model, "stretches_images", False):
+            raise TypeError("a SAM 2 model takes sam.sam2's SAM2ImagePredictor, or model.encode and model.predict")
         self.model = sam_model
         self.transform = ResizeLongestSide(sam_model.image_size)
         self.reset_image()
@@ -208,7 +210,7 @@ class SamPredictor:
                 on another device are not read back.
         """
         self._require_image()
-        self._check_tensors(point_coords, point_labels, boxes, mask_input)
+        check_prompt_tensors(point_coords, point_labels, boxes, mask_input, self.model.low_res_size)
         points = None if point_coords is None or point_labels is None else (point_coords, point_labels)
         if self._why_by_modules() is None:
             batch = PromptBatch.from_tensors(points, boxes, mask_input, self.device, self.model.prompt_layout)
@@ -269,40 +271,6 @@ class SamPredictor:
         if handle is None or handle.features is not features or handle.geometry != geometry:
             handle = self._handle = ImageEmbedding(features, geometry)
         return handle
-
-    def _check_tensors(
-        self, coords: Tensor | None, labels: Tensor | None, boxes: Tensor | None, masks: Tensor | None
-    ) -> None:
-        given = {"point_coords": coords, "point_labels": labels, "boxes": boxes, "mask_input": masks}
-        for name, tensor in given.items():
-            require(name, tensor, (Tensor, type(None)), "a torch.Tensor (predict takes arrays)")
-        counts = {}
-        if coords is not None:
-            if labels is None:
-                raise ValueError("point_labels must be given with point_coords")
-            if coords.ndim != 3 or coords.shape[-1] != 2:
-                raise ValueError(f"point_coords must be [P, N, 2], got {list(coords.shape)}")
-            if labels.shape != coords.shape[:2]:
-                raise ValueError(f"point_labels must be {list(coords.shape[:2])}, got {list(labels.shape)}")
-            counts["point_coords"] = coords.shape[0]
-        if boxes is not None:
-            if boxes.shape[-1:] != (4,) or boxes.ndim not in (2, 3) or boxes.numel() != 4 * boxes.shape[0]:
-                raise ValueError(f"boxes must be [P, 4], got {list(boxes.shape)}")
-            counts["boxes"] = boxes.shape[0]
-        if len(set(counts.values())) > 1:
-            raise ValueError(f"the number of prompts differs: {counts}")
-        if masks is not None:
-            if masks.ndim != 4 or masks.shape[1] != 1:
-                raise ValueError(f"mask_input must be [P, 1, h, w], got {list(masks.shape)}")
-            check_mask_inputs(masks.shape, self.model.low_res_size)
-            counts["mask_input"] = masks.shape[0]
-            if len({*counts.values(), 1}) > 2:
-                raise ValueError(f"the number of prompts differs: {counts}")
-        for name, tensor in (("point_coords", coords), ("boxes", boxes), ("mask_input", masks)):
-            if tensor is not None and tensor.device.type == "cpu":
-                check_finite(name, tensor)
-        if coords is not None and labels is not None and labels.device.type == "cpu":
-            check_labels(labels)
 
 
 _METHODS = WrittenMethods(SamPredictor, "set_image", "set_torch_image", "predict_torch", "reset_image")

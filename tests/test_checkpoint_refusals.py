@@ -95,7 +95,7 @@ def test_another_variant_than_asked_for(tmp_path: Path, nano: Sam) -> None:
     sam.save_checkpoint(nano, tmp_path / "nano.pth")
     with pytest.raises(CheckpointError, match=r"weights of nano \(192 channels, 6 blocks\), not of vit_b \(768"):
         sam.sam_model_registry["vit_b"](checkpoint=tmp_path / "nano.pth")
-    with pytest.raises(ValueError, match=r"unknown variant 'vit_g'; known: vit_b, vit_l, vit_h, nano"):
+    with pytest.raises(ValueError, match=r"unknown variant 'vit_g'; known: vit_b, vit_l, vit_h, nano, sam2_tiny"):
         sam.load_model(variant="vit_g")
     with pytest.raises(ValueError, match=r"only nano is embedded; vit_h needs checkpoint="):
         sam.load_model(variant="vit_h")
@@ -106,7 +106,11 @@ def test_another_variant_than_asked_for(tmp_path: Path, nano: Sam) -> None:
 
 
 RELATIVES = {
-    "a SAM 2 model": {"model": {"image_encoder.trunk.pos_embed": torch.zeros(1), "memory_attention.x": torch.zeros(1)}},
+    "a model like SAM 2 with another image encoder than Hiera, as EfficientTAM has": {
+        "model": {"image_encoder.trunk.pos_embed": torch.zeros(1), "memory_attention.x": torch.zeros(1)}
+    },
+    "a SAM 3 model": {"detector.backbone.vision_backbone.trunk.pos_embed": torch.zeros(1)},
+    "an EdgeTAM model": {"image_encoder.trunk.body.x": torch.zeros(1), "spatial_perceiver.latents": torch.zeros(1)},
     "a SAM-HQ model": {"image_encoder.pos_embed": torch.zeros(1), "mask_decoder.hf_token.weight": torch.zeros(1)},
     "a MobileSAM model": {"image_encoder.patch_embed.seq.0.c.weight": torch.zeros(1)},
     "a SAMed LoRA adapter": {"w_a_000": torch.zeros(1), "w_b_000": torch.zeros(1)},

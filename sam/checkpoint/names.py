@@ -14,17 +14,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import VARIANTS, SamConfig
-from ..modeling.build import build_empty
 from ..system.tensors import is_counter, is_plain
 from .errors import CheckpointError, listing
-from .layouts import LAYOUTS, Layout, transformers_names
+from .families import FAMILIES, SAM2, Family, Form, empty_state
+from .layouts import LAYOUTS, Layout
 
 _DEEPEST = 16  # mappings inside each other
 
 # A key that gives a relative of SAM away, and its name.
 _RELATIVES = (
-    (re.compile(r"image_encoder\.trunk\.|sam_mask_decoder\.|memory_encoder\."), "a SAM 2 model"),
+    (
+        re.compile(r"vision_backbone\.|(^|\.)detector_model\.|vision_encoder\.backbone\.(layers|embeddings)\."),
+        "a SAM 3 model",
+    ),
+    (re.compile(r"spatial_perceiver|backbone\.timm_model"), "an EdgeTAM model (another image encoder than Hiera)"),
     (re.compile(r"mask_decoder\.hf_token|mask_decoder\.compress_vit_feat"), "a SAM-HQ model"),
     (re.compile(r"image_encoder\.patch_embed\.seq\."), "a MobileSAM model (TinyViT encoder)"),
     (re.compile(r"(^|\.)w_[ab]_\d+"), "a SAMed LoRA adapter, not a whole model"),
@@ -60,7 +63,6 @@ class _Names(NamedTuple):
     templates: frozenset[str]
     segments: frozenset[str]
     roots: frozenset[str]
-    encoder: str
 
     def split(self, key: str) -> tuple[str, list[str]] | None:
         """Split a key into its prefix and its segments from one of the three parts on; None if it names none."""
@@ -86,26 +88,18 @@ def _template(name: str) -> str:
 
 
 @cache
-def _names_of(layout: Layout) -> _Names:
-    config = VARIANTS["nano"]  # all variants have the same names, numbers aside
-    official = expected_shapes(config)
-    names = official if layout == "official" else [n for name in official for n in transformers_names(name, config)]
+def _names_of(family: Family, layout: Layout) -> _Names:
+    names = family.stored(empty_state(family.example), family.example, layout)
     templates = frozenset(map(_template, names))
     return _Names(
         templates,
         frozenset(segment for template in templates for segment in template.split(".")),
         frozenset(template.split(".")[0] for template in templates),
-        {"official": "image_encoder", "transformers": "vision_encoder"}[layout],
     )
 
 
-def expected_shapes(config: SamConfig) -> dict[str, torch.Size]:
-    """Return official name -> shape of every tensor in a state dict of ``config``."""
-    return {name: tensor.shape for name, tensor in build_empty(config).state_dict().items()}
-
-
-def find_weights(stored: Any) -> tuple[dict[str, Tensor], Layout]:
-    """Find the one model in what a file holds; its tensors under the names of their layout.
+def find_weights(stored: Any) -> tuple[dict[str, Tensor], Form]:
+    """Find the one model in what a file holds; its tensors under the names of their layout, and of what form it is.
 
     What stands among the model's tensors, or beside its parts under the same prefix, keeps its key, so that whoever
     compares names calls it unexpected. Passed over are what has another prefix than the model, as metrics of a
@@ -123,8 +117,8 @@ def find_weights(stored: Any) -> tuple[dict[str, Tensor], Layout]:
         raise CheckpointError("it is empty: there is not a single tensor in it")
     if not tensors:
         raise CheckpointError(f"no state dict: the keys are {listing(map(str, stored))}")
-    layout = _layout_of(tensors.values())
-    names = _names_of(layout)
+    form = _form_of(tensors.values())
+    names = _names_of(*form)
     _refuse_added(tensors.values(), names)
 
     positions = {path: place for path, key in tensors.items() if (place := names.locate(key))}
@@ -150,7 +144,7 @@ def find_weights(stored: Any) -> tuple[dict[str, Tensor], Layout]:
         raise CheckpointError(f"keys that hold no dense floating-point values: {listing(flawed)}")
     entries = [(tensors[path], place, leaves[path]) for path, place in positions.items()]
     beside = [(tensors[path], _beside(tensors[path], names), value) for path, value in others.items()]
-    return _one_model([*entries, *beside]), layout
+    return _one_model([*entries, *beside]), form
 
 
 def _leaves(stored: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -169,17 +163,22 @@ def _leaves(stored: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
     return walk(stored, ())
 
 
-def _layout_of(keys: Iterable[str]) -> Layout:
+def _form_of(keys: Iterable[str]) -> Form:
     keys = list(keys)
     for pattern, relative in _RELATIVES:
         example = next((key for key in keys if pattern.search(key)), None)
         if example is not None:
-            raise CheckpointError(f"this is {relative} (key {example}); only SAM (v1) models are supported")
-    encoders = {_names_of(layout).encoder: layout for layout in LAYOUTS}
-    for key in keys:
-        encoder = next((segment for segment in reversed(key.split(".")) if segment in encoders), None)
-        if encoder is not None and _names_of(encoders[encoder]).locate(key):
-            return encoders[encoder]
+            raise CheckpointError(f"this is {relative} (key {example}); only SAM and SAM 2 models are supported")
+    for family in FAMILIES:
+        for layout in LAYOUTS:
+            of_encoder = [key for key in keys if family.encoders[layout].search(key)]
+            if of_encoder and family is SAM2 and not any("pos_embed_window" in key for key in of_encoder):
+                raise CheckpointError(
+                    f"this is a model like SAM 2 with another image encoder than Hiera, as EfficientTAM has "
+                    f"(key {of_encoder[0]}); only SAM and SAM 2 models are supported"
+                )
+            if any(_names_of(family, layout).locate(key) for key in of_encoder):
+                return Form(family, layout)
     raise CheckpointError(
         f"no SAM weights: no parameter of an image_encoder or a vision_encoder among the keys {listing(keys)}"
     )

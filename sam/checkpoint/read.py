@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,9 @@ from torch import Tensor
 from ..checks import path_of
 from ..config import SamConfig, variant_config
 from .errors import CheckpointError, listing
-from .layouts import Layout, config_from_transformers, infer_config, transformers_names
-from .names import expected_shapes, find_weights, rename
+from .families import Config, Form, expected_shapes, family_of
+from .layouts import Layout
+from .names import find_weights, rename
 
 CONFIG_KEY = "sam_config"
 _CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -40,7 +41,7 @@ class Checkpoint:
     """
 
     state_dict: dict[str, Tensor]
-    config: SamConfig
+    config: Config
     layout: Layout
     metadata: dict[str, str]
 
@@ -49,9 +50,9 @@ def read_checkpoint(
     path: str | os.PathLike[str],
     variant: str | None = None,
     image_size: int | None = None,
-    config: SamConfig | None = None,
+    config: Config | None = None,
 ) -> Checkpoint:
-    """Read a safetensors file, a torch file, or a folder that transformers wrote.
+    """Read the weights of SAM or SAM 2: a safetensors file, a torch file, or a folder that transformers wrote.
 
     Args:
         path: the file or folder. Torch files are read with ``weights_only=True`` and nothing else.
@@ -66,24 +67,37 @@ def read_checkpoint(
         CheckpointError: unreadable, foreign, or keys that do not match, which are listed.
     """
     path = path_of("checkpoint", path)
-    if not path.exists():
-        raise FileNotFoundError(f"no such checkpoint: {path}")
+    stored = _read(path)
     try:
-        stored, metadata, config_json = _read_folder(path) if path.is_dir() else (*_read_file(path), None)
-        state, layout = find_weights(stored)
-        config = config or _config_of(state, layout, metadata, config_json)
+        state, form = find_weights(stored.entries)
+        config = config or _config_of(state, form, stored)
         if variant is not None and config.variant != variant:
-            raise CheckpointError(
-                f"these are weights of {_describe(config)}, not of {_describe(variant_config(variant))}"
-            )
-        state = official_state(state, layout, config)
+            wanted = variant_config(variant)
+            found, asked = family_of(config).describe(config), family_of(wanted).describe(wanted)
+            raise CheckpointError(f"these are weights of {found}, not of {asked}")
+        state = official_state(state, form, config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error.__cause__
     if image_size is not None and image_size != config.image_size:
         config = config.with_image_size(image_size)
-        state = resize_position_tables(state, config)
-    provenance = {name: text for name, text in metadata.items() if name not in ("format", CONFIG_KEY)}
-    return Checkpoint(state, config, layout, provenance)
+        if isinstance(config, SamConfig):  # SAM 2 stretches its tables over any image
+            state = resize_position_tables(state, config)
+    provenance = {name: text for name, text in stored.metadata.items() if name not in ("format", CONFIG_KEY)}
+    return Checkpoint(state, config, form.layout, provenance)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], Form]:
+    """Read the weights of a file or folder under the names of their layout, and say of what form they are.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: unreadable or foreign.
+    """
+    stored = _read(path)
+    try:
+        return find_weights(stored.entries)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error.__cause__
 
 
 def resize_position_tables(state: Mapping[str, Tensor], config: SamConfig) -> dict[str, Tensor]:
@@ -105,11 +119,24 @@ def resize_position_tables(state: Mapping[str, Tensor], config: SamConfig) -> di
     return resized
 
 
-def _describe(config: SamConfig) -> str:
-    return f"{config.variant} ({config.encoder_embed_dim} channels, {config.encoder_depth} blocks)"
-
-
 # Files ----------------------------------------------------------------------------------------------------
+
+
+class _Stored(NamedTuple):
+    """What a file or folder holds: entries, what it says of itself, and the ``config.json`` beside it."""
+
+    entries: Any
+    metadata: dict[str, str]
+    config_json: bytes | None = None
+
+
+def _read(path: Path) -> _Stored:
+    if not path.exists():
+        raise FileNotFoundError(f"no such checkpoint: {path}")
+    try:
+        return _Stored(*_read_folder(path)) if path.is_dir() else _Stored(*_read_file(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error.__cause__
 
 
 def _read_file(path: Path) -> tuple[Any, dict[str, str]]:
@@ -220,44 +247,53 @@ def _shards_of(index: Path) -> list[str]:
 # Models ---------------------------------------------------------------------------------------------------
 
 
-def _config_of(
-    state: Mapping[str, Tensor], layout: Layout, metadata: Mapping[str, str], config_json: bytes | None
-) -> SamConfig:
+def _config_of(state: Mapping[str, Tensor], form: Form, stored: _Stored) -> Config:
+    family, metadata = form.family, stored.metadata
     try:
         if CONFIG_KEY in metadata:
-            return SamConfig.from_json(metadata[CONFIG_KEY])
-        if config_json is not None:
-            described = config_from_transformers(config_json)
+            return family.config.from_json(metadata[CONFIG_KEY])
+        if stored.config_json is not None:
+            described = family.config_from_transformers(stored.config_json)
             if described is not None:
                 return described
     except (ValueError, RecursionError) as error:
         source = CONFIG_KEY if CONFIG_KEY in metadata else _CONFIG
         raise CheckpointError(f"damaged model configuration in {source}: {error}") from error
-    return infer_config(state, layout)
+    return family.infer_config(state, form.layout)
 
 
-def official_state(state: Mapping[str, Tensor], layout: Layout, config: SamConfig) -> dict[str, Tensor]:
+def official_state(state: Mapping[str, Tensor], form: Form, config: Config) -> dict[str, Tensor]:
     """Return the weights of a layout under official names.
 
     Raises:
-        CheckpointError: keys missing, unexpected or of a wrong shape, which are listed.
+        CheckpointError: weights of the other family; or keys missing, unexpected or of a wrong shape, which are listed.
     """
+    family, expected = form.family, expected_shapes(config)
+    if family is not family_of(config):
+        raise CheckpointError(
+            f"these are weights of a {family.name} model, not of {family_of(config).describe(config)}"
+        )
     official: dict[str, str] = {}
-    if layout == "transformers":
-        official = {theirs: ours for ours in expected_shapes(config) for theirs in transformers_names(ours, config)}
-    named = rename(state, official)
-    _check_keys(named, config)
-    return named
+    renamed = state
+    if form.layout == "transformers":
+        official = {theirs: ours for ours in expected for theirs in family.transformers_names(ours, config)}
+        renamed = family.split(state)
+    renamed = rename(renamed, official)
+    problems = _problems(renamed, expected)
+    if problems:
+        other = family.other_release(state, form.layout, config)
+        raise CheckpointError(other or f"the weights do not fit {family.describe(config)}: {'; '.join(problems)}")
+    return renamed
 
 
-def _check_keys(state: Mapping[str, Tensor], config: SamConfig) -> None:
-    expected = expected_shapes(config)
+def _problems(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> list[str]:
+    """Say in which keys and shapes weights differ from what is expected."""
     wrong = [
         f"{name} {list(state[name].shape)} instead of {list(shape)}"
         for name, shape in expected.items()
         if name in state and state[name].shape != shape
     ]
-    problems = [
+    return [
         f"{what}: {listing(names)}"
         for what, names in (
             ("missing keys", [name for name in expected if name not in state]),
@@ -266,5 +302,3 @@ def _check_keys(state: Mapping[str, Tensor], config: SamConfig) -> None:
         )
         if names
     ]
-    if problems:
-        raise CheckpointError(f"the weights do not fit {_describe(config)}: {'; '.join(problems)}")

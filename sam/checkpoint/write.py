@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import path_of, require
-from ..config import SamConfig
-from ..modeling import Sam
+from ..modeling.promptable import PromptableModel
 from ..system.atomic_write import write_atomically
 from .errors import CheckpointError
-from .layouts import LAYOUTS, Layout, infer_config, transformers_config, transformers_names
+from .families import Config, family_of
+from .layouts import LAYOUTS, Layout
 from .names import find_weights, is_weight_dtype
 from .read import CONFIG_KEY, official_state
 
@@ -40,7 +40,7 @@ def save_checkpoint(
         ValueError: as there; or a model built by hand, without a config.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    inner = next((module for module in modules if isinstance(module, Sam)), None)
+    inner = next((module for module in modules if isinstance(module, PromptableModel)), None)
     if inner is None:
         hint = "; sam.checkpoint.write_checkpoint takes a state dict" if isinstance(model, Mapping) else ""
         raise TypeError(f"the model must be a sam.Sam, or a module around one, got {type(model).__name__}{hint}")
@@ -51,7 +51,7 @@ def save_checkpoint(
 
 def write_checkpoint(
     state_dict: Mapping[str, Tensor],
-    config: SamConfig,
+    config: Config,
     path: str | os.PathLike[str],
     layout: Layout = "official",
     dtype: torch.dtype | None = None,
@@ -98,17 +98,17 @@ def write_checkpoint(
         return
     with write_atomically(path) as partial:
         if path.suffix in _TORCH_SUFFIXES:
-            torch.save(state, partial)
+            torch.save(state if layout != "official" else family_of(config).wrapped(state), partial)
         else:
             safetensors.torch.save_file(state, partial, entries)
 
 
-def _write_folder(path: Path, state: dict[str, Tensor], entries: dict[str, str], config: SamConfig) -> None:
+def _write_folder(path: Path, state: dict[str, Tensor], entries: dict[str, str], config: Config) -> None:
     path.mkdir(parents=True, exist_ok=True)
     # Both files are whole before one of them takes the place of what stood there.
     with write_atomically(path / "config.json") as text, write_atomically(path / "model.safetensors") as partial:
         safetensors.torch.save_file(state, partial, entries)
-        text.write_text(json.dumps(transformers_config(config), indent=2) + "\n")
+        text.write_text(json.dumps(family_of(config).transformers_config(config), indent=2) + "\n")
 
 
 def _check_options(dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
@@ -125,20 +125,17 @@ def _check_options(dtype: torch.dtype | None, metadata: Mapping[str, str] | None
             raise ValueError(f"metadata must not name {name!r}, which says what the weights are of")
 
 
-def _is_inferred(state: Mapping[str, Tensor], layout: Layout, config: SamConfig) -> bool:
+def _is_inferred(state: Mapping[str, Tensor], layout: Layout, config: Config) -> bool:
     """Tell whether a reader of ``state`` alone learns ``config``."""
     try:
-        return infer_config(state, layout) == config
+        return family_of(config).infer_config(state, layout) == config
     except CheckpointError:
         return False
 
 
 def _renamed(
-    state: Mapping[str, Tensor], config: SamConfig, layout: Layout, dtype: torch.dtype | None
+    state: Mapping[str, Tensor], config: Config, layout: Layout, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    out = {}
-    for official, tensor in state.items():
-        values = tensor.detach().cpu().to(dtype or tensor.dtype)
-        for name in (official,) if layout == "official" else transformers_names(official, config):
-            out[name] = values.clone(memory_format=torch.contiguous_format)
-    return out
+    values = {name: tensor.detach().cpu().to(dtype or tensor.dtype) for name, tensor in state.items()}
+    stored = family_of(config).stored(values, config, layout)
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in stored.items()}

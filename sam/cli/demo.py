@@ -12,7 +12,7 @@ import numpy as np
 
 from ..embedding import ImageEmbedding
 from ..masks.overlay import draw_overlay
-from ..modeling import Sam
+from ..modeling.promptable import PromptableModel
 from ..prompts.prompt import Prompt
 from ..system.atomic_write import write_atomically
 from .model import model_from
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 class _Table:
     """A printed table with one row per request, and one overlay per answer."""
 
-    def __init__(self, model: Sam, out: Path) -> None:
+    def __init__(self, model: PromptableModel, out: Path) -> None:
         self.model, self.out = model, out
         self.written: list[Path] = []
         out.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import torch
 
 from ..build_sam import NANO_CHECKPOINT, load_model
 from ..checkpoint import read_checkpoint
+from ..config import Sam2Config, SamConfig
 from .environment import describe_environment, version
 
 
@@ -40,9 +41,7 @@ def describe(path: Path) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype in file": ", ".join(dtypes),
         "image size": config.image_size,
-        "encoder": f"{config.encoder_embed_dim} channels, {config.encoder_depth} blocks, "
-        f"{config.encoder_num_heads} heads, window {config.window_size}, "
-        f"global {', '.join(map(str, config.global_attn_indexes))}",
+        "encoder": _encoder(config),
         "low-res masks": f"{config.low_res_size}x{config.low_res_size}",
         "model hash (fp32)": model.model_hash,
         **stored.metadata,
@@ -51,3 +50,20 @@ def describe(path: Path) -> dict[str, Any]:
         "versions": f"fastsam-kernels {version('fastsam-kernels')}, torch {torch.__version__}, "
         f"triton {version('triton')}, Python {platform.python_version()}",
     }
+
+
+def _encoder(config: SamConfig | Sam2Config) -> str:
+    """Return the sizes of an image encoder in words."""
+    if isinstance(config, SamConfig):
+        return (
+            f"{config.encoder_embed_dim} channels, {config.encoder_depth} blocks, {config.encoder_num_heads} heads, "
+            f"window {config.window_size}, global {', '.join(map(str, config.global_attn_indexes))}"
+        )
+    trunk = config.image_encoder
+    channels, blocks, windows = (
+        " ".join(map(str, numbers)) for numbers in (trunk.channel_list[::-1], trunk.stages, trunk.window_spec)
+    )
+    return (
+        f"Hiera of {channels} channels, {blocks} blocks, windows {windows}, "
+        f"global {', '.join(map(str, trunk.global_att_blocks))}"
+    )

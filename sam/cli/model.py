@@ -7,13 +7,13 @@ import argparse
 import torch
 
 from ..build_sam import load_model
-from ..modeling import Sam
+from ..modeling.promptable import PromptableModel
 from ..system.hardware import usable_device
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def model_from(args: argparse.Namespace) -> Sam:
+def model_from(args: argparse.Namespace) -> PromptableModel:
     """Load the model that the options describe."""
     return load_model(
         args.checkpoint,

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from ..amg.defaults import NANO_THRESHOLDS
+from ..amg.defaults import NANO_THRESHOLDS, SAM2_THRESHOLDS
 from ..checks import path_of
 from ..images.read import MAX_MEGAPIXELS
 from ..masks.formats import FORMATS, MaskFormat
@@ -103,6 +103,7 @@ def add_auto(commands: Any) -> None:
     settings = parser.add_argument_group("automatic masks")
     for name, kind, default, purpose in AUTOMATIC_SETTINGS:
         suited = f"; {NANO_THRESHOLDS[name]:g} for the embedded nano" if name in NANO_THRESHOLDS else ""
+        suited += f", {SAM2_THRESHOLDS[name]:g} for SAM 2" if name in SAM2_THRESHOLDS else ""
         option = f"--{name.replace('_', '-')}"
         settings.add_argument(option, type=kind, metavar="N", help=f"{purpose} (default: {default:.3g}{suited})")
     _add_common(parser, megapixels=True)
@@ -191,12 +192,12 @@ def add_run(commands: Any) -> None:
     """Add the parser of ``run``."""
     parser = commands.add_parser(
         "run",
-        help="run a program written for segment_anything, unmodified, with this package in its place",
+        help="run a program written for segment_anything or sam2, unmodified, with this package in their place",
         description=RUN_DESCRIPTION,
         usage="fastsam run [-h] [--replace-local] (SCRIPT | -m MODULE) [ARGUMENTS ...]",
     )
     parser.add_argument(
-        "--replace-local", action="store_true", help="also in place of a copy of segment_anything of the program's own"
+        "--replace-local", action="store_true", help="also in place of a copy of one of them of the program's own"
     )
     _add_traceback(parser)
 
@@ -226,7 +227,9 @@ def _add_common(parser: argparse.ArgumentParser, checkpoint: bool = True, megapi
             help="weights in any known layout (default: the embedded nano)",
         )
     parser.add_argument(
-        "--variant", "--model-type", help="what the weights must be, for example vit_b (default: inferred)"
+        "--variant",
+        "--model-type",
+        help="what the weights must be, for example vit_b or sam2.1_tiny (default: inferred)",
     )
     parser.add_argument(
         "--image-size", type=int, metavar="PX", help="side of the model's input (default: the weights')"

@@ -17,7 +17,7 @@ from ..masks.formats import FORMATS, MaskFormat, MaskSet, encode_masks
 from ..masks.overlay import draw_overlay
 from ..masks.results import MaskPrediction
 from ..masks.rle_encode import encode
-from ..modeling import Sam
+from ..modeling.promptable import PromptableModel
 from ..prompts import wire
 from ..system.atomic_write import write_atomically
 from .model import model_from
@@ -126,7 +126,7 @@ def _write_masks(prediction: MaskPrediction, target: _Target, out: Path) -> list
     return records
 
 
-def _describe(model: Sam, checkpoint: str | None) -> dict[str, Any]:
+def _describe(model: PromptableModel, checkpoint: str | None) -> dict[str, Any]:
     return {
         "variant": model.name,
         "checkpoint": checkpoint or "embedded",

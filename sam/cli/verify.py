@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ..images.read import read_image
-from ..modeling import Sam
+from ..modeling.promptable import PromptableModel
 from ..system.atomic_write import write_atomically
 from ..verify import Check, verify
 from .model import model_from
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(model: Sam) -> str:
+def describe(model: PromptableModel) -> str:
     """Return one line on the model, its weights and the machine."""
     where = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
     dtype, kernels = str(model.dtype).removeprefix("torch."), model.resolved_kernels

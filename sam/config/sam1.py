@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 
-from ..checks import require
 from .checks import (
     COUNTS,
     SIZES,
@@ -144,17 +143,3 @@ VARIANTS: dict[str, SamConfig] = {
         SamConfig("nano", 192, 6, 3, (2, 5), image_size=512),
     )
 }
-
-
-def variant_config(variant: str) -> SamConfig:
-    """Return the table's entry for ``variant``.
-
-    Raises:
-        TypeError: a ``variant`` that is no name.
-        ValueError: no such variant; the message lists those there are.
-    """
-    require("variant", variant, str, f"one of {', '.join(VARIANTS)}")
-    try:
-        return VARIANTS[variant]
-    except KeyError:
-        raise ValueError(f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}") from None

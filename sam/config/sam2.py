@@ -57,10 +57,13 @@ class HieraConfig:
     scalp: int = 1
 
     def __post_init__(self) -> None:
-        levels = range(len(builtin_tuple("stages", self.stages)))
+        stages = builtin_tuple("stages", self.stages)
+        for blocks in stages:
+            check_whole("stages", blocks, COUNTS)
+        levels = range(len(stages))
         allowed = {
             "stages": COUNTS,
-            "global_att_blocks": range(sum(builtin_tuple("stages", self.stages))),
+            "global_att_blocks": range(sum(stages)),
             "window_pos_embed_bkg_spatial_size": COUNTS,
             "window_spec": COUNTS,
             "fpn_top_down_levels": levels,

@@ -17,7 +17,7 @@ import numpy as np
 from ..checks import require_model
 from ..embedding import ImageEmbedding
 from ..images.prepare import PreparedImage, prepare_image
-from ..modeling import Sam
+from ..modeling.promptable import PromptableModel
 from ..prompts.checks import check_mask_inputs
 from ..prompts.prompt import Prompt
 from ..system.device_profile import device_profile
@@ -54,7 +54,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Sam,
+        model: PromptableModel,
         max_batch: int = 16,
         max_queue: int = 256,
         deadline: float = 30.0,

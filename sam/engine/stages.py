@@ -15,7 +15,7 @@ from ..automatic_mask_generator import SamAutomaticMaskGenerator
 from ..embedding import ImageEmbedding
 from ..images.geometry import ImageGeometry
 from ..masks.rle_encode import encode_packed
-from ..modeling import Sam
+from ..modeling.promptable import PromptableModel
 from ..prompts.batch import ragged_chunks
 from ..prompts.prompt import Prompt
 from .batch_runner import BatchRunner, out_of_memory
@@ -39,7 +39,7 @@ class Stage(ABC, Generic[AnyJob, WorkItem]):
     counter: ClassVar[str]
     unfinished_first: ClassVar[bool] = False
 
-    def __init__(self, model: Sam, runner: BatchRunner) -> None:
+    def __init__(self, model: PromptableModel, runner: BatchRunner) -> None:
         self.model = model
         self.runner = runner
         self.queue: deque[AnyJob] = deque()
@@ -73,7 +73,11 @@ class EncodeStage(Stage[Job, list[Job]]):
     counter = "image"
 
     def __init__(
-        self, model: Sam, runner: BatchRunner, max_images: int, on_encoded: Callable[[str, ImageEmbedding], None]
+        self,
+        model: PromptableModel,
+        runner: BatchRunner,
+        max_images: int,
+        on_encoded: Callable[[str, ImageEmbedding], None],
     ) -> None:
         super().__init__(model, runner)
         self.max_images = max_images
@@ -119,7 +123,7 @@ class DecodeStage(Stage[SegmentJob, tuple[SegmentJob, int]]):
 
     counter = "prompt"
 
-    def __init__(self, model: Sam, runner: BatchRunner, max_batch: int, max_pixels: int) -> None:
+    def __init__(self, model: PromptableModel, runner: BatchRunner, max_batch: int, max_pixels: int) -> None:
         super().__init__(model, runner)
         self.max_batch = max_batch
         self.max_pixels = max_pixels

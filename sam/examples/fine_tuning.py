@@ -28,7 +28,7 @@ def scene(seed: int) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int, int]]
 
 def main(out: str, steps: str = "30") -> tuple[float, float]:
     """Train for some steps, save, and return the mean IoU on held-out scenes before and after."""
-    model = sam.load_model()
+    model = sam.build_sam_nano()
     model.image_encoder.requires_grad_(False)
     model.prompt_encoder.requires_grad_(False)
     scenes = [scene(seed) for seed in range(4)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import require, require_model
 from ..embedding import ImageEmbedding
 from ..inference.decode import decoding
-from ..modeling import Sam
+from ..modeling.promptable import PromptableModel
 from ..prompts.batch import PromptBatch
 from ..prompts.labels import LABEL_ABSENT
 from ..prompts.prompt import Prompt
@@ -47,7 +47,7 @@ class InteractiveSession:
     share a session; sessions of one model may run in several threads.
     """
 
-    def __init__(self, model: Sam, embedding: ImageEmbedding) -> None:
+    def __init__(self, model: PromptableModel, embedding: ImageEmbedding) -> None:
         """Begin without a prompt.
 
         Raises:

@@ -18,7 +18,7 @@ from ..embedding import ImageEmbedding
 from ..images.prepare import PreparedImage, prepare_image
 from ..images.read import read_image
 from ..masks.results import MaskPrediction
-from ..modeling import Sam
+from ..modeling.promptable import PromptableModel
 from ..prompts.prompt import Prompt
 from ..system.device_profile import device_profile, preparing_threads
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def encode_stream(
-    model: Sam,
+    model: PromptableModel,
     images: Iterable[ImageSource],
     *,
     batch_size: int | None = None,
@@ -85,7 +85,7 @@ def encode_stream(
 
 
 def predict_stream(
-    model: Sam,
+    model: PromptableModel,
     requests: Iterable[tuple[ImageSource, Sequence[Prompt]]],
     *,
     multimask_output: bool = True,
@@ -133,7 +133,7 @@ def predict_stream(
     yield from (copy.result() for copy in pending)
 
 
-def _prepare(model: Sam, index: int, source: ImageSource, resize_on_device: bool) -> PreparedImage:
+def _prepare(model: PromptableModel, index: int, source: ImageSource, resize_on_device: bool) -> PreparedImage:
     with naming(f"image {index}"):
         require("the image", source, (np.ndarray, str, os.PathLike), "a numpy array [H, W, 3] of uint8, or a file")
         image = source if isinstance(source, np.ndarray) else read_image(source)

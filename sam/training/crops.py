@@ -22,9 +22,9 @@ from ..config import SamConfig
 from ..inference.fused_decoder import decode, project_images
 from ..inference.fused_encoder import encode
 from ..inference.packed_weights import pack_decoder
-from ..modeling import Sam
 from ..modeling.build import build_empty
 from ..modeling.image_encoder import ImageEncoderViT
+from ..modeling.promptable import PromptableModel
 
 
 class _FusedEncoder(nn.Module):
@@ -46,7 +46,7 @@ def _shapes_of(config: SamConfig) -> _FusedEncoder:
 class CropModel:
     """Run ``model`` on crops of ``size`` pixels whose top left patch is ``origin`` (row, column)."""
 
-    def __init__(self, model: Sam, size: int, origin: tuple[int, int] = (0, 0)) -> None:
+    def __init__(self, model: PromptableModel, size: int, origin: tuple[int, int] = (0, 0)) -> None:
         config = model.config
         if config is None or size % config.patch_size or not 0 < size <= config.image_size:
             raise ValueError(f"a crop must be a positive number of patches inside the model's canvas, got {size} px")

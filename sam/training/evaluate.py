@@ -22,7 +22,7 @@ from ..build_sam import load_model
 from ..checkpoint import read_checkpoint
 from ..images.prepare import resize_image
 from ..masks.overlay import draw_overlay
-from ..modeling import Sam
+from ..modeling.promptable import PromptableModel
 from ..prompts.labels import LABEL_FOREGROUND, LABEL_PADDING
 from ..prompts.prompt import Prompt
 from ..prompts.tensors import box_labels
@@ -127,7 +127,7 @@ def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 @torch.inference_mode()
-def score_scene(model: Sam, scene: Scene, index: int, scores: Scores) -> None:
+def score_scene(model: PromptableModel, scene: Scene, index: int, scores: Scores) -> None:
     """Segment every object of ``scene`` from every kind of prompt, and add the scores."""
     masks = scene.masks(MIN_PIXELS)
     if not len(masks):
@@ -195,7 +195,7 @@ def _points(positions: list[tuple[int, int]], device: torch.device) -> Tensor:
     return torch.tensor(positions, dtype=torch.float32, device=device)
 
 
-def score_scenes(model: Sam, indices: Iterable[int]) -> Scores:
+def score_scenes(model: PromptableModel, indices: Iterable[int]) -> Scores:
     """Score all objects of held-out scenes."""
     scores = Scores()
     for index in indices:
@@ -203,7 +203,7 @@ def score_scenes(model: Sam, indices: Iterable[int]) -> Scores:
     return scores
 
 
-_worker_model: Sam | None = None  # of a process that scores
+_worker_model: PromptableModel | None = None  # of a process that scores
 
 
 def _start_worker(checkpoint: Path) -> None:
@@ -287,7 +287,7 @@ def evaluate_checkpoint(checkpoint: Path, scenes: int, device: torch.device, out
     return text
 
 
-def contact_sheet(model: Sam, scenes: int = 12, columns: int = 4, tile: int = 256) -> Image.Image:
+def contact_sheet(model: PromptableModel, scenes: int = 12, columns: int = 4, tile: int = 256) -> Image.Image:
     """Draw held-out scenes in a grid, with masks of three objects each from a click, a click anywhere and a box."""
     sheet = Image.new("RGB", (columns * tile, -(-scenes // columns) * tile))
     for index in range(scenes):

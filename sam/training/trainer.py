@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..build_sam import NANO_CHECKPOINT, load_model
-from ..config import variant_config
+from ..config import VARIANTS
 from ..modeling import Sam
 from ..modeling.build import build_from_config
 from ..system.device_profile import device_profile
@@ -74,7 +74,7 @@ def initial_model(init: str, seed: int, device: torch.device) -> Sam:
     """Return a model to train, in fp32."""
     if init == SCRATCH:
         torch.manual_seed(seed)
-        model = build_from_config(variant_config("nano")).to(device)
+        model = build_from_config(VARIANTS["nano"]).to(device)
         if model.image_encoder.pos_embed is not None:
             torch.nn.init.trunc_normal_(model.image_encoder.pos_embed, std=0.02)
         return model.train()
