@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # for type checkers and editors: what ``_HOMES`` says
     )
     from .checkpoint import CheckpointError, save_checkpoint
     from .config import SAM2_VARIANTS, VARIANTS, HieraConfig, Sam2Config, SamConfig
-    from .drop_in import as_segment_anything
+    from .drop_in import as_sam2, as_segment_anything
     from .embedding import ImageEmbedding
     from .masks.results import MaskPrediction
     from .modeling import Sam
@@ -53,6 +53,7 @@ __all__ = [
     "SamAutomaticMaskGenerator",
     "SamConfig",
     "SamPredictor",
+    "as_sam2",
     "as_segment_anything",
     "automatic_mask_generator",
     "build_from_config",
@@ -84,7 +85,7 @@ _NAMES = {
     ),
     "checkpoint": ("CheckpointError", "save_checkpoint"),
     "config": ("SAM2_VARIANTS", "VARIANTS", "HieraConfig", "Sam2Config", "SamConfig"),
-    "drop_in": ("as_segment_anything",),
+    "drop_in": ("as_sam2", "as_segment_anything"),
     "embedding": ("ImageEmbedding",),
     "masks.results": ("MaskPrediction",),
     "modeling": ("Sam",),
@@ -110,6 +111,7 @@ _SUBMODULES = {
     "modeling",
     "predictor",
     "prompts",
+    "sam2",
     "sessions",
     "utils",
     "verify",

@@ -11,7 +11,7 @@ import torch
 from fastsam_kernels import nms
 
 from .amg.generator import MaskGenerator
-from .modeling import Sam
+from .modeling.promptable import PromptableModel
 from .predictor import SamPredictor, why_not_stock
 from .system.methods import WrittenMethods
 from .utils.amg import (
@@ -71,7 +71,7 @@ class SamAutomaticMaskGenerator(MaskGenerator):
 
     def __init__(
         self,
-        model: Sam,
+        model: PromptableModel,
         points_per_side: int | None = 32,
         points_per_batch: int = 64,
         pred_iou_thresh: float = 0.88,
@@ -91,7 +91,7 @@ class SamAutomaticMaskGenerator(MaskGenerator):
         resize_on_device: bool = False,
     ) -> None:
         super().__init__(
-            SamPredictor(model),
+            _predictor_of(model),
             points_per_side=points_per_side,
             points_per_batch=points_per_batch,
             pred_iou_thresh=pred_iou_thresh,
@@ -113,12 +113,22 @@ class SamAutomaticMaskGenerator(MaskGenerator):
     # The official loop, for what a program calls or has changed of it -------------------------------------------
 
     def _why_official(self) -> str | None:
+        reason = self._what_was_changed()
+        if reason is not None and not isinstance(self.predictor, SamPredictor):
+            raise ValueError(f"the official loop of SAM takes no SAM 2 model, and it should run because {reason}")
+        return reason
+
+    def _what_was_changed(self) -> str | None:
         if (name := _METHODS.replaced_in(self)) is not None:
             return f"{name} of the generator was replaced"
         changed = [name for name, function in _FUNCTIONS.items() if globals()[name] is not function]
         if changed:
             return f"{changed[0]} of sam.automatic_mask_generator was replaced"
-        return why_not_stock(self.predictor)
+        if isinstance(self.predictor, SamPredictor):
+            return why_not_stock(self.predictor)
+        from .sam2 import sam2_image_predictor
+
+        return sam2_image_predictor.why_not_stock(self.predictor)
 
     def _names(self) -> Mapping[str, Any]:
         return globals()
@@ -173,6 +183,14 @@ class SamAutomaticMaskGenerator(MaskGenerator):
         data["rles"] = mask_to_rle_pytorch(uncrop_masks(data["masks"], crop_box, height, width))
         del data["masks"]
         return data
+
+
+def _predictor_of(model: Any) -> Any:
+    if getattr(model, "stretches_images", False):
+        from .sam2.sam2_image_predictor import SAM2ImagePredictor
+
+        return SAM2ImagePredictor(model)
+    return SamPredictor(model)
 
 
 _METHODS = WrittenMethods(

@@ -1,4 +1,4 @@
-"""Serves the import paths of official packages from this one: ``sam.as_segment_anything`` and ``sam run``.
+"""Serves the import paths of official packages from this one: ``sam.as_segment_anything``, ``as_sam2``, ``sam run``.
 
 Nothing of this package is imported here and little else: every process of a program that ``sam run`` started reads this
 file as it starts, whatever it goes on to do.
@@ -39,6 +39,33 @@ _SERVED: dict[str, tuple[str, tuple[str, ...]]] = {
             "utils.transforms",
         ),
     ),
+    "sam2": (
+        ".sam2",
+        (
+            "_C",
+            "automatic_mask_generator",
+            "build_sam",
+            "modeling",
+            "modeling.backbones",
+            "modeling.backbones.hieradet",
+            "modeling.backbones.image_encoder",
+            "modeling.backbones.utils",
+            "modeling.memory_attention",
+            "modeling.memory_encoder",
+            "modeling.position_encoding",
+            "modeling.sam",
+            "modeling.sam.mask_decoder",
+            "modeling.sam.prompt_encoder",
+            "modeling.sam.transformer",
+            "modeling.sam2_base",
+            "modeling.sam2_utils",
+            "sam2_image_predictor",
+            "utils",
+            "utils.amg",
+            "utils.misc",
+            "utils.transforms",
+        ),
+    ),
 }
 
 
@@ -57,8 +84,28 @@ def as_segment_anything(*, replace_local: bool = False) -> Served:
         ImportError: another ``segment_anything`` is imported already.
         ModuleNotFoundError: at an import of a path below ``segment_anything`` that the official package has not.
     """
+    return _served("segment_anything", replace_local)
+
+
+def as_sam2(*, replace_local: bool = False) -> Served:
+    """Serve ``sam2`` and its modules from this package: :func:`as_segment_anything` for the official SAM 2.
+
+    ``sam2.x.y`` is then the module ``sam.sam2.x.y`` itself. The files of configs stand in the package's folder, as
+    officially.
+
+    Args:
+        replace_local: also in place of a ``sam2`` outside ``site-packages``, as a fork of it or a clone is.
+
+    Raises:
+        ImportError: another ``sam2`` is imported already.
+        ModuleNotFoundError: at an import of a path below ``sam2`` that this package has not.
+    """
+    return _served("sam2", replace_local)
+
+
+def _served(official: str, replace_local: bool) -> Served:
     package = __name__.rpartition(".")[0]
-    return Served("segment_anything", lambda: package, replace_local)
+    return Served(official, lambda: package, replace_local)
 
 
 class Served:

@@ -42,6 +42,8 @@ FLOORS = {
     "sam.sessions": (8, "sessions"),
     "sam.utils.onnx": (8, "onnx"),
     "sam.verify": (8, "verify"),
+    "sam.sam2": (9, "front"),
+    "sam.sam2.utils": (5, "utils"),
     "sam": (9, "front"),
     "sam.automatic_mask_generator": (9, "front"),
     "sam.build_sam": (9, "front"),

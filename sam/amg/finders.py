@@ -5,6 +5,8 @@ Each function is a :class:`Finder`, or becomes one when its further arguments ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +19,8 @@ from ..inference.module_calls import call_modules
 from ..modeling.mask_decoder import MaskDecoder
 from ..modeling.promptable import PromptableModel
 from ..prompts.batch import PromptBatch, upload
+
+_LOGIT_LIMIT = 32.0  # of low-resolution logits as a prompt, as the official predictor hands them out
 
 
 class Finder(Protocol):
@@ -105,3 +109,54 @@ def confident_masks_by_modules(
     logits, iou, _ = call_modules(*parts, embedding.ready(), points, boxes, batch.mask_inputs, True, layout)
     confident = torch.ones_like(iou, dtype=torch.bool) if iou_threshold is None else iou > iou_threshold
     return logits[confident], iou[confident], confident.nonzero()[:, 0]
+
+
+def confident_single_masks(
+    model: PromptableModel,
+    embedding: ImageEmbedding,
+    batch: PromptBatch,
+    iou_threshold: float | None,
+    count_early: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Select of the one mask per prompt, the best of three where that is unstable and the model does so."""
+    decoded = model.decode([embedding], batch, multimask_output=False)
+    logits, iou = decoded.logits[:, 0], decoded.iou[:, 0]
+    prompts = torch.arange(len(iou), device=iou.device)
+    if iou_threshold is None:
+        return logits, iou, prompts
+    confident = iou > iou_threshold
+    return logits[confident], iou[confident], prompts[confident]
+
+
+def refined_masks(
+    model: PromptableModel,
+    embedding: ImageEmbedding,
+    batch: PromptBatch,
+    iou_threshold: float | None,
+    count_early: bool,
+    first: Finder,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Make all masks by ``first``, ask once more with each as a prompt beside its click, and select of the answers."""
+    logits, _, clicks = first(model, embedding, batch, None, count_early)
+    again = replace(
+        batch,
+        coords=batch.coords[clicks],
+        labels=batch.labels[clicks],
+        mask_inputs=logits.clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)[:, None],
+    )
+    refined, iou, rows = confident_single_masks(model, embedding, again, iou_threshold, count_early)
+    return refined, iou, clicks[rows]
+
+
+def cleaned_masks(
+    model: PromptableModel,
+    embedding: ImageEmbedding,
+    batch: PromptBatch,
+    iou_threshold: float | None,
+    count_early: bool,
+    find: Finder,
+    clean: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Clean the masks of ``find`` of small holes and islands, by a function of logits [P, C, h, w]."""
+    logits, iou, clicks = find(model, embedding, batch, iou_threshold, count_early)
+    return clean(logits[:, None])[:, 0], iou, clicks

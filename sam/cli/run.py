@@ -1,4 +1,4 @@
-"""``run SCRIPT``: a program written for ``segment_anything``, unmodified, with this package in its place.
+"""``run SCRIPT``: a program for ``segment_anything`` or ``sam2``, unmodified, with this package in their place.
 
 The program, and each Python that it starts, finds it by a ``sitecustomize`` on PYTHONPATH. So it does not reach Pythons
 of another installation, nor those that are started without these variables or with -I, -E or -S. Where the name ``sam``
@@ -17,8 +17,8 @@ from pathlib import Path
 HOOK = Path(__file__).parent / "run_hook"
 
 DESCRIPTION = """Run a program in a Python of its own, in which, as in every Python process that it starts,
-segment_anything is this package. In a folder that has a package called sam itself, `python -m sam` is that package;
-`fastsam run` serves both."""
+segment_anything and sam2 are this package. In a folder that has a package called sam itself, `python -m sam` is that
+package; `fastsam run` serves both."""
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

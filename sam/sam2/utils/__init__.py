@@ -1,0 +1,1 @@
+"""The helpers of the official package ``sam2``, at its import paths."""

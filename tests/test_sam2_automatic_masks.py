@@ -1,0 +1,236 @@
+"""``SAM2AutomaticMaskGenerator``: the official records, by the pipeline and by the loop that programs change."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from models import random_image, randomise
+
+import sam
+from benchmarks.official_sam2 import random_sam2
+from benchmarks.official_sam2_masks import KEYS, RUNS, VARIANT, summary
+from benchmarks.official_sam2_prompts import photograph
+from sam import HieraConfig, Sam2Config, SamAutomaticMaskGenerator
+from sam.masks import rle
+from sam.sam2 import automatic_mask_generator
+from sam.sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
+
+OFFICIAL = json.loads((Path(__file__).parent / "official_sam2_masks.json").read_text())
+SMALL = Sam2Config(
+    "custom",
+    HieraConfig(16, 1, (1, 2, 3, 1), (4,), d_model=64),
+    image_size=64,
+    memory_attention_layers=1,
+    fuser_layers=1,
+)
+IMAGE = random_image(40, 70)
+ALL = {"points_per_side": 3, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
+
+
+@pytest.fixture(scope="module")
+def official_weights() -> sam.SAM2Base:
+    return random_sam2(VARIANT)
+
+
+@pytest.fixture(scope="module")
+def small() -> sam.SAM2Base:
+    model = sam.build_from_config(SMALL)
+    randomise(model)
+    return model.requires_grad_(False)
+
+
+def matched(records: list[list[float]], others: list[list[float]]) -> list[tuple[list[float], list[float]]]:
+    """Pair records one to one: of one click in one crop by their predicted IoU."""
+
+    def place(record: list[float]) -> tuple[float, ...]:
+        return (*record[9:], *(round(x, 3) for x in record[6:8]), record[5])
+
+    assert len(records) == len(others)
+    return list(zip(sorted(records, key=place), sorted(others, key=place), strict=True))
+
+
+def assert_alike(records: list[dict[str, Any]], others: list[dict[str, Any]], pixels: int = 3) -> None:
+    """Hold records against others up to pixels whose logits are at the threshold."""
+    for ours, theirs in matched([*map(summary, records)], [*map(summary, others)]):
+        assert_same_record(ours, theirs, pixels)
+
+
+def assert_same_record(ours: list[float], theirs: list[float], pixels: int = 3) -> None:
+    assert abs(ours[0] - theirs[0]) <= pixels, KEYS
+    assert ours[1:5] == theirs[1:5]
+    assert ours[5:9] == pytest.approx(theirs[5:9], rel=1e-3, nan_ok=True)
+    assert ours[9:] == theirs[9:]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_records_are_the_official_ones(official_weights: sam.SAM2Base, run: str) -> None:
+    records = SAM2AutomaticMaskGenerator(official_weights, **RUNS[run]).generate(photograph())
+    assert len(records) >= (50 if run != "suppressed" else 8)
+    for ours, theirs in matched([*map(summary, records)], OFFICIAL[run]):
+        assert_same_record(ours, theirs)
+    for record in records[:3]:
+        assert [*record] == [
+            "segmentation",
+            "area",
+            "bbox",
+            "predicted_iou",
+            "point_coords",
+            "stability_score",
+            "crop_box",
+        ]
+        kinds = [type(record[name]) for name in ("area", "predicted_iou", "stability_score")]
+        assert kinds == [int, float, float]
+        assert {type(number) for name in ("bbox", "crop_box") for number in record[name]} == {float}
+        assert record["segmentation"].sum() == record["area"]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "refined": {"use_m2m": True},
+    "single": {"multimask_output": False},
+    "crops": {"crop_n_layers": 1, "crop_nms_thresh": 1.0},
+    "cleaned": {"min_mask_region_area": 12},
+    "cleaned and refined": {"min_mask_region_area": 12, "use_m2m": True},
+    "threshold": {"mask_threshold": 1.5, "stability_score_thresh": 0.2, "pred_iou_thresh": 0.05},
+    "suppressed": {"box_nms_thresh": 0.9},
+}
+
+
+class Unchanged(SAM2AutomaticMaskGenerator):
+    """As a program's subclass: each method is there, and calls the official one."""
+
+    def _process_batch(self, *args: Any, **options: Any) -> Any:
+        return super()._process_batch(*args, **options)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_pipeline_answers_as_the_official_loop(small: sam.SAM2Base, name: str) -> None:
+    options = {**ALL, **OPTIONS[name]}
+    expected = Unchanged(small, **options).generate(IMAGE)
+    records = SAM2AutomaticMaskGenerator(small, **options).generate(IMAGE)
+    assert len(expected) > 1
+    assert_alike(records, expected)
+
+
+def test_cleaning_is_in_pixels_of_the_low_resolution_logits(small: sam.SAM2Base) -> None:
+    plain = SAM2AutomaticMaskGenerator(small, **ALL).generate(IMAGE)
+    cleaned = SAM2AutomaticMaskGenerator(small, **ALL, min_mask_region_area=12).generate(IMAGE)
+    assert len(plain) == len(cleaned)
+    assert [record["area"] for record in plain] != [record["area"] for record in cleaned]
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_nothing_found_is_an_empty_list(small: sam.SAM2Base, layers: int) -> None:
+    options = {"points_per_side": 2, "crop_n_layers": layers, "pred_iou_thresh": 1.0}
+    assert SAM2AutomaticMaskGenerator(small, **options).generate(IMAGE) == []
+    assert Unchanged(small, **options).generate(IMAGE) == []
+
+
+@pytest.mark.parametrize("mode", ["coco_rle", "uncompressed_rle"])
+def test_run_lengths(small: sam.SAM2Base, mode: str) -> None:
+    expected = SAM2AutomaticMaskGenerator(small, **ALL).generate(IMAGE)
+    for kind in (SAM2AutomaticMaskGenerator, Unchanged):
+        records = kind(small, **ALL, output_mode=mode).generate(IMAGE)
+        for record, plain in zip(records, expected, strict=True):
+            assert (rle.decode(record["segmentation"]) != plain["segmentation"]).sum() <= 3
+
+
+def test_what_a_program_overrides_is_called_as_officially(small: sam.SAM2Base) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Noted(SAM2AutomaticMaskGenerator):
+        def _generate_masks(self, image: np.ndarray) -> Any:
+            calls.append(("_generate_masks", image.shape))
+            return super()._generate_masks(image)
+
+        def _process_crop(self, *args: Any, **options: Any) -> Any:
+            data = super()._process_crop(*args, **options)
+            calls.append(("_process_crop", (args[1:], options, sorted(name for name, _ in data.items()))))
+            return data
+
+        def _process_batch(
+            self, points: Any, im_size: Any, crop_box: Any, orig_size: Any, normalize: bool = False
+        ) -> Any:
+            calls.append(("_process_batch", (points.shape, im_size, crop_box, orig_size, normalize)))
+            return super()._process_batch(points, im_size, crop_box, orig_size, normalize)
+
+    Noted(small, **ALL, points_per_batch=5).generate(IMAGE)
+    columns = ["boxes", "crop_boxes", "iou_preds", "low_res_masks", "points", "rles", "stability_score"]
+    size, box = (40, 70), [0, 0, 70, 40]
+    assert calls == [
+        ("_generate_masks", (40, 70, 3)),
+        ("_process_batch", ((5, 2), size, box, size, True)),
+        ("_process_batch", ((4, 2), size, box, size, True)),
+        ("_process_crop", ((box, 0, size), {}, columns)),
+    ]
+
+
+def test_patched_predictors_and_functions_are_called(small: sam.SAM2Base) -> None:
+    expected = SAM2AutomaticMaskGenerator(small, **ALL).generate(IMAGE)
+    generator, seen = SAM2AutomaticMaskGenerator(small, **ALL), []
+    predict: Callable[..., Any] = generator.predictor._predict
+
+    def noted(*args: Any, **options: Any) -> Any:
+        seen.append((len(args), sorted(options), list(args[0].shape)))
+        return predict(*args, **options)
+
+    generator.predictor._predict = noted  # type: ignore[method-assign]
+    assert_alike(generator.generate(IMAGE), expected)
+    assert seen == [(2, ["multimask_output", "return_logits"], [9, 1, 2])]
+    few = {**ALL, "box_nms_thresh": 0.5}
+    with mock.patch.object(automatic_mask_generator, "batched_nms", lambda boxes, *a: torch.arange(len(boxes))):
+        assert len(SAM2AutomaticMaskGenerator(small, **few).generate(IMAGE)) == len(expected)
+    assert len(SAM2AutomaticMaskGenerator(small, **few).generate(IMAGE)) < len(expected)
+    hooked = copy.deepcopy(small)
+    hooked.sam_mask_decoder.register_forward_hook(lambda module, arguments, output: seen.append(output[0].shape[0]))
+    assert_alike(SAM2AutomaticMaskGenerator(hooked, **ALL).generate(IMAGE), expected)
+    assert seen[1:] == [9]
+
+
+def test_our_options_and_the_official_refusals(small: sam.SAM2Base) -> None:
+    done: list[tuple[int, int]] = []
+    generator = SAM2AutomaticMaskGenerator(
+        small, **ALL, max_memory="1GB", progress=lambda *counts: done.append(counts), output_mode="uncompressed_rle"
+    )
+    batch = generator.generate_batch([IMAGE, IMAGE[:20]])
+    assert done[-1] == (18, 18)
+    assert [record["segmentation"]["size"] for records in batch for record in records[:1]] == [[40, 70], [20, 70]]
+    with pytest.raises(TypeError, match=r"SAM2AutomaticMaskGenerator takes no 'typo'"):
+        SAM2AutomaticMaskGenerator(small, typo=1)
+    with pytest.raises(ValueError, match=r"exactly one of points_per_side and point_grids"):
+        SAM2AutomaticMaskGenerator(small, None)
+    with pytest.raises(ValueError, match=r"max_memory does not apply to the official loop"):
+        Unchanged(small, **ALL, max_memory="1GB").generate(IMAGE)
+    grid = {**ALL, "points_per_side": None, "point_grids": [np.array([[0.5, 0.5]])]}
+    assert [r["point_coords"] for r in SAM2AutomaticMaskGenerator(small, **grid).generate(IMAGE)] == [[[35, 20]]] * 3
+
+
+def test_our_generator_takes_a_sam2_model(small: sam.SAM2Base) -> None:
+    expected = SAM2AutomaticMaskGenerator(small, **ALL).generate(IMAGE)
+    records = SamAutomaticMaskGenerator(small, **ALL, max_memory="1GB").generate(IMAGE)
+    assert_alike(records, expected)
+
+    class Changed(SamAutomaticMaskGenerator):
+        def _process_batch(self, *args: Any) -> Any:
+            return super()._process_batch(*args)
+
+    with pytest.raises(ValueError, match=r"the official loop of SAM takes no SAM 2 model.*_process_batch"):
+        Changed(small, **ALL).generate(IMAGE)
+    with pytest.raises(TypeError, match=r"SAM 2 model.*SAM2ImagePredictor"):
+        sam.SamPredictor(small)  # type: ignore[arg-type]
+
+
+def test_boxes_of_several_groups_do_not_meet() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60]])
+    scores = torch.tensor([0.5, 0.9, 0.7])
+    same, apart = torch.zeros(3), torch.tensor([0, 1, 0])
+    assert automatic_mask_generator.batched_nms(boxes, scores, same, 0.5).tolist() == [1, 2]
+    assert automatic_mask_generator.batched_nms(boxes, scores, apart, iou_threshold=0.5).tolist() == [1, 2, 0]
