@@ -22,6 +22,7 @@ from ..prompts.batch import PromptBatch
 from ..prompts.layout import PromptLayout
 from ..prompts.tensors import check_prompt_tensors
 from ..system.methods import WrittenMethods
+from .prompt_arrays import prompt_tensors
 from .utils.transforms import SAM2Transforms
 
 _LOGIT_LIMIT = 32.0  # of the low-resolution logits that are handed out
@@ -303,35 +304,8 @@ class SAM2ImagePredictor:
         Returns:
             mask input [P, 1, h, w], points [P, N, 2], labels [P, N] and boxes [P, 2, 2], None where none are given.
         """
-        coords = labels = boxes = mask_input = None
-        size = self._orig_hw[img_idx]
-        if point_coords is not None:
-            if point_labels is None:
-                raise ValueError("point_labels must be given with point_coords")
-            points = self._tensor("point_coords", point_coords, torch.float)
-            if points.ndim not in (2, 3) or points.shape[-1] != 2:
-                raise ValueError(f"point_coords must be [N, 2] or [P, N, 2], got {list(points.shape)}")
-            coords = self._transforms.transform_coords(points, normalize=normalize_coords, orig_hw=size)
-            labels = self._tensor("point_labels", point_labels, torch.int)
-            if coords.ndim == 2:
-                coords, labels = coords[None], labels[None]
-        if box is not None:
-            corners = self._tensor("box", box, torch.float)
-            if corners.shape[-1:] != (4,) or corners.numel() != 4 * (len(corners) if corners.ndim > 1 else 1):
-                raise ValueError(f"box must be [4] or [P, 4], got {list(corners.shape)}")
-            boxes = self._transforms.transform_boxes(corners, normalize=normalize_coords, orig_hw=size)
-        if mask_logits is not None:
-            mask_input = self._tensor("mask_input", mask_logits, torch.float)
-            mask_input = mask_input[None] if mask_input.ndim == 3 else mask_input
-        return mask_input, coords, labels, boxes
-
-    def _tensor(self, name: str, values: Any, dtype: torch.dtype) -> Tensor:
-        try:
-            if not isinstance(values, Tensor):
-                values = np.array(values)  # torch takes no negative strides
-            return torch.as_tensor(values, dtype=dtype, device=self.device)
-        except (TypeError, ValueError):
-            raise TypeError(f"{name} must be an array of numbers, got {values!r:.80}") from None
+        arrays = (point_coords, point_labels, box, mask_logits)
+        return prompt_tensors(self._transforms, arrays, normalize_coords, self._orig_hw[img_idx], self.device)
 
     @torch.no_grad()
     def _predict(
