@@ -254,9 +254,13 @@ def test_graphs_replay_what_runs_eagerly(model: SAM2Base, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 def test_compiled_is_what_runs_eagerly(model: SAM2Base) -> None:
-    compiled = copy.deepcopy(model)
-    compiled.runtime = Runtime(compiled, compile_encoder=False)
-    embedding = model.encode(random_image(48, 60))
+    compiled, images = copy.deepcopy(model), [random_image(48, 60, seed=seed) for seed in range(3)]
+    compiled.runtime = Runtime(compiled)
+    assert compiled.runtime.compiles_encoder
+    for found, expected in zip(compiled.encode(images, batch_size=3), model.encode(images), strict=True):
+        for name, ours, other in zip(("embedding", "s0", "s1"), found.ready().maps, expected.ready().maps, strict=True):
+            assert_close_l2(ours, other, 1e-5, name)
+    embedding = model.encode(images[0])
     for prompts_of in (ask(3), ask(3, masks=True)):
         for multimask_output in (True, False):
             found, expected = (each.predict(embedding, prompts_of, multimask_output) for each in (compiled, model))

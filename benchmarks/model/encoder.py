@@ -10,7 +10,7 @@ from torch import Tensor
 
 import sam
 from sam import Sam
-from sam.inference.fused_encoder import encode
+from sam.inference.fused_encoder import encode, run_block
 from sam.inference.runtime import compiled_block, many_graphs
 
 from ..case import Case, Problem, draw
@@ -56,7 +56,7 @@ def _case(batch: int, variant: str = "vit_b") -> Callable[[torch.device, torch.d
         names = ("reference", "torch", "triton") if device.type == "cuda" else ("reference", "torch")
         forms = {name: ours(name) for name in names}
         if device.type == "cuda":
-            run = compiled_block()
+            run = compiled_block(run_block)
 
             def compiled() -> Tensor:
                 with many_graphs():

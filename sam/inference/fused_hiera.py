@@ -190,8 +190,15 @@ class Level(NamedTuple):
 # The trunk ---------------------------------------------------------------------------------------------------
 
 
-def encode_levels(encoder: ImageEncoder, made: Plan, pixels: Tensor, kernels: str) -> list[Level]:
+RunBlock = Callable[[Any, Tensor, str], Tensor]
+
+
+def encode_levels(
+    encoder: ImageEncoder, made: Plan, pixels: Tensor, kernels: str, run: RunBlock | None = None
+) -> list[Level]:
     """Run the trunk on normalised pixels [B, 3, H, W]; on a CPU, of one image.
+
+    ``run`` stands for :func:`run_grid_block`, compiled: all tokens then lie in the order of the grid.
 
     Raises:
         ValueError: a side that is no multiple of 32 px.
@@ -199,14 +206,17 @@ def encode_levels(encoder: ImageEncoder, made: Plan, pixels: Tensor, kernels: st
     trunk: Any = encoder.trunk
     x = trunk.patch_embed.proj(pixels.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
     size = (x.shape[1], x.shape[2])
-    x, order = Level.of(x, trunk.window_spec[0])
+    x, order = Level.of(x, trunk.window_spec[0]) if run is None else Level(x, None)
     positions = _positions(encoder, size, order)
     level = Level(x.add_(positions) if x.dtype == positions.dtype else x + positions, order)
     levels: list[Level] = []
     for index, (block, is_fused) in enumerate(zip(trunk.blocks, made.blocks, strict=True)):
         # A block writes to its tokens, but not to a stage's result, nor to what a module returned and a hook may keep.
         keeps = index > 0 and (index - 1 in trunk.stage_ends or not made.blocks[index - 1])
-        level = run_block(block, level, kernels, keeps) if is_fused else _call_block(block, level)
+        if is_fused and run is not None:
+            level = Level(run(block, level.tokens, kernels), None)
+        else:
+            level = run_block(block, level, kernels, keeps) if is_fused else _call_block(block, level)
         if index in trunk.stage_ends:
             levels.append(level)
     return levels
@@ -269,6 +279,13 @@ def run_block(block: Any, level: Level, kernels: str, keeps_input: bool) -> Leve
     return Level(out, after)
 
 
+def run_grid_block(block: Any, x: Tensor, kernels: str) -> Tensor:
+    """Run a block on tokens [B, H, W, C], which stay as they are, in one piece: the form to be compiled."""
+    attended, y = attend(block, x, kernels)
+    x = _shortcut(block, x, y) + attended
+    return x + _mlp(block, x)
+
+
 def attend(block: Any, x: Tensor, kernels: str) -> tuple[Tensor, Tensor]:
     """Return the attention of [B, H, W, C] with its projection, and the normalised tokens."""
     attention, y = block.attn, block.norm1(x)
@@ -312,7 +329,7 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
 
 
 def image_features(
-    encoder: nn.Module, finer: Sequence[nn.Module], pixels: Tensor, kernels: str
+    encoder: nn.Module, finer: Sequence[nn.Module], pixels: Tensor, kernels: str, run: RunBlock | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """Encode images for a mask decoder; None where the official calls shall run.
 
@@ -321,6 +338,7 @@ def image_features(
         finer: the decoder's convolutions of the finest maps, ``conv_s0`` and ``conv_s1``, or none.
         pixels: normalised, [B, 3, H, W].
         kernels: implementation of the operations.
+        run: :func:`run_grid_block`, compiled; None where nothing is.
 
     Returns:
         the embedding [B, C, h, w], and one high-resolution map per convolution.
@@ -332,7 +350,11 @@ def image_features(
     if why_not_now(pixels, *(p for conv in finer for p in conv.parameters()), takes_autocast=True) is not None:
         return None
     assert isinstance(encoder, ImageEncoder)
-    maps = _per_image(pixels, lambda image: _project(encoder, finer, encode_levels(encoder, made, image, kernels)))
+
+    def maps_of(images: Tensor) -> list[Tensor]:
+        return _project(encoder, finer, encode_levels(encoder, made, images, kernels, run))
+
+    maps = maps_of(pixels) if run is not None else _per_image(pixels, maps_of)
     return maps[0], tuple(maps[1:])
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..embedding import ImageEmbedding, ImageProjections, channels_last
 from ..masks.results import DecodedMasks
 from ..modeling.common import is_ours, uncompiled
-from ..modeling.image_encoder import ImageEncoderViT
+from ..modeling.feature_pyramid import ImageEncoder
 from ..modeling.weight_cache import WeightCache
 from ..prompts.batch import PromptBatch
 from ..prompts.labels import LABEL_ABSENT
@@ -26,7 +26,8 @@ from . import fused_decoder
 from .buckets import Bucket, Limits, as_table
 from .decode import image_projections
 from .eligibility import PARTS, look
-from .fused_encoder import encode, run_block
+from .fused_encoder import run_block
+from .fused_hiera import run_grid_block
 from .graphs import Graphs, Recorder, StackedInput
 from .packed_weights import pack_decoder
 from .parts import FusedParts, Model, features_sizes
@@ -97,11 +98,17 @@ class Runtime:
         self._warned: set[str] = set()
         self._recorder = recorder
         self._decoder_graphs, self._encoder_graphs = _GraphsOfWeights(recorder), _GraphsOfWeights(recorder)
-        self.compiles_encoder = compile_encoder and is_ours(model.image_encoder, ImageEncoderViT)
+        self.compiles_encoder = compile_encoder and any(
+            is_ours(model.image_encoder, kind) for kind in PARTS["image_encoder"]
+        )
 
     @cached_property
-    def _run_block(self) -> Callable[..., Tensor]:
-        return compiled_block() if self.compiles_encoder else run_block
+    def _run_block(self) -> Callable[..., Tensor] | None:
+        """A block of the image encoder, compiled; None where none is."""
+        if not self.compiles_encoder:
+            return None
+        is_hiera = isinstance(uncompiled(self._model.image_encoder), ImageEncoder)
+        return compiled_block(run_grid_block if is_hiera else run_block)
 
     @property
     def buckets(self) -> dict[Bucket, float]:
@@ -183,44 +190,38 @@ class Runtime:
             zeros(prompts, dtype=torch.int64) if images > 1 else None,
         )
 
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """Run the encoder of SAM on [B, 3, size, size].
+    def image_maps(
+        self,
+        encode: Callable[[Tensor, Callable[..., Tensor] | None], tuple[Tensor, ...]],
+        pixels: Tensor,
+        *parts: nn.Module,
+    ) -> tuple[Tensor, ...]:
+        """Run an image encoder on [B, 3, size, size].
 
-        Compiled, batches are padded to powers of two, so that few shapes are compiled. Else one image is replayed, and
-        larger batches run eagerly.
-        """
-        encoder, count, kernels = self._model.image_encoder, len(pixels), self._model.resolved_kernels
-        if not self.compiles_encoder:
-            replayed = self.replay_image(lambda image: (encode(encoder, image, kernels),), pixels, encoder)
-            if replayed is not None:
-                return replayed[0]
-        padded = count
-        if self.compiles_encoder and count:
-            padded = min(1 << (count - 1).bit_length(), max(count, _MAX_PADDED_IMAGES))
-        if padded > count:
-            pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, padded - count))
-        with many_graphs() if self.compiles_encoder else nullcontext():
-            return encode(encoder, pixels, kernels, self._run_block)[:count]
-
-    def replay_image(
-        self, encode: Callable[[Tensor], tuple[Tensor, ...]], pixels: Tensor, *parts: nn.Module
-    ) -> tuple[Tensor, ...] | None:
-        """Replay the pass of an encoder over one image, whose kernels are shorter than the host takes to launch them.
+        Compiled, batches are padded to powers of two, so that few shapes are compiled. As CUDA graphs, one image is
+        replayed: its kernels are shorter than the host takes to launch them. Larger batches run eagerly.
 
         Args:
-            encode: of pixels, by the weights of ``parts`` and nothing else that may change.
-            pixels: [1, 3, size, size]; other batches are not replayed.
-            parts: parts of the model, each of a class of ours.
+            encode: of pixels and a compiled block, or None, by the weights of ``parts`` and nothing else that may
+                change.
+            pixels: normalised.
+            parts: parts of the model.
 
         Returns:
-            what ``encode`` returns, in memory of its own; None where the pass cannot be replayed.
+            what ``encode`` returns, in memory of its own.
         """
-        model = self._model
+        model, count, block = self._model, len(pixels), self._run_block
+        if block is not None:
+            padded = min(1 << (count - 1).bit_length(), max(count, _MAX_PADDED_IMAGES)) if count else 0
+            if padded > count:
+                pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, padded - count))
+            with many_graphs():
+                return tuple(maps[:count] for maps in encode(pixels, block))
         generation = self._replayable(pixels, parts)
         if generation is None:
-            return None
+            return encode(pixels, None)
         with self._encoder_graphs.now(model.device, generation).run(
-            ("encoder", model.resolved_kernels), encode, [StackedInput.of(pixels)]
+            ("encoder", model.resolved_kernels), lambda image: encode(image, None), [StackedInput.of(pixels)]
         ) as (outputs, _):
             return tuple(output.clone() for output in outputs)
 
@@ -402,12 +403,12 @@ def _padded(batch: PromptBatch, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor 
     )
 
 
-def compiled_block() -> Callable[..., Tensor]:
-    """Compile :func:`run_block`: each kind of block at its first use, which others of its kind share.
+def compiled_block(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compile what runs a block of an image encoder: each kind at its first use, which others of its kind share.
 
     It is called within :func:`many_graphs`.
     """
-    return torch.compile(run_block, fullgraph=True, dynamic=False)
+    return torch.compile(run, fullgraph=True, dynamic=False)
 
 
 def many_graphs() -> AbstractContextManager[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Dict, List, Tuple  # noqa: F401, UP035 - star imports give them
 
 import torch
@@ -17,6 +17,7 @@ from ..embedding import ImageEmbedding, ImageFeatures
 from ..images.geometry import ImageGeometry
 from ..images.prepare import PreparedImage
 from ..images.tensors import normalize_and_pad
+from ..inference import fused_encoder
 from ..inference.eligibility import is_stock
 from ..masks import upscale
 from ..prompts.batch import PromptBatch
@@ -88,8 +89,12 @@ class Sam(PromptableModel):
     def image_features(self, pixels: Tensor) -> ImageFeatures:
         """What the encoder makes of :meth:`preprocess`'s pixels [B, 3, size, size], by the kernels of this model."""
         if self.runtime is not None and is_stock(self.image_encoder, ImageEncoderViT):
-            return ImageFeatures(self.runtime.image_features(pixels))
+            [features] = self.runtime.image_maps(self._image_maps, pixels, self.image_encoder)
+            return ImageFeatures(features)
         return ImageFeatures(self.image_encoder(pixels))
+
+    def _image_maps(self, pixels: Tensor, run: Callable[..., Tensor] | None) -> tuple[Tensor]:
+        return (fused_encoder.encode(self.image_encoder, pixels, self.resolved_kernels, run),)
 
     def masks(self, low_res: Tensor, geometry: ImageGeometry, return_logits: bool) -> Tensor:
         """Make masks [P, C, H, W] of low-resolution logits [P, C, h, w], or their logits at that size."""

@@ -174,20 +174,21 @@ class SAM2Base(TrackingSteps, PromptableModel):
             the embedding [B, C, h, w], with ``no_mem_embed`` added where the model does so, and the high-resolution
             features [B, C / 8, 4h, 4w] and [B, C / 4, 2h, 2w].
         """
-        maps = None
         if self.runtime is not None and _IMAGE.replaced_in(self) is None:
-            maps = self.runtime.replay_image(self._image_maps, pixels, self.image_encoder, self.sam_mask_decoder)
-        embedding, *high_res = self._image_maps(pixels) if maps is None else maps
+            maps = self.runtime.image_maps(self._image_maps, pixels, self.image_encoder, self.sam_mask_decoder)
+        else:
+            maps = self._image_maps(pixels)
+        embedding, *high_res = maps
         if self.directly_add_no_mem_embed:
             embedding = embedding + self.no_mem_embed.view(1, -1, 1, 1)
         return ImageFeatures(embedding.to(self.dtype), tuple(high_res))
 
-    def _image_maps(self, pixels: Tensor) -> tuple[Tensor, ...]:
+    def _image_maps(self, pixels: Tensor, run: fused_hiera.RunBlock | None = None) -> tuple[Tensor, ...]:
         """Return the embedding, without ``no_mem_embed``, and the high-resolution features."""
         if _IMAGE.replaced_in(self) is None:
             decoder = self.sam_mask_decoder
             finer = (decoder.conv_s0, decoder.conv_s1) if self.use_high_res_features_in_sam else ()
-            made = fused_hiera.image_features(self.image_encoder, finer, pixels, self._kernels)
+            made = fused_hiera.image_features(self.image_encoder, finer, pixels, self._kernels, run)
             if made is not None:
                 return made[0], *made[1]
         maps = self.forward_image(pixels)["backbone_fpn"]
