@@ -23,6 +23,7 @@ from .inference import fused_hiera
 from .inference.decode import fused_parts
 from .inference.fused_decoder import DecodedPrompts, decode_masks, project_images
 from .inference.fused_encoder import Attend, attend, plan_blocks, run_block
+from .inference.token_order import Level
 from .modeling.common import is_ours, uncompiled
 from .modeling.feature_pyramid import ImageEncoder
 from .modeling.image_encoder import Block, ImageEncoderViT
@@ -166,7 +167,7 @@ def _hiera_checks(models: _Models, image: np.ndarray) -> Iterator[Check]:
             if m.kernels == "reference":
                 result = block(narrow)
             else:
-                level = fused_hiera.Level.of(narrow, block.window_size or narrow.shape[1])
+                level = Level.of(narrow, block.window_size or narrow.shape[1])
                 result = fused_hiera.run_block(block, level, m.kernels, keeps_input=True).grid()
             return result.double() - narrow.double() if result.shape == narrow.shape else result
 
