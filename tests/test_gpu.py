@@ -12,7 +12,7 @@ import pytest
 import torch
 from asking import CLICKS, ask_at_random, by_prediction, run_into_poisoned_outputs
 from comparison import relative_l2
-from models import TINY, random_image, random_model
+from models import TINY, TINY_2, random_image, random_model
 from torch import Tensor
 
 import sam
@@ -46,9 +46,9 @@ def outputs(model: Sam, image: np.ndarray) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
-@pytest.mark.parametrize("name", ["nano", "tiny"])
+@pytest.mark.parametrize("name", ["nano", "tiny", "tiny 2"])
 def test_model_within_budget(name: str, kernels: str, dtype: torch.dtype) -> None:
-    model = sam.load_model() if name == "nano" else random_model(TINY)
+    model = sam.load_model() if name == "nano" else random_model(TINY if name == "tiny" else TINY_2)
     image = random_image(48, 64)
     truth_model = copy.deepcopy(model).double()
     truth_model.kernels = "reference"
@@ -136,9 +136,10 @@ def replaying(model: Sam) -> Sam:
     return other
 
 
-def test_a_thousand_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("config", [TINY, TINY_2], ids=["sam", "sam 2"])
+def test_a_thousand_replays(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Graphs, "run", run_into_poisoned_outputs)
-    eager = random_model(TINY).to("cuda")
+    eager = random_model(config).to("cuda")
     ask_at_random(replaying(eager), eager, requests=1000, seed=1)
 
 
