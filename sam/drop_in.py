@@ -45,6 +45,7 @@ _SERVED: dict[str, tuple[str, tuple[str, ...]]] = {
             "_C",
             "automatic_mask_generator",
             "build_sam",
+            "configs",
             "modeling",
             "modeling.backbones",
             "modeling.backbones.hieradet",

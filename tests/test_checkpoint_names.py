@@ -20,8 +20,9 @@ from torch.optim.swa_utils import AveragedModel
 import sam
 from sam import CheckpointError, Sam
 from sam.checkpoint import read_checkpoint
+from sam.checkpoint.families import SAM, Form, expected_shapes
 from sam.checkpoint.layouts import transformers_names
-from sam.checkpoint.names import expected_shapes, find_weights
+from sam.checkpoint.names import find_weights
 from sam.checkpoint.read import official_state
 
 WRAPPINGS: dict[str, Callable[[State], Any]] = {
@@ -171,7 +172,7 @@ def test_wrappers_of_any_kind_and_order(tiny: Sam, wrapping: str, layout: str) -
     if layout == "transformers":
         state = {theirs: tensor for ours, tensor in state.items() for theirs in transformers_names(ours, TINY)}
     result, of = find_weights(WRAPPED[wrapping](state))
-    assert of == layout
+    assert of == Form(SAM, layout)  # type: ignore[arg-type]
     assert_same_weights(official_state(result, of, TINY), tiny.state_dict())
 
 
@@ -187,8 +188,8 @@ def test_wrappers_anywhere(data: st.DataObject) -> None:
         wrapped = within(wrapped, start, data.draw(segment))
     for prefix in data.draw(st.lists(segment, max_size=3)):
         wrapped = prefixed(wrapped, f"{prefix}.")
-    result, layout = find_weights(nested(wrapped) if data.draw(st.booleans()) else wrapped)
-    assert layout == "official"
+    result, form = find_weights(nested(wrapped) if data.draw(st.booleans()) else wrapped)
+    assert form == Form(SAM, "official")
     assert result == state
 
 

@@ -94,7 +94,11 @@ SAM = Family(
     "SAM",
     SamConfig,
     VARIANTS["nano"],
-    {"official": re.compile(r"(^|\.)image_encoder\."), "transformers": re.compile(r"(^|\.)vision_encoder\.")},
+    {
+        # The last of both: a wrapper may have the name of the other.
+        "official": re.compile(r"(^|\.)image_encoder\.(?!(.*\.)?(image|vision)_encoder\.)"),
+        "transformers": re.compile(r"(^|\.)vision_encoder\.(?!(.*\.)?(image|vision)_encoder\.)"),
+    },
     layouts.transformers_names,
     dict,
     dict,

@@ -170,14 +170,14 @@ def _form_of(keys: Iterable[str]) -> Form:
         if example is not None:
             raise CheckpointError(f"this is {relative} (key {example}); only SAM and SAM 2 models are supported")
     for family in FAMILIES:
-        for layout in LAYOUTS:
-            of_encoder = [key for key in keys if family.encoders[layout].search(key)]
-            if of_encoder and family is SAM2 and not any("pos_embed_window" in key for key in of_encoder):
-                raise CheckpointError(
-                    f"this is a model like SAM 2 with another image encoder than Hiera, as EfficientTAM has "
-                    f"(key {of_encoder[0]}); only SAM and SAM 2 models are supported"
-                )
-            if any(_names_of(family, layout).locate(key) for key in of_encoder):
+        of_encoder = [(key, layout) for key in keys for layout in LAYOUTS if family.encoders[layout].search(key)]
+        if of_encoder and family is SAM2 and not any("pos_embed_window" in key for key, _ in of_encoder):
+            raise CheckpointError(
+                f"this is a model like SAM 2 with another image encoder than Hiera, as EfficientTAM has "
+                f"(key {of_encoder[0][0]}); only SAM and SAM 2 models are supported"
+            )
+        for key, layout in of_encoder:
+            if _names_of(family, layout).locate(key):
                 return Form(family, layout)
     raise CheckpointError(
         f"no SAM weights: no parameter of an image_encoder or a vision_encoder among the keys {listing(keys)}"
