@@ -159,7 +159,7 @@ class PromptableModel(WeightCache, Fp32Buffers):
             batch_size: images per pass of the encoder; by default 1 on a CPU and 8 elsewhere.
             resize_on_device: the image goes to the device as it is and is resized, normalised and padded there in
                 one pass. Faster, and up to a level of 8 bits off Pillow's resize, which SAM was trained with; the
-                embedding has no ``image_hash`` then.
+                embedding has no ``image_hash`` then. Images for SAM 2 are resized there in any case, as officially.
 
         Returns:
             one handle, or a list of them in the order of the images.
