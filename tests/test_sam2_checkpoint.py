@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from comparison import State, assert_same_weights
@@ -75,6 +76,35 @@ def test_transformers_names_and_shapes_are_those_of_transformers(config: Sam2Con
         theirs = Sam2VideoModel(Sam2VideoConfig(**{k: v for k, v in described.items() if k != "architectures"}))
     ours = SAM2.stored(empty_state(config), config, "transformers")
     assert {n: t.shape for n, t in theirs.state_dict().items()} == {n: t.shape for n, t in ours.items()}
+
+
+def test_a_model_of_images_alone(tmp_path: Path, tiny2: sam.SAM2Base) -> None:
+    """What transformers' ``Sam2Model`` saves: all but the memory."""
+    images = sam.build_from_config(replace(TINY, has_memory=False))
+    images.load_state_dict({name: value for name, value in tiny2.state_dict().items() if name in images.state_dict()})
+    for layout, name in (("official", "w.safetensors"), ("transformers", "folder")):
+        sam.save_checkpoint(images, tmp_path / name, layout)  # type: ignore[arg-type]
+        loaded = sam.load_model(tmp_path / name, device="cpu")
+        assert_same_weights(loaded.state_dict(), images.state_dict())
+        assert loaded.config == images.config
+        assert not hasattr(loaded, "memory_attention")
+        with pytest.raises(CheckpointError, match=r"weights of images alone, as transformers' Sam2Model has them"):
+            load_into(sam.build_from_config(TINY), tmp_path / name)
+    picture = np.zeros((20, 30, 3), np.uint8)
+    answers = [m.predict(m.encode(picture), [sam.Prompt([(4, 5)], [1])]) for m in (tiny2, images)]
+    assert torch.equal(answers[0].low_res_logits, answers[1].low_res_logits)
+
+
+def test_names_of_images_alone_are_those_of_transformers() -> None:
+    from transformers import Sam2Config as TheirConfig
+    from transformers import Sam2Model
+
+    config = replace(TINY, has_memory=False)
+    described = {k: v for k, v in transformers_config(config).items() if k.endswith("_config")}
+    with torch.device("meta"):
+        theirs = Sam2Model(TheirConfig(**described)).state_dict()
+    ours = SAM2.stored(empty_state(config), config, "transformers")
+    assert {n: t.shape for n, t in theirs.items()} == {n: t.shape for n, t in ours.items()}
 
 
 def test_a_torch_file_is_as_official_ones_are(tmp_path: Path) -> None:

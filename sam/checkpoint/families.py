@@ -51,6 +51,8 @@ class Family:
         """Say that weights are of another release or size than ``config``, where their shapes show it."""
         if not isinstance(config, Sam2Config):
             return None
+        if config.has_memory and not any(name.startswith("memory_encoder.") for name in state):
+            return "these are weights of images alone, as transformers' Sam2Model has them, which sam.load_model takes"
         try:
             found = self.infer_config(state, layout)
         except CheckpointError:

@@ -114,8 +114,8 @@ def transformers_config(config: Sam2Config) -> dict[str, Any]:
     trunk, grid, channels = config.image_encoder, config.grid_size, config.image_encoder.channel_list[::-1]
     heads = [int(trunk.num_heads * trunk.head_mul**stage) for stage in range(len(channels))]
     return {
-        "architectures": ["Sam2VideoModel"],
-        "model_type": "sam2_video",
+        "architectures": ["Sam2VideoModel" if config.has_memory else "Sam2Model"],
+        "model_type": "sam2_video" if config.has_memory else "sam2",
         "image_size": config.image_size,
         "vision_config": {
             "model_type": "sam2_vision_model",
@@ -210,6 +210,7 @@ def config_from_transformers(text: bytes) -> Sam2Config | None:
             fpn_top_down_levels=vision.get("fpn_top_down_levels", trunk.fpn_top_down_levels),
         ),
         image_size=image_size,
+        has_memory=values["model_type"] == "sam2_video",
         no_obj_embed_spatial=values.get("enable_occlusion_spatial_embedding", True),
         **options,
     )
@@ -224,15 +225,17 @@ def _part(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def named(config: Sam2Config) -> Sam2Config:
-    """Return ``config`` under the name of the table's variant that it equals, image size aside."""
+    """Return ``config`` under the name of the table's variant that it equals, image size and memory aside."""
     for known in SAM2_VARIANTS.values():
-        if replace(config, variant=known.variant, image_size=known.image_size) == known:
+        if replace(config, variant=known.variant, image_size=known.image_size, has_memory=True) == known:
             return replace(config, variant=known.variant)
     return config
 
 
 def infer_config(state: Mapping[str, Tensor], layout: Layout) -> Sam2Config:
     """Infer the variant that fits the names and shapes of a state dict; its image size is in none of them: 1024 px.
+
+    Without a memory, as those of transformers' ``Sam2Model``, weights of both releases are the same: 2.1.
 
     Raises:
         CheckpointError: no variant does.
@@ -252,7 +255,7 @@ def infer_config(state: Mapping[str, Tensor], layout: Layout) -> Sam2Config:
         trunk = config.image_encoder
         sizes = (trunk.embed_dim, sum(trunk.stages))
         if config.variant.startswith(release) and sizes == (patches.shape[0], depth):
-            return config
+            return replace(config, has_memory=tracks)
     known = ", ".join(
         f"{c.variant} {c.image_encoder.embed_dim} x {sum(c.image_encoder.stages)}"
         for c in SAM2_VARIANTS.values()

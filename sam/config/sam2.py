@@ -122,6 +122,7 @@ class Sam2Config:
         mem_dim: channels of a memory.
         memory_attention_layers, memory_attention_dim_feedforward: of the memory attention.
         fuser_layers: ConvNeXt blocks of the memory encoder.
+        has_memory: False for a model of images alone, without the parts that only tracking uses.
 
     Raises:
         ValueError: a number of another type, out of bounds, or at odds with another.
@@ -135,6 +136,7 @@ class Sam2Config:
     memory_attention_layers: int = 4
     memory_attention_dim_feedforward: int = 2048
     fuser_layers: int = 2
+    has_memory: bool = True
     num_maskmem: int = 7
     sigmoid_scale_for_mem_enc: float = 20.0
     sigmoid_bias_for_mem_enc: float = -10.0

@@ -31,9 +31,21 @@ def build_from_config(config: Sam2Config) -> SAM2Base: ...
 def build_from_config(config: SamConfig | Sam2Config) -> Sam | SAM2Base:
     """Build a model in eval mode with freshly initialised weights."""
     if isinstance(config, Sam2Config):
-        return SAM2Base(**sam2_arguments(config)).eval()
+        model = SAM2Base(**sam2_arguments(config)).eval()
+        return model if config.has_memory else _of_images_alone(model)
     require("config", config, SamConfig, "a SamConfig or a Sam2Config")
     return _build_sam(config).eval()
+
+
+def _of_images_alone(model: SAM2Base) -> SAM2Base:
+    """Take the parts off a model that only tracking uses."""
+    for name in (
+        *("memory_attention", "memory_encoder", "mask_downsample", "maskmem_tpos_enc", "no_mem_pos_enc"),
+        *("no_obj_ptr", "no_obj_embed_spatial", "obj_ptr_proj", "obj_ptr_tpos_proj"),
+    ):
+        if hasattr(model, name):
+            delattr(model, name)
+    return model
 
 
 def _build_sam(config: SamConfig) -> Sam:
