@@ -32,6 +32,9 @@ NOT_RUN = {
 # What the page says for official weights and a GPU, and what stands in their place: the embedded weights, fewer clicks.
 IN_PLACE = {
     '["vit_h"](checkpoint="sam_vit_h_4b8939.pth").to("cuda")': '["nano"](checkpoint="sam_vit_h_4b8939.pth")',
+    '"configs/sam2.1/sam2.1_hiera_l.yaml", "sam2.1_hiera_large.pt", device="cuda"': (
+        '"sam2.1_hiera_t.yaml", device="cpu", hydra_overrides_extra=["++model.image_size=128"]'
+    ),
     "points_per_side=32": "points_per_side=2",
     "auto photos/": "auto photos/ --points-per-side 2",
 }
