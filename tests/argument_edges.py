@@ -301,7 +301,7 @@ EDGES |= {
     "the config to write": (
         lambda model, x: write_checkpoint(model.state_dict(), x, "w.pth"),
         "tiny",
-        "config must be a sam.SamConfig, got str",
+        "config must be a SamConfig or a Sam2Config, got str",
     ),
     "a checkpoint": (lambda model, x: sam.load_model(x), 123, "checkpoint must be a path, .*got int"),
     "a checkpoint of the registry": (
@@ -312,7 +312,7 @@ EDGES |= {
     "a variant": (
         lambda model, x: sam.load_model(variant=x),
         ["vit_b"],
-        "variant must be one of vit_b, vit_l, vit_h, nano, got list",
+        "variant must be one of vit_b, vit_l, vit_h, nano, sam2_tiny, .*, got list",
     ),
     "a device": (
         lambda model, x: sam.load_model(device=x),
@@ -323,12 +323,12 @@ EDGES |= {
     "the config to build": (
         lambda model, x: sam.build_from_config(x),
         "nano",
-        "config must be a sam.SamConfig, got str",
+        "config must be a SamConfig or a Sam2Config, got str",
     ),
     "the config to read": (
         lambda model, x: read_checkpoint(NANO_CHECKPOINT, config=x),
         "nano",
-        "config must be a sam.SamConfig, got str",
+        "config must be a SamConfig or a Sam2Config, got str",
     ),
     "an embedding's file": (lambda model, x: sam.ImageEmbedding.load(x), None, "path must be a path, .*got NoneType"),
     "an embedding's file to write": (
