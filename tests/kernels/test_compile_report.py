@@ -30,7 +30,7 @@ def hypernetwork_masks_rows(arch: str) -> list[str]:
     done = report("--operation", "hypernetwork_masks", "--arch", arch)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     rows = [line for line in done.stdout.splitlines() if line.startswith("| hypernetwork_masks")]
-    assert len(rows) == 6  # three dtypes, one or three masks
+    assert len(rows) == 12  # three dtypes, one or three masks, with finer features and without
     assert all(f"sm_{arch}" in row for row in rows)
     return [row for row in rows if "fp32" not in row]
 

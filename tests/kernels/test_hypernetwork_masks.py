@@ -12,43 +12,13 @@ from comparison import assert_close_l2, assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels.foundation import DTYPES, assert_bands_untouched, guarded, guarded_output, kernel_without, large
+from kernels.mask_inputs import EPS, Inputs, finer_features, make_inputs
 from models import TINY, random_model
 from torch import Tensor
 
 from fastsam_kernels import UnsupportedKernelError, UpscalingWeights, hypernetwork_masks, pack_upscaling
 from fastsam_kernels.hypernetwork_masks.reference import reference
 from fastsam_kernels.triton.tiles import TileConfig, arch_of, lookup
-
-EPS = 1e-6
-Inputs = tuple[Tensor, UpscalingWeights, Tensor, tuple[int, int]]
-
-
-def make_inputs(
-    prompts: int,
-    grid: tuple[int, int],
-    masks: int,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    channels: int = 256,
-    seed: int = 0,
-) -> Inputs:
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return scale * torch.randn(shape, generator=generator, device=device)
-
-    narrow, narrower = channels // 4, channels // 8
-    weights = pack_upscaling(
-        draw(channels, narrow, 2, 2, scale=channels**-0.5),
-        draw(narrow, scale=0.5),
-        1 + draw(narrow, scale=0.2),
-        draw(narrow, scale=0.3),
-        draw(narrow, narrower, 2, 2, scale=narrow**-0.5),
-        draw(narrower, scale=0.3),
-    )
-    weights = UpscalingWeights(*(weight.to(dtype) for weight in weights))
-    keys, hyper = draw(prompts, grid[0] * grid[1], channels), draw(prompts, masks, narrower)
-    return keys.to(dtype), weights, hyper.to(dtype), grid
 
 
 def formula(keys: Tensor, weights: UpscalingWeights, hyper: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -75,58 +45,6 @@ def test_reference_is_the_decoder_s_modules() -> None:
     first, norm, _, second, _ = decoder.output_upscaling
     weights = pack_upscaling(first.weight, first.bias, norm.weight, norm.bias, second.weight, second.bias)
     assert_close_l2(reference(keys, weights, hyper, (8, 8), EPS, keys.dtype), expected, 1e-12, "the formula")
-
-
-def finer(images: int, grid: tuple[int, int], channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Draw s0 and s1, one of them channels last in memory."""
-    generator = torch.Generator().manual_seed(7)
-    shapes = (images, channels // 8, 4 * grid[0], 4 * grid[1]), (images, channels // 4, 2 * grid[0], 2 * grid[1])
-    s0, s1 = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
-    return s0.contiguous(memory_format=torch.channels_last), s1
-
-
-def test_reference_with_finer_features_is_sam_2_s_modules() -> None:
-    decoder = random_model(TINY).double().mask_decoder
-    keys, hyper = torch.randn(2, 64, 64).double(), torch.randn(2, 4, 8).double()
-    s0, s1 = finer(1, (8, 8), 64, torch.float64)
-    first, norm, act1, second, act2 = decoder.output_upscaling
-    upscaled = act1(norm(first(keys.transpose(1, 2).unflatten(2, (8, 8))) + s1))
-    expected = (hyper @ act2(second(upscaled) + s0).flatten(2)).unflatten(2, (32, 32))
-    weights = pack_upscaling(first.weight, first.bias, norm.weight, norm.bias, second.weight, second.bias)
-    found = reference(keys, weights, hyper, (8, 8), EPS, keys.dtype, (s0, s1))
-    assert_close_l2(found, expected, 1e-12, "the formula")
-
-
-@pytest.mark.parametrize(("images", "index"), [(1, None), (3, None), (2, [1, 0, 1]), (1, [0, 0, 0])])
-@pytest.mark.parametrize("grid", [(6, 9), (64, 20)])
-def test_finer_features(images: int, index: list[int] | None, grid: tuple[int, int]) -> None:
-    """The larger grid has more than one block of tokens."""
-    keys, weights, hyper, _ = make_inputs(3, grid, 2, torch.float32, channels=64)
-    high_res, image_index = finer(images, grid, 64, torch.float32), None if index is None else torch.tensor(index)
-    request: dict[str, Any] = {"grid": grid, "high_res": high_res, "image_index": image_index}
-
-    def truth(keys: Tensor) -> Tensor:
-        return reference(keys, weights, hyper, grid, EPS, torch.float32, high_res, image_index)
-
-    found = hypernetwork_masks(keys, weights, hyper, kernels="torch", **request)
-    assert_close_l2(found, truth(keys), 1e-6, "masks")
-    keys.requires_grad_(True)
-    found = hypernetwork_masks(keys, weights, hyper, kernels="torch", **request)
-    [gradient], [expected] = (torch.autograd.grad(masks.square().sum(), keys) for masks in (found, truth(keys)))
-    assert_close_l2(gradient, expected, 1e-5, "gradients")
-
-
-def test_refused_finer_features() -> None:
-    keys, weights, hyper, grid = make_inputs(3, (4, 4), 2, torch.float32, channels=64)
-    s0, s1 = finer(2, grid, 64, torch.float32)
-    for high_res, index, message in (
-        ((s1, s0), None, r"s0 of high_res must be \[2, 8, 16, 16\] of torch.float32, got \[2, 16, 8, 8\]"),
-        ((s0, s1.double()), None, r"s1 of high_res .* got \[2, 16, 8, 8\] of torch.float64"),
-        ((s0, s1), None, r"high_res of 2 images needs an image_index \[3\]"),
-        ((s0, s1), torch.tensor([0, 1]), r"image_index must be \[3\] int64, got \[2\]"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            hypernetwork_masks(keys, weights, hyper, grid=grid, high_res=high_res, image_index=index)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -269,10 +187,11 @@ def test_opcheck(device: torch.device) -> None:
 
     keys, weights, hyper, grid = make_inputs(2, (3, 5), 2, torch.float16, device)
     for some_keys in (keys, keys.transpose(1, 2).contiguous().transpose(1, 2)):
-        arguments = (some_keys, *weights, hyper, *grid, EPS, torch.float32)
-        results = torch.library.opcheck(hypernetwork_masks_triton, arguments)
-        assert len(results) == 4
-        assert set(results.values()) == {"SUCCESS"}
+        for high_res in ((None, None), finer_features(2, grid, 256, torch.float16, device)):
+            arguments = (some_keys, *weights, hyper, *grid, EPS, torch.float32, *high_res, None)
+            results = torch.library.opcheck(hypernetwork_masks_triton, arguments)
+            assert len(results) == 4
+            assert set(results.values()) == {"SUCCESS"}
 
 
 def test_compiles_as_one_graph(device: torch.device) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from ...triton.tiles import arch_of, lookup
 from ..weights import UpscalingWeights
 from .kernel import plan
+from .shapes import UpscalingShape
 
 
 @torch.library.custom_op("fastsam::hypernetwork_masks", mutates_args=())
@@ -24,12 +25,17 @@ def hypernetwork_masks_triton(
     width: int,
     eps: float,
     out_dtype: torch.dtype,
+    fine: Tensor | None,
+    coarse: Tensor | None,
+    image_index: Tensor | None,
 ) -> Tensor:
     """Run the registered operation; see :func:`fastsam_kernels.hypernetwork_masks` for the arguments."""
     out = keys.new_empty((keys.shape[0], hyper.shape[1], 4 * height, 4 * width), dtype=out_dtype)
-    tile = lookup("hypernetwork_masks", arch_of(keys.device), keys.dtype)
+    shape = UpscalingShape.ANY if fine is None else UpscalingShape.FINER
+    tile = lookup("hypernetwork_masks", arch_of(keys.device), keys.dtype, shape)
     weights = UpscalingWeights(weight1, bias1, norm_weight, norm_bias, weight2, bias2)
-    plan(keys, weights, hyper, out, (height, width), eps, tile).run()
+    high_res = None if fine is None or coarse is None else (fine, coarse)
+    plan(keys, weights, hyper, out, (height, width), eps, tile, high_res, image_index).run()
     return out
 
 
@@ -47,5 +53,8 @@ def _(
     width: int,
     eps: float,
     out_dtype: torch.dtype,
+    fine: Tensor | None,
+    coarse: Tensor | None,
+    image_index: Tensor | None,
 ) -> Tensor:
     return keys.new_empty((keys.shape[0], hyper.shape[1], 4 * height, 4 * width), dtype=out_dtype)

@@ -24,7 +24,8 @@ def _run(
 ) -> Tensor:
     from .custom_op import hypernetwork_masks_triton
 
-    return hypernetwork_masks_triton(keys, *weights, hyper, *grid, eps, out_dtype)
+    fine, coarse = (None, None) if high_res is None else high_res
+    return hypernetwork_masks_triton(keys, *weights, hyper, *grid, eps, out_dtype, fine, coarse, image_index)
 
 
 def _limitation(
@@ -40,8 +41,6 @@ def _limitation(
     for name, dtype in (("keys", keys.dtype), ("the result", out_dtype)):
         if dtype not in _DTYPES:
             return f"{name} must be fp32, fp16 or bf16, got {dtype}"
-    if high_res is not None:
-        return "it adds no features of finer grids"
     channels = keys.shape[2]
     if channels < 64 or channels & (channels - 1):
         return f"the channels must be a power of two of at least 64, got {channels}"
