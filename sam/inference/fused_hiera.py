@@ -24,12 +24,13 @@ from ..modeling.hiera import Hiera, MultiScaleAttention, MultiScaleBlock
 from ..modeling.position_encoding import PositionEmbeddingSine
 from ..modeling.weight_cache import packing
 from ..system.device_profile import device_profile
-from .dense import linear, linear_gelu
+from .dense import Linears
 from .eligibility import has_no_hooks, is_stock, look, why_not_now
 from .token_order import Level, Order
 
 # What the official blocks call by these names of their module.
 _FUNCTIONS = {f.__name__: f for f in (hiera.do_pool, hiera.window_partition, hiera.window_unpartition)}
+_EACH = Linears()
 _MAX_CACHED_GRIDS = 4
 
 
@@ -183,12 +184,12 @@ def run_block(block: Any, level: Level, kernels: str, keeps_input: bool) -> Leve
             return Level(_add_mlp(block, x.add_(attended.view(x.shape))), after)
         added = _shortcut(block, grid, y) + attended
         return Level(_add_mlp(block, added if order is None else added.flatten(0, 2)), after)
-    out = x if not (changes or pools) else None
+    out, linears = x if not (changes or pools) else None, Linears(keeps_order=True)
     for start, stop, window in order.chunks(chunk):
         windows = x[start:stop].view(-1, *window, x.shape[1])
-        attended, y = attend(block, windows, kernels)
+        attended, y = attend(block, windows, kernels, linears)
         if out is None or out is not x:
-            attended = _shortcut(block, windows, y) + attended
+            attended = _shortcut(block, windows, y, linears) + attended
             if out is None:
                 out = attended.new_empty((len(x) // (4 if pools else 1), block.dim_out))
             part = out[start // 4 : stop // 4] if pools else out[start:stop]
@@ -196,7 +197,7 @@ def run_block(block: Any, level: Level, kernels: str, keeps_input: bool) -> Leve
         else:
             part = x[start:stop]
             part += attended.view(part.shape)
-        part += _mlp(block, part)
+        part += _mlp(block, part, linears)
     assert out is not None
     return Level(out, after)
 
@@ -208,10 +209,10 @@ def run_grid_block(block: Any, x: Tensor, kernels: str) -> Tensor:
     return x + _mlp(block, x)
 
 
-def attend(block: Any, x: Tensor, kernels: str) -> tuple[Tensor, Tensor]:
+def attend(block: Any, x: Tensor, kernels: str, linears: Linears = _EACH) -> tuple[Tensor, Tensor]:
     """Return the attention of [B, H, W, C] with its projection, and the normalised tokens."""
     attention, y = block.attn, block.norm1(x)
-    qkv = linear(attention.qkv, y)
+    qkv = linears(attention.qkv, y)
     attended = window_attention(
         qkv,
         num_heads=attention.num_heads,
@@ -220,13 +221,13 @@ def attend(block: Any, x: Tensor, kernels: str) -> tuple[Tensor, Tensor]:
         pool_queries=block.pool is not None,
         kernels=kernels,
     )
-    return linear(attention.proj, attended), y
+    return linears(attention.proj, attended), y
 
 
-def _shortcut(block: Any, x: Tensor, y: Tensor) -> Tensor:
+def _shortcut(block: Any, x: Tensor, y: Tensor, linears: Linears = _EACH) -> Tensor:
     if block.dim == block.dim_out:
         return x
-    shortcut = linear(block.proj, y)
+    shortcut = linears(block.proj, y)
     if block.pool is None:
         return shortcut
     shortcut = torch.maximum(shortcut[:, 0::2], shortcut[:, 1::2])
@@ -236,15 +237,16 @@ def _shortcut(block: Any, x: Tensor, y: Tensor) -> Tensor:
 def _add_mlp(block: Any, x: Tensor) -> Tensor:
     """Add the MLP of tokens [..., C] to them."""
     tokens = x.view(-1, x.shape[-1])
+    linears = Linears(keeps_order=True)
     for part in tokens.split(device_profile(x.device).mlp_tokens_per_chunk or len(tokens)):
-        part += _mlp(block, part)
+        part += _mlp(block, part, linears)
     return x
 
 
-def _mlp(block: Any, x: Tensor) -> Tensor:
+def _mlp(block: Any, x: Tensor, linears: Linears = _EACH) -> Tensor:
     """Return what the MLP adds to tokens [T, C]."""
     first, second = block.mlp.layers
-    return linear(second, linear_gelu(first, block.norm2(x), block.mlp.act.approximate))
+    return linears(second, linears.gelu(first, block.norm2(x), block.mlp.act.approximate))
 
 
 # The neck ----------------------------------------------------------------------------------------------------
