@@ -21,6 +21,7 @@ from torch import Tensor
 
 import sam
 from fastsam_kernels.cross_attention.shapes import TokenShape
+from fastsam_kernels.hypernetwork_masks.triton.shapes import UpscalingShape
 from fastsam_kernels.triton.launch import Launch
 from fastsam_kernels.triton.tiles import lookup
 
@@ -30,7 +31,14 @@ from .forks import map_in_forks
 from .machine_code import compile_launch, inspect
 from .measure import Work
 from .model.encoder import encoder_work
-from .operations import hypernetwork_masks, mask_postprocess, nms, rel_pos_attention, two_way_attention
+from .operations import (
+    hypernetwork_masks,
+    mask_postprocess,
+    nms,
+    rel_pos_attention,
+    two_way_attention,
+    window_attention,
+)
 from .operations.token_to_image_attention import CHANNELS, CLICK_TOKENS, HEAD_CHANNELS, HEADS
 from .provenance import RESULTS, describe, provenance
 from .sass import executed
@@ -96,9 +104,13 @@ def steps(arch: int) -> Iterator[Step]:
     for variant in ("vit_b", "vit_h"):
         for window in (rel_pos_attention.WINDOW, 0):
             yield _rel_pos(variant, window, arch)
+    for variant in ("tiny", "large"):
+        for kind in window_attention.SIZES[variant]:
+            yield _window(variant, kind, arch)
     for prompts in (1, 1024):
         yield from _two_way(prompts, arch)
-        yield _hypernetwork(prompts, arch)
+        yield _hypernetwork(prompts, 3, arch)
+        yield _hypernetwork(prompts, 1, arch, finer=True)
     yield from _mask_postprocess(arch)
     yield from _nms(3072, arch)
 
@@ -127,6 +139,15 @@ def _rel_pos(variant: str, window: int, arch: int) -> Step:
     )
 
 
+def _window(variant: str, kind: str, arch: int) -> Step:
+    size, bf16 = window_attention.SIZES[variant][kind], torch.bfloat16
+    launch = window_attention.meta_launch(size, 1, bf16, lookup("window_attention", arch, bf16, size.shape_class))
+    rows = launch.tile.blocks["BLOCK_K"] // (launch.constants["COLS"] * launch.constants["GROUP"])
+    trips = {"window_attention_kernel: start": math.ceil((size.window_size or size.grid) / rows)}
+    name = f"window_attention, {variant}, {kind}, 1 image"
+    return Step(name, "window_attention", launch, trips, window_attention.work(size, 1, 2))
+
+
 def _two_way(prompts: int, arch: int) -> Iterator[Step]:
     from fastsam_kernels.two_way_attention.triton.kernel import plan
 
@@ -152,21 +173,17 @@ def _two_way(prompts: int, arch: int) -> Iterator[Step]:
     yield Step(f"two_way_attention, combine, {_clicks(prompts)}", "two_way_attention", combine, {}, Work(partial, 0))
 
 
-def _hypernetwork(prompts: int, arch: int) -> Step:
-    from fastsam_kernels.hypernetwork_masks.triton.kernel import plan
-
-    bf16 = torch.bfloat16
-    weights = hypernetwork_masks.meta_weights(bf16)
-    keys, hyper = meta(prompts, 4096, 256, dtype=bf16), meta(prompts, 3, 32, dtype=bf16)
-    out = meta(prompts, 3, 256, 256, dtype=torch.float32)
-    tile = lookup("hypernetwork_masks", arch, bf16)
-    launch = plan(keys, weights, hyper, out, (64, 64), hypernetwork_masks.EPS, tile)
+def _hypernetwork(prompts: int, masks: int, arch: int, *, finer: bool = False) -> Step:
+    bf16, shape = torch.bfloat16, UpscalingShape.FINER if finer else UpscalingShape.ANY
+    tile = lookup("hypernetwork_masks", arch, bf16, shape)
+    launch = hypernetwork_masks.meta_launch(prompts, masks, bf16, tile, finer=finer)
     trips = {
         "hypernetwork_masks_kernel: ab": 4,
         "hypernetwork_masks_kernel: start": 256 / launch.tile.blocks["BLOCK_C"],
     }
-    work = hypernetwork_masks.work(prompts, 3, 2)
-    return Step(f"hypernetwork_masks, {_clicks(prompts)} x 3", "hypernetwork_masks", launch, trips, work)
+    work = hypernetwork_masks.work(prompts, masks, 2, finer=finer)
+    name = f"hypernetwork_masks, {_clicks(prompts)} x {masks}" + (", finer features" if finer else "")
+    return Step(name, "hypernetwork_masks", launch, trips, work)
 
 
 def _mask_postprocess(arch: int) -> Iterator[Step]:
