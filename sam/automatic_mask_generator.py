@@ -114,7 +114,7 @@ class SamAutomaticMaskGenerator(MaskGenerator):
 
     def _why_official(self) -> str | None:
         reason = self._what_was_changed()
-        if reason is not None and not isinstance(self.predictor, SamPredictor):
+        if reason is not None and self._is_of_sam2():
             raise ValueError(f"the official loop of SAM takes no SAM 2 model, and it should run because {reason}")
         return reason
 
@@ -124,11 +124,14 @@ class SamAutomaticMaskGenerator(MaskGenerator):
         changed = [name for name, function in _FUNCTIONS.items() if globals()[name] is not function]
         if changed:
             return f"{changed[0]} of sam.automatic_mask_generator was replaced"
-        if isinstance(self.predictor, SamPredictor):
+        if not self._is_of_sam2():
             return why_not_stock(self.predictor)
         from .sam2 import sam2_image_predictor
 
         return sam2_image_predictor.why_not_stock(self.predictor)
+
+    def _is_of_sam2(self) -> bool:
+        return bool(getattr(self.predictor.model, "stretches_images", False))
 
     def _names(self) -> Mapping[str, Any]:
         return globals()

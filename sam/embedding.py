@@ -184,7 +184,7 @@ class ImageEmbedding:
 
     def ready_high_res(self) -> tuple[Tensor, ...]:
         """Return ``high_res`` as :meth:`ready_features` does ``features``."""
-        if self._finish is not None:
+        if self._finish is not None and self.high_res:
             self._finish.wait(*self.high_res)
         return self.high_res
 
