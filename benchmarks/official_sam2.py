@@ -34,7 +34,15 @@ def random_sam2(variant: str, image_size: int = SIZE) -> SAM2Base:
 
     It sees most objects in 2.1, and in 2.0 some: an absent object's mask is a constant, which hides everything else.
     """
-    model = build_from_config(SAM2_VARIANTS[variant].with_image_size(image_size))
+    model = draw_weights(build_from_config(SAM2_VARIANTS[variant].with_image_size(image_size)))
+    if variant.startswith("sam2_"):
+        model.get_parameter("sam_mask_decoder.pred_obj_score_head.layers.2.bias").sub_(0.9)
+    return model
+
+
+def draw_weights(model: SAM2Base) -> SAM2Base:
+    """Draw every weight of a model by its name, those that start at zero or one too."""
+    model.requires_grad_(False)
     with torch.no_grad():
         for name, weight in model.state_dict().items():
             noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
@@ -51,9 +59,7 @@ def random_sam2(variant: str, image_size: int = SIZE) -> SAM2Base:
             else:
                 gain = 1.5 if "attn.qkv" in name or "_proj." in name else 1.0  # else attention is almost even
                 weight.copy_(gain * noise * weight[0].numel() ** -0.5)
-        if variant.startswith("sam2_"):
-            model.get_parameter("sam_mask_decoder.pred_obj_score_head.layers.2.bias").sub_(0.9)
-    return model.requires_grad_(False)
+    return model
 
 
 def official_model(path: str, variant: str, image_size: int = SIZE) -> nn.Module:

@@ -61,6 +61,7 @@ _SERVED: dict[str, tuple[str, tuple[str, ...]]] = {
             "modeling.sam2_base",
             "modeling.sam2_utils",
             "sam2_image_predictor",
+            "sam2_video_predictor",
             "utils",
             "utils.amg",
             "utils.misc",

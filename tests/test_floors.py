@@ -42,6 +42,7 @@ FLOORS = {
     "sam.sessions": (8, "sessions"),
     "sam.utils.onnx": (8, "onnx"),
     "sam.verify": (8, "verify"),
+    "sam.video": (8, "video"),
     "sam.sam2": (9, "front"),
     "sam.sam2.utils": (5, "utils"),
     "sam": (9, "front"),

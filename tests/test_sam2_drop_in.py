@@ -19,7 +19,7 @@ import sam.sam2
 from sam.drop_in import _SERVED
 from sam.sam2.modeling import sam2_utils
 
-# Of the official package's last release, annotations left out; what it has of videos is not here.
+# Of the official package's last release, annotations left out.
 OFFICIAL: dict[str, str] = json.loads((Path(__file__).parent / "official_sam2_signatures.json").read_text())
 
 

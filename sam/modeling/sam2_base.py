@@ -253,9 +253,12 @@ class SAM2Base(TrackingSteps, PromptableModel):
         if mask_inputs is not None and mask_inputs.shape[-2:] != size:
             mask_inputs = _resize(mask_inputs.float(), size, antialias=True)
         sparse, dense = self.sam_prompt_encoder(points=(coords, labels), boxes=None, masks=mask_inputs)
+        image_pe = self.sam_prompt_encoder.get_dense_pe()
+        if not torch.is_autocast_enabled(device.type):
+            sparse, dense, image_pe = (x.to(backbone_features.dtype) for x in (sparse, dense, image_pe))
         low_res, ious, tokens, scores = self.sam_mask_decoder(
             image_embeddings=backbone_features,
-            image_pe=self.sam_prompt_encoder.get_dense_pe(),
+            image_pe=image_pe,
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
             multimask_output=multimask_output,
@@ -289,7 +292,7 @@ class SAM2Base(TrackingSteps, PromptableModel):
         if self.use_obj_ptrs_in_encoder:
             *_, pointer, _ = self._forward_sam_heads(
                 backbone_features=backbone_features,
-                mask_inputs=self.mask_downsample(masks),
+                mask_inputs=self.mask_downsample(masks.to(self.mask_downsample.weight.dtype)),
                 high_res_features=high_res_features,
             )
         present = (masks.flatten(1) > 0.0).any(dim=1, keepdim=True).float()

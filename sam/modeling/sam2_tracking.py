@@ -197,11 +197,14 @@ class TrackingSteps(nn.Module):
                     memories.append(pointers[0])
                     positions.append(pointers[1])
                     pointer_tokens = pointers[0].shape[0]
+        memory, memory_pos = torch.cat(memories, dim=0), torch.cat(positions, dim=0)
+        if not torch.is_autocast_enabled(memory.device.type):  # memories are kept in bf16
+            memory, memory_pos = memory.to(features.dtype), memory_pos.to(features.dtype)
         learnt = self.memory_attention(  # type: ignore[operator]
             curr=current_vision_feats,
             curr_pos=current_vision_pos_embeds,
-            memory=torch.cat(memories, dim=0),
-            memory_pos=torch.cat(positions, dim=0),
+            memory=memory,
+            memory_pos=memory_pos,
             num_obj_ptr_tokens=pointer_tokens,
         )
         return _as_map(learnt, size)
@@ -266,7 +269,7 @@ class TrackingSteps(nn.Module):
         if self.add_tpos_enc_to_obj_ptrs:
             dim = width if self.proj_tpos_enc_in_obj_ptrs else self.mem_dim
             distances = torch.tensor([distance for distance, _ in found]).to(device=device, non_blocking=True)
-            sines = get_1d_sine_pe(distances / (limit - 1), dim=dim).to(pointers.dtype)
+            sines = get_1d_sine_pe(distances / max(limit - 1, 1), dim=dim).to(self.maskmem_tpos_enc.dtype)
             position = self.obj_ptr_tpos_proj(sines)  # type: ignore[operator]
             position = position[:, None].expand(-1, objects, self.mem_dim)
         else:
@@ -320,6 +323,8 @@ class TrackingSteps(nn.Module):
         if self.sigmoid_bias_for_mem_enc != 0.0:
             masks = masks + self.sigmoid_bias_for_mem_enc
         pixels = _as_map(current_vision_feats[-1], feat_sizes[-1])
+        if not torch.is_autocast_enabled(masks.device.type):
+            masks = masks.to(pixels.dtype)
         memory = self.memory_encoder(pixels, masks, skip_mask_sigmoid=True)  # type: ignore[operator]
         features, positions = memory["vision_features"], memory["vision_pos_enc"]
         if self.no_obj_embed_spatial is not None:

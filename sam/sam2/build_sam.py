@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +12,9 @@ from ..checkpoint.into_model import load_into
 from ..modeling.sam2_base import SAM2Base
 from ..system.hardware import usable_device
 from .model_tree import CONFIG_VARIANTS, config_of, instantiate, read_tree
+
+if TYPE_CHECKING:
+    from ..video.predictor import VideoPredictor
 
 # Of each model on the Hugging Face hub the names of its config and its checkpoint.
 HF_MODEL_ID_TO_FILENAMES = {
@@ -29,6 +32,12 @@ _POSTPROCESSING = (
     "++model.sam_mask_decoder_extra_args.dynamic_multimask_stability_delta=0.05",
     "++model.sam_mask_decoder_extra_args.dynamic_multimask_stability_thresh=0.98",
 )
+_VIDEO_POSTPROCESSING = (
+    *_POSTPROCESSING,
+    "++model.binarize_mask_from_pts_for_mem_enc=true",
+    "++model.fill_hole_area=8",
+)
+_PREDICTOR = "sam.sam2.sam2_video_predictor.SAM2VideoPredictor"
 # What forks add to this module, which those who import it from there need.
 _OF_FORKS = {
     "build_sam2_camera_predictor": "segment-anything-2-real-time",
@@ -64,8 +73,49 @@ def build_sam2(
         CheckpointError: unreadable, foreign, or weights of another config, in one line.
     """
     _refuse("build_sam2", kwargs)
+    overrides = [*hydra_overrides_extra, *(_POSTPROCESSING if apply_postprocessing else ())]
+    return _build(config_file, overrides, ckpt_path, device, mode)
+
+
+def build_sam2_video_predictor(
+    config_file: str | os.PathLike[str],
+    ckpt_path: str | os.PathLike[str] | None = None,
+    device: torch.device | str = "cuda",
+    mode: str = "eval",
+    hydra_overrides_extra: Sequence[str] = [],
+    apply_postprocessing: bool = True,
+    vos_optimized: bool = False,
+    **kwargs: Any,
+) -> VideoPredictor:
+    """Build a model that tracks objects through videos.
+
+    Args:
+        config_file, ckpt_path, device, mode, hydra_overrides_extra: of :func:`build_sam2`; options of the predictor
+            are overrides too, like ``++model.non_overlap_masks=true``.
+        apply_postprocessing: replace an unstable single mask by the best of the three, fill holes of up to 8 pixels,
+            and remember prompted masks with hard edges.
+        vos_optimized: compile the model, see :class:`~sam.sam2.sam2_video_predictor.SAM2VideoPredictorVOS`.
+
+    Raises:
+        as :func:`build_sam2`.
+    """
+    _refuse("build_sam2_video_predictor", kwargs)
+    overrides = [f"++model._target_={_PREDICTOR}{'VOS' if vos_optimized else ''}"]
+    if vos_optimized:
+        overrides.append("++model.compile_image_encoder=true")
+    overrides += [*hydra_overrides_extra, *(_VIDEO_POSTPROCESSING if apply_postprocessing else ())]
+    return _build(config_file, overrides, ckpt_path, device, mode)
+
+
+def _build(
+    config_file: str | os.PathLike[str],
+    overrides: Sequence[str],
+    ckpt_path: str | os.PathLike[str] | None,
+    device: torch.device | str,
+    mode: str,
+) -> Any:
     device = usable_device(device)
-    tree = read_tree(config_file, [*hydra_overrides_extra, *(_POSTPROCESSING if apply_postprocessing else ())])
+    tree = read_tree(config_file, overrides)
     config = config_of(tree)
     model: SAM2Base = instantiate(tree["model"])
     model.config = config
@@ -87,6 +137,17 @@ def build_sam2_hf(model_id: str, **kwargs: Any) -> SAM2Base:
     """
     config_name, ckpt_path = _hf_download(model_id)
     return build_sam2(config_file=config_name, ckpt_path=ckpt_path, **kwargs)
+
+
+def build_sam2_video_predictor_hf(model_id: str, **kwargs: Any) -> VideoPredictor:
+    """Build a predictor of videos of the Hugging Face hub, as :func:`build_sam2_hf`.
+
+    Args:
+        model_id: like "facebook/sam2.1-hiera-large".
+        **kwargs: of :func:`build_sam2_video_predictor`.
+    """
+    config_name, ckpt_path = _hf_download(model_id)
+    return build_sam2_video_predictor(config_file=config_name, ckpt_path=ckpt_path, **kwargs)
 
 
 def from_pretrained(kind: Any, model_id: str, kwargs: Mapping[str, Any]) -> Any:

@@ -173,7 +173,11 @@ def _agree(node: Any, described: Any) -> bool:
 
 
 # What a node may say that no config has: it changes neither weights nor results, or is compared by itself.
-_SILENT = {"_target_", "compile_image_encoder", "feat_sizes", "dropout", "layer_scale_init_value", EXTRA}
+_SILENT = {
+    *("_target_", "compile_image_encoder", "feat_sizes", "dropout", "layer_scale_init_value", EXTRA),
+    *("fill_hole_area", "non_overlap_masks"),  # a video predictor's
+    *("clear_non_cond_mem_around_input", "add_all_frames_to_correct_as_cond"),
+}
 
 
 def read_tree(config_file: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Tree:

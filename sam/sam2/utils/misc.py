@@ -1,13 +1,17 @@
-"""Small helpers around masks and prompts: ``sam2.utils.misc``."""
+"""Small helpers around masks, prompts and the frames of videos: ``sam2.utils.misc``."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ...checks import require
+from ...images.frames import VIDEO_ENDINGS, AsyncFrames, decode_video, frame_paths, normalised, read_frame
 from ...masks.regions import areas_of, label_regions
 
 
@@ -81,3 +85,118 @@ def concat_points(old_point_inputs: dict[str, Tensor] | None, new_points: Tensor
     if old_point_inputs is None:
         return points
     return {name: torch.cat([old_point_inputs[name], new], dim=1) for name, new in points.items()}
+
+
+_CUDA = torch.device("cuda")
+
+# Frames of videos --------------------------------------------------------------------------------------------
+
+
+def _load_img_as_tensor(img_path: str, image_size: int) -> tuple[Tensor, int, int]:
+    """Read a JPEG file as [3, image_size, image_size] float32 in 0..1, and its height and width."""
+    return read_frame(img_path, image_size)
+
+
+class AsyncVideoFrameLoader(AsyncFrames):
+    """Frames of JPEG files that a thread reads, see :class:`~sam.images.frames.AsyncFrames`."""
+
+    def _progress(self, frames: Iterable[int]) -> Iterable[int]:
+        return tqdm(frames, desc="frame loading (JPEG)")
+
+
+def load_video_frames(
+    video_path: str | os.PathLike[str] | bytes,
+    image_size: int,
+    offload_video_to_cpu: bool,
+    img_mean: Sequence[float] = (0.485, 0.456, 0.406),
+    img_std: Sequence[float] = (0.229, 0.224, 0.225),
+    async_loading_frames: bool = False,
+    compute_device: torch.device | str = _CUDA,
+) -> tuple[Any, int, int]:
+    """Load the frames of a video, stretched to a square and normalised.
+
+    Args:
+        video_path: a folder of JPEG files, a video file, or the bytes of one.
+        image_size: S, side of the square in pixels.
+        offload_video_to_cpu: leave the frames on the CPU; else they go to ``compute_device``.
+        img_mean, img_std: of the channels, in 0..1.
+        async_loading_frames: read a folder's files in a thread while the first frames are in use.
+        compute_device: of the model.
+
+    Returns:
+        frames [T, 3, S, S] float32, or an :class:`AsyncVideoFrameLoader`; height and width of the video.
+
+    Raises:
+        NotImplementedError: neither a folder nor a video.
+        ValueError: files in a folder that have no order, or none.
+        OSError: an unreadable frame; the message names it.
+        ImportError: a video file without PyAV.
+    """
+    path = None if isinstance(video_path, bytes) else os.fspath(video_path)
+    if path is not None and os.path.isdir(path):
+        return load_video_frames_from_jpg_images(
+            video_path=path,
+            image_size=image_size,
+            offload_video_to_cpu=offload_video_to_cpu,
+            img_mean=img_mean,
+            img_std=img_std,
+            async_loading_frames=async_loading_frames,
+            compute_device=compute_device,
+        )
+    if path is None or path.lower().endswith(VIDEO_ENDINGS):
+        return load_video_frames_from_video_file(
+            video_path=video_path,
+            image_size=image_size,
+            offload_video_to_cpu=offload_video_to_cpu,
+            img_mean=img_mean,
+            img_std=img_std,
+            compute_device=compute_device,
+        )
+    raise NotImplementedError(
+        f"video_path must be a folder of JPEG files, a video ({', '.join(VIDEO_ENDINGS)}) or its bytes, got {path}"
+    )
+
+
+def load_video_frames_from_jpg_images(
+    video_path: str,
+    image_size: int,
+    offload_video_to_cpu: bool,
+    img_mean: Sequence[float] = (0.485, 0.456, 0.406),
+    img_std: Sequence[float] = (0.229, 0.224, 0.225),
+    async_loading_frames: bool = False,
+    compute_device: torch.device | str = _CUDA,
+) -> tuple[Any, int, int]:
+    """Load a folder of JPEG files named by their frame's number, see :func:`load_video_frames`."""
+    if not os.path.isdir(video_path):
+        raise NotImplementedError(f"video_path must be a folder of JPEG files, got {video_path}")
+    paths, (mean, std) = frame_paths(video_path), _statistics(img_mean, img_std)
+    if async_loading_frames:
+        loader = AsyncVideoFrameLoader(paths, image_size, offload_video_to_cpu, mean, std, torch.device(compute_device))
+        return loader, loader.video_height, loader.video_width
+    images, height, width = torch.zeros(len(paths), 3, image_size, image_size), 0, 0
+    for index, path in enumerate(tqdm(paths, desc="frame loading (JPEG)")):
+        images[index], height, width = _load_img_as_tensor(path, image_size)
+    return normalised(images if offload_video_to_cpu else images.to(compute_device), mean, std), height, width
+
+
+def load_video_frames_from_video_file(
+    video_path: str | os.PathLike[str] | bytes,
+    image_size: int,
+    offload_video_to_cpu: bool,
+    img_mean: Sequence[float] = (0.485, 0.456, 0.406),
+    img_std: Sequence[float] = (0.229, 0.224, 0.225),
+    compute_device: torch.device | str = _CUDA,
+) -> tuple[Tensor, int, int]:
+    """Load a video file or its bytes with PyAV, see :func:`load_video_frames`."""
+    frames, height, width = [], 0, 0
+    for pixels, height, width in decode_video(video_path, image_size):  # noqa: B007 - of the last frame
+        frames.append(pixels)
+    if not frames:
+        raise OSError("the video has no frames")
+    images = torch.stack(frames)
+    images = (images if offload_video_to_cpu else images.to(compute_device)).float().div_(255.0)
+    return normalised(images, *_statistics(img_mean, img_std)), height, width
+
+
+def _statistics(*values: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.as_tensor(value, dtype=torch.float32).reshape(3, 1, 1) for value in values)

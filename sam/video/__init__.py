@@ -1,0 +1,1 @@
+"""Tracking objects through the frames of a video with SAM 2."""
