@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from coins import photograph
+from models import TINY_2, random_model
 from PIL import Image
 from waiting import SECONDS, wait_until
 
@@ -24,6 +25,7 @@ pytest.importorskip("httptools", reason="needs the extra serve")
 client = pytest.importorskip("websockets.sync.client")
 from serving import Server  # noqa: E402
 
+from sam import save_checkpoint  # noqa: E402
 from sam.masks import rle  # noqa: E402
 
 CHROMIUM = next(
@@ -158,14 +160,20 @@ def server() -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture
-def browser(tmp_path: Path, server: Server) -> Iterator[Browser]:
-    tab = Browser(tmp_path)
+@contextlib.contextmanager
+def tab_at(url: str, folder: Path) -> Iterator[Browser]:
+    tab = Browser(folder)
     tab.size(1280, 860)
-    tab.open(server.url)
+    tab.open(url)
     yield tab
     tab.close()
     assert not tab.problems
+
+
+@pytest.fixture
+def browser(tmp_path: Path, server: Server) -> Iterator[Browser]:
+    with tab_at(server.url, tmp_path) as tab:
+        yield tab
 
 
 @pytest.fixture
@@ -220,6 +228,29 @@ def test_a_visit(browser: Browser, photo_file: Path) -> None:
     uploads = [size for url, size in browser.requests if url.endswith("/v1/embed")]
     assert len(uploads) == 1  # the image travelled once
     assert all(url.startswith(("http://127.0.0.1", "blob:", "data:")) for url, _ in browser.requests)
+
+
+def test_a_visit_to_sam_2(tmp_path: Path, photo_file: Path) -> None:
+    """The masks of drawn weights mean nothing, but each is shown and corrected as any."""
+    save_checkpoint(random_model(TINY_2), tmp_path / "weights.safetensors")
+    with (
+        Server("--checkpoint", str(tmp_path / "weights.safetensors"), "--device", "cpu") as server,
+        tab_at(server.url, tmp_path) as browser,
+    ):
+        load(browser, photo_file)
+        assert after(browser, lambda: browser.click(*COIN)) > 0
+        assert "px, predicted IoU 0." in browser.status
+        assert browser.run("document.querySelectorAll('#choices input').length") == 3
+        after(browser, lambda: browser.click(70, 90, "right"))
+        assert browser.run("document.getElementById('undo').disabled") is False
+        after(browser, lambda: browser.drag(78, 30, 126, 82))
+        browser.key("j")
+        wait_until((browser.downloads / "coins.json").is_file)
+        (prompt,) = json.loads((browser.downloads / "coins.json").read_text())["prompts"]
+        assert ("no object seen" in browser.status) == (prompt["object_score"] <= 0)
+        after(browser, lambda: browser.run("document.getElementById('everything').click()"))
+        assert " masks" in browser.status
+        assert len([url for url, _ in browser.requests if url.endswith("/v1/embed")]) == 1
 
 
 def test_downloads(browser: Browser, photo_file: Path) -> None:

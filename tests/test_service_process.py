@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import random_image
+from models import TINY_2, random_image, random_model
 from PIL import Image
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -147,6 +147,18 @@ def readme(photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_curl_lines_of_the_readme(server: Server, readme: str) -> None:
+    send_curl_lines(server, readme)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_curl_lines_on_sam_2(readme: str, tmp_path: Path) -> None:
+    sam.save_checkpoint(random_model(TINY_2), tmp_path / "weights.safetensors")
+    with Server("--checkpoint", str(tmp_path / "weights.safetensors"), "--device", "cpu", SAM_TOKEN=TOKEN) as running:
+        send_curl_lines(running, readme)
+
+
+def send_curl_lines(server: Server, readme: str) -> None:
     """Each in turn, with this server's address and token; ``EMBEDDING`` is what the one that embeds answered."""
     lines = re.findall(r"^curl (?:.*\\\n)*.*$", readme, re.MULTILINE)
     assert len(lines) >= 5

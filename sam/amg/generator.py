@@ -183,8 +183,7 @@ class MaskGenerator:
         return CheckedImage.of(image, self.predictor.model.image_geometry).pixels
 
     def _crops(self, size: Sequence[int]) -> list[tuple[Box, int]]:
-        long_side = self.predictor.model.image_size
-        return crops_of(size, self.crop_n_layers, self.crop_overlap_ratio, long_side)
+        return crops_of(size, self.crop_n_layers, self.crop_overlap_ratio, self.predictor.model.image_geometry)
 
     @torch.no_grad()
     def _embeddings(self, parts: Sequence[np.ndarray]) -> Iterator[ImageEmbedding]:
@@ -314,7 +313,7 @@ class MaskGenerator:
         """Return the masks of an image [H, W, 3] as arrays, best crop by crop."""
         model, size, data = self.predictor.model, image.shape[:2], self.mask_data()
         generate = self._names()["generate_crop_boxes"]
-        crops = crops_of(size, self.crop_n_layers, self.crop_overlap_ratio, model.image_size, generate)
+        crops = crops_of(size, self.crop_n_layers, self.crop_overlap_ratio, model.image_geometry, generate)
         for box, layer in crops:
             data.cat(self._process_crop(image, [*box], layer, size))
         if len(crops) > 1:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..images.geometry import resized_size
+from ..images.geometry import ResizePolicy
 from ..prompts.checks import check_finite
 from ..utils.amg import generate_crop_boxes
 
@@ -57,12 +57,12 @@ def crops_of(
     size: Sequence[int],
     layers: int,
     overlap_ratio: float,
-    long_side: int,
+    resize_policy: ResizePolicy,
     generate: Callable[..., tuple[list[list[int]], list[int]]] = generate_crop_boxes,
 ) -> list[tuple[Box, int]]:
     """Return the boxes in an image of ``size`` (height, width) that clicks are made in, and the layer of each.
 
-    Those without a pixel, before or after they are resized to ``long_side``, are left out.
+    Those without a pixel, before or after they are resized by ``resize_policy``, are left out.
 
     Raises:
         ValueError: so many layers that the last one's crops are smaller than a pixel.
@@ -72,5 +72,13 @@ def crops_of(
     return [
         ((x0, y0, x1, y1), layer)
         for (x0, y0, x1, y1), layer in crops
-        if x0 < x1 and y0 < y1 and min(resized_size(y1 - y0, x1 - x0, long_side)) > 0
+        if x0 < x1 and y0 < y1 and _has_pixels(y1 - y0, x1 - x0, resize_policy)
     ]
+
+
+def _has_pixels(height: int, width: int, resize_policy: ResizePolicy) -> bool:
+    try:
+        resize_policy(height, width)
+    except ValueError:
+        return False
+    return True

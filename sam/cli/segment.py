@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
                 "prompt": wire.to_dict(prompt),
                 "model": _describe(model, args.checkpoint),
                 "milliseconds": {name: round(ms, 1) for name, ms in steps.milliseconds.items()},
+                **_object_score(prediction),
                 "masks": records,
             }
             with write_atomically(out / target.document) as partial:
@@ -101,7 +102,15 @@ def run(args: argparse.Namespace) -> None:
     for index, mask in enumerate(records):
         mark = "  <- overlay" if index == best else ""
         print(f"mask {index}: predicted IoU {mask['predicted_iou']:.3f}, {mask['area']} px{mark}")
+    for score in _object_score(prediction).values():
+        print(f"object score {score:.2f}: {'seen' if score > 0 else 'not seen'}")
     print(f"wrote to {out}: {', '.join(target.results)}")
+
+
+def _object_score(prediction: MaskPrediction) -> dict[str, float]:
+    """Return the object score by its name in the document; none of SAM."""
+    scores = prediction.object_scores
+    return {} if scores is None else {"object_score": scores[0].item()}
 
 
 def _write_masks(prediction: MaskPrediction, target: _Target, out: Path) -> list[dict[str, Any]]:
@@ -115,11 +124,12 @@ def _write_masks(prediction: MaskPrediction, target: _Target, out: Path) -> list
             with write_atomically(out / name) as partial:
                 Image.fromarray(mask.astype(np.uint8) * 255).save(partial)
         return [{"file": name, **record} for name, record in zip(target.masks, records, strict=True)]
+    arrays = {"predicted_iou": predicted_iou[None]}
+    if prediction.object_scores is not None:
+        arrays["object_scores"] = prediction.object_scores.cpu().numpy()
     for name in target.masks:
         best = [rles[int(predicted_iou.argmax())]]
-        content = target.form.encode(
-            MaskSet(best if target.form.best_only else rles, size, {"predicted_iou": predicted_iou[None]})
-        )
+        content = target.form.encode(MaskSet(best if target.form.best_only else rles, size, arrays))
         assert isinstance(content, bytes)
         with write_atomically(out / name) as partial:
             partial.write_bytes(content)

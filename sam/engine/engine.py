@@ -126,7 +126,7 @@ class Engine:
             return prepared
         content = f"{prepared.image_hash} {self._model_hash}".encode()
         key = hashlib.blake2b(content, digest_size=16, key=self._handle_secret).hexdigest()
-        return KeyedImage(**vars(prepared), key=key)
+        return KeyedImage(**vars(self.model.shrunk(prepared)), key=key)
 
     def embedding(self, key: str) -> ImageEmbedding | None:
         """Return the embedding of that key if it is still cached."""

@@ -54,7 +54,8 @@ class PreparedImage:
     """An image as it goes to the encoder's device; a queue of them stays small where they are resized.
 
     Attributes:
-        pixels: [h, w, 3] uint8 in memory that torch can wrap, of the geometry's input size where they are resized.
+        pixels: [h, w, 3] uint8 in memory that torch can wrap, of the geometry's input size where they are resized; or
+            floating-point [3, size, size] in 0..255, the whole square of the encoder.
         geometry: the sizes of the image.
         image_hash: 32 hex digits of these pixels and the geometry; None with ``resize_on_device``.
     """

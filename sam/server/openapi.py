@@ -13,7 +13,8 @@ from .schemas import AutomaticRequest, EmbedRequest, SegmentRequest
 DESCRIPTION = """Masks for clicks and boxes on images. Send an image once, as multipart part `image` (JPEG, PNG or
 WebP); later prompts name its `embedding`. Points lie in the image, edges included. A box to ask with is x0, y0, x1, y1
 with x0 <= x1 and y0 <= y1; it may reach over the image's edges, but must meet the image. The `bbox` of a mask is
-COCO's: x, y, width and height in whole pixels, zeros if it is empty. Errors have a fixed `code` and a
+COCO's: x, y, width and height in whole pixels, zeros if it is empty. Of a SAM 2 model each prompt's answer has an
+`object_score`, a logit that is above 0 where the model sees the object. Errors have a fixed `code` and a
 `request_id`."""
 
 _ID = "0123456789abcdef0123456789abcdef"
@@ -50,6 +51,26 @@ _REQUESTS: dict[str, Any] = {
         ],
     },
     "automatic": {"embedding": _ID, "points_per_side": 16},
+}
+_SEGMENTED = {
+    "type": "object",
+    "properties": {
+        "prompts": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["best", "masks"],
+                "properties": {
+                    "best": {"type": "integer", "description": "the mask of the highest predicted IoU"},
+                    "object_score": {
+                        "type": "number",
+                        "description": "of SAM 2: a logit, above 0 where the model sees the object",
+                    },
+                    "masks": {"type": "array", "items": {"type": "object"}},
+                },
+            },
+        }
+    },
 }
 _SCHEMAS: dict[str, type[BaseModel]] = {"embed": EmbedRequest, "segment": SegmentRequest, "automatic": AutomaticRequest}
 _TITLES = {
@@ -88,9 +109,8 @@ def route(name: str) -> dict[str, Any]:
 def _answer(name: str) -> dict[str, Any]:
     if name == "metrics":
         return {"text/plain": {"schema": {"type": "string"}}}
-    content: dict[str, Any] = {
-        "application/json": {"schema": {"type": "object"}, "example": _EXAMPLES[name]},
-    }
+    schema = _SEGMENTED if name == "segment" else {"type": "object"}
+    content: dict[str, Any] = {"application/json": {"schema": schema, "example": _EXAMPLES[name]}}
     if name in ("segment", "automatic"):
         for form in FORMATS.values():
             content.setdefault(form.media_type, {"schema": {"type": "string", "format": "binary"}})

@@ -20,7 +20,7 @@ def prompt_masks(
 ) -> bytes | list[dict[str, Any]]:
     """Return the masks of all prompts: one file, or one JSON record per prompt that names its best mask.
 
-    Records of SAM 2 have the object score too.
+    Records of SAM 2 have the object score too, and a file of arrays all of them.
 
     Raises:
         ApiError: the format needs pixels, and the masks have more than ``max_pixels``.
@@ -30,7 +30,10 @@ def prompt_masks(
     else:
         rles = [encoded for answer in answers for encoded in answer.rles]
     predicted_iou = np.stack([answer.predicted_iou for answer in answers])
-    masks = MaskSet(rles, size, {"predicted_iou": predicted_iou}, check)
+    arrays, scores = {"predicted_iou": predicted_iou}, [answer.object_score for answer in answers]
+    if None not in scores:
+        arrays["object_scores"] = np.array(scores, np.float32)
+    masks = MaskSet(rles, size, arrays, check)
     _check_pixels(form, len(rles), size, max_pixels)
     if not form.is_json:
         content = form.encode(masks)

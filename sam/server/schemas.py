@@ -89,7 +89,7 @@ class AutomaticRequest(_Strict):
 
     embedding: Identifier | None = Field(None, description="of an earlier answer, in place of the image")
     points_per_side: Annotated[StrictInt, Field(ge=1, le=64)] = 32
-    pred_iou_thresh: Share = 0.88
+    pred_iou_thresh: Share = Field(0.88, description="default of a SAM 2 model: 0.8")
     stability_score_thresh: Share = 0.95
     box_nms_thresh: Share = 0.7
     output: Output = "rle"

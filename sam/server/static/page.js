@@ -158,8 +158,9 @@ function choose(index) {
 function describe() {
   const step = current();
   if (step.everything) return `${step.answer.masks.length} masks`;
-  const mask = step.answer.prompts[0].masks[step.chosen];
-  return `${mask.area.toLocaleString("en")} px, predicted IoU ${mask.predicted_iou.toFixed(2)}`;
+  const { masks, object_score } = step.answer.prompts[0], mask = masks[step.chosen];
+  const unseen = object_score <= 0 ? ", no object seen" : ""; // only SAM 2 says
+  return `${mask.area.toLocaleString("en")} px, predicted IoU ${mask.predicted_iou.toFixed(2)}${unseen}`;
 }
 
 const seconds = (since) => `${((performance.now() - since) / 1000).toFixed(2)} s`;
