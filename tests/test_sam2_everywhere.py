@@ -202,9 +202,13 @@ def test_automatic_masks(engine: Engine, model: PromptableModel, embeddings: lis
     form = {"points_per_side": 3, "output_mode": "uncompressed_rle"}
     records = SamAutomaticMaskGenerator(model, **form, **options).generate(IMAGES[0])
     assert len(records) == 27
-    assert SamAutomaticMaskGenerator(model, **form, **options, max_memory="70MB").generate(IMAGES[0]) == records
+    little = SamAutomaticMaskGenerator(model, **form, **options, max_memory="70MB")
     asked = AutomaticOptions(points_per_side=3, **options)
-    assert engine.automatic(embeddings[0], asked).result(SECONDS) == records
+    for others in (little.generate(IMAGES[0]), engine.automatic(embeddings[0], asked).result(SECONDS)):
+        for record, other in zip(*(sorted(each, key=_place) for each in (records, others)), strict=True):
+            assert record["point_coords"] == other["point_coords"]
+            assert record["predicted_iou"] == pytest.approx(other["predicted_iou"], abs=1e-4)
+            assert record["area"] == pytest.approx(other["area"], abs=6)
     clicks = {tuple(record["point_coords"][0]) for record in records}
     prediction = model.predict(embeddings[0], [Prompt([click], [1]) for click in clicks])
     for click, masks, scores in zip(clicks, prediction.masks, prediction.iou_predictions, strict=True):
@@ -212,6 +216,10 @@ def test_automatic_masks(engine: Engine, model: PromptableModel, embeddings: lis
         for record in of_click:
             nearest = int((scores - record["predicted_iou"]).abs().argmin())
             assert (rle.decode(record["segmentation"]) != masks[nearest].numpy()).mean() < 1e-3
+
+
+def _place(record: dict[str, Any]) -> tuple[Any, float]:
+    return record["point_coords"], record["predicted_iou"]
 
 
 def test_an_image_of_a_single_row_has_automatic_masks(model: PromptableModel) -> None:
