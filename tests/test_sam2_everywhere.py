@@ -51,7 +51,7 @@ def model() -> PromptableModel:
     made = random_model(TINY_2)
     with torch.no_grad():
         made.get_parameter("sam_mask_decoder.output_upscaling.3.weight").mul_(4)
-        made.get_parameter("sam_mask_decoder.pred_obj_score_head.layers.2.bias").add_(0.6)
+        made.get_parameter("sam_mask_decoder.pred_obj_score_head.layers.2.bias").add_(1.75)
     return made
 
 
