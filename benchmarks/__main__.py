@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
             "--peers",
             default="",
             metavar="LIST",
-            help="transformers, segment-anything=PATH, segment-anything-fast=PATH, between commas",
+            help="transformers, segment-anything=PATH, segment-anything-fast=PATH, sam2=PATH, between commas",
         )
         _add_common(cases, device, seconds=3.0)
 

@@ -177,6 +177,7 @@ PEERS: dict[str, Callable[[Sam, str], Peer]] = {
     "segment-anything-fast": SegmentAnythingFast,
     "transformers": Transformers,
 }
+SAM2 = "sam2"
 _chosen: dict[str, str] = {}
 
 
@@ -189,9 +190,9 @@ def choose_peers(text: str, compiled: bool = True) -> None:
     _chosen.clear()
     for part in filter(None, text.split(",")):
         name, _, path = part.partition("=")
-        if name not in PEERS:
-            raise ValueError(f"unknown peer {name!r}; known: {', '.join(PEERS)}")
-        if PEERS[name] is SegmentAnythingFast and not compiled:
+        if name not in PEERS and name != SAM2:
+            raise ValueError(f"unknown peer {name!r}; known: {', '.join((*PEERS, SAM2))}")
+        if PEERS.get(name) is SegmentAnythingFast and not compiled:
             raise ValueError(f"the peer {name} compiles its encoder: not with --no-compile")
         if path and not Path(path).is_dir():
             raise ValueError(f"the peer {name} is to come from {path}, which is no folder")
@@ -200,7 +201,12 @@ def choose_peers(text: str, compiled: bool = True) -> None:
 
 def chosen_peers(model: Sam) -> dict[str, Peer]:
     """Return the peers of this run by name, with the weights, device and dtype of ``model``."""
-    return {name: PEERS[name](model, path) for name, path in _chosen.items()}
+    return {name: PEERS[name](model, path) for name, path in _chosen.items() if name != SAM2}
+
+
+def sam2_path() -> str | None:
+    """Return the folder of Meta's SAM 2, the peer of SAM 2's models; None where it was not chosen."""
+    return _chosen.get(SAM2)
 
 
 def import_segment_anything(path: str) -> Any:
