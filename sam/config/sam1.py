@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 
+from .base import ModelConfig
 from .checks import (
     COUNTS,
     SIZES,
@@ -12,7 +12,6 @@ from .checks import (
     builtin_tuple,
     check_pixel_statistics,
     check_whole,
-    from_json,
     is_whole,
 )
 
@@ -37,7 +36,7 @@ _LARGEST_MLP_RATIO = 256
 
 
 @dataclass(frozen=True)
-class SamConfig:
+class SamConfig(ModelConfig):
     """Everything that fixes the parameter shapes and the arithmetic of a SAM model.
 
     The sizes are those of the paper's figure: a ViT image encoder whose blocks attend inside windows
@@ -110,28 +109,6 @@ class SamConfig:
     def grid_size(self) -> int:
         """Side of the image embedding, in tokens."""
         return self.image_size // self.patch_size
-
-    @property
-    def low_res_size(self) -> int:
-        """Side of the low-resolution logits and of ``mask_input``, in pixels."""
-        return 4 * self.grid_size
-
-    def with_image_size(self, image_size: int) -> SamConfig:
-        """The same model for another square input; its position tables have to be resized to match."""
-        return self if image_size == self.image_size else replace(self, image_size=image_size)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> SamConfig:
-        """Read what :meth:`to_json` wrote.
-
-        Raises:
-            ValueError: not JSON, or fields or values that no ``SamConfig`` has.
-            RecursionError: JSON that is nested too deep.
-        """
-        return from_json(cls, text)
 
 
 VARIANTS: dict[str, SamConfig] = {

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from math import lcm
 from typing import Any
 
 from ..checks import require
+from .base import ModelConfig
 from .checks import (
     COUNTS,
     SIZES,
@@ -15,7 +15,6 @@ from .checks import (
     builtin_tuple,
     check_pixel_statistics,
     check_whole,
-    from_json,
     from_mapping,
     is_whole,
 )
@@ -108,7 +107,7 @@ class HieraConfig:
 
 
 @dataclass(frozen=True)
-class Sam2Config:
+class Sam2Config(ModelConfig):
     """Everything that fixes the parameter shapes and the arithmetic of a SAM 2 model.
 
     From ``num_maskmem`` to ``no_obj_embed_spatial`` the fields are the arguments of the official ``SAM2Base``, at the
@@ -204,11 +203,6 @@ class Sam2Config:
         return self.image_size // self.backbone_stride
 
     @property
-    def low_res_size(self) -> int:
-        """Side of the low-resolution logits and of ``mask_input``, in pixels."""
-        return 4 * self.grid_size
-
-    @property
     def version(self) -> str:
         """The release whose weights fit: "2.1" with an embedding of absent objects in the memory, else "2"."""
         return "2.1" if self.no_obj_embed_spatial else "2"
@@ -220,23 +214,6 @@ class Sam2Config:
     def decoder_options(self) -> dict[str, Any]:
         """Return the official ``sam_mask_decoder_extra_args``."""
         return {name: getattr(self, name) for name in _KINDS if name.startswith("dynamic_multimask_")}
-
-    def with_image_size(self, image_size: int) -> Sam2Config:
-        """Return the same model for another square input; all its weights serve."""
-        return self if image_size == self.image_size else replace(self, image_size=image_size)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Sam2Config:
-        """Read what :meth:`to_json` wrote.
-
-        Raises:
-            ValueError: not JSON, or fields or values that no ``Sam2Config`` has.
-            RecursionError: JSON that is nested too deep.
-        """
-        return from_json(cls, text)
 
 
 # The fields that are single numbers and switches, by their type as it is written.
