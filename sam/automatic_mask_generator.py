@@ -114,7 +114,7 @@ class SamAutomaticMaskGenerator(MaskGenerator):
 
     def _why_official(self) -> str | None:
         reason = self._what_was_changed()
-        if reason is not None and self._is_of_sam2():
+        if reason is not None and _is_sam2(self.predictor.model):
             raise ValueError(f"the official loop of SAM takes no SAM 2 model, and it should run because {reason}")
         return reason
 
@@ -124,14 +124,11 @@ class SamAutomaticMaskGenerator(MaskGenerator):
         changed = [name for name, function in _FUNCTIONS.items() if globals()[name] is not function]
         if changed:
             return f"{changed[0]} of sam.automatic_mask_generator was replaced"
-        if not self._is_of_sam2():
+        if not _is_sam2(self.predictor.model):
             return why_not_stock(self.predictor)
         from .sam2 import sam2_image_predictor
 
         return sam2_image_predictor.why_not_stock(self.predictor)
-
-    def _is_of_sam2(self) -> bool:
-        return bool(getattr(self.predictor.model, "stretches_images", False))
 
     def _names(self) -> Mapping[str, Any]:
         return globals()
@@ -188,8 +185,12 @@ class SamAutomaticMaskGenerator(MaskGenerator):
         return data
 
 
+def _is_sam2(model: Any) -> bool:
+    return bool(getattr(model, "stretches_images", False))
+
+
 def _predictor_of(model: Any) -> Any:
-    if getattr(model, "stretches_images", False):
+    if _is_sam2(model):
         from .sam2.sam2_image_predictor import SAM2ImagePredictor
 
         return SAM2ImagePredictor(model)
