@@ -21,7 +21,7 @@ from .modeling import Sam
 from .prompts.batch import PromptBatch
 from .prompts.prompt import OfficialPrompt
 from .prompts.tensors import check_prompt_tensors
-from .system.methods import WrittenMethods
+from .system.methods import WrittenMethods, what_was_replaced
 from .utils.transforms import ResizeLongestSide
 
 _SHARED = (
@@ -280,9 +280,10 @@ _POSTPROCESSING = WrittenMethods(Sam, "postprocess_masks")
 
 def why_not_stock(predictor: Any) -> str | None:
     """Return what a program replaced of a predictor, its transform or its model's postprocessing; None for nothing."""
-    parts = {"predictor": (_METHODS, predictor), "predictor's transform": (_TRANSFORM, predictor.transform)}
-    parts["predictor's model"] = (_POSTPROCESSING, predictor.model)
-    for part, (methods, thing) in parts.items():
-        if (name := methods.replaced_in(thing)) is not None:
-            return f"{name} of the {part} was replaced"
-    return None
+    return what_was_replaced(
+        {
+            "predictor": (_METHODS, predictor),
+            "predictor's transform": (_TRANSFORM, predictor.transform),
+            "predictor's model": (_POSTPROCESSING, predictor.model),
+        }
+    )

@@ -20,8 +20,6 @@ from ..modeling.mask_decoder import MaskDecoder
 from ..modeling.promptable import PromptableModel
 from ..prompts.batch import PromptBatch, upload
 
-_LOGIT_LIMIT = 32.0  # of low-resolution logits as a prompt, as the official predictor hands them out
-
 
 class Finder(Protocol):
     """What makes masks of a batch of clicks."""
@@ -138,11 +136,12 @@ def refined_masks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Make all masks by ``first``, ask once more with each as a prompt beside its click, and select of the answers."""
     logits, _, clicks = first(model, embedding, batch, None, count_early)
+    limit = model.low_res_limit
     again = replace(
         batch,
         coords=batch.coords[clicks],
         labels=batch.labels[clicks],
-        mask_inputs=logits.clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)[:, None],
+        mask_inputs=(logits if limit is None else logits.clamp(-limit, limit))[:, None],
     )
     refined, iou, rows = confident_single_masks(model, embedding, again, iou_threshold, count_early)
     return refined, iou, clicks[rows]

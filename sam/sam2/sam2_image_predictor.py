@@ -21,11 +21,9 @@ from ..modeling.sam2_base import SAM2Base
 from ..prompts.batch import PromptBatch
 from ..prompts.layout import PromptLayout
 from ..prompts.tensors import check_prompt_tensors
-from ..system.methods import WrittenMethods
+from ..system.methods import WrittenMethods, what_was_replaced
 from .prompt_arrays import prompt_tensors
 from .utils.transforms import SAM2Transforms
-
-_LOGIT_LIMIT = 32.0  # of the low-resolution logits that are handed out
 
 
 class SAM2ImagePredictor:
@@ -115,7 +113,6 @@ class SAM2ImagePredictor:
             require(f"image {index}", image, (np.ndarray, Image.Image), "a numpy array [H, W, 3] or a PIL image")
             with naming(f"image {index}"):
                 sizes.append(_size_of(image))
-                self._transforms.to_tensor(image)
         features = self._embed(self._transforms.forward_batch(image_list))
         self.reset_predictor()
         self._features, self._orig_hw, self._is_image_set, self._is_batch = features, sizes, True, True
@@ -340,7 +337,8 @@ class SAM2ImagePredictor:
         check_prompt_tensors(point_coords, point_labels, corners, mask_input, _mask_size(self.model), corners=True)
         points = None if point_coords is None or point_labels is None else (point_coords, point_labels)
         low_res, iou = self._decode(points, corners, mask_input, multimask_output, img_idx)
-        return self._masks(low_res, return_logits, img_idx), iou, low_res.clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)
+        limit = SAM2Base.low_res_limit  # a program's own model need not have one
+        return self._masks(low_res, return_logits, img_idx), iou, low_res.clamp(-limit, limit)
 
     def _decode(
         self,
@@ -401,9 +399,10 @@ def why_not_stock(predictor: Any) -> str | None:
     """Return what a program replaced of a predictor, its transforms or the model's images; None for nothing."""
     if not isinstance(predictor.model, PromptableModel):
         return f"the predictor's model is of a class of its own, {type(predictor.model).__name__}"
-    parts = {"predictor": (_PREDICTOR, predictor), "predictor's transforms": (_TRANSFORMS, predictor._transforms)}
-    parts["predictor's model"] = (_METHODS, predictor.model)
-    for part, (methods, thing) in parts.items():
-        if (name := methods.replaced_in(thing)) is not None:
-            return f"{name} of the {part} was replaced"
-    return None
+    return what_was_replaced(
+        {
+            "predictor": (_PREDICTOR, predictor),
+            "predictor's transforms": (_TRANSFORMS, predictor._transforms),
+            "predictor's model": (_METHODS, predictor.model),
+        }
+    )

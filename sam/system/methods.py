@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -18,3 +19,11 @@ class WrittenMethods:
             if name in own or getattr(kind, name, None) is not function:
                 return name
         return None
+
+
+def what_was_replaced(parts: Mapping[str, tuple[WrittenMethods, Any]]) -> str | None:
+    """Say which method of the named parts, each with its thing, is the first that was replaced; None without any."""
+    for part, (methods, thing) in parts.items():
+        if (name := methods.replaced_in(thing)) is not None:
+            return f"{name} of the {part} was replaced"
+    return None

@@ -229,7 +229,7 @@ class VideoPredictor(FrameSteps):
         earlier = states.output_of(state, index, frame, kind) if points is not None else None
         logits = None if earlier is None else earlier["pred_masks"]
         if logits is not None:
-            logits = logits.to(state["device"], non_blocking=True).clamp(-32.0, 32.0)
+            logits = logits.to(state["device"], non_blocking=True).clamp(-self.low_res_limit, self.low_res_limit)
         output, _ = self._run_single_frame_inference(
             inference_state=state,
             output_dict=state["output_dict_per_obj"][index],

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ...checks import require
+from ...checks import naming, require
 from ...masks.regions import areas_of, label_regions
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, in 0..1
@@ -65,8 +65,16 @@ class SAM2Transforms(nn.Module):
         return pixels
 
     def forward_batch(self, img_list: Sequence[np.ndarray | Image.Image]) -> Tensor:
-        """Return images of any sizes as one input [B, 3, resolution, resolution]."""
-        return torch.stack([self.transforms(self.to_tensor(image)) for image in img_list])
+        """Return images of any sizes as one input [B, 3, resolution, resolution].
+
+        Raises:
+            TypeError, ValueError: as of one image, which is named by its place.
+        """
+        pixels = []
+        for index, image in enumerate(img_list):
+            with naming(f"image {index}"):
+                pixels.append(self.transforms(self.to_tensor(image)))
+        return torch.stack(pixels)
 
     def transform_coords(self, coords: Tensor, normalize: bool = False, orig_hw: Sequence[int] | None = None) -> Tensor:
         """Scale points [..., 2] to pixels of the square.
