@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import threading
@@ -20,6 +21,7 @@ from waiting import SECONDS, wait_until
 
 from sam.engine import Engine
 from sam.server import Settings, app, bodies, create_app, schemas
+from sam.server import service as service_module
 from sam.server.errors import ApiError
 from sam.server.run import _Server, configure
 from sam.server.schemas import AutomaticRequest, SegmentRequest, read_document, read_fields
@@ -149,7 +151,7 @@ def test_one_large_text_is_validated_at_a_time_and_nobody_else_waits(
         return read_text(schema, upload)
 
     monkeypatch.setattr(app, "_read_text", read_slowly)
-    prompts, limiter = [{"points": [[1, 1]] * 64}] * 200, running.service._interpreting
+    prompts, limiter = [{"points": [[1, 1]] * 64}] * 200, running.service._interpreting.limiter
     with ThreadPoolExecutor(2) as pool:
         large = [
             pool.submit(running.error, "/v1/segment", PNG if form else None, prompts=prompts, output="none")
@@ -164,6 +166,45 @@ def test_one_large_text_is_validated_at_a_time_and_nobody_else_waits(
         assert [future.result(SECONDS) for future in large] == [(422, "invalid_request")] * 2
     assert running.thread not in threads
     running.close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_interpreter_rests_after_a_text_for_as_long_as_the_text_took(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings, begun, rests = iter([10.0, 17.0, 20.0, 21.0]), [], []
+    monkeypatch.setattr(service_module.time, "thread_time", lambda: next(readings))
+
+    def work(name: str) -> str:
+        begun.append(name)
+        if fails:
+            raise ValueError(name)
+        return name
+
+    async def two_texts() -> None:
+        loop, paced = asyncio.get_running_loop(), service_module.PacedThread()
+        monkeypatch.setattr(loop, "call_later", lambda seconds, call, *args: rests.append((seconds, call, args)))
+        first, second = await asyncio.gather(run(paced, "first"), begins(paced, "second"))
+        assert first == ("ValueError" if fails else "first")
+        assert (begun, [seconds for seconds, _, _ in rests]) == (["first"], [7.0])
+        _, release, args = rests[0]
+        release(*args)
+        assert await second == ("ValueError" if fails else "second")
+        assert (begun, [seconds for seconds, _, _ in rests]) == (["first", "second"], [7.0, 1.0])
+
+    async def run(paced: service_module.PacedThread, name: str) -> str:
+        try:
+            return await paced.run(lambda: work(name))
+        except ValueError as error:
+            return type(error).__name__
+
+    async def begins(paced: service_module.PacedThread, name: str) -> asyncio.Task[str]:
+        task = asyncio.ensure_future(run(paced, name))
+        while not paced.limiter.statistics().tasks_waiting:
+            await asyncio.sleep(0)
+        return task
+
+    asyncio.run(two_texts())
 
 
 def test_many_prompts_are_compared_with_the_image_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:

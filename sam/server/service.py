@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -95,8 +96,7 @@ class Service:
         self._decoding = anyio.CapacityLimiter(2)
         # So is an answer of masks of the largest size; more at once would all be late.
         self._encoding = anyio.CapacityLimiter(2)
-        # One: Python and pydantic hold the interpreter, so that two take as long and the event loop waits for both.
-        self._interpreting = anyio.CapacityLimiter(1)
+        self._interpreting = PacedThread()
         self._answering: set[anyio.CancelScope] = set()
         engine.on_failure = self._model_failed
 
@@ -201,10 +201,40 @@ class Service:
 
     async def interpret(self, work: Callable[[], T], size: int, small: int) -> T:
         """Run ``work()``, all Python, in a thread; or here if its ``size`` is ``small``: the way would take longer."""
-        return work() if size <= small else await _run_limited(work, self._interpreting)
+        return work() if size <= small else await self._interpreting.run(work)
 
 
-async def _run_limited(work: Callable[[], T], limiter: anyio.CapacityLimiter) -> T:
+class PacedThread:
+    """Runs one piece of Python at a time in a thread, and rests after each for as long as it took.
+
+    Python and pydantic hold the interpreter. The event loop and every call into torch wait for it, so that texts,
+    however many clients send them, may have no more than half of its time.
+    """
+
+    def __init__(self) -> None:
+        self.limiter = anyio.CapacityLimiter(1)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Return the result of ``work()``; the next piece begins after the rest, the caller goes on before it."""
+        borrower = object()
+        await self.limiter.acquire_on_behalf_of(borrower)
+        seconds = 0.0
+
+        def measured() -> T:
+            nonlocal seconds
+            started = time.thread_time()
+            try:
+                return work()
+            finally:
+                seconds = time.thread_time() - started
+
+        try:
+            return await _run_limited(measured, None)
+        finally:
+            asyncio.get_running_loop().call_later(seconds, self.limiter.release_on_behalf_of, borrower)
+
+
+async def _run_limited(work: Callable[[], T], limiter: anyio.CapacityLimiter | None) -> T:
     result = await anyio.to_thread.run_sync(work, limiter=limiter)
     await anyio.lowlevel.checkpoint_if_cancelled()  # the client may have left while nothing could be cancelled
     return result
