@@ -8,13 +8,13 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from interpreter import spare_the_interpreter
+from interpreter import prepare_the_interpreter
 
 if not torch.cuda.is_available():
     # Kernels run in Triton's interpreter then, which has to be chosen before triton is imported.
     os.environ["TRITON_INTERPRET"] = "1"
     if find_spec("triton") is not None:
-        spare_the_interpreter()
+        prepare_the_interpreter()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # A thread for each process of tests, also in the processes that tests start: two that share cores wait in turn.

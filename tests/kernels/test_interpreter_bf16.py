@@ -82,6 +82,14 @@ def test_a_dot_of_bf16_sums_exact_products_in_fp32() -> None:
     torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=0, atol=64 * 64 * torch.finfo(out.dtype).eps)
 
 
+def test_a_dot_of_fp32_rounds_once_whatever_the_cpu() -> None:
+    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    out, exact = torch.empty(256, 256), a.double() @ b.double()
+    dot_kernel[(1,)](a, b, out, side=256)
+    half = torch.finfo(out.dtype).eps / 2
+    assert bool(((out.double() - exact).abs() <= half * exact.abs() * (1 + 1e-6)).all())
+
+
 def test_what_would_calculate_with_bit_patterns_refuses() -> None:
     ones = torch.ones(1, dtype=torch.bfloat16)
     with pytest.raises(Exception, match="widen to fp32 before calculating"):
