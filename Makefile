@@ -26,8 +26,11 @@ serve: .venv/.serve
 test: .venv/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
+# What is timed or fills the machine runs alone, after all else.
+alone := service or soak or browser
 test-all: .venv/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ($(alone))"
+	$(BIN)/python -m pytest -s -m "$(alone)"
 
 test-page: .venv/.test
 	$(BIN)/python -m pytest -s -m browser
