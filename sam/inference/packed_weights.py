@@ -218,7 +218,8 @@ def _pack_attention(attention: Attention) -> PackedAttention:
 def _pack_hypernetworks(mlps: Sequence[nn.Module]) -> dict[tuple[int, int], list[tuple[Tensor, Tensor]]]:
     layers = [
         (
-            torch.stack([linear.weight.t() for linear in layer]),
+            # In the order of nn.Linear: with ``in`` outermost MKL sums few rows one by one, three times as wrong.
+            torch.stack([linear.weight for linear in layer]).transpose(1, 2),
             torch.stack([linear.bias for linear in layer])[:, None],
         )
         for layer in zip(*(mlp.layers for mlp in mlps), strict=True)
