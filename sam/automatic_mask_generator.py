@@ -10,6 +10,7 @@ import torch
 
 from fastsam_kernels import nms
 
+from .amg.defaults import is_sam2
 from .amg.generator import MaskGenerator
 from .modeling.promptable import PromptableModel
 from .predictor import SamPredictor, why_not_stock
@@ -44,8 +45,9 @@ class SamAutomaticMaskGenerator(MaskGenerator):
         model: whose masks.
         points_per_side: clicks along a side of the grid; None when ``point_grids`` gives the clicks.
         points_per_batch: clicks decoded together.
-        pred_iou_thresh: drop masks whose predicted IoU is at or below this; 0 keeps all.
-        stability_score_thresh: drop masks whose stability is below this; 0 keeps all.
+        pred_iou_thresh: drop masks whose predicted IoU is at or below this; 0 keeps all. None takes what suits the
+            model: for SAM the official 0.88, for SAM 2 the official 0.8, for the embedded nano 0.5.
+        stability_score_thresh: drop masks whose stability is below this; 0 keeps all. None takes 0.95, for nano 0.8.
         stability_score_offset: how far stability moves the threshold, in logits.
         box_nms_thresh: IoU of boxes above which the worse of two masks of a crop is dropped.
         crop_n_layers: layers of crops to look at besides the whole image; layer i has 2^i crops per side.
@@ -74,8 +76,8 @@ class SamAutomaticMaskGenerator(MaskGenerator):
         model: PromptableModel,
         points_per_side: int | None = 32,
         points_per_batch: int = 64,
-        pred_iou_thresh: float = 0.88,
-        stability_score_thresh: float = 0.95,
+        pred_iou_thresh: float | None = None,
+        stability_score_thresh: float | None = None,
         stability_score_offset: float = 1.0,
         box_nms_thresh: float = 0.7,
         crop_n_layers: int = 0,
@@ -114,7 +116,7 @@ class SamAutomaticMaskGenerator(MaskGenerator):
 
     def _why_official(self) -> str | None:
         reason = self._what_was_changed()
-        if reason is not None and _is_sam2(self.predictor.model):
+        if reason is not None and is_sam2(self.predictor.model):
             raise ValueError(f"the official loop of SAM takes no SAM 2 model, and it should run because {reason}")
         return reason
 
@@ -124,7 +126,7 @@ class SamAutomaticMaskGenerator(MaskGenerator):
         changed = [name for name, function in _FUNCTIONS.items() if globals()[name] is not function]
         if changed:
             return f"{changed[0]} of sam.automatic_mask_generator was replaced"
-        if not _is_sam2(self.predictor.model):
+        if not is_sam2(self.predictor.model):
             return why_not_stock(self.predictor)
         from .sam2 import sam2_image_predictor
 
@@ -185,12 +187,8 @@ class SamAutomaticMaskGenerator(MaskGenerator):
         return data
 
 
-def _is_sam2(model: Any) -> bool:
-    return bool(getattr(model, "stretches_images", False))
-
-
 def _predictor_of(model: Any) -> Any:
-    if _is_sam2(model):
+    if is_sam2(model):
         from .sam2.sam2_image_predictor import SAM2ImagePredictor
 
         return SAM2ImagePredictor(model)

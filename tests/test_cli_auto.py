@@ -15,7 +15,7 @@ from pycocotools import mask as coco
 
 import sam
 from sam import SamAutomaticMaskGenerator
-from sam.amg.defaults import NANO_THRESHOLDS, thresholds_for
+from sam.amg.defaults import NANO_THRESHOLDS
 from sam.cli import auto, main
 from sam.system.atomic_write import partial_folder
 
@@ -365,13 +365,8 @@ def test_the_help_tells_the_defaults_of_nano(capsys: pytest.CaptureFixture[str])
     for name in NANO_THRESHOLDS:
         assert f"--{name.replace('_', '-')}" in text
     assert f"(default: 0.88; {NANO_THRESHOLDS['pred_iou_thresh']:g} for the embedded nano, 0.8 for SAM 2)" in text
+    assert f"(default: 0.95; {NANO_THRESHOLDS['stability_score_thresh']:g} for the embedded nano)" in text
     assert "SAM's thresholds" in text
-
-
-def test_thresholds_suit_the_model() -> None:
-    assert thresholds_for("sam2.1_tiny") == {"pred_iou_thresh": 0.8}
-    assert thresholds_for("nano") is NANO_THRESHOLDS
-    assert thresholds_for("vit_h") == {}
 
 
 def test_the_defaults_of_nano_are_used(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -291,20 +290,20 @@ def test_the_service(local: Any, expected: list[MaskPrediction]) -> None:
         assert arrays["masks"].shape == (12, 60, 90)
 
 
-def test_everything_by_the_service_has_the_thresholds_of_sam_2(local: Any, model: PromptableModel) -> None:
+def test_everything_by_the_service_has_the_thresholds_of_sam_2(local: Any) -> None:
     """0.8 where a request does not say, and what it says where it does."""
-    asked: list[AutomaticOptions] = []
+    used: list[tuple[float, float]] = []
+    steps = SamAutomaticMaskGenerator.steps
+
+    def noted(generator: SamAutomaticMaskGenerator, image: Any) -> Any:
+        used.append((generator.pred_iou_thresh, generator.stability_score_thresh))
+        return steps(generator, image)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local.engine, "automatic", lambda source, options: asked.append(options) or _done())
-        for fields in ({}, {"pred_iou_thresh": 0.88, "points_per_side": 2}):
-            assert local.post("/v1/automatic", file_of(IMAGES[0]), **fields)[0] == 200
-    assert asked == [AutomaticOptions(pred_iou_thresh=0.8), AutomaticOptions(2, 0.88)]
-
-
-def _done() -> Future[list[Any]]:
-    future: Future[list[Any]] = Future()
-    future.set_result([])
-    return future
+        patch.setattr(SamAutomaticMaskGenerator, "steps", noted)
+        for fields in ({}, {"pred_iou_thresh": 0.88, "stability_score_thresh": 0.5}):
+            assert local.post("/v1/automatic", file_of(IMAGES[0]), points_per_side=2, **fields)[0] == 200
+    assert used == [(0.8, 0.95), (0.88, 0.5)]
 
 
 def test_a_client_corrects_what_it_got(

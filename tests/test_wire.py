@@ -11,7 +11,6 @@ import pytest
 
 import sam
 from sam import Prompt
-from sam.amg.defaults import NANO_THRESHOLDS
 from sam.prompts import wire
 
 DOCUMENTS: list[dict[str, Any]] = [
@@ -119,5 +118,5 @@ def test_the_page_writes_requests_in_the_grammar() -> None:
     assert literal(r"assign\(prompt, (\{.*\})\)").keys() == {"points", "labels"}
     assert literal(r"prompt\.mask_input = (\{.*\})").keys() == wire.mask_reference("", 0, 0).keys()
     everything = {name: float(value) for name, value in literal(r"EVERYTHING = (\{.*\})").items()}
-    assert everything == {"points_per_side": 16, **NANO_THRESHOLDS}
+    assert everything == {"points_per_side": 16}
     assert everything.keys() < schemas.AutomaticRequest.model_fields.keys()

@@ -19,6 +19,7 @@ from ..prompts.checks import check_finite
 from ..system.device_profile import device_profile
 from ..utils.amg import MaskData, build_all_layer_point_grids
 from .crop_pipeline import Criteria, Crop, masks_of_crop
+from .defaults import thresholds_of
 from .finders import Finder, any_confident_masks
 from .grids import MAX_LAYERS, Box, check_range, crops_of, point_grid
 from .memory_plan import MemoryPlan, parse_bytes
@@ -48,8 +49,8 @@ class MaskGenerator:
         *,
         points_per_side: int | None,
         points_per_batch: int,
-        pred_iou_thresh: float,
-        stability_score_thresh: float,
+        pred_iou_thresh: float | None,
+        stability_score_thresh: float | None,
         stability_score_offset: float,
         box_nms_thresh: float,
         crop_n_layers: int,
@@ -64,6 +65,9 @@ class MaskGenerator:
         resize_on_device: bool,
     ) -> None:
         """Check and keep the options, which the subclasses describe; ``predictor`` makes masks in the official loop."""
+        given = {"pred_iou_thresh": pred_iou_thresh, "stability_score_thresh": stability_score_thresh}
+        suited = thresholds_of(predictor.model)
+        thresholds = {name: suited[name] if value is None else value for name, value in given.items()}
         if (points_per_side is None) == (point_grids is None):
             raise ValueError("exactly one of points_per_side and point_grids must be given")
         if output_mode not in OUTPUT_MODES:
@@ -72,7 +76,7 @@ class MaskGenerator:
         check_range("crop_n_layers", crop_n_layers, 0, MAX_LAYERS)
         check_range("crop_overlap_ratio", crop_overlap_ratio, 0, 1)
         check_range("min_mask_region_area", min_mask_region_area, 0)
-        for name, value in (("pred_iou_thresh", pred_iou_thresh), ("stability_score_thresh", stability_score_thresh)):
+        for name, value in thresholds.items():
             if math.isnan(value):
                 raise ValueError(f"{name} must be a number, got {value}")
         finite = {"stability_score_offset": stability_score_offset, "box_nms_thresh": box_nms_thresh}
@@ -92,8 +96,8 @@ class MaskGenerator:
             )
         self.predictor = predictor
         self.points_per_batch = points_per_batch
-        self.pred_iou_thresh = pred_iou_thresh
-        self.stability_score_thresh = stability_score_thresh
+        self.pred_iou_thresh = thresholds["pred_iou_thresh"]
+        self.stability_score_thresh = thresholds["stability_score_thresh"]
         self.stability_score_offset = stability_score_offset
         self.box_nms_thresh = box_nms_thresh
         self.crop_n_layers = crop_n_layers

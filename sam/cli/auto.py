@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..amg.defaults import thresholds_for
+from ..amg.defaults import thresholds_of
 from ..automatic_mask_generator import SamAutomaticMaskGenerator
 from ..images.read import is_image_name, read_image
 from ..masks import rle
@@ -107,7 +107,7 @@ def _check_distinct(targets: dict[Path, _Target]) -> None:
 def _generator(args: argparse.Namespace) -> tuple[SamAutomaticMaskGenerator, dict[str, Any]]:
     """Make the generator, and list all that its masks depend on besides the image."""
     model = model_from(args)
-    suited = thresholds_for(model.name)
+    suited = thresholds_of(model)
     settings = {
         name: suited.get(name, default) if (given := getattr(args, name)) is None else given
         for name, _, default, _ in AUTOMATIC_SETTINGS

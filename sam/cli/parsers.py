@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from ..amg.defaults import NANO_THRESHOLDS, SAM2_THRESHOLDS
+from ..amg.defaults import NANO_THRESHOLDS, SAM2_THRESHOLDS, SAM_THRESHOLDS
 from ..checks import path_of
 from ..images.read import MAX_MEGAPIXELS
 from ..masks.formats import FORMATS, MaskFormat
@@ -22,8 +22,13 @@ DTYPES = ("fp32", "fp16", "bf16")
 AUTOMATIC_SETTINGS: tuple[tuple[str, type, Any, str], ...] = (
     ("points_per_side", int, 32, "clicks along a side of the grid"),
     ("points_per_batch", int, 64, "clicks decoded together"),
-    ("pred_iou_thresh", float, 0.88, "drop masks whose predicted IoU is at or below this"),
-    ("stability_score_thresh", float, 0.95, "drop masks whose stability is below this"),
+    ("pred_iou_thresh", float, SAM_THRESHOLDS["pred_iou_thresh"], "drop masks whose predicted IoU is at or below this"),
+    (
+        "stability_score_thresh",
+        float,
+        SAM_THRESHOLDS["stability_score_thresh"],
+        "drop masks whose stability is below this",
+    ),
     ("stability_score_offset", float, 1.0, "how far stability moves the threshold, in logits"),
     ("box_nms_thresh", float, 0.7, "IoU of boxes above which the worse of two masks is dropped"),
     ("crop_n_layers", int, 0, "layers of crops to look at besides the whole image"),
@@ -102,8 +107,9 @@ def add_auto(commands: Any) -> None:
     parser.add_argument("--max-memory", metavar="SIZE", help="for clicks and masks, such as 500MB (default: about 2GB)")
     settings = parser.add_argument_group("automatic masks")
     for name, kind, default, purpose in AUTOMATIC_SETTINGS:
-        suited = f"; {NANO_THRESHOLDS[name]:g} for the embedded nano" if name in NANO_THRESHOLDS else ""
-        suited += f", {SAM2_THRESHOLDS[name]:g} for SAM 2" if name in SAM2_THRESHOLDS else ""
+        others = {"the embedded nano": NANO_THRESHOLDS.get(name, default), "SAM 2": SAM2_THRESHOLDS.get(name, default)}
+        differing = [f"{value:g} for {model}" for model, value in others.items() if value != default]
+        suited = "; " + ", ".join(differing) if differing else ""
         option = f"--{name.replace('_', '-')}"
         settings.add_argument(option, type=kind, metavar="N", help=f"{purpose} (default: {default:.3g}{suited})")
     _add_common(parser, megapixels=True)

@@ -53,11 +53,14 @@ class PromptMasks:
 
 @dataclass(frozen=True)
 class AutomaticOptions:
-    """Options of :class:`sam.SamAutomaticMaskGenerator` that one embedding of the whole image can serve."""
+    """Options of :class:`sam.SamAutomaticMaskGenerator` that one embedding of the whole image can serve.
+
+    A threshold of None is the one that suits the model.
+    """
 
     points_per_side: int = 32
-    pred_iou_thresh: float = 0.88
-    stability_score_thresh: float = 0.95
+    pred_iou_thresh: float | None = None
+    stability_score_thresh: float | None = None
     box_nms_thresh: float = 0.7
 
     def __post_init__(self) -> None:
@@ -65,7 +68,7 @@ class AutomaticOptions:
             raise ValueError(f"points_per_side must be within 1..{_MAX_POINTS_PER_SIDE}, got {self.points_per_side}")
         for name in ("pred_iou_thresh", "stability_score_thresh", "box_nms_thresh"):
             value = getattr(self, name)
-            if not 0 <= value <= 1:
+            if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must be within 0..1, got {value}")
 
 

@@ -17,10 +17,7 @@ from sam.masks import rle
 
 def main(out: str, *photos: str) -> None:
     """Write the masks of all photos to ``out``, as pycocotools reads them."""
-    # The thresholds suit the embedded nano; official weights take the defaults, 0.88 and 0.95.
-    generator = sam.SamAutomaticMaskGenerator(
-        sam.load_model(), points_per_side=8, pred_iou_thresh=0.5, stability_score_thresh=0.8, output_mode="coco_rle"
-    )
+    generator = sam.SamAutomaticMaskGenerator(sam.load_model(), points_per_side=8, output_mode="coco_rle")
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, photo in enumerate(photos, start=1):

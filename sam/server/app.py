@@ -21,11 +21,9 @@ from starlette.requests import ClientDisconnect
 
 from .. import __version__
 from .. import engine as engines
-from ..amg.defaults import SAM2_THRESHOLDS
 from ..embedding import ImageEmbedding
 from ..engine import AutomaticOptions, Engine, KeyedImage, PromptMasks
 from ..masks.formats import MaskFormat, find_format
-from ..modeling.sam2_base import SAM2Base
 from ..prompts import wire
 from ..prompts.prompt import Prompt
 from . import openapi, outputs
@@ -288,9 +286,7 @@ def _prompt(service: Service, prompt: PromptRequest, embedding: str) -> Prompt:
 
 
 async def _automatic(service: Service, parameters: AutomaticRequest, subject: _Subject, request_id: str) -> Response:
-    suited = SAM2_THRESHOLDS if isinstance(service.engine.model, SAM2Base) else {}
-    given = parameters.model_dump(include=parameters.model_fields_set - {"embedding", "output"})
-    options = AutomaticOptions(**{**suited, **given})
+    options = AutomaticOptions(**parameters.model_dump(exclude={"embedding", "output"}))
     records = await asyncio.wrap_future(service.engine.automatic(subject.source, options))
     form, limit = find_format(parameters.output), service.settings.max_output_pixels
 

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from ..amg.defaults import NANO_THRESHOLDS, SAM2_THRESHOLDS, SAM_THRESHOLDS
 from ..masks.formats import FORMATS, find_format
 from ..prompts import wire
 from ..prompts.checks import check_corners
@@ -84,13 +85,18 @@ class SegmentRequest(_Strict):
     output: Output = "rle"
 
 
+def _suited(name: str) -> str:
+    values = [thresholds[name] for thresholds in (SAM_THRESHOLDS, SAM2_THRESHOLDS, NANO_THRESHOLDS)]
+    return "by default what suits the model: {} for SAM, {} for SAM 2, {} for the embedded nano".format(*values)
+
+
 class AutomaticRequest(_Strict):
     """Options of masks of everything on one image."""
 
     embedding: Identifier | None = Field(None, description="of an earlier answer, in place of the image")
     points_per_side: Annotated[StrictInt, Field(ge=1, le=64)] = 32
-    pred_iou_thresh: Share = Field(0.88, description="default of a SAM 2 model: 0.8")
-    stability_score_thresh: Share = 0.95
+    pred_iou_thresh: Share | None = Field(None, description=_suited("pred_iou_thresh"))
+    stability_score_thresh: Share | None = Field(None, description=_suited("stability_score_thresh"))
     box_nms_thresh: Share = 0.7
     output: Output = "rle"
 

@@ -7,10 +7,7 @@ const COLORS = [
   [86, 180, 233], [230, 159, 0], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0], [204, 121, 167],
 ];
 const LONGEST_OVERLAY = 1600; // pixels; masks of larger images are drawn from every second, third, ... pixel
-const EVERYTHING = { points_per_side: 16, pred_iou_thresh: 0.5, stability_score_thresh: 0.8 };
-// Of everything, those that SAM's own thresholds keep; where those leave next to nothing, as with nano, all.
-const SURE = ({ predicted_iou, stability_score }) => predicted_iou > 0.88 && stability_score >= 0.95;
-const ENOUGH = 8;
+const EVERYTHING = { points_per_side: 16 }; // with the thresholds that suit the model
 
 let image = null; // {name, blob, width, height, embedding}
 let steps = []; // {points, labels, box, answer, chosen} or {answer, everything: true}
@@ -122,8 +119,6 @@ const everything = () => attempt(async () => {
   say("Looking for everything …");
   const started = performance.now();
   const answer = await ask("v1/automatic", { ...EVERYTHING });
-  const sure = answer.masks.filter(SURE);
-  if (sure.length >= ENOUGH) answer.masks = sure;
   steps.push({ answer, everything: true });
   say(`${answer.masks.length} masks · ${seconds(started)}`);
 });
