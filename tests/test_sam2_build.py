@@ -85,6 +85,21 @@ def test_released_names_stay_with_other_image_sizes() -> None:
     assert config == SAM2_VARIANTS["sam2_small"].with_image_size(512)
 
 
+@pytest.mark.parametrize("name", CONFIG_VARIANTS)
+@pytest.mark.parametrize("options", [(), build_sam._POSTPROCESSING, build_sam._VIDEO_POSTPROCESSING])
+def test_released_names_stay_with_and_without_post_processing(name: str, options: tuple[str, ...]) -> None:
+    """Of a predictor of videos too, which fills holes and remembers masks with hard edges."""
+    target = f"++model._target_={build_sam._PREDICTOR}"
+    overrides = [*options, target] if options is build_sam._VIDEO_POSTPROCESSING else [*options]
+    config = config_of(read_tree(name, overrides))
+    assert config is not None
+    assert config.variant == CONFIG_VARIANTS[name]
+    assert config.binarize_mask_from_pts_for_mem_enc == (options is build_sam._VIDEO_POSTPROCESSING)
+    other = config_of(read_tree(name, [*overrides, "++model.num_maskmem=3"]))
+    assert other is not None
+    assert other.variant == "custom"
+
+
 def test_options_of_the_builder() -> None:
     model = small(apply_postprocessing=False, mode="train", hydra_overrides_extra=(*SMALL, "model.num_maskmem=3"))
     assert model.training

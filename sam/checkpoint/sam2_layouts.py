@@ -225,11 +225,21 @@ def _part(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def named(config: Sam2Config) -> Sam2Config:
-    """Return ``config`` under the name of the table's variant that it equals, image size and memory aside."""
+    """Return ``config`` under the name of the table's variant that it equals, but for what no weight depends on.
+
+    That is the image size, whether there is a memory, and what the builders' post-processing switches on.
+    """
     for known in SAM2_VARIANTS.values():
-        if replace(config, variant=known.variant, image_size=known.image_size, has_memory=True) == known:
+        aside = {name: getattr(known, name) for name in ("variant", *_ASIDE)}
+        if replace(config, **aside) == known:
             return replace(config, variant=known.variant)
     return config
+
+
+_ASIDE = (
+    *("image_size", "has_memory", "binarize_mask_from_pts_for_mem_enc", "dynamic_multimask_via_stability"),
+    *("dynamic_multimask_stability_delta", "dynamic_multimask_stability_thresh"),
+)
 
 
 def infer_config(state: Mapping[str, Tensor], layout: Layout) -> Sam2Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from models import random_image
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.measure import peak_memory
 from fastsam_kernels import UnsupportedKernelError, preprocess_image
 from fastsam_kernels.numerics import Budget
+from fastsam_kernels.preprocess_image import eager
 from fastsam_kernels.triton.tiles import arch_of, lookup
 
 MEAN, STD = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
@@ -85,6 +88,30 @@ def test_any_strides_and_repeats(device: torch.device, kernels: str) -> None:
         turned = image.permute(order).contiguous().permute(*np.argsort(order).tolist())
         assert turned.stride() != image.stride()
         assert torch.equal(preprocess_image(turned, (12, 16), 16, mean, std, kernels=kernels), expected)
+
+
+@pytest.mark.parametrize("given", [(61, 90), (90, 33), (200, 30), (7, 300)])
+@pytest.mark.parametrize("size", [(32, 32), (32, 21), (5, 32), (64, 64)])
+def test_strips_change_no_bit(given: tuple[int, int], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large image on a CPU: each strip is a few rows of it, and none has to be of the same height."""
+    image, statistics = torch.from_numpy(random_image(*given)), (64, MEAN, STD)
+    whole = preprocess_image(image, size, *statistics, kernels="torch")
+    for pixels in (1, 500, 1700):
+        monkeypatch.setattr(eager, "_STRIP", pixels)
+        assert torch.equal(preprocess_image(image, size, *statistics, kernels="torch"), whole)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is that of Linux")
+@pytest.mark.parametrize(("given", "limit"), [((4000, 6000), 300e6), ((60000, 100), 100e6), ((100, 60000), 100e6)])
+def test_a_large_image_takes_little_memory(given: tuple[int, int], limit: float) -> None:
+    """In fp64 they take 576, 144 and 144 MB, and rows of the second at the width of the result 1.5 GB."""
+    image = torch.zeros(*given, 3, dtype=torch.uint8)
+
+    def form() -> Tensor:
+        return preprocess_image(image, (1024, 1024), 1024, MEAN, STD, kernels="torch")
+
+    form()
+    assert peak_memory(form, torch.device("cpu")) < limit
 
 
 def test_nothing_is_written_beside_the_output(device: torch.device) -> None:
