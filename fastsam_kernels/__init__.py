@@ -14,7 +14,7 @@ from .dispatch import (
 )
 from .hypernetwork_masks import UpscalingWeights, hypernetwork_masks, pack_upscaling
 from .image_to_token_attention import image_to_token_attention
-from .mask_postprocess import MaskStatistics, Resizing, mask_statistics, pack_masks, packed_masks, unpack_masks
+from .mask_postprocess import MaskStatistics, Resizing, above, mask_statistics, pack_masks, packed_masks, unpack_masks
 from .nms import nms, ranked_nms
 from .preprocess_image import preprocess_image
 from .rel_pos_attention import rel_pos_attention
@@ -34,6 +34,7 @@ __all__ = [
     "UnsupportedKernelError",
     "UpscalingWeights",
     "ValueProjection",
+    "above",
     "check_kernels",
     "choice_for",
     "connected_components",

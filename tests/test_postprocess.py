@@ -14,11 +14,15 @@ GEOMETRIES = {
     "padded below": ImageGeometry.longest_side(300, 512, 512),
     "enlarged from it, portrait": ImageGeometry.longest_side(901, 640, 512),
     "reduced from it": ImageGeometry.longest_side(37, 100, 512),
+    "stretched, of other whole factors": ImageGeometry.stretched(1024, 512, 512),
+    "stretched": ImageGeometry.stretched(300, 512, 512),
 }
 
 
 def two_resizes(logits: torch.Tensor, geometry: ImageGeometry) -> torch.Tensor:
-    """The official post-processing."""
+    """The official post-processing; where the image was stretched it is one resize."""
+    if geometry.is_stretched:
+        return F.interpolate(logits, geometry.original_size, mode="bilinear", align_corners=False)
     size, (height, width) = geometry.image_size, geometry.input_size
     padded = F.interpolate(logits, (size, size), mode="bilinear", align_corners=False)
     return F.interpolate(padded[..., :height, :width], geometry.original_size, mode="bilinear", align_corners=False)

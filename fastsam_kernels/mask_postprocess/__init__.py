@@ -3,6 +3,6 @@
 from .api import mask_statistics, packed_masks
 from .resize_map import Resizing
 from .statistics import MaskStatistics
-from .words import pack_masks, unpack_masks
+from .words import above, pack_masks, unpack_masks
 
-__all__ = ["MaskStatistics", "Resizing", "mask_statistics", "pack_masks", "packed_masks", "unpack_masks"]
+__all__ = ["MaskStatistics", "Resizing", "above", "mask_statistics", "pack_masks", "packed_masks", "unpack_masks"]

@@ -2,7 +2,8 @@
 
 A pixel lies between the smallest and the largest logit under its tile. Most tiles are therefore decided by two
 comparisons; the others are evaluated a few hundred at a time, as small matrix products whose result stays in the
-cache, and leave it as words of 32 bits, a word for a column of a tile.
+cache, and leave it as words of 32 bits, a word for a column of a tile. A mask that no such comparison helps, as one
+that is noise, is evaluated as a whole: in rows of tiles, by products that are as many times larger.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from .resize_map import TILE, Resizing, TiledAxis, tiled_axes
 from .statistics import MaskStatistics
-from .words import pack_bits
+from .words import above, pack_bits
 
 _MASK_CHUNK = 16
 _MAX_ELEMENTS = 2**19  # of the pixels of undecided tiles and of the logits under them
+_MOST_CROSSED = 0.25  # of the tiles of a mask, by its threshold; with more it is evaluated as a whole
 # Rounding of a sum of taps, relative to the largest logit in it: nothing so close to a threshold is decided unseen.
 _GUARD = 1e-6
 
@@ -27,14 +29,14 @@ class _DeviceAxis(NamedTuple):
     start: Tensor  # [tiles]
     matrix: Tensor  # [tiles, 32, patch]
     used: Tensor  # [tiles]
-    offsets: Tensor  # [patch]
+    patches: Tensor  # [tiles, patch], the inputs that each reads
 
     @classmethod
     def of(cls, axis: TiledAxis, device: torch.device) -> _DeviceAxis:
         start, matrix, used = (torch.from_numpy(values).to(device) for values in axis)
         if device.type == "cuda":
             matrix = matrix.double()  # products of fp32 may be made in TF32 there
-        return cls(start, matrix, used, torch.arange(matrix.shape[2], device=device))
+        return cls(start, matrix, used, start[:, None] + torch.arange(matrix.shape[2], device=device))
 
 
 class TileGrid:
@@ -44,17 +46,17 @@ class TileGrid:
         rows, columns = tiled_axes(low_size, resizing)
         self.rows, self.columns = _DeviceAxis.of(rows, device), _DeviceAxis.of(columns, device)
         self.shape = (len(rows.start), len(columns.start))
-        self.pixels = self.rows.used[:, None] * self.columns.used  # [tile rows, tile columns]
+        self.tile_areas = self.rows.used[:, None] * self.columns.used  # [tile rows, tile columns]
         bit = torch.arange(TILE, device=device)
         self.row_bits = pack_bits(bit < self.rows.used[:, None])  # [tile rows], a bit a row in use
         self.column_bits = -(bit < self.columns.used[:, None]).int()  # [tile columns, 32], all or no bits
         per_tile = max(TILE * TILE, rows.matrix.shape[2] * columns.matrix.shape[2])
         self.tile_chunk = max(1, _MAX_ELEMENTS // per_tile)
+        self.row_chunk = max(1, self.tile_chunk // self.shape[1])
 
     def bounds(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return the least and the largest possible value of the pixels of each tile, [N, tile rows, tile columns]."""
-        rows = (self.rows.start[:, None] + self.rows.offsets).flatten()
-        columns = (self.columns.start[:, None] + self.columns.offsets).flatten()
+        rows, columns = self.rows.patches.flatten(), self.columns.patches.flatten()
         strips = logits.index_select(1, rows).unflatten(1, (self.shape[0], -1))  # [N, tile rows, patch, w]
 
         def over_columns(strip: Tensor) -> Tensor:
@@ -64,16 +66,51 @@ class TileGrid:
         guard = _GUARD * torch.maximum(low.abs(), high.abs())
         return low - guard, high + guard
 
-    def words(self, logits: Tensor, tiles: Tensor, thresholds: tuple[float, ...]) -> Tensor:
-        """Threshold tiles (mask, tile row, tile column) [K, 3] at each threshold, to [thresholds, K, 32] int32."""
+    def evaluated(self, logits: Tensor, threshold: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Return which tiles [N, tile rows, tile columns] are to be evaluated, and which others are wholly inside.
+
+        Whether a mask is evaluated as a whole depends on its threshold alone, so that counts and bits of it are made
+        of the same pixels, rounded alike.
+        """
+        low, high = self.bounds(logits)
+        crossed = ~(low > threshold) & ~(high <= threshold)
+        whole = crossed.float().mean(dim=(1, 2), keepdim=True) > _MOST_CROSSED
+        full = low > threshold + abs(offset)
+        evaluated = (~full & ~(high <= threshold - abs(offset))) | whole
+        return evaluated, full & ~evaluated
+
+    def pixels(self, logits: Tensor, evaluated: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield tiles (mask, tile row, tile column) [K, 3], and their pixels [K, column, row]."""
+        whole = evaluated.flatten(1).all(dim=1)
+        for tiles in (evaluated & ~whole[:, None, None]).nonzero().split(self.tile_chunk):
+            yield tiles, self._of_tiles(logits, tiles)
+        columns = torch.arange(self.shape[1], device=logits.device)
+        for mask in whole.nonzero()[:, 0]:
+            lines = self._over_columns(logits[mask])
+            for rows in torch.arange(self.shape[0], device=logits.device).split(self.row_chunk):
+                inputs = self.rows.patches[rows]
+                patches = lines.index_select(0, inputs.flatten()).unflatten(0, inputs.shape)
+                pixels = patches.transpose(1, 2) @ self.rows.matrix[rows].transpose(1, 2)
+                yield torch.cartesian_prod(mask[None], rows, columns), pixels.view(-1, TILE, TILE)
+
+    def _of_tiles(self, logits: Tensor, tiles: Tensor) -> Tensor:
         mask, row, column = tiles.unbind(1)
-        rows = self.rows.start[row][:, None, None] + self.rows.offsets
-        columns = self.columns.start[column][:, None, None] + self.columns.offsets[:, None]
+        rows, columns = self.rows.patches[row][:, None], self.columns.patches[column][:, :, None]
         patches = logits[mask[:, None, None], rows, columns]  # [K, patch columns, patch rows]
         patches = patches.to(self.rows.matrix.dtype)
-        pixels = self.columns.matrix[column] @ patches @ self.rows.matrix[row].transpose(1, 2)  # [K, column, row]
+        return self.columns.matrix[column] @ patches @ self.rows.matrix[row].transpose(1, 2)
+
+    def _over_columns(self, logits: Tensor) -> Tensor:
+        """Resize the rows of a mask's logits: [h, w] -> [h, tile columns * 32]."""
+        inputs, dtype = self.columns.patches, self.columns.matrix.dtype
+        patches = logits.index_select(1, inputs.flatten()).unflatten(1, inputs.shape).transpose(0, 1).to(dtype)
+        return (patches @ self.columns.matrix.transpose(1, 2)).transpose(0, 1).flatten(1)
+
+    def words(self, pixels: Tensor, tiles: Tensor, thresholds: tuple[float, ...]) -> Tensor:
+        """Threshold the pixels of tiles at each threshold, to [thresholds, K, 32] int32."""
+        _, row, column = tiles.unbind(1)
         inside = self.row_bits[row][:, None] & self.column_bits[column]
-        return torch.stack([pack_bits(pixels > threshold) & inside for threshold in thresholds])
+        return torch.stack([pack_bits(above(pixels, threshold)) & inside for threshold in thresholds])
 
 
 def _count_bits(words: Tensor) -> Tensor:
@@ -112,15 +149,12 @@ def statistics_eager(low_res: Tensor, resizing: Resizing, threshold: float, offs
     cuts = (threshold + offset, threshold - offset, threshold)
     for start, logits in _blocks(low_res):
         part = slice(start, start + len(logits))
-        low, high = grid.bounds(logits)
-        full = low > max(cuts)
-        counts[:, part] += (full * grid.pixels).sum(dim=(1, 2))
+        evaluated, full = grid.evaluated(logits, threshold, offset)
+        counts[:, part] += (full * grid.tile_areas).sum(dim=(1, 2))
         edges[part] = _tile_edges(full.nonzero(), len(logits), far)
-        undecided = (~full & ~(high <= min(cuts))).nonzero()
-        for tiles in undecided.split(grid.tile_chunk):
-            words = grid.words(logits, tiles, cuts)
-            rows = start + tiles[:, 0]
-            counts.index_add_(1, rows, _count_bits(words))
+        for tiles, pixels in grid.pixels(logits, evaluated):
+            words = grid.words(pixels, tiles, cuts)
+            counts.scatter_add_(1, (start + tiles[:, 0]).expand(3, -1), _count_bits(words))
             _word_edges(words[2], tiles, edges[part])
     height, width = resizing.output_size
     last = torch.tensor([width - 1, height - 1], device=device)
@@ -155,12 +189,11 @@ def packed_eager(low_res: Tensor, resizing: Resizing, threshold: float) -> Tenso
     inside = (grid.row_bits[:, None, None] & grid.column_bits).permute(1, 2, 0)  # [tile columns, 32, tile rows]
     out = torch.empty(len(low_res), tile_columns, TILE, tile_rows, dtype=torch.int32, device=low_res.device)
     for start, logits in _blocks(low_res):
-        low, high = grid.bounds(logits)
-        full = low > threshold
+        evaluated, full = grid.evaluated(logits, threshold)
         out[start : start + len(logits)] = -full.int().transpose(1, 2)[:, :, None] & inside
-        for tiles in (~full & ~(high <= threshold)).nonzero().split(grid.tile_chunk):
+        for tiles, pixels in grid.pixels(logits, evaluated):
             mask, row, column = tiles.unbind(1)
-            out[start + mask, column, :, row] = grid.words(logits, tiles, (threshold,))[0]
+            out[start + mask, column, :, row] = grid.words(pixels, tiles, (threshold,))[0]
     return out.flatten(1, 2)[:, : resizing.output_size[1]]
 
 

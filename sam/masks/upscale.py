@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsam_kernels import Resizing, requires_autograd
+from fastsam_kernels import Resizing, above, requires_autograd
 
 from ..images.geometry import ImageGeometry
 from ..system.device_profile import device_profile
@@ -29,9 +28,9 @@ def upscale_masks(low_res_logits: Tensor, geometry: ImageGeometry) -> Tensor:
         [P, M, original height, original width], same dtype.
     """
     if geometry.is_stretched:
-        return F.interpolate(low_res_logits, geometry.original_size, mode="bilinear", align_corners=False)
+        return _resize(low_res_logits, geometry.original_size)
     height, width = geometry.input_size
-    padded = _resize_to_square(low_res_logits, geometry.image_size)
+    padded = _resize(low_res_logits, (geometry.image_size,) * 2)
     cut = padded[..., :height, :width]
     if tuple(geometry.original_size) == (height, width):
         return cut.contiguous()
@@ -48,36 +47,41 @@ def resizing_of(geometry: ImageGeometry, low_res_size: tuple[int, int]) -> Resiz
     return Resizing(geometry.image_size, geometry.input_size, geometry.original_size)
 
 
-def _resize_to_square(logits: Tensor, size: int) -> Tensor:
-    """Resize bilinearly, [P, M, h, w] -> [P, M, size, size]."""
-    height, width = logits.shape[-2:]
-    whole = height == width and size % height == 0 and logits.dtype in (torch.float32, torch.float64)
-    if logits.device.type != "cpu" or not whole or requires_autograd(logits):
-        return F.interpolate(logits, (size, size), mode="bilinear", align_corners=False)
-    out = logits.new_empty((*logits.shape[:2], size, size))
+def _resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize bilinearly, [P, M, h, w] -> [P, M, *size]."""
+    is_whole = size[0] % logits.shape[2] == size[1] % logits.shape[3] == 0
+    is_wide = logits.dtype in (torch.float32, torch.float64)
+    if logits.device.type != "cpu" or not (is_whole and is_wide) or requires_autograd(logits):
+        return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+    out = logits.new_empty((*logits.shape[:2], *size))
     for small, large in zip(logits.flatten(0, 1), out.flatten(0, 1), strict=True):
         _enlarge(small, large)
     return out
 
 
 def _enlarge(small: Tensor, large: Tensor) -> None:
-    """Write the bilinear resize of ``small`` [h, w] into ``large``, a whole number of times its size.
+    """Write the bilinear resize of ``small`` [h, w] into ``large``, whole numbers of times its height and width.
 
     Every k-th column, and every k-th row, has the same two weights, so each is a plain mix of two neighbours. PyTorch's
     own resize gathers four values per pixel and takes three times as long on a CPU.
     """
     height, width = small.shape
-    factor = large.shape[1] // width
-    offsets = [(phase + 0.5) / factor - 0.5 for phase in range(factor)]
-    mixes = [(math.floor(offset) + 1, offset - math.floor(offset)) for offset in offsets]
+    row_factor, column_factor = large.shape[0] // height, large.shape[1] // width
     framed = F.pad(small[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
-    wide = small.new_empty((height + 2, width, factor))
-    for phase, (first, weight) in enumerate(mixes):
+    wide = small.new_empty((height + 2, width, column_factor))
+    for phase, (first, weight) in enumerate(_mixes(column_factor)):
         columns = framed[:, first : first + width], framed[:, first + 1 : first + 1 + width]
         torch.lerp(*columns, weight, out=wide[..., phase])
     rows = wide.flatten(1)
-    for phase, (first, weight) in enumerate(mixes):
-        torch.lerp(rows[first : first + height], rows[first + 1 : first + 1 + height], weight, out=large[phase::factor])
+    for phase, (first, weight) in enumerate(_mixes(row_factor)):
+        part = large[phase::row_factor]
+        torch.lerp(rows[first : first + height], rows[first + 1 : first + 1 + height], weight, out=part)
+
+
+def _mixes(factor: int) -> list[tuple[int, float]]:
+    """Return the first of two neighbours, in a frame one wide, and the weight of the other, for each of the phases."""
+    offsets = [(phase + 0.5) / factor - 0.5 for phase in range(factor)]
+    return [(math.floor(offset) + 1, offset - math.floor(offset)) for offset in offsets]
 
 
 def masks_from_logits(low_res_logits: Tensor, geometry: ImageGeometry, mask_threshold: float) -> Tensor:
@@ -91,13 +95,5 @@ def masks_from_logits(low_res_logits: Tensor, geometry: ImageGeometry, mask_thre
     chunk = device_profile(flat.device).masks_per_chunk
     for start in range(0, len(flat), chunk):
         rows = slice(start, start + chunk)
-        _above(upscale_masks(flat[rows, None], geometry)[:, 0], mask_threshold, out[rows])
+        above(upscale_masks(flat[rows, None], geometry)[:, 0], mask_threshold, out[rows])
     return out.unflatten(0, (prompts, masks))
-
-
-def _above(logits: Tensor, threshold: float, out: Tensor) -> None:
-    """Write ``logits > threshold`` into the bools of ``out``; NumPy does it in a third of PyTorch's time on a CPU."""
-    if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64):
-        np.greater(logits.detach().numpy(), threshold, out=out.numpy())
-    else:
-        torch.gt(logits, threshold, out=out)

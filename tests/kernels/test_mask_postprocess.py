@@ -84,6 +84,17 @@ def test_eager_at_real_sizes(size: tuple[int, int]) -> None:
     check(smooth_logits(2, 256), resizing_of(*size, 1024), "torch")
 
 
+@pytest.mark.parametrize("size", [(150, 230), (61, 33), (20, 70)])
+def test_eager_of_masks_that_no_bounds_decide(size: tuple[int, int]) -> None:
+    """Noise is evaluated as a whole, between masks that are evaluated tile by tile, and some of no tile at all."""
+    low_res = smooth_logits(7, 32)
+    low_res[1::3] = 3 * torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(1))
+    low_res[2] = -20 + 40 * (torch.arange(32) > 20)
+    low_res[3] = -20.0
+    for threshold, offset in ((0.0, 1.0), (0.4, 8.0), (-0.7, -0.5)):
+        check(low_res, resizing_of(*size, 128), "torch", threshold, offset)
+
+
 @pytest.mark.slow
 def test_eager_at_many_sizes() -> None:
     """Portrait, landscape, tiny, 4K, and resized sizes that do not follow the ratio."""
