@@ -8,6 +8,7 @@ from .dispatch import (
     UnsupportedKernelError,
     check_kernels,
     choice_for,
+    has_kernel,
     limitation,
     requires_autograd,
     resolve_kernels,
@@ -15,6 +16,7 @@ from .dispatch import (
 from .hypernetwork_masks import UpscalingWeights, hypernetwork_masks, pack_upscaling
 from .image_to_token_attention import image_to_token_attention
 from .mask_postprocess import MaskStatistics, Resizing, above, mask_statistics, pack_masks, packed_masks, unpack_masks
+from .memory_attention import memory_attention
 from .nms import nms, ranked_nms
 from .preprocess_image import preprocess_image
 from .rel_pos_attention import rel_pos_attention
@@ -38,10 +40,12 @@ __all__ = [
     "check_kernels",
     "choice_for",
     "connected_components",
+    "has_kernel",
     "hypernetwork_masks",
     "image_to_token_attention",
     "limitation",
     "mask_statistics",
+    "memory_attention",
     "nms",
     "pack_masks",
     "pack_upscaling",

@@ -35,6 +35,10 @@ if TYPE_CHECKING:  # for type checkers and editors: what ``_HOMES`` says
     from .prompts.prompt import Prompt
     from .sessions.interactive import InteractiveSession
     from .sessions.stream import encode_stream, predict_stream
+    from .video.results import FrameResult
+    from .video.session import TrackingSession, step_together
+    from .video.session_file import load_session, save_session
+    from .video.tracking import track, track_together
 
 __version__ = "0.1.0"
 
@@ -42,6 +46,7 @@ __all__ = [
     "SAM2_VARIANTS",
     "VARIANTS",
     "CheckpointError",
+    "FrameResult",
     "HieraConfig",
     "ImageEmbedding",
     "InteractiveSession",
@@ -53,6 +58,7 @@ __all__ = [
     "SamAutomaticMaskGenerator",
     "SamConfig",
     "SamPredictor",
+    "TrackingSession",
     "as_sam2",
     "as_segment_anything",
     "automatic_mask_generator",
@@ -64,11 +70,16 @@ __all__ = [
     "build_sam_vit_l",
     "encode_stream",
     "load_model",
+    "load_session",
     "modeling",
     "predict_stream",
     "predictor",
     "sam_model_registry",
     "save_checkpoint",
+    "save_session",
+    "step_together",
+    "track",
+    "track_together",
     "utils",
 ]
 
@@ -95,6 +106,10 @@ _NAMES = {
     "prompts.prompt": ("Prompt",),
     "sessions.interactive": ("InteractiveSession",),
     "sessions.stream": ("encode_stream", "predict_stream"),
+    "video.results": ("FrameResult",),
+    "video.session": ("TrackingSession", "step_together"),
+    "video.session_file": ("load_session", "save_session"),
+    "video.tracking": ("track", "track_together"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 _SUBMODULES = {
@@ -115,6 +130,7 @@ _SUBMODULES = {
     "sessions",
     "utils",
     "verify",
+    "video",
 }
 
 if not TYPE_CHECKING:  # a checker that sees __getattr__ takes every misspelt name

@@ -40,7 +40,8 @@ def test_a_stock_model_of_sam_2_runs_fused() -> None:
         "The image's projections are absorbed into the tokens of prompts of up to 10 tokens.",
     ]
     operations = {line.partition(":")[0] for line in lines[5:]}
-    assert {"window_attention", "hypernetwork_masks"} < operations
+    assert {"window_attention", "hypernetwork_masks", "memory_attention"} < operations
+    assert lines[-2:] == ["The memory attention runs fused.", "The memory encoder runs fused."]
     assert "rel_pos_attention" not in operations
 
 

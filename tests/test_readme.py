@@ -27,6 +27,7 @@ NOT_RUN = {
     "make ": "installs, then runs the suite or the demo, which tests/test_cli.py starts",
     "fastsam run": "replaces this process by a program: tests/test_run.py",
     "curl ": "tests/test_service_process.py sends them to a service",
+    "python -m sam track": "takes weights of SAM 2: tests/test_track_cli.py",
     "python -m sam verify": "minutes of fp64: tests/test_verify.py",
 }
 # What the page says for official weights and a GPU, and what stands in their place: the embedded weights, fewer clicks.
@@ -76,6 +77,7 @@ def test_python_blocks(folder: Path, photo: np.ndarray) -> None:
         "point_labels": np.array([1]),
         "photo": photo,
         "drawing": photo[:200, :150].copy(),
+        "frames": [photo, photo, photo],
         "paths": ["photo.jpg", "photos/cat.png"],
         "torch": torch,
     }
@@ -87,6 +89,7 @@ def test_python_blocks(folder: Path, photo: np.ndarray) -> None:
     assert scope["first"].masks.shape == (2, 3, *photo.shape[:2])  # type: ignore[attr-defined]
     assert scope["embedding"].image_hash == scope["embeddings"][0].image_hash  # type: ignore[attr-defined, index]
     assert scope["answer"].mask().shape == photo.shape[:2]  # type: ignore[attr-defined]
+    assert scope["result"].objects == ("cat", "dog")  # type: ignore[attr-defined]
     assert scope["prediction"].masks.shape[-2:] == photo.shape[:2]  # type: ignore[attr-defined]
 
 

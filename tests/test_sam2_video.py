@@ -102,7 +102,7 @@ def test_states_that_callers_make_and_edit(predictor: SAM2VideoPredictor) -> Non
         positions.append(options["memory_pos"][-options["num_obj_ptr_tokens"] :])
 
     hook = predictor.memory_attention.register_forward_pre_hook(take_down, with_kwargs=True)
-    truth = track(predictor, clicked(predictor))
+    truth = track(predictor, clicked(predictor))  # by the official calls, as there is a hook
     of_truth = positions.pop(0)
     positions.clear()
     state = begin(predictor)
@@ -122,7 +122,7 @@ def test_states_that_callers_make_and_edit(predictor: SAM2VideoPredictor) -> Non
     assert not torch.equal(found[1], truth[1])
     assert relative_error(positions[0], of_truth) > 0.1  # pointers are timed by the length of the clip
     hook.remove()
-    state = clicked(predictor)
+    truth, state = track(predictor, clicked(predictor)), clicked(predictor)
     store = type("Store", (dict,), {})
     state["output_dict_per_obj"][0] = {name: store() for name in state["output_dict_per_obj"][0]}
     assert apart(track(predictor, state), truth) == 0

@@ -54,6 +54,8 @@ class Operation(Generic[Result]):
             UnsupportedKernelError: the implementation that it names cannot run.
         """
         choice = kernels if kernels in KERNELS else choice_for(kernels, self.name)
+        if choice == "triton" and not has_kernel(self.name):
+            raise UnsupportedKernelError(f"{self.name} has no 'triton' implementation; 'auto' finds another")
         if choice != "auto":
             implementation = self.implementation(choice)
             problem = implementation.limitation and implementation.limitation(*arguments)
@@ -91,6 +93,11 @@ def register(operation: Operation[Result]) -> Operation[Result]:
     """Make ``operation`` known by its name, and return it."""
     OPERATIONS[operation.name] = operation
     return operation
+
+
+def has_kernel(operation: str) -> bool:
+    """Tell whether an operation has a Triton form."""
+    return any(implementation.name == "triton" for implementation in OPERATIONS[operation].implementations)
 
 
 def limitation(operation: str, implementation: str, *arguments: Any, **options: Any) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..amg.defaults import NANO_THRESHOLDS, SAM2_THRESHOLDS, SAM_THRESHOLDS
 from ..checks import path_of
@@ -47,7 +47,7 @@ def mask_formats() -> dict[str, MaskFormat | None]:
 
 def add_commands(commands: Any) -> None:
     """Add the parser of every command."""
-    for add in (add_segment, add_auto, add_serve, add_info, add_verify, add_convert, add_demo, add_run):
+    for add in (add_segment, add_auto, add_track, add_serve, add_info, add_verify, add_convert, add_demo, add_run):
         add(commands)
 
 
@@ -113,6 +113,85 @@ def add_auto(commands: Any) -> None:
         option = f"--{name.replace('_', '-')}"
         settings.add_argument(option, type=kind, metavar="N", help=f"{purpose} (default: {default:.3g}{suited})")
     _add_common(parser, megapixels=True)
+
+
+class Place(NamedTuple):
+    """An object and the frame of a prompt."""
+
+    object: str
+    frame: int
+
+
+_PLACE_TEXT = "[OBJECT@FRAME:]"
+
+
+def _placed(parse: Callable[[str], Any]) -> Callable[[str], tuple[Place, Any]]:
+    """Return a parser of what ``parse`` takes with an object, a frame or both before it: object 1 on frame 0."""
+
+    def placed(text: str) -> tuple[Place, Any]:
+        before, _, rest = text.rpartition(":")
+        name, at, frame = before.partition("@")
+        if at and not frame.isdecimal():
+            raise ValueError(f"{text!r} begins with no {_PLACE_TEXT}")
+        return Place(name or "1", int(frame or 0)), parse(rest)
+
+    return placed
+
+
+def _parse_mask(text: str) -> tuple[int, str]:
+    frame, colon, path = text[1:].partition(":") if text.startswith("@") else ("0", ":", text)
+    if not colon or not frame.isdecimal() or not path:
+        raise ValueError(f"{text!r} is not [@FRAME:]FILE")
+    return int(frame), path
+
+
+def add_track(commands: Any) -> None:
+    """Add the parser of ``track``."""
+    parser = commands.add_parser(
+        "track",
+        help="masks of objects through a video, with SAM 2",
+        epilog="A run that was ended goes on with the same command from the last saved state. The embedded model does "
+        "not track: --checkpoint takes weights of SAM 2.",
+    )
+    parser.add_argument("video", type=file_name, metavar="VIDEO", help="a video, or a folder of JPEG files")
+    parser.add_argument(
+        "--point",
+        action="append",
+        default=[],
+        type=_argument(_placed(wire.parse_point)),
+        metavar=_PLACE_TEXT + wire.POINT_TEXT,
+        help="a click in pixels, on object 1 and frame 0 unless said otherwise, as in cat@12:30,40; may be repeated",
+    )
+    parser.add_argument(
+        "--box",
+        action="append",
+        default=[],
+        type=_argument(_placed(wire.parse_box)),
+        metavar=_PLACE_TEXT + wire.BOX_TEXT,
+        help="a box in pixels, likewise; may be repeated",
+    )
+    parser.add_argument(
+        "--mask",
+        action="append",
+        default=[],
+        type=_argument(_parse_mask),
+        metavar="[@FRAME:]FILE",
+        help="a picture of labels, as DAVIS has them: each value but 0 is the mask of the object of that name",
+    )
+    parser.add_argument("--out", type=file_name, default="out", metavar="DIR", help="folder of results (default: out)")
+    parser.add_argument("--overlay", action="store_true", help="also draw the masks on the frames, as overlay.gif")
+    parser.add_argument("--fill-holes", type=int, default=8, metavar="N", help="of low-resolution pixels (default: 8)")
+    parser.add_argument("--save-every", type=int, default=25, metavar="N", help="frames between states (default: 25)")
+    parser.add_argument("--force", action="store_true", help="replace results that are there")
+    _add_common(parser)
+    parser.set_defaults(check=_check_track)
+
+
+def _check_track(args: argparse.Namespace) -> None:
+    if not (args.point or args.box or args.mask):
+        raise ValueError("nothing to track: give --point X,Y, --box X0,Y0,X1,Y1 or --mask FILE")
+    if args.save_every < 1:
+        raise ValueError(f"--save-every must be at least 1, got {args.save_every}")
 
 
 def add_serve(commands: Any) -> None:

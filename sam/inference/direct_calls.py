@@ -12,9 +12,11 @@ from fastsam_kernels import requires_autograd
 from ..modeling.feature_pyramid import ImageEncoder
 from ..modeling.image_encoder import ImageEncoderViT
 from ..modeling.mask_decoder import MaskDecoder
+from ..modeling.memory_attention import MemoryAttention
+from ..modeling.memory_encoder import MemoryEncoder
 from ..modeling.prompt_encoder import PromptEncoder
 from ..system.device_profile import device_profile
-from . import fused_decoder, fused_encoder, fused_hiera
+from . import fused_decoder, fused_encoder, fused_hiera, fused_memory_attention, fused_memory_encoder
 from .eligibility import PARTS, look, why_not_now
 from .fused_transformer import project_image
 from .packed_weights import PackedDecoder, pack_decoder, pack_image_pe
@@ -139,3 +141,5 @@ def _fused_image_encoder(encoder: ImageEncoderViT, pixels: Tensor) -> Tensor | N
 ImageEncoderViT._fused = _fused_image_encoder  # type: ignore[assignment, method-assign]
 ImageEncoder._fused = fused_hiera.encode  # type: ignore[assignment, method-assign]
 MaskDecoder._fused = _fused_mask_decoder  # type: ignore[assignment, method-assign]
+MemoryAttention._fused = fused_memory_attention.attend  # type: ignore[assignment, method-assign]
+MemoryEncoder._fused = fused_memory_encoder.encode  # type: ignore[assignment, method-assign]

@@ -1,6 +1,7 @@
 """The one place that decides whether the parts of a model may run fused, and that notices when they change.
 
-A *part* is an image encoder, a prompt encoder or a mask decoder. :func:`look` returns what is known of one, a
+A *part* is an image encoder, a prompt encoder, a mask decoder, or what tracking adds: a memory attention or a memory
+encoder. :func:`look` returns what is known of one, a
 :class:`Snapshot`, and makes a new one with another ``generation`` when the part has changed since: a hook, a patched
 method, a module in the place of another, a weight that was replaced or written, a constant, an optimiser's step.
 Values that were computed of the weights belong to a generation.
@@ -23,12 +24,15 @@ from ..modeling.common import MLP, DropPath, LayerNorm2d, MLPBlock, uncompiled
 from ..modeling.feature_pyramid import FpnNeck, ImageEncoder
 from ..modeling.image_encoder import ImageEncoderViT, PatchEmbed
 from ..modeling.mask_decoder import MaskDecoder
+from ..modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
+from ..modeling.memory_encoder import MemoryEncoder
 from ..modeling.position_encoding import PositionEmbeddingSine
 from ..modeling.prompt_encoder import PositionEmbeddingRandom, PromptEncoder
 from ..modeling.sam2_mask_decoder import Sam2MaskDecoder
 from ..modeling.transformer import TwoWayAttentionBlock, TwoWayTransformer
 from ..modeling.weight_cache import PACKING, Stale, WeightCache, finish, packing
 from ..system.tensors import is_making_graph, is_plain
+from .memory_places import MEMORY, places_of_attention, places_of_encoder, unusual_setting
 
 T = TypeVar("T")
 
@@ -36,6 +40,8 @@ PARTS: dict[str, tuple[type[WeightCache], ...]] = {
     "image_encoder": (ImageEncoderViT, ImageEncoder),
     "prompt_encoder": (PromptEncoder,),
     "mask_decoder": (MaskDecoder, Sam2MaskDecoder),
+    "memory_attention": (MemoryAttention,),
+    "memory_encoder": (MemoryEncoder,),
 }
 
 _OURS = (
@@ -43,11 +49,11 @@ _OURS = (
     *(image_encoder.Block, image_encoder.Attention, PatchEmbed),
     *(hiera.Hiera, hiera.MultiScaleBlock, hiera.MultiScaleAttention, FpnNeck, PositionEmbeddingSine),
     *(TwoWayTransformer, TwoWayAttentionBlock, transformer.Attention),
-    *(PositionEmbeddingRandom, MLP, MLPBlock, LayerNorm2d, DropPath),
+    *(PositionEmbeddingRandom, MLP, MLPBlock, LayerNorm2d, DropPath, *MEMORY),
 )
 _TORCH = (
     *(nn.Linear, nn.LayerNorm, nn.Embedding, nn.Conv2d, nn.ConvTranspose2d, nn.GELU, nn.ReLU),
-    *(nn.MaxPool2d, nn.Identity, nn.Sequential, nn.ModuleList),
+    *(nn.MaxPool2d, nn.Dropout, nn.Identity, nn.Sequential, nn.ModuleList),
 )
 
 
@@ -59,6 +65,8 @@ def _methods(kind: type) -> list[tuple[type, str, Any]]:
     return [(owner, name, owner.__dict__.get(name)) for owner in owners for name in names]
 
 
+# What else a module computes by, and that is no part of a model's hash.
+_MORE_CONSTANTS: dict[type, str] = {nn.Dropout: "training", MemoryAttentionLayer: "activation"}
 # The methods of each class as they are written, to notice that somebody patched one.
 _WRITTEN = {kind: _methods(kind) for kind in _OURS} | {kind: [(kind, "forward", kind.forward)] for kind in _TORCH[:-1]}
 _GLOBAL_HOOKS = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
@@ -250,6 +258,8 @@ def _find_stranger(part: nn.Module, name: str) -> str | None:
             if type(module).__name__ == kind.__name__:  # as of a quantised layer
                 return f"{name}.{path} is {_whole_name(type(module))}, not {_whole_name(kind)}"
             return f"{name}.{path} is {_a(module)}, not {_a(kind)}"
+    if isinstance(part, (MemoryAttention, MemoryEncoder)):
+        return unusual_setting(part, name)
     if isinstance(part, MaskDecoder):
         for index, mlp in enumerate(part.output_hypernetworks_mlps):
             if mlp.sigmoid_output:
@@ -284,6 +294,10 @@ def _places(part: nn.Module) -> Iterator[tuple[str, type[nn.Module]]]:
         for block in range(len(part.blocks)):
             yield f"blocks.{block}", image_encoder.Block
             yield f"blocks.{block}.attn", image_encoder.Attention
+    elif isinstance(part, MemoryAttention):
+        yield from places_of_attention(part)
+    elif isinstance(part, MemoryEncoder):
+        yield from places_of_encoder(part)
     elif isinstance(part, ImageEncoder):
         yield from (("trunk", hiera.Hiera), ("neck", FpnNeck), ("neck.position_encoding", PositionEmbeddingSine))
         if isinstance(part.trunk, hiera.Hiera):
@@ -298,6 +312,8 @@ def _constants(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], s
         state = module.__dict__
         if isinstance(module, WeightCache):
             yield state, "generation"
+        if type(module) in _MORE_CONSTANTS:
+            yield state, _MORE_CONSTANTS[type(module)]
         if type(module) in (*_OURS, nn.LayerNorm, nn.GELU, nn.MaxPool2d):
             yield from ((state, name) for name in getattr(module, "__constants__", ()))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastsam_kernels import resolve_kernels
+from fastsam_kernels import has_kernel, resolve_kernels
 
 from ..modeling.common import uncompiled
 from ..modeling.feature_pyramid import ImageEncoder
@@ -17,6 +17,7 @@ OPERATIONS = {
     "preprocess_image": False,
     "rel_pos_attention": True,
     "window_attention": True,
+    "memory_attention": True,
     "token_to_image_attention": True,
     "two_way_attention": True,
     "hypernetwork_masks": True,
@@ -30,7 +31,11 @@ def explain(model: Model) -> str:
     """Return one line per part and operation of ``model``: what runs, and what keeps it from running fused."""
     dtype = str(model.dtype).removeprefix("torch.")
     is_hiera = isinstance(uncompiled(model.image_encoder), ImageEncoder)
-    other = "rel_pos_attention" if is_hiera else "window_attention"  # of the other kind of image encoder
+    # Those of the other kind of image encoder, and of tracking where the model has no memory.
+    others = {"rel_pos_attention"} if is_hiera else {"window_attention"}
+    memory = {name: getattr(model, name) for name in ("memory_attention", "memory_encoder") if hasattr(model, name)}
+    if not memory:
+        others.add("memory_attention")
     return "\n".join(
         [
             f"The model is {dtype} on {model.device}, kernels={model.kernels!r}.",
@@ -38,7 +43,11 @@ def explain(model: Model) -> str:
             _part("The mask decoder", why_not_fused_decoder(model), model.kernels),
             *_decoder(model),
             _runtime(model),
-            *(f"{name}: {_implementation(model, products)}." for name, products in OPERATIONS.items() if name != other),
+            *(f"{name}: {_implementation(model, name)}." for name in OPERATIONS if name not in others),
+            *(
+                _part(f"The {name.replace('_', ' ')}", why_not_fused(**{name: part}), model.kernels)
+                for name, part in memory.items()
+            ),
         ]
     )
 
@@ -76,8 +85,9 @@ def _runtime(model: Model) -> str:
     return f"Prompts of {len(runtime.buckets)} shapes are {how} so far{blocks}."
 
 
-def _implementation(model: Model, products: bool) -> str:
+def _implementation(model: Model, operation: str) -> str:
     try:
-        return resolve_kernels(model.kernels, model.device, model.dtype if products else None)
+        found = resolve_kernels(model.kernels, model.device, model.dtype if OPERATIONS[operation] else None)
     except ValueError as error:
         return f"none, {error}"
+    return found if has_kernel(operation) else found.replace("triton", "torch, as there is no kernel yet", 1)

@@ -1,11 +1,12 @@
-"""The weights of a mask decoder as its fused form reads them: an immutable snapshot, made in one function."""
+"""Weights as fused forms read them, immutable snapshots: layers by themselves, and the whole mask decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from ..modeling.prompt_encoder import PromptEncoder
 from ..modeling.transformer import Attention, TwoWayAttentionBlock
 
 Function = Callable[[Tensor], Tensor]
+Packed = TypeVar("Packed")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,49 @@ class LayerNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which operations on ``device`` take dtypes as they are."""
+    is_on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
+
+
+@dataclass(frozen=True)
+class ByDtype(Generic[Packed]):
+    """Packed weights with products in the dtype that a call wants: that of the weights, or autocast's.
+
+    Attributes:
+        packed: the weights as they are.
+        dtype: of them.
+    """
+
+    packed: Packed
+    dtype: torch.dtype
+    _narrowed: dict[torch.dtype, Packed] = field(default_factory=dict, repr=False)
+
+    def now(self, device: torch.device) -> Packed:
+        """Return the weights for a call on ``device``, kept for the next one."""
+        kind = device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+        if dtype == self.dtype:
+            return self.packed
+        if dtype not in self._narrowed:
+            with torch.inference_mode(False):
+                self._narrowed[dtype] = _in_dtype(self.packed, dtype)
+        return self._narrowed[dtype]
+
+
+def _in_dtype(packed: Any, dtype: torch.dtype) -> Any:
+    """Return packed weights in another dtype; norms stay as they are."""
+    if isinstance(packed, Tensor):
+        return packed.to(dtype)
+    if isinstance(packed, tuple):
+        return tuple(_in_dtype(each, dtype) for each in packed)
+    if is_dataclass(packed) and not isinstance(packed, (type, LayerNorm)):
+        values = {each.name: _in_dtype(getattr(packed, each.name), dtype) for each in fields(packed)}
+        return replace(packed, **values)
+    return packed
 
 
 @dataclass(frozen=True)
@@ -236,6 +281,19 @@ def _pack_linear(layer: nn.Module) -> Any:
 def _pack_norm(layer: nn.Module) -> Any:
     known = type(layer) is nn.LayerNorm and layer.weight is not None and layer.bias is not None
     return LayerNorm(layer.weight, layer.bias, layer.eps) if known else layer  # type: ignore[arg-type]
+
+
+def pack_composed(after: nn.Linear, before: nn.Linear) -> Linear:
+    """Return two linear layers in a row as one, its products in fp64."""
+    weight, bias = after.weight.double(), after.bias.double()
+    composed = weight @ before.weight.double(), weight @ before.bias.double() + bias
+    return Linear(composed[0].to(after.weight.dtype), composed[1].to(after.weight.dtype))
+
+
+def pack_wide_norm(norm: Any) -> LayerNorm:
+    """Return a norm of values in fp32 at least."""
+    wide = torch.promote_types(norm.weight.dtype, torch.float32)
+    return LayerNorm(norm.weight.to(wide), norm.bias.to(wide), norm.eps)
 
 
 _UPSCALING = (nn.ConvTranspose2d, LayerNorm2d, nn.GELU, nn.ConvTranspose2d, nn.GELU)

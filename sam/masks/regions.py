@@ -29,6 +29,16 @@ def areas_of(labels: Tensor, sizes: Tensor) -> Tensor:
     return sizes.gather(1, labels.flatten(1).long()).view(labels.shape)
 
 
+def fill_small_holes(logits: Tensor, max_area: float) -> Tensor:
+    """Raise the holes of up to ``max_area`` pixels in the masks of logits [N, 1, h, w] to 0.1; 0 pixels fill none."""
+    if not max_area or len(logits) == 0:
+        return logits
+    outside = logits[:, 0] <= 0
+    labels, sizes = label_regions(outside)
+    small = outside & (areas_of(labels, sizes) <= max_area)
+    return torch.where(small[:, None], 0.1, logits)
+
+
 def remove_small_regions(
     masks: Tensor, area_threshold: float, mode: str, kernels: str = "auto"
 ) -> tuple[Tensor, Tensor]:

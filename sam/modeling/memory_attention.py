@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .position_encoding import apply_rotary_enc, compute_axial_cis
 from .transformer import Attention
+from .weight_cache import WeightCache
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "glu": F.glu}
 
@@ -163,7 +164,7 @@ class MemoryAttentionLayer(nn.Module):
         return tgt + self.dropout3(x)
 
 
-class MemoryAttention(nn.Module):
+class MemoryAttention(WeightCache):
     """``num_layers`` copies of ``layer``, and a last norm.
 
     Args:
@@ -214,6 +215,9 @@ class MemoryAttention(nn.Module):
         assert x is not None
         if x.shape[1] != memory.shape[1]:
             raise ValueError(f"memories of {memory.shape[1]} objects for a frame of {x.shape[1]}")
+        fused = self._fused(x, memory, position, memory_pos, num_obj_ptr_tokens)
+        if fused is not None:
+            return fused
         if self.pos_enc_at_input and position is not None:
             x = x + 0.1 * position
         if self.batch_first:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .common import DropPath, LayerNorm2d
 from .memory_attention import get_clones
+from .weight_cache import WeightCache
 
 
 class MaskDownSampler(nn.Module):
@@ -104,7 +105,7 @@ class Fuser(nn.Module):
         return x
 
 
-class MemoryEncoder(nn.Module):
+class MemoryEncoder(WeightCache):
     """Encode masks of objects, with the features of their frame, as memories of ``out_dim`` channels.
 
     Args:
@@ -142,6 +143,9 @@ class MemoryEncoder(nn.Module):
         Returns:
             vision_features: [B, out_dim, h, w]; vision_pos_enc: a list of their positions.
         """
+        fused = self._fused(pix_feat, masks, skip_mask_sigmoid)
+        if fused is not None:
+            return fused
         downsampled = self.mask_downsampler(masks if skip_mask_sigmoid else masks.sigmoid())
         x = self.pix_feat_proj(pix_feat.to(downsampled.device)) + downsampled
         x = self.out_proj(self.fuser(x))

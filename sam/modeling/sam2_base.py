@@ -14,7 +14,7 @@ from ..embedding import ImageFeatures
 from ..inference import fused_hiera
 from ..prompts.layout import PromptLayout
 from ..system.methods import WrittenMethods
-from .common import MLP
+from .common import MLP, uncompiled
 from .feature_pyramid import ImageEncoder
 from .prompt_encoder import PromptEncoder
 from .promptable import PromptableModel
@@ -202,6 +202,15 @@ class SAM2Base(TrackingSteps, PromptableModel):
 
     def forward_image(self, img_batch: Tensor) -> dict[str, Any]:
         """Encode images [B, 3, H, W] as the image encoder does, its finer maps projected for the mask decoder."""
+        decoder: Any = self.sam_mask_decoder
+        finer = (decoder.conv_s0, decoder.conv_s1) if self.use_high_res_features_in_sam else ()
+        made = fused_hiera.image_features(self.image_encoder, finer, img_batch, self._kernels) if finer else None
+        if made is not None:
+            embedding, high_res = made
+            maps = [*high_res, embedding]
+            encode_position = uncompiled(self.image_encoder).neck.position_encoding
+            positions = [encode_position(x).to(x.dtype) for x in maps]
+            return {"vision_features": embedding, "vision_pos_enc": positions, "backbone_fpn": maps}
         backbone_out = self.image_encoder(img_batch)
         if self.use_high_res_features_in_sam:
             maps = backbone_out["backbone_fpn"]

@@ -8,7 +8,7 @@ returned.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,18 @@ NO_OBJ_SCORE = -1024.0  # the logits of the mask of an object that is not in the
 
 Outputs = Mapping[int, Mapping[str, Any]]
 Size = tuple[int, int]
+
+
+class MemoryChoice(NamedTuple):
+    """What a frame attends to.
+
+    Attributes:
+        maps: the slot of time of each map of memory, and the output that holds it; conditioning frames first.
+        pointers: the distance of each object pointer [B, C], and the pointer.
+    """
+
+    maps: list[tuple[int, Mapping[str, Any]]]
+    pointers: list[tuple[int, Tensor]]
 
 
 class TrackingSteps(nn.Module):
@@ -184,19 +196,13 @@ class TrackingSteps(nn.Module):
             shape = (1, features.shape[1], self.mem_dim)
             memories, positions = [self.no_mem_embed.expand(shape)], [self.no_mem_pos_enc.expand(shape)]
         else:
-            chosen, others = select_closest_cond_frames(
-                frame_idx, output_dict["cond_frame_outputs"], self.max_cond_frames_in_attn
-            )
-            tracked = (output_dict["non_cond_frame_outputs"], others)
-            memories, positions = self._spatial_memories(frame_idx, chosen, tracked, track_in_reverse, features.device)
-            if self.use_obj_ptrs_in_encoder:
-                pointers = self._pointer_memories(
-                    frame_idx, chosen, tracked, num_frames, track_in_reverse, features.shape[1], features.device
-                )
-                if pointers is not None:
-                    memories.append(pointers[0])
-                    positions.append(pointers[1])
-                    pointer_tokens = pointers[0].shape[0]
+            choice = self._choose_memories(frame_idx, output_dict, num_frames, track_in_reverse)
+            memories, positions = self._spatial_memories(choice, features.device)
+            if choice.pointers:
+                of_pointers = self._pointer_memories(choice, num_frames, features.shape[1], features.device)
+                memories.append(of_pointers[0])
+                positions.append(of_pointers[1])
+                pointer_tokens = of_pointers[0].shape[0]
         memory, memory_pos = torch.cat(memories, dim=0), torch.cat(positions, dim=0)
         if not torch.is_autocast_enabled(memory.device.type):  # memories are kept in bf16
             memory, memory_pos = memory.to(features.dtype), memory_pos.to(features.dtype)
@@ -209,75 +215,79 @@ class TrackingSteps(nn.Module):
         )
         return _as_map(learnt, size)
 
-    def _spatial_memories(
-        self,
-        frame_idx: int,
-        chosen: Outputs,
-        tracked: tuple[Outputs, Outputs],
-        track_in_reverse: bool,
-        device: torch.device,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the maps of memory that a frame attends to, [N, B, mem_dim] each, and their positions.
+    def _choose_memories(
+        self, frame_idx: int, output_dict: Mapping[str, Outputs], num_frames: int, track_in_reverse: bool
+    ) -> MemoryChoice:
+        """Choose what a frame attends to among the outputs of other frames.
 
         Conditioning frames come first and share the last slot of time; a tracked frame has that of its distance.
+
+        Raises:
+            ValueError: no conditioning frame.
         """
+        chosen, others = select_closest_cond_frames(
+            frame_idx, output_dict["cond_frame_outputs"], self.max_cond_frames_in_attn
+        )
         if not chosen:
             raise ValueError("no frame has a prompt yet: there is no memory to track with")
-        slots = [(self.num_maskmem - 1, output) for output in chosen.values()]
+        tracked = (output_dict["non_cond_frame_outputs"], others)
+        maps = [(self.num_maskmem - 1, output) for output in chosen.values()]
         stride = 1 if self.training else self.memory_temporal_stride_for_eval
         for distance in range(self.num_maskmem - 1, 0, -1):
             output = _output_of(_frame_at(frame_idx, distance, stride, track_in_reverse), tracked)
             if output is not None:
-                slots.append((distance - 1, output))
+                maps.append((distance - 1, output))
+        pointers: list[tuple[int, Tensor]] = []
+        if not self.use_obj_ptrs_in_encoder:
+            return MemoryChoice(maps, pointers)
+        sign = -1 if track_in_reverse else 1
+        for frame, conditioning in chosen.items():
+            distance = (frame_idx - frame) * sign
+            if self.training or not self.only_obj_ptrs_in_the_past_for_eval or distance >= 0:
+                signed = distance if self.use_signed_tpos_enc_to_obj_ptrs else abs(distance)
+                pointers.append((signed, conditioning["obj_ptr"]))
+        for distance in range(1, self._pointer_limit(num_frames)):
+            frame = frame_idx - distance * sign
+            if not 0 <= frame < num_frames:
+                break
+            output = _output_of(frame, tracked)
+            if output is not None:
+                pointers.append((distance, output["obj_ptr"]))
+        return MemoryChoice(maps, pointers)
+
+    def _pointer_limit(self, num_frames: int) -> int:
+        """Return the number of frames by which pointers are timed."""
+        return min(num_frames, self.max_obj_ptrs_in_encoder)
+
+    def _spatial_memories(self, choice: MemoryChoice, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the maps of memory that a frame attends to, [N, B, mem_dim] each, and their positions."""
         memories, positions = [], []
-        for slot, output in slots:
+        for slot, output in choice.maps:
             memories.append(_as_tokens(output["maskmem_features"].to(device, non_blocking=True)))
             position = _as_tokens(output["maskmem_pos_enc"][-1].to(device))
             positions.append(position + self.maskmem_tpos_enc[slot])
         return memories, positions
 
     def _pointer_memories(
-        self,
-        frame_idx: int,
-        chosen: Outputs,
-        tracked: tuple[Outputs, Outputs],
-        num_frames: int,
-        track_in_reverse: bool,
-        objects: int,
-        device: torch.device,
-    ) -> tuple[Tensor, Tensor] | None:
+        self, choice: MemoryChoice, num_frames: int, objects: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """Return the object pointers that a frame attends to as tokens [K, B, mem_dim], and their positions."""
-        sign = -1 if track_in_reverse else 1
-        limit = min(num_frames, self.max_obj_ptrs_in_encoder)
-        found: list[tuple[int, Tensor]] = []
-        for frame, conditioning in chosen.items():
-            distance = (frame_idx - frame) * sign
-            if self.training or not self.only_obj_ptrs_in_the_past_for_eval or distance >= 0:
-                signed = distance if self.use_signed_tpos_enc_to_obj_ptrs else abs(distance)
-                found.append((signed, conditioning["obj_ptr"]))
-        for distance in range(1, limit):
-            frame = frame_idx - distance * sign
-            if not 0 <= frame < num_frames:
-                break
-            output = _output_of(frame, tracked)
-            if output is not None:
-                found.append((distance, output["obj_ptr"]))
-        if not found:
-            return None
-        pointers = torch.stack([pointer for _, pointer in found])  # [frames, B, C]
-        width = self.hidden_dim
-        if self.add_tpos_enc_to_obj_ptrs:
-            dim = width if self.proj_tpos_enc_in_obj_ptrs else self.mem_dim
-            distances = torch.tensor([distance for distance, _ in found]).to(device=device, non_blocking=True)
-            sines = get_1d_sine_pe(distances / max(limit - 1, 1), dim=dim).to(self.maskmem_tpos_enc.dtype)
-            position = self.obj_ptr_tpos_proj(sines)  # type: ignore[operator]
-            position = position[:, None].expand(-1, objects, self.mem_dim)
-        else:
-            position = pointers.new_zeros(len(found), objects, self.mem_dim)
-        if self.mem_dim < width:  # one pointer is several tokens
+        pointers = torch.stack([pointer for _, pointer in choice.pointers])  # [frames, B, C]
+        position = self._pointer_positions([distance for distance, _ in choice.pointers], num_frames, device)
+        position = position[:, None].expand(-1, objects, self.mem_dim)
+        if self.mem_dim < self.hidden_dim:  # one pointer is several tokens
             pointers = pointers.unflatten(2, (-1, self.mem_dim)).transpose(1, 2).flatten(0, 1)
-            position = position.repeat_interleave(width // self.mem_dim, dim=0)
+            position = position.repeat_interleave(self.hidden_dim // self.mem_dim, dim=0)
         return pointers, position
+
+    def _pointer_positions(self, distances: Sequence[int], num_frames: int, device: torch.device) -> Tensor:
+        """Return the positions [P, mem_dim] of pointers from so many frames away."""
+        if not self.add_tpos_enc_to_obj_ptrs:
+            return torch.zeros(len(distances), self.mem_dim, dtype=self.maskmem_tpos_enc.dtype, device=device)
+        dim = self.hidden_dim if self.proj_tpos_enc_in_obj_ptrs else self.mem_dim
+        away = torch.tensor(distances).to(device=device, non_blocking=True)
+        sines = get_1d_sine_pe(away / max(self._pointer_limit(num_frames) - 1, 1), dim=dim)
+        return self.obj_ptr_tpos_proj(sines.to(self.maskmem_tpos_enc.dtype))  # type: ignore[operator]
 
     # What a frame leaves -----------------------------------------------------------------------------------
 

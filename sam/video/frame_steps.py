@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..modeling.sam2_base import NO_OBJ_SCORE, SAM2Base
+from ..system.methods import WrittenMethods
 from . import state as states
+from .object_batch import ObjectBatch, why_not_batched
 from .state import Output, State
 
 Answer = tuple[int, list[Any], Tensor]
@@ -21,6 +23,7 @@ class FrameSteps(SAM2Base):
 
     fill_hole_area: int
     non_overlap_masks: bool
+    clear_non_cond_mem_around_input: bool
 
     def _fill_holes(self, masks: Tensor) -> Tensor:
         raise NotImplementedError
@@ -140,6 +143,72 @@ class FrameSteps(SAM2Base):
             constants["maskmem_pos_enc"] = [x[:1].clone() for x in positions]
         return [x.expand(len(positions[0]), -1, -1, -1) for x in constants["maskmem_pos_enc"]]
 
+    def _track_object(self, state: State, index: int, frame: int, reverse: bool) -> Tensor:
+        """Return the low-resolution logits of an object on a frame, found by memory where it has no prompt there."""
+        kept = state["output_dict_per_obj"][index]
+        if frame in kept["cond_frame_outputs"]:
+            masks = kept["cond_frame_outputs"][frame]["pred_masks"].to(state["device"], non_blocking=True)
+            if self.clear_non_cond_mem_around_input:
+                self._clear_obj_non_cond_mem_around_input(state, frame, index)
+        else:
+            output, masks = self._run_single_frame_inference(
+                inference_state=state,
+                output_dict=kept,
+                frame_idx=frame,
+                batch_size=1,
+                is_init_cond_frame=False,
+                point_inputs=None,
+                mask_inputs=None,
+                reverse=reverse,
+                run_mem_encoder=True,
+            )
+            kept["non_cond_frame_outputs"][frame] = output
+        states.tracked_frames(state, index)[frame] = {"reverse": reverse}
+        return masks
+
+    def _track_objects(self, state: State, indices: Sequence[int], frame: int, reverse: bool) -> list[Tensor]:
+        """Return the low-resolution logits [1, 1, h, w] of each object on a frame.
+
+        Those without a prompt there are tracked together, by the official calls where a program changed any of them.
+        """
+        outputs = state["output_dict_per_obj"]
+        tracked = [index for index in indices if frame not in outputs[index]["cond_frame_outputs"]]
+        if tracked and _CALLS.replaced_in(self) is None and why_not_batched(self) is None:
+            masks = dict(zip(tracked, self._track_together(state, tracked, frame, reverse), strict=True))
+        else:
+            masks = {}
+        return [
+            masks[index] if index in masks else self._track_object(state, index, frame, reverse) for index in indices
+        ]
+
+    def _track_together(self, state: State, indices: Sequence[int], frame: int, reverse: bool) -> Sequence[Tensor]:
+        _, backbone_out, *_ = self._get_image_feature(state, frame, 1)
+        outputs, frames = [state["output_dict_per_obj"][index] for index in indices], state["num_frames"]
+        choices = [self._choose_memories(frame, output, frames, reverse) for output in outputs]
+        count = len(choices)
+        maps, positions = backbone_out["backbone_fpn"], backbone_out["vision_pos_enc"][-1]
+        found = ObjectBatch(self).track(maps, positions, choices, [frames] * count, [0] * count)
+        masks = self._fill_holes(found.masks) if self.fill_hole_area > 0 else found.masks
+        for row, (index, output) in enumerate(zip(indices, outputs, strict=True)):
+            rows = slice(row, row + 1)
+            positions = {"maskmem_pos_enc": [found.positions]}
+            output["non_cond_frame_outputs"][frame] = {
+                "maskmem_features": self._stored(state, found.memories[rows].clone()),
+                "maskmem_pos_enc": self._get_maskmem_pos_enc(state, positions),
+                "pred_masks": masks[rows].to(state["storage_device"], copy=True),
+                "obj_ptr": found.pointers[rows].clone(),
+                "object_score_logits": found.scores[rows].clone(),
+            }
+            states.tracked_frames(state, index)[frame] = {"reverse": reverse}
+        return masks.split(1)
+
+    def _clear_obj_non_cond_mem_around_input(self, inference_state: State, frame_idx: int, obj_idx: int) -> None:
+        """Forget what was tracked of an object on the frames around one with a prompt."""
+        outputs = inference_state["output_dict_per_obj"][obj_idx]["non_cond_frame_outputs"]
+        reach = self.memory_temporal_stride_for_eval * self.num_maskmem
+        for frame in range(frame_idx - reach, frame_idx + reach + 1):
+            outputs.pop(frame, None)
+
     # All objects -------------------------------------------------------------------------------------------
 
     def _masks_on(self, state: State, frame: int, is_cond: bool | None = None) -> Answer:
@@ -184,3 +253,9 @@ def _resized(masks: Tensor, size: tuple[int, int]) -> Tensor:
     if masks.shape[-2:] == size:
         return masks
     return F.interpolate(masks, size=size, mode="bilinear", align_corners=False)
+
+
+_CALLS = WrittenMethods(
+    FrameSteps,
+    *("_track_object", "_run_single_frame_inference", "_get_image_feature", "_stored", "_get_maskmem_pos_enc"),
+)

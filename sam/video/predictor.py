@@ -340,32 +340,9 @@ class VideoPredictor(FrameSteps):
             ids = [obj_id for obj_id in ids if obj_id in state["obj_id_to_idx"]]
             if not ids:
                 return
-            masks = [self._track_object(state, self._obj_id_to_idx(state, obj_id), frame, reverse) for obj_id in ids]
+            masks = self._track_objects(state, [self._obj_id_to_idx(state, obj_id) for obj_id in ids], frame, reverse)
             _, video_masks = self._get_orig_video_res_output(state, torch.cat(masks))
             yield frame, list(ids), video_masks
-
-    def _track_object(self, state: State, index: int, frame: int, reverse: bool) -> Tensor:
-        """Return the low-resolution logits of an object on a frame, found by memory where it has no prompt there."""
-        kept = state["output_dict_per_obj"][index]
-        if frame in kept["cond_frame_outputs"]:
-            masks = kept["cond_frame_outputs"][frame]["pred_masks"].to(state["device"], non_blocking=True)
-            if self.clear_non_cond_mem_around_input:
-                self._clear_obj_non_cond_mem_around_input(state, frame, index)
-        else:
-            output, masks = self._run_single_frame_inference(
-                inference_state=state,
-                output_dict=kept,
-                frame_idx=frame,
-                batch_size=1,
-                is_init_cond_frame=False,
-                point_inputs=None,
-                mask_inputs=None,
-                reverse=reverse,
-                run_mem_encoder=True,
-            )
-            kept["non_cond_frame_outputs"][frame] = output
-        states.tracked_frames(state, index)[frame] = {"reverse": reverse}
-        return masks
 
     def _warn_of_lost_corrections(self, state: State, order: range) -> None:
         """Warn of prompts on tracked frames that this pass tracks over again, as it officially does in silence."""
@@ -383,13 +360,6 @@ class VideoPredictor(FrameSteps):
                 "add_all_frames_to_correct_as_cond=True they stay, and the other frames learn from them",
                 stacklevel=3,
             )
-
-    def _clear_obj_non_cond_mem_around_input(self, inference_state: State, frame_idx: int, obj_idx: int) -> None:
-        """Forget what was tracked of an object on the frames around one with a prompt."""
-        outputs = inference_state["output_dict_per_obj"][obj_idx]["non_cond_frame_outputs"]
-        reach = self.memory_temporal_stride_for_eval * self.num_maskmem
-        for frame in range(frame_idx - reach, frame_idx + reach + 1):
-            outputs.pop(frame, None)
 
     def _clear_non_cond_mem_around_input(self, inference_state: State, frame_idx: int) -> None:
         """Forget what was tracked of all objects on the frames around one."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..prompts.checks import check_coordinates, check_labels
 from ..prompts.labels import CORNER_LABELS
+from ..prompts.prompt import Prompt
 from .state import State
 
 
@@ -79,6 +80,25 @@ def mask_of(mask: Any, image_size: int, device: torch.device) -> Tensor:
         return given
     resized = F.interpolate(given, size=size, mode="bilinear", align_corners=False, antialias=True)
     return (resized >= 0.5).float()
+
+
+def check_prompt(prompt: Any) -> None:
+    """Check a prompt of an object: a :class:`sam.Prompt` of points, a box or both, or a mask [H, W].
+
+    Raises:
+        TypeError: neither.
+        ValueError: an empty prompt, or one with low-resolution logits.
+    """
+    if isinstance(prompt, Prompt):
+        if prompt.mask_input is not None:
+            raise ValueError("a mask of a video is given as an array [H, W] and not as mask_input")
+        if prompt.box is None and (prompt.points is None or len(prompt.points) == 0):
+            raise ValueError("the prompt is empty: give points, a box or a mask")
+        return
+    shape = getattr(prompt, "shape", None)
+    if shape is None or len(shape) != 2 or 0 in shape:
+        kind = type(prompt).__name__ if shape is None else f"shape {list(shape)}"
+        raise TypeError(f"a prompt must be a sam.Prompt or a mask [H, W], got {kind}")
 
 
 def _tensor(name: str, values: Any, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ...checks import require
 from ...images.frames import VIDEO_ENDINGS, AsyncFrames, decode_video, frame_paths, normalised, read_frame
-from ...masks.regions import areas_of, label_regions
+from ...masks.regions import areas_of, fill_small_holes, label_regions
 
 
 def get_sdpa_settings() -> tuple[bool, bool, bool]:
@@ -75,8 +75,7 @@ def fill_holes_in_mask_scores(mask: Tensor, max_area: float) -> Tensor:
     """
     if not max_area > 0:
         raise ValueError(f"max_area must be more than 0 pixels, got {max_area}")
-    labels, areas = get_connected_components(mask <= 0)
-    return torch.where((labels > 0) & (areas <= max_area), 0.1, mask)
+    return fill_small_holes(mask, max_area)
 
 
 def concat_points(old_point_inputs: dict[str, Tensor] | None, new_points: Tensor, new_labels: Tensor) -> dict[str, Any]:

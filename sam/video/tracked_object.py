@@ -1,0 +1,32 @@
+"""An object of a session: what it remembers, and its last answer."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+Outputs = dict[str, dict[int, dict[str, Any]]]
+
+
+@dataclass
+class TrackedObject:
+    """What a session knows of an object.
+
+    Attributes:
+        id: of the object.
+        outputs: what it remembers, the official record: by kind and frame.
+        masks, iou, scores: its last answer: logits [1, 1, h, w], [1], and [1, 1].
+        points: the clicks and the box on the current frame, as the prompt encoder takes them.
+        tracked: the frame on which it was found by its memories; None where it was prompted.
+    """
+
+    id: Hashable
+    outputs: Outputs = field(default_factory=lambda: {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}})
+    masks: Any = None
+    iou: Any = None
+    scores: Any = None
+    points: dict[str, Tensor] | None = None
+    tracked: int | None = None
