@@ -12,11 +12,18 @@ import torch
 import torch.nn.functional as F
 from models import TINY_2, randomise
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastsam_kernels.numerics import Budget, relative_error
 from sam.config import SAM2_VARIANTS
 from sam.inference.eligibility import look, why_not_fused
+from sam.inference.fused_memory_attention import (
+    Memories,
+    frame_queries,
+    learn_from_memories,
+    pack_memory_attention,
+)
 from sam.modeling.build import _build_memory_attention, _build_memory_encoder
 from sam.modeling.memory_attention import MemoryAttention
 from sam.modeling.memory_encoder import MemoryEncoder
@@ -146,21 +153,28 @@ def test_memory_encoder(encoder: MemoryEncoder, width: int) -> None:
 def test_fewer_products(attention: MemoryAttention) -> None:
     """Values of 64 channels, no projection of them and none behind self-attention, and layer 0 once for all objects."""
 
-    def flops(module: Any, objects: int) -> int:
-        counter, given = FlopCounterMode(display=False), [x.to("meta") for x in inputs(objects)[:-1]]
-        module(*given, 4 * POINTERS)  # what is packed is not counted
-        with counter:
-            module(*given, 4 * POINTERS)
+    def flops(run: Callable[[], object]) -> int:
+        counter = FlopCounterMode(display=False)
+        with counter, sdpa_kernel(SDPBackend.MATH):  # whose products are counted
+            run()
         return counter.get_total_flops()
 
-    stock, ours = official(attention, None).to("meta"), copy.deepcopy(attention).to("meta")
+    def ours(objects: int) -> None:
+        """Run what the module runs; the counter has hooks, before which modules stand by themselves."""
+        curr, memory, curr_pos, memory_pos, _ = inputs(objects)
+        tokens, sources = (x.transpose(0, 1).flatten(0, 1) for x in (memory, memory + memory_pos))
+        memories = Memories(tokens, sources, (FRAMES,) * objects, (MEMORIES,) * objects)
+        frame = frame_queries(packed, curr.transpose(0, 1)[:1], curr_pos.transpose(0, 1)[:1], "torch")
+        learn_from_memories(packed, frame, memories, "torch")
+
+    packed, stock = pack_memory_attention(attention).packed, official(attention)
     linear, scores, own = 2 * TOKENS * 256, 2 * TOKENS * MEMORIES, 2 * TOKENS * TOKENS
     keys, mlp = 2 * MEMORIES * 64 * 256, 2 * linear * 2048
     per_layer = scores * (256 + 64) + keys + linear * 64 + mlp
     of_frame = 3 * linear * 256 + own * 512 + linear * 256
     for objects in (1, 3):
-        assert flops(ours, objects) == objects * (4 * per_layer + 3 * of_frame) + of_frame
-        assert flops(stock, objects) == objects * 4 * (
+        assert flops(partial(ours, objects)) == objects * (4 * per_layer + 3 * of_frame) + of_frame
+        assert flops(partial(stock, *inputs(objects))) == objects * 4 * (
             scores * 512 + 2 * keys + 2 * linear * 256 + mlp + 4 * linear * 256 + own * 512
         )
 

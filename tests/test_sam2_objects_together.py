@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sam.video.frame_steps as steps
 from benchmarks.official_sam2 import draw_weights
 from fastsam_kernels.memory_attention.api import MEMORY_ATTENTION
-from fastsam_kernels.numerics import relative_error
+from fastsam_kernels.numerics import Budget, relative_error
 from sam.modeling.build import sam2_arguments
 from sam.sam2.sam2_video_predictor import SAM2VideoPredictor
 from sam.video.object_batch import why_not_batched
@@ -70,13 +70,16 @@ def test_together_is_one_by_one(predictor: SAM2VideoPredictor, absent: bool, mon
         predictor = copy.deepcopy(predictor)
         predictor.get_parameter("sam_mask_decoder.pred_obj_score_head.layers.2.bias").sub_(4)
     assert why_not_batched(predictor) is None
+    stock = by_modules(predictor)
+    runs, states = [], []
     with wide_memories(monkeypatch):
-        states = [several(each) for each in (predictor, by_modules(predictor))]
-        ours, theirs = (
-            track(each, state, start_frame_idx=0)
-            for each, state in zip((predictor, by_modules(predictor)), states, strict=True)
-        )
-    assert apart(ours, theirs) <= 5e-5  # what four frames make of fp32's roundings
+        for each in (predictor, stock, copy.deepcopy(stock).double()):
+            states.append(several(each))
+            runs.append(track(each, states[-1], start_frame_idx=0))
+    ours, theirs, truth = runs
+    assert list(ours) == list(theirs) == list(truth)
+    for frame, exact in truth.items():
+        assert relative_error(ours[frame], exact) <= Budget(relative_error(theirs[frame], exact), torch.float32).limit
     seen = set()
     for index in range(3):
         outputs = [state["output_dict_per_obj"][index]["non_cond_frame_outputs"] for state in states]
@@ -85,7 +88,7 @@ def test_together_is_one_by_one(predictor: SAM2VideoPredictor, absent: bool, mon
             assert list(found) == list(official)
             assert all(found[name].shape == official[name].shape for name in _KEPT)
             assert all(found[name].dtype == official[name].dtype for name in _KEPT)
-            assert max(relative_error(found[name], official[name]) for name in _KEPT) <= 5e-5
+            assert max(relative_error(found[name], official[name]) for name in _KEPT) <= 1e-3
             assert torch.equal(found["maskmem_pos_enc"][0], official["maskmem_pos_enc"][0])
             seen.add(bool(found["object_score_logits"] > 0))
     assert True in seen
@@ -107,7 +110,7 @@ class _Calls(TorchDispatchMode):
     VIEWS = (
         *("view", "reshape", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "slice", "select", "alias"),
         *("as_strided", "detach", "unbind", "split", "_unsafe_view", "unflatten", "lift_fresh", "empty", "empty_like"),
-        *("new_empty", "_local_scalar_dense", "view_as_complex", "view_as_real"),
+        *("new_empty", "_local_scalar_dense", "view_as_complex", "view_as_real", "promote_types"),
     )
 
     def __init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -80,9 +81,15 @@ class PositionEmbeddingSine(nn.Module):
 
 def get_1d_sine_pe(pos_inds: Tensor, dim: int, temperature: float = 10000) -> Tensor:
     """Encode numbers [...] by sines, then cosines, of ``dim`` / 2 frequencies: [..., dim]."""
-    index = torch.arange(dim // 2, dtype=torch.float32, device=pos_inds.device)
-    phase = pos_inds[..., None] / temperature ** (2 * (index // 2) / (dim // 2))
+    phase = pos_inds[..., None] / _wave_lengths(dim // 2, temperature, pos_inds.device)
     return torch.cat([phase.sin(), phase.cos()], dim=-1)
+
+
+@lru_cache(maxsize=16)
+def _wave_lengths(count: int, temperature: float, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():  # a kept table serves later training too
+        index = torch.arange(count, dtype=torch.float32, device=device)
+        return temperature ** (2 * (index // 2) / count)
 
 
 def compute_axial_cis(dim: int, end_x: int, end_y: int, theta: float = 10000.0) -> Tensor:

@@ -313,6 +313,10 @@ class SAM2Base(TrackingSteps, PromptableModel):
 
     def _without_absent(self, pointer: Tensor, present: Tensor) -> Tensor:
         """Return the pointers [B, C], or ``no_obj_ptr`` as far as an object is not ``present`` [B, 1]."""
+        if present.dtype == torch.bool:
+            if self.fixed_no_obj_ptr:
+                return torch.where(present, pointer, self.no_obj_ptr)
+            present = present.float()
         if self.fixed_no_obj_ptr:
             pointer = present * pointer
         return pointer + (1 - present) * self.no_obj_ptr

@@ -188,19 +188,19 @@ class FrameSteps(SAM2Base):
         count = len(choices)
         maps, positions = backbone_out["backbone_fpn"], backbone_out["vision_pos_enc"][-1]
         found = ObjectBatch(self).track(maps, positions, choices, [frames] * count, [0] * count)
-        masks = self._fill_holes(found.masks) if self.fill_hole_area > 0 else found.masks
-        for row, (index, output) in enumerate(zip(indices, outputs, strict=True)):
-            rows = slice(row, row + 1)
-            positions = {"maskmem_pos_enc": [found.positions]}
+        if self.fill_hole_area > 0:
+            found = found._replace(masks=self._fill_holes(found.masks))
+        positions = {"maskmem_pos_enc": [found.positions]}
+        for index, output, own in zip(indices, outputs, found.one_by_one(), strict=True):
             output["non_cond_frame_outputs"][frame] = {
-                "maskmem_features": self._stored(state, found.memories[rows].clone()),
+                "maskmem_features": self._stored(state, own.memories),
                 "maskmem_pos_enc": self._get_maskmem_pos_enc(state, positions),
-                "pred_masks": masks[rows].to(state["storage_device"], copy=True),
-                "obj_ptr": found.pointers[rows].clone(),
-                "object_score_logits": found.scores[rows].clone(),
+                "pred_masks": own.masks.to(state["storage_device"]),
+                "obj_ptr": own.pointers,
+                "object_score_logits": own.scores,
             }
             states.tracked_frames(state, index)[frame] = {"reverse": reverse}
-        return masks.split(1)
+        return found.masks.split(1)
 
     def _clear_obj_non_cond_mem_around_input(self, inference_state: State, frame_idx: int, obj_idx: int) -> None:
         """Forget what was tracked of an object on the frames around one with a prompt."""

@@ -62,6 +62,13 @@ class TrackedObjects(NamedTuple):
     memories: Tensor
     positions: Tensor
 
+    def one_by_one(self) -> Iterator[TrackedObjects]:
+        """Yield each object with memory of its own."""
+        for row in range(len(self.masks)):
+            rows = slice(row, row + 1)
+            own = {name: getattr(self, name)[rows] for name in self._fields[:-1]}
+            yield self if len(self.masks) == 1 else self._replace(**{name: x.clone() for name, x in own.items()})
+
     def rows(self, start: int, stop: int) -> TrackedObjects:
         """Return some of the objects."""
         return self._replace(**{name: getattr(self, name)[start:stop] for name in self._fields[:-1]})
@@ -157,8 +164,7 @@ class ObjectBatch:
         masks, iou, tokens, scores = self._masks(learnt, frames.high_res)
         pointers = model.obj_ptr_proj(tokens)
         if model.pred_obj_scores:
-            present = scores.sigmoid() if model.soft_no_obj_ptr else (scores > 0).float()
-            pointers = model._without_absent(pointers, present)
+            pointers = model._without_absent(pointers, scores.sigmoid() if model.soft_no_obj_ptr else scores > 0)
         remembered = self._remember(frames.features, masks, scores)
         places = self._position_encoding(remembered)[:1].to(remembered.dtype)
         return TrackedObjects(masks, iou, scores, pointers, remembered, places)
@@ -239,8 +245,8 @@ class ObjectBatch:
         else:
             masks = logits
         own = multimask and model.use_multimask_token_for_obj_ptr
-        each = torch.arange(objects, device=best.device)
-        tokens = decoded.mask_tokens[each, best] if own else decoded.mask_tokens[:, 0]
+        index = best[:, None, None].expand(-1, 1, decoded.mask_tokens.shape[2])
+        tokens = decoded.mask_tokens.gather(1, index)[:, 0] if own else decoded.mask_tokens[:, 0]
         return masks, iou[:, 0].float(), tokens, scores
 
     def _remember(self, features: Tensor, masks: Tensor, scores: Tensor) -> Tensor:

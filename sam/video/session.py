@@ -110,14 +110,15 @@ class TrackingSession:
             all objects on the current frame; None for a frame to come.
 
         Raises:
-            TypeError, ValueError: a bad prompt; nothing is changed.
+            TypeError, ValueError: a bad prompt, or no frame of the video; nothing is changed.
             LookupError: a frame that was forgotten.
         """
         check_prompt(prompt)
         frame = (self.next_frame if self.frame is None else self.frame) if frame is None else frame
         if frame != self.frame:
-            passed = (self.next_frame - frame) * (-1 if self._reverse else 1)
-            if passed > 0 or (self._num_frames is not None and not 0 <= frame < self._num_frames):
+            if self._num_frames is not None and not 0 <= frame < self._num_frames:
+                raise ValueError(f"frame {frame} cannot be prompted: the video has frames 0 to {self._num_frames - 1}")
+            if (self.next_frame - frame) * (-1 if self._reverse else 1) > 0:
                 raise LookupError(
                     f"frame {frame} cannot be prompted: the next one is {self.next_frame}, and frames that went by "
                     "were forgotten; SAM2VideoPredictor keeps all frames of a video"
@@ -178,15 +179,13 @@ class TrackingSession:
     def _keep(self, tracked: Sequence[TrackedObject], found: TrackedObjects) -> None:
         """Take what was found of objects without a prompt."""
         assert self.frame is not None
-        masks = fill_small_holes(found.masks, self._fill_hole_area)
-        for row, each in enumerate(tracked):
-            rows = slice(row, row + 1)
-            each.masks, each.iou, each.scores = (x[rows].clone() for x in (masks, found.iou, found.scores))
-            each.tracked = self.frame
+        found = found._replace(masks=fill_small_holes(found.masks, self._fill_hole_area))
+        for each, own in zip(tracked, found.one_by_one(), strict=True):
+            each.masks, each.iou, each.scores, each.tracked = own.masks, own.iou, own.scores, self.frame
             each.outputs["non_cond_frame_outputs"][self.frame] = {
-                "maskmem_features": found.memories[rows].to(torch.bfloat16, copy=True),
-                "maskmem_pos_enc": [found.positions],
-                "obj_ptr": found.pointers[rows].clone(),
+                "maskmem_features": own.memories.to(torch.bfloat16),
+                "maskmem_pos_enc": [own.positions],
+                "obj_ptr": own.pointers,
             }
 
     def _prompt(self, prompts: Mapping[Hashable, Any]) -> None:
