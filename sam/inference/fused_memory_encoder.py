@@ -110,12 +110,18 @@ def _normed(x: Tensor, norm: LayerNorm) -> Tensor:
     return norm(x.to(norm.weight.dtype)).to(x.dtype)
 
 
-def encode_memories(packed: PackedMemoryEncoder, features: Tensor, masks: Tensor) -> Tensor:
+def project_frame(packed: PackedMemoryEncoder, features: Tensor) -> Tensor:
+    """Return what all memories of a frame share, of its features [1 or B, C, h, w]: [1 or B, h, w, C]."""
+    with without_autocast(features.device):
+        return packed.features(features.to(packed.features.weight.dtype).permute(0, 2, 3, 1))
+
+
+def encode_memories(packed: PackedMemoryEncoder, of_frame: Tensor, masks: Tensor) -> Tensor:
     """Encode the masks of B objects on a frame.
 
     Args:
         packed: the weights.
-        features: [1, C, h, w] of the frame, or [B, C, h, w].
+        of_frame: [1 or B, h, w, C], of :func:`project_frame`.
         masks: [B, 1, 16h, 16w], what the convolutions take.
 
     Returns:
@@ -126,7 +132,6 @@ def encode_memories(packed: PackedMemoryEncoder, features: Tensor, masks: Tensor
         x = masks.to(dtype)
         for conv, norm, approximate in packed.steps:
             x = F.gelu(_normed(conv(x), norm), approximate=approximate).permute(0, 3, 1, 2)
-        of_frame = packed.features(features.to(dtype).permute(0, 2, 3, 1))
         x = (packed.masks(x.permute(0, 2, 3, 1)) + of_frame).permute(0, 3, 1, 2)
         for block in packed.blocks:
             x = block(x)
@@ -149,5 +154,7 @@ def encode(
     if not narrow and any(x.dtype != weights.dtype for x in (pix_feat, masks)):
         return None
     features = pix_feat[:1] if pix_feat.stride(0) == 0 else pix_feat
-    found = encode_memories(weights.now(masks.device), features, masks if skip_mask_sigmoid else masks.sigmoid())
+    packed = weights.now(masks.device)
+    of_frame = project_frame(packed, features)
+    found = encode_memories(packed, of_frame, masks if skip_mask_sigmoid else masks.sigmoid())
     return {"vision_features": found, "vision_pos_enc": [encoder.position_encoding(found).to(found.dtype)]}

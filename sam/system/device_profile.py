@@ -21,6 +21,8 @@ class DeviceProfile:
         images_per_pass: images or crops that the encoder takes, in ``encode``, streams, the engine and the generator.
         mlp_tokens_per_chunk: tokens that the MLP of an encoder block takes.
         prompts_per_chunk: prompts that the decoder takes; the image side of one is 4 MB in fp32.
+        objects_per_chunk: objects of a video that a frame tracks at once. One at a time, as on a CPU, an object's masks
+            do not depend on the last bit on which others there are.
         masks_per_chunk: masks that exist as logits of full size; those of a padded square of 1024 px are 4 MiB.
         min_clicks_per_batch: clicks that automatic masks decode before the host waits for all of them, at least.
         pixels_per_batch: pixels of the masks of one of the engine's batches, one mask per prompt counted.
@@ -32,6 +34,7 @@ class DeviceProfile:
     images_per_pass: int
     mlp_tokens_per_chunk: int | None
     prompts_per_chunk: int
+    objects_per_chunk: int
     masks_per_chunk: int
     min_clicks_per_batch: int
     pixels_per_batch: int
@@ -44,6 +47,7 @@ _CPU = DeviceProfile(
     images_per_pass=1,
     mlp_tokens_per_chunk=2048,
     prompts_per_chunk=4,
+    objects_per_chunk=1,
     masks_per_chunk=1,
     min_clicks_per_batch=1,
     pixels_per_batch=2**27,
@@ -55,6 +59,7 @@ _GPU = DeviceProfile(
     images_per_pass=8,
     mlp_tokens_per_chunk=None,
     prompts_per_chunk=128,
+    objects_per_chunk=64,
     masks_per_chunk=16,
     min_clicks_per_batch=1024,  # the usual grid
     pixels_per_batch=2**30,

@@ -26,12 +26,13 @@ from ..inference.fused_memory_attention import (
     learn_from_memories,
     pack_memory_attention,
 )
-from ..inference.fused_memory_encoder import PackedMemoryEncoder, encode_memories, pack_memory_encoder
+from ..inference.fused_memory_encoder import PackedMemoryEncoder, encode_memories, pack_memory_encoder, project_frame
 from ..inference.parts import FusedParts
 from ..modeling.common import uncompiled
 from ..modeling.sam2_base import NO_OBJ_SCORE, SAM2Base
 from ..modeling.sam2_mask_decoder import seen_for_sure
 from ..modeling.sam2_tracking import MemoryChoice
+from ..system.device_profile import device_profile
 from ..system.methods import WrittenMethods
 
 # What stands behind the official call of a tracked frame. Who replaces one of them is called.
@@ -76,18 +77,24 @@ class TrackedObjects(NamedTuple):
 
 @dataclass(frozen=True)
 class _Frames:
-    """What objects share of V frames: maps [V, C, h, w], maps of finer grids, and the first layer's queries."""
+    """What objects share of V frames.
 
-    features: Tensor
+    Attributes:
+        remembered: their part of a memory, [V, h, w, C].
+        high_res: maps of finer grids.
+        queries: of the first layer to memories.
+    """
+
+    remembered: Tensor
     high_res: tuple[Tensor, ...]
     queries: FrameQueries
 
     def of(self, rows: Sequence[int]) -> _Frames:
         """Return the frame of each object; one frame serves all."""
-        if len(self.features) == 1:
+        if len(self.remembered) == 1:
             return self
-        index = torch.tensor(rows).to(self.features.device, non_blocking=True)
-        maps = [x.index_select(0, index) for x in (self.features, *self.high_res)]
+        index = torch.tensor(rows).to(self.remembered.device, non_blocking=True)
+        maps = [x.index_select(0, index) for x in (self.remembered, *self.high_res)]
         return _Frames(maps[0], tuple(maps[1:]), FrameQueries(*(x.index_select(0, index) for x in self.queries)))
 
 
@@ -147,7 +154,8 @@ class ObjectBatch:
         """
         queries = frame_queries(self._attention, _tokens(maps[-1]), _tokens(positions), self._model.kernels)
         high_res = tuple(maps[-3:-1]) if self._model.use_high_res_features_in_sam else ()
-        frames, size, parts = _Frames(maps[-1], high_res, queries), self._model.prompts_per_chunk, []
+        frames = _Frames(project_frame(self._encoder, maps[-1]), high_res, queries)
+        size, parts = device_profile(self._model.device).objects_per_chunk, []
         for start in range(0, len(choices), size):
             chunk = slice(start, start + size)
             memories = self._memories(choices[chunk], num_frames[chunk])
@@ -160,12 +168,12 @@ class ObjectBatch:
     def _track(self, frames: _Frames, memories: Memories) -> TrackedObjects:
         model = self._model
         learnt = learn_from_memories(self._attention, frames.queries, memories, model.kernels)
-        learnt = learnt.to(self._decoder.packed.dtype).transpose(1, 2).unflatten(2, frames.features.shape[-2:])
+        learnt = learnt.to(self._decoder.packed.dtype).transpose(1, 2).unflatten(2, frames.remembered.shape[1:3])
         masks, iou, tokens, scores = self._masks(learnt, frames.high_res)
         pointers = model.obj_ptr_proj(tokens)
         if model.pred_obj_scores:
             pointers = model._without_absent(pointers, scores.sigmoid() if model.soft_no_obj_ptr else scores > 0)
-        remembered = self._remember(frames.features, masks, scores)
+        remembered = self._remember(frames.remembered, masks, scores)
         places = self._position_encoding(remembered)[:1].to(remembered.dtype)
         return TrackedObjects(masks, iou, scores, pointers, remembered, places)
 
@@ -249,12 +257,12 @@ class ObjectBatch:
         tokens = decoded.mask_tokens.gather(1, index)[:, 0] if own else decoded.mask_tokens[:, 0]
         return masks, iou[:, 0].float(), tokens, scores
 
-    def _remember(self, features: Tensor, masks: Tensor, scores: Tensor) -> Tensor:
+    def _remember(self, of_frame: Tensor, masks: Tensor, scores: Tensor) -> Tensor:
         """Encode masks [B, 1, 4h, 4w] of a frame as memories [B, M, h, w]."""
         model, size = self._model, (self._model.image_size,) * 2
         large = F.interpolate(masks, size, mode="bilinear", align_corners=False).sigmoid_()
         large = large.mul_(model.sigmoid_scale_for_mem_enc).add_(model.sigmoid_bias_for_mem_enc)
-        memories = encode_memories(self._encoder, features, large)
+        memories = encode_memories(self._encoder, of_frame, large)
         if model.no_obj_embed_spatial is not None:
             absent = (scores <= 0).to(memories.dtype)[..., None, None]
             memories = memories + absent * model.no_obj_embed_spatial[..., None, None].to(memories.dtype)
