@@ -39,8 +39,12 @@ def run(args: argparse.Namespace) -> None:
     """Track objects through a video and write their masks."""
     prompts = _prompts(args)
     model: Any = model_from(args)
-    session = TrackingSession(model, fill_hole_area=args.fill_holes)  # says what is wrong before anything is written
     source, count = open_frames(model, args.video)
+    # What is wrong with the model or a prompt is said before anything is written.
+    session = TrackingSession(model, num_frames=count, fill_hole_area=args.fill_holes)
+    for frame, given in prompts.items():
+        for name, prompt in given.items():
+            session.add(name, prompt, frame)
     settings = _settings(args, model)
     folder = _Folder(Path(args.out), list(dict.fromkeys(name for given in prompts.values() for name in given)))
     done = folder.resume(settings, args.force)
@@ -50,11 +54,6 @@ def run(args: argparse.Namespace) -> None:
     if done:
         session = load_session(folder.path / _STATE, model)
         print(f"going on after frame {done - 1}")
-    else:
-        session = TrackingSession(model, num_frames=count, fill_hole_area=args.fill_holes)
-        for frame, given in prompts.items():
-            for name, prompt in given.items():
-                session.add(name, prompt, frame)
     frames = islice(source, done, None)
     _track(session, frames, folder, args.save_every, count, done)
     if session.frame is None:
