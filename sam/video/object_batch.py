@@ -170,10 +170,10 @@ class ObjectBatch:
         learnt = learn_from_memories(self._attention, frames.queries, memories, model.kernels)
         learnt = learnt.to(self._decoder.packed.dtype).transpose(1, 2).unflatten(2, frames.remembered.shape[1:3])
         masks, iou, tokens, scores = self._masks(learnt, frames.high_res)
-        pointers = model.obj_ptr_proj(tokens)
+        pointers, present = model.obj_ptr_proj(tokens), scores > 0
         if model.pred_obj_scores:
-            pointers = model._without_absent(pointers, scores.sigmoid() if model.soft_no_obj_ptr else scores > 0)
-        remembered = self._remember(frames.remembered, masks, scores)
+            pointers = model._without_absent(pointers, scores.sigmoid() if model.soft_no_obj_ptr else present)
+        remembered = self._remember(frames.remembered, masks, present)
         places = self._position_encoding(remembered)[:1].to(remembered.dtype)
         return TrackedObjects(masks, iou, scores, pointers, remembered, places)
 
@@ -257,15 +257,15 @@ class ObjectBatch:
         tokens = decoded.mask_tokens.gather(1, index)[:, 0] if own else decoded.mask_tokens[:, 0]
         return masks, iou[:, 0].float(), tokens, scores
 
-    def _remember(self, of_frame: Tensor, masks: Tensor, scores: Tensor) -> Tensor:
-        """Encode masks [B, 1, 4h, 4w] of a frame as memories [B, M, h, w]."""
+    def _remember(self, of_frame: Tensor, masks: Tensor, present: Tensor) -> Tensor:
+        """Encode masks [B, 1, 4h, 4w] of a frame as memories [B, M, h, w], given which objects [B, 1] are seen."""
         model, size = self._model, (self._model.image_size,) * 2
         large = F.interpolate(masks, size, mode="bilinear", align_corners=False).sigmoid_()
         large = large.mul_(model.sigmoid_scale_for_mem_enc).add_(model.sigmoid_bias_for_mem_enc)
         memories = encode_memories(self._encoder, of_frame, large)
         if model.no_obj_embed_spatial is not None:
-            absent = (scores <= 0).to(memories.dtype)[..., None, None]
-            memories = memories + absent * model.no_obj_embed_spatial[..., None, None].to(memories.dtype)
+            of_absent = (memories + model.no_obj_embed_spatial[..., None, None]).to(memories.dtype)
+            memories = torch.where(present[..., None, None], memories, of_absent)
         return memories
 
 
