@@ -156,7 +156,7 @@ def test_few_calls(predictor: SAM2VideoPredictor, monkeypatch: pytest.MonkeyPatc
     one, two, four = (calls_of_a_frame(predictor, objects, monkeypatch) for objects in (1, 2, 4))
     assert one <= 230
     assert four - two <= 2 * 45
-    assert calls_of_a_frame(by_modules(predictor), 1, monkeypatch) > 2 * one
+    assert calls_of_a_frame(by_modules(predictor), 1, monkeypatch) > 1.5 * one
 
 
 CHANGES = {

@@ -54,7 +54,7 @@ class Operation(Generic[Result]):
             UnsupportedKernelError: the implementation that it names cannot run.
         """
         choice = kernels if kernels in KERNELS else choice_for(kernels, self.name)
-        if choice == "triton" and not has_kernel(self.name):
+        if choice == "triton" and not _offers_triton(self):
             raise UnsupportedKernelError(f"{self.name} has no 'triton' implementation; 'auto' finds another")
         if choice != "auto":
             implementation = self.implementation(choice)
@@ -95,9 +95,13 @@ def register(operation: Operation[Result]) -> Operation[Result]:
     return operation
 
 
-def has_kernel(operation: str) -> bool:
-    """Tell whether an operation has a Triton form."""
-    return any(implementation.name == "triton" for implementation in OPERATIONS[operation].implementations)
+def has_kernel(name: str) -> bool:
+    """Tell whether an operation has a Triton form; a kernel that several operations share has its own name."""
+    return name not in OPERATIONS or _offers_triton(OPERATIONS[name])
+
+
+def _offers_triton(operation: Operation[Any]) -> bool:
+    return any(implementation.name == "triton" for implementation in operation.implementations)
 
 
 def limitation(operation: str, implementation: str, *arguments: Any, **options: Any) -> str | None:

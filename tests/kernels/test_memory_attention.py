@@ -103,5 +103,5 @@ def test_there_is_no_triton_form() -> None:
     with pytest.raises(UnsupportedKernelError, match="memory_attention has no 'triton' implementation"):
         memory_attention(*inputs, kernels="triton")
     assert resolve_kernels({"memory_attention": "torch"}, torch.device("cpu")) == "torch, memory_attention=torch"
-    with pytest.raises(ValueError, match="must be one of torch, reference, got 'cuda'"):
-        memory_attention(*inputs, kernels={"memory_attention": "torch"} | {"memory_attention": "cuda"})
+    with pytest.raises(ValueError, match="memory_attention must be one of auto, reference, torch, triton, got 'cuda'"):
+        memory_attention(*inputs, kernels={"memory_attention": "cuda"})
