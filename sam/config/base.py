@@ -1,4 +1,4 @@
-"""What the descriptions of all models share: sizes that follow from others, and JSON."""
+"""The base of all configs: fields that every model has, sizes that follow from others, and JSON."""
 
 from __future__ import annotations
 
@@ -7,24 +7,36 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
-from .checks import from_json
+from .checks import builtin_tuple, check_pixel_statistics, from_json
 
 C = TypeVar("C", bound="ModelConfig")
 
 
 class ModelConfig(ABC):
-    """The description of a model: a frozen dataclass that has an ``image_size`` and a ``grid_size``."""
+    """The description of a model: a frozen dataclass with these fields and a ``grid_size``."""
 
+    variant: str
     image_size: int
+    pixel_mean: tuple[float, ...]
+    pixel_std: tuple[float, ...]
+
+    def _settle_shared_fields(self) -> None:
+        """Check ``variant`` and the pixel statistics, and make the latter tuples of floats."""
+        if not isinstance(self.variant, str):
+            raise ValueError(f"variant must be a name, got {self.variant!r}")
+        mean, std = (builtin_tuple(name, getattr(self, name)) for name in ("pixel_mean", "pixel_std"))
+        check_pixel_statistics(mean, std)
+        object.__setattr__(self, "pixel_mean", tuple(map(float, mean)))
+        object.__setattr__(self, "pixel_std", tuple(map(float, std)))
 
     @property
     @abstractmethod
     def grid_size(self) -> int:
-        """Side of the image embedding, in tokens."""
+        """Return the side of the image embedding, in tokens."""
 
     @property
     def low_res_size(self) -> int:
-        """Side of the low-resolution logits and of ``mask_input``, in pixels."""
+        """Return the side of the low-resolution logits and of ``mask_input``, in pixels."""
         return 4 * self.grid_size
 
     def with_image_size(self: C, image_size: int) -> C:

@@ -12,7 +12,7 @@ C = TypeVar("C")
 
 # What whole numbers may be, far above those of the largest variant: a model is built of them.
 COUNTS, SIZES = range(1, 257), range(1, 2**16 + 1)
-_LARGEST_PIXEL = 2**16
+_MAX_PIXEL = 2**16
 
 
 def check_whole(name: str, value: Any, allowed: range) -> None:
@@ -53,10 +53,10 @@ def check_pixel_statistics(mean: tuple[Any, ...], std: tuple[Any, ...]) -> None:
     Raises:
         ValueError: another number of them, or one out of bounds.
     """
-    for name, least, values in (("pixel_mean", -_LARGEST_PIXEL, mean), ("pixel_std", 0, std)):
-        numbers = [v for v in values if type(v) in (int, float) and least <= v <= _LARGEST_PIXEL]
+    for name, least, values in (("pixel_mean", -_MAX_PIXEL, mean), ("pixel_std", 0, std)):
+        numbers = [v for v in values if type(v) in (int, float) and least <= v <= _MAX_PIXEL]
         if not len(values) == len(numbers) == 3:
-            raise ValueError(f"{name} must be three numbers from {least} to {_LARGEST_PIXEL}, got {list(values)}")
+            raise ValueError(f"{name} must be three numbers from {least} to {_MAX_PIXEL}, got {list(values)}")
     if 0 in std:
         raise ValueError(f"pixel_std must not be 0, got {list(std)}")
 

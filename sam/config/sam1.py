@@ -10,7 +10,6 @@ from .checks import (
     SIZES,
     builtin,
     builtin_tuple,
-    check_pixel_statistics,
     check_whole,
     is_whole,
 )
@@ -32,7 +31,7 @@ _WHOLE_NUMBERS = {
     "iou_head_depth": COUNTS,
     "iou_head_hidden_dim": SIZES,
 }
-_LARGEST_MLP_RATIO = 256
+_MAX_MLP_RATIO = 256
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,11 @@ class SamConfig(ModelConfig):
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
 
     def __post_init__(self) -> None:
-        for name in ("global_attn_indexes", "pixel_mean", "pixel_std"):
-            object.__setattr__(self, name, builtin_tuple(name, getattr(self, name)))
+        self._settle_shared_fields()
+        object.__setattr__(self, "global_attn_indexes", builtin_tuple("global_attn_indexes", self.global_attn_indexes))
         for name in (*_WHOLE_NUMBERS, "mlp_ratio"):
             object.__setattr__(self, name, builtin(getattr(self, name)))
-        self._check_each()
+        self._check_numbers()
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size must be a positive multiple of patch_size={self.patch_size}, got {self.image_size}"
@@ -93,21 +92,16 @@ class SamConfig(ModelConfig):
         # One spelling each, so that configs of one model are equal.
         object.__setattr__(self, "global_attn_indexes", tuple(sorted(set(self.global_attn_indexes))))
         object.__setattr__(self, "mlp_ratio", float(self.mlp_ratio))
-        for name in ("pixel_mean", "pixel_std"):
-            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
 
-    def _check_each(self) -> None:
-        if not isinstance(self.variant, str):
-            raise ValueError(f"variant must be a name, got {self.variant!r}")
+    def _check_numbers(self) -> None:
         for name, allowed in _WHOLE_NUMBERS.items():
             check_whole(name, getattr(self, name), allowed)
-        if type(self.mlp_ratio) not in (int, float) or not 0 < self.mlp_ratio <= _LARGEST_MLP_RATIO:
-            raise ValueError(f"mlp_ratio must be above 0 and at most {_LARGEST_MLP_RATIO}, got {self.mlp_ratio!r}")
-        check_pixel_statistics(self.pixel_mean, self.pixel_std)
+        if type(self.mlp_ratio) not in (int, float) or not 0 < self.mlp_ratio <= _MAX_MLP_RATIO:
+            raise ValueError(f"mlp_ratio must be above 0 and at most {_MAX_MLP_RATIO}, got {self.mlp_ratio!r}")
 
     @property
     def grid_size(self) -> int:
-        """Side of the image embedding, in tokens."""
+        """Return the side of the image embedding, in tokens."""
         return self.image_size // self.patch_size
 
 

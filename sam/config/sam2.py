@@ -13,7 +13,6 @@ from .checks import (
     SIZES,
     builtin,
     builtin_tuple,
-    check_pixel_statistics,
     check_whole,
     from_mapping,
     is_whole,
@@ -27,13 +26,13 @@ class HieraConfig:
     """The image encoder: the trunk Hiera (arXiv 2306.00989) and its neck. The fields have the official names.
 
     Args:
-        embed_dim, num_heads: of the first stage.
+        embed_dim, num_heads: channels and heads of the first stage.
         stages: blocks per stage.
         global_att_blocks: the blocks that attend to the whole image and not inside windows.
         window_pos_embed_bkg_spatial_size: (height, width) of the position table that is stretched over the image.
         window_spec: side of a stage's windows, in tokens; the first also is that of the tiled position table.
         q_pool: how many stages begin by pooling.
-        dim_mul, head_mul: by which channels and heads grow from stage to stage.
+        dim_mul, head_mul: factors by which channels and heads grow from stage to stage.
         d_model: channels of the neck.
         fpn_top_down_levels: the levels that get the upsampled next one added.
         scalp: the coarsest levels that the encoder drops.
@@ -94,7 +93,7 @@ class HieraConfig:
 
     @property
     def channel_list(self) -> list[int]:
-        """Channels of the stages, the coarsest first, as the neck takes them."""
+        """Return the channels of the stages, the coarsest first, as the neck takes them."""
         channels = [self.embed_dim]
         for _ in self.stages[1:]:
             channels.append(int(channels[-1] * self.dim_mul))
@@ -102,7 +101,7 @@ class HieraConfig:
 
     @property
     def stride(self) -> int:
-        """By how much the sides of an image must be divisible, in pixels."""
+        """Return the number of pixels that the sides of an image must be a multiple of."""
         return 4 * lcm(2**self.q_pool, self.window_spec[0])
 
 
@@ -115,11 +114,11 @@ class Sam2Config(ModelConfig):
 
     Args:
         variant: a name.
-        image_encoder: of the trunk and the neck.
+        image_encoder: the config of the trunk and the neck.
         image_size: side in pixels of the square input.
         backbone_stride: pixels per token of the image embedding.
         mem_dim: channels of a memory.
-        memory_attention_layers, memory_attention_dim_feedforward: of the memory attention.
+        memory_attention_layers, memory_attention_dim_feedforward: layers of the memory attention and their MLPs' width.
         fuser_layers: ConvNeXt blocks of the memory encoder.
         has_memory: False for a model of images alone, without the parts that only tracking uses.
 
@@ -171,8 +170,7 @@ class Sam2Config(ModelConfig):
     pixel_std: tuple[float, ...] = (58.395, 57.12, 57.375)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.variant, str):
-            raise ValueError(f"variant must be a name, got {self.variant!r}")
+        self._settle_shared_fields()
         if isinstance(self.image_encoder, dict):  # out of JSON
             object.__setattr__(self, "image_encoder", from_mapping(HieraConfig, self.image_encoder))
         require("image_encoder", self.image_encoder, HieraConfig, "a HieraConfig")
@@ -187,11 +185,6 @@ class Sam2Config(ModelConfig):
             if kind == "int":
                 check_whole(name, value, _WHOLE_NUMBERS.get(name, _POSITIVE))
             object.__setattr__(self, name, value)
-        for name in ("pixel_mean", "pixel_std"):
-            object.__setattr__(self, name, builtin_tuple(name, getattr(self, name)))
-        check_pixel_statistics(self.pixel_mean, self.pixel_std)
-        for name in ("pixel_mean", "pixel_std"):
-            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
         if self.image_size % self.image_encoder.stride:
             raise ValueError(
                 f"image_size must be a positive multiple of {self.image_encoder.stride}, got {self.image_size}"
@@ -199,12 +192,12 @@ class Sam2Config(ModelConfig):
 
     @property
     def grid_size(self) -> int:
-        """Side of the image embedding, in tokens."""
+        """Return the side of the image embedding, in tokens."""
         return self.image_size // self.backbone_stride
 
     @property
     def version(self) -> str:
-        """The release whose weights fit: "2.1" with an embedding of absent objects in the memory, else "2"."""
+        """Return the release whose weights fit: "2.1" with an embedding of absent objects in the memory, else "2"."""
         return "2.1" if self.no_obj_embed_spatial else "2"
 
     def base_options(self) -> dict[str, Any]:
