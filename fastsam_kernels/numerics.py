@@ -17,7 +17,7 @@ class Budget:
 
     Attributes:
         baseline: the error of plain PyTorch against the formula in fp64.
-        dtype: of the arithmetic.
+        dtype: dtype of the arithmetic.
         scale: what the rounding is relative to: 1 for relative errors, the largest value for absolute ones.
     """
 

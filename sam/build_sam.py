@@ -38,7 +38,7 @@ def load_model(
         checkpoint: a file or folder in any known layout, of SAM or SAM 2; None takes the embedded model ``nano``.
         variant: what the weights must be, like "vit_b" or "sam2.1_tiny"; None infers it from them.
         device: None takes the CUDA device if there is one, else the CPU.
-        dtype: of the image encoder and the mask decoder; None is fp32. Prompts are encoded in fp32 always.
+        dtype: dtype of the image encoder and the mask decoder; None is fp32. Prompts are encoded in fp32 always.
         kernels: "auto", "reference", "torch" or "triton", or a mapping from operations to one of them like
             ``{"rel_pos_attention": "torch"}``, "auto" for the rest; resolved for the model's device at every call.
         image_size: side of the square input in pixels; None takes the checkpoint's, or 1024 px for weights of SAM 2

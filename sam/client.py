@@ -173,7 +173,7 @@ class Client:
         return self._ask("/v1/automatic", request, lambda answer: _read_file(answer, form))
 
     def ready(self) -> bool:
-        """Tell whether the service takes requests; False also when it cannot be reached."""
+        """Return whether the service takes requests; False also when it cannot be reached."""
         try:
             return self._send("GET", "/v2/health/ready", None, {}).status == 200
         except (OSError, ServiceError):

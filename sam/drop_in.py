@@ -167,7 +167,7 @@ class Served:
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Put ours into ``sys.modules``, from where importlib takes it; of ``module`` nothing is kept.
+        """Put ours into ``sys.modules``, from where importlib takes it; ``module`` itself is dropped.
 
         All official paths at once, so that a later import of one of them finds it there.
         """
@@ -217,7 +217,7 @@ class _Beside:
             spec.has_location = True
             spec.submodule_search_locations = [_ROOT]
             return spec
-        if name.startswith(_NAME + ".") and _is_ours(sys.modules.get(_NAME)):
+        if name.startswith(_NAME + ".") and _is_this_package(sys.modules.get(_NAME)):
             self._explain(name, path)
         return None
 
@@ -249,11 +249,11 @@ def _sam_of_the_program() -> ModuleSpec | None:
 def _our_name() -> str:
     """Return the name by which this package is imported in a program."""
     if _NAME in sys.modules:
-        return _NAME if _is_ours(sys.modules[_NAME]) else _BESIDE
+        return _NAME if _is_this_package(sys.modules[_NAME]) else _BESIDE
     return _NAME if _sam_of_the_program() is None else _BESIDE
 
 
-def _is_ours(module: ModuleType | None) -> bool:
+def _is_this_package(module: ModuleType | None) -> bool:
     return module is not None and _folder_of(module) == _ROOT
 
 

@@ -1,4 +1,4 @@
-"""An image as the decoder sees it: a handle that can be kept, saved, sent elsewhere and asked from many threads."""
+"""The handle of an embedded image, which can be kept, saved, sent elsewhere and used from many threads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FORMAT, _HIGH_RES_FORMAT = "sam-image-embedding-1", "sam-image-embedding-2"
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What an image encoder makes of B images for the mask decoder.
+    """Features of B images, as an image encoder makes them for the mask decoder.
 
     Attributes:
         embedding: [B, C, h, w].
@@ -103,7 +103,7 @@ class _Finish:
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Finish | None:
-        """Mark the end of what the current stream was given to do for ``tensor``; None on a CPU."""
+        """Record the end of what is queued on the current stream of ``tensor``'s device; None on a CPU."""
         if tensor.device.type != "cuda":
             return None
         stream = torch.cuda.current_stream(tensor.device)
@@ -142,10 +142,10 @@ class ImageEmbedding:
     Attributes:
         features: [1, C, h, w] image embedding, in the model's dtype; SAM 2's has ``no_mem_embed`` added.
         geometry: the sizes of the image.
-        model_hash: of the weights that made it (:attr:`sam.modeling.Sam.model_hash`); other models refuse it.
+        model_hash: the hash of the weights that made it (:attr:`sam.modeling.Sam.model_hash`); other models refuse it.
             None for features of unknown origin, which are taken on trust.
         model_name: the variant's name, for messages.
-        image_hash: of the pixels and the original size; None when the pixels are not known.
+        image_hash: the hash of the pixels and the original size; None when the pixels are not known.
         high_res: SAM 2's features of finer grids, [1, C / 8, 4h, 4w] and [1, C / 4, 2h, 2w]; none of SAM.
     """
 
@@ -194,7 +194,7 @@ class ImageEmbedding:
         return {**self.__dict__, "features": features, "high_res": high_res, "_projected": None, "_finish": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"high_res": (), **state})  # those pickled before SAM 2 have none
+        self.__dict__.update({"high_res": (), **state})  # handles pickled before SAM 2 have none
         self.__post_init__()
 
     @property

@@ -31,7 +31,7 @@ _SHARED = (
 
 
 class SamPredictor:
-    """Embeds an image once and predicts masks for as many prompts as are asked.
+    """Embeds an image once and predicts masks for any number of prompts.
 
     A thin shell over :class:`sam.modeling.Sam`. ``features``, ``input_size``, ``original_size`` and
     ``is_image_set`` are plain attributes: set all four to restore an embedding saved earlier. A call that
@@ -158,7 +158,7 @@ class SamPredictor:
         return masks, iou, low_res
 
     def _asks_directly(self) -> bool:
-        """Tell whether prompts may go to the model as they are, past ``transform`` and ``predict_torch``."""
+        """Return whether prompts may go to the model as they are, past ``transform`` and ``predict_torch``."""
         return why_not_stock(self) is None and self._why_by_modules() is None
 
     def _why_by_modules(self) -> str | None:
@@ -260,7 +260,7 @@ class SamPredictor:
 
     @property
     def embedding(self) -> ImageEmbedding:
-        """A handle on the image that is set, for ``model.predict``; its origin is taken on trust.
+        """Return a handle on the image that is set, for ``model.predict``; its origin is taken on trust.
 
         Raises:
             RuntimeError: no image is set.

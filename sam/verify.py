@@ -24,7 +24,7 @@ from .inference.decode import fused_parts
 from .inference.fused_decoder import DecodedPrompts, decode_masks, project_images
 from .inference.fused_encoder import Attend, attend, plan_blocks, run_block
 from .inference.token_order import Level
-from .modeling.common import is_ours, uncompiled
+from .modeling.common import is_stock_class, uncompiled
 from .modeling.feature_pyramid import ImageEncoder
 from .modeling.image_encoder import Block, ImageEncoderViT
 from .modeling.mask_decoder import MaskDecoder
@@ -121,20 +121,20 @@ def verify(model: PromptableModel, image: np.ndarray | None = None) -> Iterator[
 def _encoder_checks(models: _Models, image: np.ndarray) -> Iterator[Check]:
     """Compare what each block adds to its input, which is the truth's."""
     encoders = [m.image_encoder for m in (models.ours, models.plain, models.truth)]
-    if not all(is_ours(encoder, ImageEncoderViT) for encoder in encoders):
+    if not all(is_stock_class(encoder, ImageEncoderViT) for encoder in encoders):
         return  # a stand-in has no blocks of ours; it is part of the whole
     x = _block_inputs(models.truth, models.truth.image_encoder.blocks, image)
     for index in range(len(encoders[0].blocks)):
         blocks = {id(m): m.image_encoder.blocks[index] for m in (models.ours, models.plain, models.truth)}
-        if not all(is_ours(block, Block) for block in blocks.values()):
+        if not all(is_stock_class(block, Block) for block in blocks.values()):
             return
         window = blocks[id(models.truth)].window_size
         case = f"block {index}, {f'windows of {window}' if window else 'global'}"
 
         def attention(m: PromptableModel, x: Tensor = x, blocks: dict[int, Any] = blocks) -> Tensor:
             block = blocks[id(m)]
-            how = Attend.MODULE if m.kernels == "reference" else Attend.GRID
-            return attend(block, block.norm1(x.to(m.dtype)), m.kernels, how)
+            mode = Attend.MODULE if m.kernels == "reference" else Attend.GRID
+            return attend(block, block.norm1(x.to(m.dtype)), m.kernels, mode)
 
         def added(m: PromptableModel, x: Tensor = x, blocks: dict[int, Any] = blocks, index: int = index) -> Tensor:
             narrow = x.to(m.dtype)
@@ -149,7 +149,7 @@ def _encoder_checks(models: _Models, image: np.ndarray) -> Iterator[Check]:
 def _hiera_checks(models: _Models, image: np.ndarray) -> Iterator[Check]:
     """Compare what each block of SAM 2's encoder adds to its input, or makes of it where it pools."""
     encoders = {id(m): uncompiled(m.image_encoder) for m in (models.ours, models.plain, models.truth)}
-    if not all(is_ours(encoder, ImageEncoder) for encoder in encoders.values()):
+    if not all(is_stock_class(encoder, ImageEncoder) for encoder in encoders.values()):
         return
     fused = fused_hiera.plan(encoders[id(models.ours)])
     truth = encoders[id(models.truth)].trunk.blocks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping, Set
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,13 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_TOP_MODULES = 420, 66, 12
 LONG: dict[str, str] = {}
 
 
+@cache
+def parsed(path: Path) -> tuple[int, ast.Module]:
+    """Return the number of lines of a file, and what Python reads in it."""
+    text = path.read_text()
+    return text.count("\n"), ast.parse(text)
+
+
 def modules() -> dict[str, Path]:
     result = {}
     for package in ("fastsam_kernels", "sam", "benchmarks"):
@@ -87,7 +95,7 @@ def place(name: str) -> tuple[int, str]:
 def imports(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
     """The modules of this project that a module imports, inside functions and for type checking too."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)[1]):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
         elif isinstance(node, ast.ImportFrom):
@@ -143,12 +151,12 @@ def long_code(root: Path) -> set[str]:
     result = set()
     for folder in ("sam", "fastsam_kernels", "benchmarks", "tests"):
         for path in sorted((root / folder).rglob("*.py")):
-            name, text = str(path.relative_to(root)), path.read_text()
-            if text.count("\n") > MAX_FILE_LINES:
+            name, (lines, tree) = str(path.relative_to(root)), parsed(path)
+            if lines > MAX_FILE_LINES:
                 result.add(name)
             if path.name == "kernel.py":
                 continue
-            for node in ast.walk(ast.parse(text)):
+            for node in ast.walk(tree):
                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                     assert node.end_lineno is not None
                     if node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES:
@@ -188,6 +196,63 @@ def test_the_measure_sees_long_files_and_functions(tmp_path: Path) -> None:
 
 def test_the_top_of_the_package_is_small() -> None:
     assert len(list((ROOT / "sam").glob("*.py"))) <= MAX_TOP_MODULES
+
+
+# Words that no sentence about code begins with, and further ones that a sentence with its verb in front does not.
+FRAGMENTS = {"What", "Whether", "Of", "Those", "How", "Who", "Whose", "That", "Where", "When", "By", "With", "Which"}
+NO_VERBS = FRAGMENTS | {
+    "A",
+    "An",
+    "The",
+    "All",
+    "Any",
+    "Some",
+    "True",
+    "False",
+    "None",
+    "One",
+    "As",
+    "For",
+    "From",
+    "If",
+}
+
+
+def fragments(name: str, tree: ast.Module) -> set[str]:
+    """Return the first lines of docstrings that are no sentences; those of functions begin with a verb."""
+    result = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)):
+            line = (ast.get_docstring(node) or "").partition("\n")[0]
+            word = line.partition(" ")[0].rstrip(",:.")
+            names_a_thing = isinstance(node, (ast.ClassDef, ast.Module))
+            begins_well = word not in FRAGMENTS if names_a_thing else word.isalpha() and word not in NO_VERBS
+            if line and not (begins_well and line.endswith(".")):
+                result.add(f"{name}: {line}")
+    return result
+
+
+def test_docstrings_begin_with_sentences() -> None:
+    result = set()
+    for name, path in modules().items():
+        if not name.startswith("benchmarks"):
+            result |= fragments(name, parsed(path)[1])
+    assert result == set(), "say what it does, beginning with the verb, as in 'Return ...'"
+
+
+def test_fragments_are_seen() -> None:
+    good = 'class A:\n    """The state of a part."""\n    def f():\n        """Return whether it is so."""\n'
+    lines = {
+        "Of the model.": '"""Of the model."""\n',
+        "What is fused.": 'class A:\n    """What is fused."""\n',
+        "[P, C] -> [C].": 'def f():\n    """[P, C] -> [C]."""\n',
+        "A model of shapes.": 'async def f():\n    """A model of shapes."""\n',
+        "Return the result": 'def f():\n    """Return the result"""\n',
+        "``x`` as it is.": 'def f():\n    """``x`` as it is."""\n',
+    }
+    assert fragments("m", ast.parse(good)) == set()
+    for line, text in lines.items():
+        assert fragments("m", ast.parse(text)) == {f"m: {line}"}
 
 
 def test_no_imports_go_in_a_circle() -> None:

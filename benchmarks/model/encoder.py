@@ -10,8 +10,8 @@ from torch import Tensor
 
 import sam
 from sam import Sam
+from sam.inference.compilation import compiled_block, many_graphs
 from sam.inference.fused_encoder import encode, run_block
-from sam.inference.runtime import compiled_block, many_graphs
 
 from ..case import Case, Problem, draw
 from ..measure import Form, Work

@@ -20,7 +20,7 @@ class Implementation(Generic[Result]):
     The first argument is a tensor, or a tuple that begins with one: where it is, the operation runs.
 
     Attributes:
-        name: as ``kernels=`` names it.
+        name: its name for ``kernels=``.
         run: computes the result.
         limitation: returns what keeps it from the arguments, None where nothing does; None if nothing ever does.
         drawback: returns why "auto" passes over it although it could run, None where it does not.
@@ -39,7 +39,7 @@ def triton_implementation(
 
     Args:
         run: launches the kernels.
-        limitation: of these kernels; what all Triton kernels need is looked at here.
+        limitation: the limitation of these kernels; what all Triton kernels need is checked here.
         multiplies: whether there are matrix products, in the dtype of the first tensor.
     """
 

@@ -28,7 +28,7 @@ class Operation(Generic[Result]):
     """An operation and the implementations it offers.
 
     Attributes:
-        name: that of the public function.
+        name: name of the public function.
         implementations: the first without a limitation or a drawback is what "auto" runs; the last has none.
         prepare: checks the arguments of the public function, without ``kernels``, and returns them as the
             implementations take them.
@@ -110,7 +110,7 @@ def limitation(operation: str, implementation: str, *arguments: Any, **options: 
     Args:
         operation: the name of a function of this package, like "rel_pos_attention".
         implementation: "reference", "torch" or "triton".
-        arguments, options: those of the function, without ``kernels``.
+        arguments, options: arguments of the function, without ``kernels``.
 
     Raises:
         ValueError: unknown names, or arguments that the function itself would refuse.

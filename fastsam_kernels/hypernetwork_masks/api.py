@@ -46,8 +46,8 @@ def hypernetwork_masks(
         weights: from :func:`pack_upscaling`, in the dtype of ``keys``.
         hyper: [P, M, C / 8] outputs of hypernetworks, in the dtype of ``keys``.
         grid: (h, w).
-        eps: of the layer norm.
-        out_dtype: of the result; None is that of ``keys``.
+        eps: epsilon of the layer norm.
+        out_dtype: dtype of the result; None is that of ``keys``.
         high_res: s0 [I, C / 8, 4h, 4w] and s1 [I, C / 4, 2h, 2w] of I images, in the dtype of ``keys``; any strides,
             those of ``torch.channels_last`` are the fastest to read.
         image_index: [P] int64, the image of each prompt; None for one image, or for one image per prompt.
@@ -101,8 +101,8 @@ def _check_high_res(
     expected = (images, channels // 8, 4 * height, 4 * width), (images, channels // 4, 2 * height, 2 * width)
     for name, features, shape in zip(("s0", "s1"), high_res, expected, strict=True):
         if features.shape != shape or features.dtype != keys.dtype:
-            found = f"{list(features.shape)} of {features.dtype}"
-            raise ValueError(f"{name} of high_res must be {list(shape)} of {keys.dtype}, got {found}")
+            actual = f"{list(features.shape)} of {features.dtype}"
+            raise ValueError(f"{name} of high_res must be {list(shape)} of {keys.dtype}, got {actual}")
     if image_index is None and images not in (1, prompts):
         raise ValueError(f"high_res of {images} images needs an image_index [{prompts}]")
     if image_index is not None and (image_index.shape != (prompts,) or image_index.dtype != torch.int64):

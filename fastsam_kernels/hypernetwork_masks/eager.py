@@ -26,7 +26,7 @@ def eager(
     high_res: tuple[Tensor, Tensor] | None = None,
     image_index: Tensor | None = None,
 ) -> Tensor:
-    """Multiply twice per token and once with the vectors; the pixels are put in place at the end."""
+    """Compute two products per token and one with the vectors; pixels take their places at the end."""
     (height, width), (prompt_chunk, tokens) = grid, _CHUNKS.get(keys.device.type, _CHUNKS_GPU)
     rows = height if torch.compiler.is_compiling() else max(1, tokens // width)  # every block would be compiled
     parts = []
@@ -85,7 +85,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _in_place(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Put pixels in their places: [P, M, h * w * 4 (ab) * 4 (cd)] -> [P, M, 4h, 4w]."""
+    """Rearrange pixels into masks: [P, M, h * w * 4 (ab) * 4 (cd)] -> [P, M, 4h, 4w]."""
     prompts, masks = pixels.shape[:2]
     pair = _PAIR_OF.get(pixels.dtype)
     if pair is not None and not (requires_autograd(pixels) or torch.compiler.is_compiling()):

@@ -11,7 +11,7 @@ _BLOCK = 256  # boxes
 
 
 def eager(boxes: Tensor, threshold: float) -> Tensor:
-    """Hold a block of boxes against those kept before it, then among themselves.
+    """Suppress a block of boxes by those kept before it, then among themselves.
 
     Among themselves, all decisions are made anew from the previous ones until none changes. The first i boxes are
     right after i rounds, so that this ends, and only where ``reference`` does.

@@ -1,4 +1,4 @@
-"""From a photograph in 8 bits to the encoder's input in one pass."""
+"""One pass from a photograph in 8 bits to the encoder's input."""
 
 from .api import preprocess_image
 

@@ -1,4 +1,4 @@
-"""From a photograph in 8 bits to the encoder's input in one pass: resize, normalise, pad.
+"""One pass from a photograph in 8 bits to the encoder's input: resize, normalise, pad.
 
     resized = A_h image A_w^T                       antialiased bilinear, a triangle of taps an axis
     out[c, y, x] = (resized[y, x, c] - mean[c]) / std[c]      0 right of and below the resized image
@@ -34,8 +34,8 @@ def preprocess_image(
         image: [H, W, 3] uint8, any strides.
         size: (height, width) of the resized image.
         image_size: side of the square.
-        mean, std: of each channel, 3 elements of any shape, in levels of 0..255.
-        dtype: of the result.
+        mean, std: statistics of each channel, 3 elements of any shape, in levels of 0..255.
+        dtype: dtype of the result.
         kernels: "reference", "torch", "triton" or "auto".
 
     Returns:

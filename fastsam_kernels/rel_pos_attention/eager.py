@@ -33,7 +33,7 @@ def eager(
         windows = region.cut(qkv).unflatten(-1, (3, num_heads, -1)).permute(5, 0, 1, 3, 6, 2, 4, 7)
         # [windows, heads, rows, columns, d] each; views of a whole grid
         q, k, v = (part.flatten(0, 2) for part in windows)
-        rel_h = torch.einsum("nmhwc,hkc->nmhwk", q, gathered_h[:rows])  # of all keys of the window, padded ones too
+        rel_h = torch.einsum("nmhwc,hkc->nmhwk", q, gathered_h[:rows])  # for all keys of the window, padded ones too
         rel_w = torch.einsum("nmhwc,wkc->nmhwk", q, gathered_w[:columns])
         k, v, padding = k.flatten(2, 3), v.flatten(2, 3), None
         if region.window != size:

@@ -41,7 +41,7 @@ class TileConfig:
 
     Attributes:
         blocks: the kernel's own constants, by their names in its signature.
-        num_warps, num_stages: of the launch.
+        num_warps, num_stages: options of the launch.
         provisional: chosen without a run on a GPU.
         provenance: where the choice comes from.
     """
@@ -60,7 +60,7 @@ class Architecture:
     Attributes:
         arch: compute capability, 90 for 9.0.
         shared_memory: bytes that a block may have.
-        warps_per_sm, programs_per_sm: that fit a multiprocessor at once.
+        warps_per_sm, programs_per_sm: limits of a multiprocessor.
         tiles: entries of its file.
     """
 
@@ -116,9 +116,9 @@ def lookup(
     Args:
         operation: its name, as the entries have it.
         arch: one of :func:`architectures`.
-        dtype: of the operands.
+        dtype: dtype of the operands.
         shape: class of shapes of the operation.
-        folder: of the files.
+        folder: folder of the files.
 
     Raises:
         KeyError: there is no entry for this; a mistake of ours.

@@ -34,8 +34,8 @@ def two_way_attention(
     block changed it.
 
     Args:
-        image, absorbed, norm: of the former.
-        queries, value: of the latter; [P, H, Q, C] of at most as many tokens as ``absorbed`` has.
+        image, absorbed, norm: arguments of the former.
+        queries, value: arguments of the latter; [P, H, Q, C] of at most as many tokens as ``absorbed`` has.
         kernels: "reference", "torch", "triton" or "auto".
 
     Returns:

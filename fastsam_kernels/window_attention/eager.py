@@ -14,7 +14,7 @@ from ..windows import Region, regions
 # Elements of q, k and v that are put in the order of windows at once. On a CPU they should stay in the cache.
 _BLOCKS = {"cpu": 2**19}
 _BLOCK_GPU = 2**27
-_MOST_WINDOWS = 65_535  # of one call of PyTorch's attention on a GPU
+_MAX_WINDOWS = 65_535  # per call of PyTorch's attention on a GPU
 
 
 def eager(qkv: Tensor, qkv_bias: Tensor, num_heads: int, window_size: int, pool_queries: bool) -> Tensor:
@@ -49,7 +49,7 @@ def _blocks(source: Tensor) -> Iterator[tuple[slice, slice]]:
         down_chunk, batch_chunk = down, batch  # every block would be compiled
     else:
         limit = _BLOCKS.get(source.device.type, _BLOCK_GPU) // (rows * across * columns * channels)
-        limit = max(min(limit, _MOST_WINDOWS // across), 1)
+        limit = max(min(limit, _MAX_WINDOWS // across), 1)
         down_chunk, batch_chunk = min(limit, down), max(limit // down, 1)
     for image in range(0, batch, batch_chunk):
         for top in range(0, down, down_chunk):

@@ -49,7 +49,7 @@ class Crop:
     """An embedded part of an image, or all of it.
 
     Attributes:
-        embedding: of the part.
+        embedding: the embedding of the part.
         box: x0, y0, x1, y1 in the image.
         image_size: (height, width) of the image.
     """
@@ -110,7 +110,7 @@ def masks_of_crop(
 
 
 class _Columns:
-    """The columns of the table, which has one row per mask."""
+    """Columns of the table, which has one row per mask."""
 
     IOU, STABILITY, BOX, CLICK, COUNT = 0, 1, slice(2, 6), 6, 7
 
@@ -172,8 +172,8 @@ class PendingMasks:
         start = 0
         for part in self._parts:
             rows = chosen[(chosen >= start) & (chosen < start + len(part))] - start
-            found = self._runs(part, rows) if isinstance(part, Tensor) else [part[row] for row in rows.tolist()]
-            runs.update(zip((rows + start).tolist(), found, strict=True))
+            encoded = self._runs(part, rows) if isinstance(part, Tensor) else [part[row] for row in rows.tolist()]
+            runs.update(zip((rows + start).tolist(), encoded, strict=True))
             start += len(part)
         return [runs[number] for number in chosen.tolist()]
 
@@ -181,9 +181,9 @@ class PendingMasks:
         rows = torch.arange(len(logits), device="cpu") if rows is None else rows
         crop, resizing = self._crop, self._crop.resizing
         runs = []
-        for some in rows.split(self._plan.masks_at_once):
+        for chunk in rows.split(self._plan.masks_at_once):
             packed = packed_masks(
-                logits[some.to(logits.device, non_blocking=True)],
+                logits[chunk.to(logits.device, non_blocking=True)],
                 resizing,
                 threshold=self._threshold,
                 kernels=self._model.kernels,

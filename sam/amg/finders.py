@@ -1,4 +1,4 @@
-"""The masks that automatic masks start from: of clicks on an embedded image, those that are confident.
+"""Confident masks of clicks on an embedded image, which automatic masks start from.
 
 Each function is a :class:`Finder`, or becomes one when its further arguments are given.
 """
@@ -22,7 +22,7 @@ from ..prompts.batch import PromptBatch, upload
 
 
 class Finder(Protocol):
-    """What makes masks of a batch of clicks."""
+    """A function that makes masks of a batch of clicks."""
 
     def __call__(
         self,
@@ -46,7 +46,7 @@ def any_confident_masks(
     iou_threshold: float | None,
     count_early: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Select of three masks per prompt, by the fused decoder or, where a program has changed it, by its modules."""
+    """Select from three masks per prompt, by the fused decoder or, where a program has changed it, by its modules."""
     changed = why_not_fused(prompt_encoder=model.prompt_encoder, mask_decoder=model.mask_decoder)
     find = confident_masks if changed is None else confident_masks_by_modules
     return find(model, embedding, batch, iou_threshold, count_early)
@@ -101,7 +101,7 @@ def confident_masks_by_modules(
     iou_threshold: float | None,
     count_early: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Do :func:`confident_masks` by one call of each module, as a model expects that a program has changed."""
+    """Compute :func:`confident_masks` by one call of each module, for a model that a program has changed."""
     layout, parts = model.prompt_layout, (model.prompt_encoder, model.mask_decoder)
     points, boxes = batch.points_and_boxes(layout)
     logits, iou, _ = call_modules(*parts, embedding.ready(), points, boxes, batch.mask_inputs, True, layout)
@@ -116,7 +116,7 @@ def confident_single_masks(
     iou_threshold: float | None,
     count_early: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Select of the one mask per prompt, the best of three where that is unstable and the model does so."""
+    """Select from one mask per prompt: the best of three where that one is unstable and the model replaces it."""
     decoded = model.decode([embedding], batch, multimask_output=False)
     logits, iou = decoded.logits[:, 0], decoded.iou[:, 0]
     prompts = torch.arange(len(iou), device=iou.device)
@@ -156,6 +156,6 @@ def cleaned_masks(
     find: Finder,
     clean: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Clean the masks of ``find`` of small holes and islands, by a function of logits [P, C, h, w]."""
+    """Remove small holes and islands from the masks of ``find``, by a function of logits [P, C, h, w]."""
     logits, iou, clicks = find(model, embedding, batch, iou_threshold, count_early)
     return clean(logits[:, None])[:, 0], iou, clicks

@@ -1,4 +1,4 @@
-"""What the automatic mask generators of SAM and SAM 2 share: a grid of clicks, crops, batches of images, records."""
+"""The base of the automatic mask generators of SAM and SAM 2: a grid of clicks, crops, batches of images, records."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class MaskGenerator:
             return [report.follow(self._steps(embeddings, plan, image.shape[:2])) for image, plan in pairs]
 
     def steps(self, image: np.ndarray | ImageEmbedding) -> Generator[int, None, list[dict[str, Any]]]:
-        """Do :meth:`generate` in pieces, for who has other work between them: pause after each batch of clicks.
+        """Run :meth:`generate` step by step, pausing after each batch of clicks so that the caller can do other work.
 
         An embedding serves in place of the image where no crops are asked for. Yields the number of clicks of the
         batch; the generator returns the records.
@@ -227,7 +227,7 @@ class MaskGenerator:
         return self.point_grids[layer] * (size[1], size[0])
 
     def _criteria(self) -> Criteria:
-        """Return by what masks stay."""
+        """Return the criteria by which masks stay."""
         return Criteria(
             self.pred_iou_thresh,
             self.stability_score_thresh,
@@ -237,7 +237,7 @@ class MaskGenerator:
         )
 
     def _finder(self) -> Finder:
-        """Return what makes masks of clicks."""
+        """Return the function that makes masks of clicks."""
         return any_confident_masks
 
     def _finished(self, data: MaskData) -> MaskData:

@@ -1,4 +1,4 @@
-"""Where automatic masks click: the grid of each layer of crops, and the crops of an image."""
+"""Clicks of automatic masks: the grid of each layer of crops, and the crops of an image."""
 
 from __future__ import annotations
 

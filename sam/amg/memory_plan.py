@@ -12,7 +12,7 @@ from ..system.device_profile import device_profile
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _DECODER_BYTES = 40 * 10**6  # activations of the mask decoder a click, 64 x 64 tokens in fp32 (34 MB measured)
-_FIXED_BYTES = 64 * 10**6  # of the statistics and bits of masks: blocks of a few masks
+_FIXED_BYTES = 64 * 10**6  # statistics and bits of masks, in blocks of a few masks
 
 
 def parse_bytes(size: int | str) -> int:

@@ -57,7 +57,7 @@ def _tensor(column: Tensor | np.ndarray) -> Tensor:
 
 
 def drop_duplicates_of_crops(data: MaskData, threshold: float, kernels: str) -> None:
-    """Keep of overlapping masks of several crops those of the smaller crop."""
+    """Drop masks that overlap a mask of a smaller crop."""
     boxes, crops = _tensor(data["boxes"]), _tensor(data["crop_boxes"])
     x0, y0, x1, y1 = crops.to(boxes.device).unbind(1)
     smaller_first = 1 / ((x1 - x0) * (y1 - y0)).float()

@@ -1,4 +1,4 @@
-"""What SAM and SAM 2 have of their own where weights are read and written; all else is common to both."""
+"""The differences between SAM and SAM 2 in reading and writing weights; all else is common to both."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Family:
         config: the class of its descriptions.
         example: a config; all of a family have the same names, numbers aside, but for :attr:`optional`.
         encoders: what tells a key of each layout's image encoder.
-        transformers_names: of an official name.
+        transformers_names: the names in that layout of an official name.
         joined, split: from a tensor per official name to what transformers stores, and back.
         transformers_config, config_from_transformers, infer_config: as in :mod:`sam.checkpoint.layouts`.
         sizes: channels and blocks of the image encoder.
@@ -48,22 +48,22 @@ class Family:
     sizes: Callable[[Any], tuple[int, int]]
 
     def other_release(self, state: Mapping[str, Tensor], layout: Layout, config: Config) -> str | None:
-        """Say that weights are of another release or size than ``config``, where their shapes show it."""
+        """Return a sentence if shapes show weights of another release or size than ``config``, else None."""
         if not isinstance(config, Sam2Config):
             return None
         if config.has_memory and not any(name.startswith("memory_encoder.") for name in state):
             return "these are weights of images alone, as transformers' Sam2Model has them, which sam.load_model takes"
         try:
-            found = self.infer_config(state, layout)
+            inferred = self.infer_config(state, layout)
         except CheckpointError:
             return None
-        assert isinstance(found, Sam2Config)
-        if self.sizes(found) != self.sizes(config):
-            return f"these are weights of {self.describe(found)}, not of {self.describe(config)}"
-        if found.version != config.version:
+        assert isinstance(inferred, Sam2Config)
+        if self.sizes(inferred) != self.sizes(config):
+            return f"these are weights of {self.describe(inferred)}, not of {self.describe(config)}"
+        if inferred.version != config.version:
             names = {"2": "SAM 2.0", "2.1": "SAM 2.1"}
             return (
-                f"these are weights of {names[found.version]} ({found.variant}), but the config is of "
+                f"these are weights of {names[inferred.version]} ({inferred.variant}), but the config is of "
                 f"{names[config.version]} ({config.variant}): name the config of the weights' version"
             )
         return None

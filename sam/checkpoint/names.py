@@ -199,7 +199,7 @@ def _refuse_added(keys: Iterable[str], names: _Names) -> None:
 
 
 def _is_outside(key: str, inside: Iterable[str], names: _Names) -> bool:
-    """Tell whether ``key`` is beside the model's parts, or beside a module that wraps one of them or a piece of it."""
+    """Return whether ``key`` is beside the model's parts, or beside a module that wraps all or some of one."""
     if names.split(key) is None:
         return True
     beside = key.rpartition(".")[0] + "."
@@ -208,7 +208,7 @@ def _is_outside(key: str, inside: Iterable[str], names: _Names) -> bool:
 
 
 def _flaw(tensor: Tensor) -> str | None:
-    """Say what keeps a tensor from being weights, or None."""
+    """Return what keeps a tensor from being weights, or None."""
     if tensor.is_meta:
         return "no values, on the meta device"
     if tensor.is_nested:
@@ -221,7 +221,7 @@ def _flaw(tensor: Tensor) -> str | None:
 
 
 def is_weight_dtype(dtype: torch.dtype) -> bool:
-    """Tell whether weights can be of ``dtype``: one floating-point number an element."""
+    """Return whether weights can be of ``dtype``: one floating-point number an element."""
     return dtype.is_floating_point and dtype != torch.float4_e2m1fn_x2
 
 

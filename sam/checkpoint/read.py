@@ -36,7 +36,7 @@ class Checkpoint:
     Attributes:
         state_dict: every parameter and buffer of the model, dtypes as in the file.
         config: what the weights are of.
-        layout: of the file.
+        layout: the layout of the file.
         metadata: what else a safetensors file says of itself.
     """
 
@@ -72,9 +72,9 @@ def read_checkpoint(
         state, form = find_weights(stored.entries)
         config = config or _config_of(state, form, stored)
         if variant is not None and config.variant != variant:
-            wanted = variant_config(variant)
-            found, asked = family_of(config).describe(config), family_of(wanted).describe(wanted)
-            raise CheckpointError(f"these are weights of {found}, not of {asked}")
+            expected = variant_config(variant)
+            stored_as, expected_as = (family_of(c).describe(c) for c in (config, expected))
+            raise CheckpointError(f"these are weights of {stored_as}, not of {expected_as}")
         state = official_state(state, form, config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error.__cause__
@@ -123,7 +123,7 @@ def resize_position_tables(state: Mapping[str, Tensor], config: SamConfig) -> di
 
 
 class _Stored(NamedTuple):
-    """What a file or folder holds: entries, what it says of itself, and the ``config.json`` beside it."""
+    """The contents of a file or folder: entries, metadata, and the ``config.json`` beside it."""
 
     entries: Any
     metadata: dict[str, str]
@@ -287,7 +287,7 @@ def official_state(state: Mapping[str, Tensor], form: Form, config: Config) -> d
 
 
 def _problems(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> list[str]:
-    """Say in which keys and shapes weights differ from what is expected."""
+    """Describe the keys and shapes in which weights differ from what is expected."""
     wrong = [
         f"{name} {list(state[name].shape)} instead of {list(shape)}"
         for name, shape in expected.items()

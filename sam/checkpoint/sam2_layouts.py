@@ -52,7 +52,7 @@ _STARTS = (
     ("obj_ptr_proj.", "object_pointer_proj."),
     ("obj_ptr_tpos_proj.", "temporal_positional_encoding_projection_layer."),
 )
-_PLACES = ("proj_in", "layers.0", "proj_out")  # of the linears of an MLP of three
+_PLACES = ("proj_in", "layers.0", "proj_out")  # names of the linears of an MLP of three
 
 
 def _downsampler(match: re.Match[str]) -> str:

@@ -64,7 +64,7 @@ def write_checkpoint(
         path: a ``.safetensors`` file; a ``.pth`` or ``.pt`` file that ``torch.load`` reads; or, for the
             transformers layout, a folder that ``SamModel.from_pretrained`` reads.
         layout: "official" or "transformers".
-        dtype: of the tensors in the file; None keeps theirs.
+        dtype: dtype of the tensors in the file; None keeps theirs.
         metadata: further entries for safetensors.
 
     Raises:
@@ -126,7 +126,7 @@ def _check_options(dtype: torch.dtype | None, metadata: Mapping[str, str] | None
 
 
 def _is_inferred(state: Mapping[str, Tensor], layout: Layout, config: Config) -> bool:
-    """Tell whether a reader of ``state`` alone learns ``config``."""
+    """Return whether a reader of ``state`` alone learns ``config``."""
     try:
         return family_of(config).infer_config(state, layout) == config
     except CheckpointError:

@@ -133,7 +133,7 @@ class _Target:
         return [path.name for path in self._results]
 
     def is_finished(self, origin: Origin, record: Record) -> bool:
-        """Tell whether all results exist.
+        """Return whether all results exist.
 
         Raises:
             ValueError: one has another origin, or none in the record.

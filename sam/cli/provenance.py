@@ -28,7 +28,7 @@ class Origin:
 
     @classmethod
     def of(cls, path: Path, settings: dict[str, Any]) -> Origin:
-        """Hash the image file ``path``."""
+        """Return the origin of a result of the image file ``path``, which is hashed."""
         digest = hashlib.sha256()
         with open(path, "rb") as file:
             while block := file.read(2**20):

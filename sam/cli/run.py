@@ -36,7 +36,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _begins_program(argument: str) -> bool:
-    """Tell whether a dash begins the program: a module, the end of our options, or the script on stdin."""
+    """Return whether a dash begins the program: a module, the end of our options, or the script on stdin."""
     return argument in ("-", "--") or argument.startswith("-m")
 
 

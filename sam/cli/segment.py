@@ -31,7 +31,7 @@ class _Target:
     """The names of the results of one image in a folder.
 
     Attributes:
-        form: of the masks; None for a PNG per mask.
+        form: the format of the masks; None for a PNG per mask.
         masks: names of the files that hold them: one per mask, one in all, or none where the JSON does.
     """
 

@@ -46,7 +46,7 @@ class EmbeddingCache:
             self.evictions += 1
 
     def recount(self, embedding: ImageEmbedding) -> None:
-        """Keep the budget after an embedding grew: the decoder attaches what all prompts on an image share."""
+        """Evict embeddings after one grew: the decoder attaches projections that all prompts on an image share."""
         for key, (cached, size) in reversed(self._entries.items()):  # it was used a moment ago
             if cached is embedding:
                 if embedding.nbytes != size:

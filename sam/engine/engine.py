@@ -71,7 +71,7 @@ class Engine:
             max_batch: prompts decoded together.
             max_queue: requests accepted and not yet answered.
             deadline: seconds that a request may wait by default.
-            embedding_cache_bytes: of image embeddings kept for later prompts.
+            embedding_cache_bytes: bytes of image embeddings kept for later prompts.
             max_images: images encoded together; by default 1 on a CPU and 8 elsewhere.
             handle_secret: 16 to 64 bytes without which nobody can tell an image's key; random by default. Engines that
                 serve each other's keys have it in common.
@@ -248,7 +248,7 @@ class Engine:
             self._changed.notify_all()
 
     def _advance(self, job: Job, before_others: bool = False) -> None:
-        """Answer a job that is complete, or put it where its next piece of work is done."""
+        """Answer a job that is complete, or queue it for its next stage."""
         if (result := job.result) is not None:
             job.resolve(result)
             return
@@ -302,7 +302,7 @@ class Engine:
         return stage, work_items
 
     def _settle(self, job: Job, error: EngineError | None, stage: Stage[Any, Any]) -> None:
-        """Answer a job, or send it on, after a batch that it was in."""
+        """Answer a job, or queue it for its next stage, after a batch that it was in."""
         if isinstance(job.source, ImageEmbedding):
             with self._changed:
                 self._cache.recount(job.source)
@@ -325,7 +325,7 @@ class Engine:
             self._counters[f"{stage.counter}s"] += work_items
 
     def fail(self, error: BaseException) -> None:
-        """Give up: every request that waits, and every later one, gets :class:`EngineFailedError`."""
+        """Fail every request that waits, and every later one, with :class:`EngineFailedError`."""
         with self._changed:
             self.failure = error
             jobs = list(self._accepted)
@@ -357,7 +357,7 @@ class Engine:
             }
 
     def close(self, timeout: float | None = None) -> bool:
-        """Take nothing more, answer what was accepted, end the thread.
+        """Refuse new requests, answer those that were accepted, and end the thread.
 
         Returns:
             True if that took no longer than ``timeout`` seconds. Else the thread still runs, be it for a request that

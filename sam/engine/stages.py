@@ -166,9 +166,9 @@ class DecodeStage(Stage[SegmentJob, tuple[SegmentJob, int]]):
             jobs = [work_items[position][0] for position in chunk.positions]
             rles = self._rles(logits, [job.embedding.geometry for job in jobs])
             limit = self.model.low_res_limit
-            kept = logits if limit is None else logits.clamp(-limit, limit)
+            clamped = logits if limit is None else logits.clamp(-limit, limit)
             for row, (job, position) in enumerate(zip(jobs, chunk.positions, strict=True)):
-                low_res = kept[row].float().cpu().numpy().copy() if job.keep_logits else None
+                low_res = clamped[row].float().cpu().numpy().copy() if job.keep_logits else None
                 results[position] = PromptMasks(rles[row], predicted_iou[row], low_res, object_scores[row])
         return [result for result in results if result is not None]
 
@@ -233,7 +233,7 @@ class AutomaticStage(Stage[AutomaticJob, AutomaticJob]):
 
 
 def fair_shares(demands: Sequence[tuple[int, int]], capacity: int, budget: int) -> list[int]:
-    """Give out up to ``capacity`` items one by one, in turn; a demand is a number of items and the cost of one.
+    """Share out up to ``capacity`` items one by one, in turn; a demand is a number of items and the cost of one.
 
     An item that costs more than is left of the budget waits, unless nothing was given yet:
     ``[(1, 1), (9, 1), (9, 1)], 8, 99 -> [1, 4, 3]`` and ``[(9, 60), (2, 1)], 8, 50 -> [1, 0]``.

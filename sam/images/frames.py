@@ -38,8 +38,10 @@ def frame_paths(folder: str) -> list[str]:
         shapes.setdefault(re.sub(r"\d+", "#", stems[name]), name)
     if len(shapes) > 1 or "#" not in next(iter(shapes)):
         one, *others = shapes.values()
-        told = f"{one} and {others[0]}" if others else one
-        raise ValueError(f"{folder}: {told} have no order; name frames by their number, like 00000.jpg or frame_0.jpg")
+        examples = f"{one} and {others[0]}" if others else one
+        raise ValueError(
+            f"{folder}: {examples} have no order; name frames by their number, like 00000.jpg or frame_0.jpg"
+        )
     names.sort(key=lambda name: [int(number) for number in re.findall(r"\d+", stems[name])])
     return [os.path.join(folder, name) for name in names]
 
@@ -76,7 +78,7 @@ class AsyncFrames:
     Attributes:
         images: what has been read, None elsewhere.
         exception: what stopped the thread; frames that were read, and those that can be, are given all the same.
-        video_height, video_width: of the first file, in pixels.
+        video_height, video_width: size of the first file, in pixels.
 
     Raises:
         OSError: an unreadable file; the message names it.

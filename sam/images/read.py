@@ -94,7 +94,7 @@ def read_image(path: str | os.PathLike[str], max_megapixels: float | None = MAX_
 
 
 def is_image_name(path: Path) -> bool:
-    """Tell whether the name of a file ends as that of an image :func:`read_image` reads, and is not hidden."""
+    """Return whether the name of a file ends as that of an image :func:`read_image` reads, and is not hidden."""
     known = Image.registered_extensions().get(path.suffix.lower())
     return not path.name.startswith(".") and known in (*_WALKED, *_formats_opened(), "MPO")
 

@@ -1,12 +1,17 @@
-"""The shapes that run compiled or as a graph."""
+"""Shapes that run compiled or as a graph."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from fastsam_kernels import MAX_TOKENS
+
+from ..prompts.batch import PromptBatch
+from ..prompts.labels import LABEL_ABSENT
 
 
 def token_buckets(own_tokens: int) -> tuple[int, ...]:
@@ -22,17 +27,17 @@ class Bucket:
     """A shape that requests are padded to.
 
     Attributes:
-        images: that the prompts are on.
-        prompts, tokens: of the batch after padding.
-        multimask: three masks a prompt, or one.
+        images: images that the prompts are on.
+        prompts, tokens: size of the batch after padding.
+        multimask_output: three masks per prompt, or one.
         with_masks: prompts have a mask input.
-        dtype: of the model.
+        dtype: dtype of the model.
     """
 
     images: int
     prompts: int
     tokens: int
-    multimask: bool
+    multimask_output: bool
     with_masks: bool
     dtype: torch.dtype
 
@@ -54,9 +59,9 @@ class Limits:
         return _powers_of_two(self.prompts)
 
     def fit(
-        self, images: int, prompts: int, tokens: int, multimask: bool, with_masks: bool, dtype: torch.dtype
+        self, images: int, prompts: int, tokens: int, multimask_output: bool, with_masks: bool, dtype: torch.dtype
     ) -> Bucket | str:
-        """Return the bucket of a request, or what about it fits none."""
+        """Return the bucket of a request, or a sentence on why none fits."""
         if tokens > self.tokens[-1]:
             return f"prompts of more than {self.tokens[-1]} tokens"
         if prompts > self.prompts:
@@ -67,10 +72,29 @@ class Limits:
             images=_next_power_of_two(images),
             prompts=_next_power_of_two(prompts),
             tokens=next(size for size in self.tokens if size >= tokens),
-            multimask=multimask,
+            multimask_output=multimask_output,
             with_masks=with_masks,
             dtype=dtype,
         )
+
+
+def pad_to_bucket(batch: PromptBatch, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Pad a batch to the bucket's sizes; return coordinates in fp32, labels, mask inputs and image index."""
+    prompts, tokens = bucket.prompts - len(batch), bucket.tokens - batch.labels.shape[1]
+
+    def pad(tensor: Tensor, edges: tuple[int, ...], value: float = 0) -> Tensor:
+        return F.pad(tensor, edges, value=value) if any(edges) else tensor
+
+    masks, index = batch.mask_inputs, None
+    if bucket.images > 1:
+        assert batch.image_index is not None
+        index = pad(batch.image_index, (0, prompts))
+    return (
+        pad(batch.coords.to(torch.float32), (0, 0, 0, tokens, 0, prompts)),
+        pad(batch.labels, (0, tokens, 0, prompts), LABEL_ABSENT),
+        None if masks is None else pad(masks, (0, 0, 0, 0, 0, 0, 0, prompts)),
+        index,
+    )
 
 
 def as_table(buckets: dict[Bucket, float]) -> str:
@@ -79,7 +103,7 @@ def as_table(buckets: dict[Bucket, float]) -> str:
     for bucket, seconds in sorted(buckets.items(), key=lambda item: str(item[0])):
         dtype = str(bucket.dtype).removeprefix("torch.")
         lines.append(
-            f"{bucket.images:>6} {bucket.prompts:>7} {bucket.tokens:>6} {3 if bucket.multimask else 1:>5} "
+            f"{bucket.images:>6} {bucket.prompts:>7} {bucket.tokens:>6} {3 if bucket.multimask_output else 1:>5} "
             f"{'yes' if bucket.with_masks else 'no':>10} {dtype:>8} {seconds:>8.2f}"
         )
     return "\n".join(lines)

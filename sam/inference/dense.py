@@ -23,13 +23,13 @@ class Linears:
         self._ordered: dict[nn.Linear, Tensor] | None = {} if keeps_order else None
 
     def __call__(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        """Return ``layer`` of [..., C]."""
+        """Apply ``layer`` to [..., C]."""
         if _takes_onednn(layer, x):
             return self._onednn(layer, x, "none", "")
         return F.linear(x, layer.weight, layer.bias)
 
     def gelu(self, layer: nn.Linear, x: Tensor, approximate: str) -> Tensor:
-        """Return the GELU of ``layer`` of [..., C]; ``approximate`` is that of ``torch.nn.GELU``."""
+        """Apply ``layer`` and a GELU to [..., C]; ``approximate`` as in ``torch.nn.GELU``."""
         if _takes_onednn(layer, x):
             return self._onednn(layer, x, "gelu", approximate)
         return F.gelu(F.linear(x, layer.weight, layer.bias), approximate=approximate)

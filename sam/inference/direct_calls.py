@@ -54,7 +54,7 @@ def _fused_mask_decoder(
 
 
 def _are_usual_high_res(packed: PackedDecoder, high_res: Sequence[Tensor], *inputs: Tensor) -> bool:
-    """Tell whether there are the features of finer grids that the decoder takes, of one image or one per prompt."""
+    """Return whether there are the features of finer grids that the decoder takes, of one image or one per prompt."""
     height, width = inputs[0].shape[-2:]
     grids, prompts = [(4 * height, 4 * width), (2 * height, 2 * width)], max(map(len, inputs))
     if not packed.takes_high_res or [x.shape[-2:] for x in high_res] != grids:
@@ -63,7 +63,7 @@ def _are_usual_high_res(packed: PackedDecoder, high_res: Sequence[Tensor], *inpu
 
 
 def _are_usual(image_embeddings: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor) -> bool:
-    """Tell whether all inputs have P rows or one, and all prompts the same positions."""
+    """Return whether all inputs have P rows or one, and all prompts the same positions."""
     inputs = (image_embeddings, image_pe, sparse, dense)
     rows = {len(x) for x in inputs if x.ndim}
     if [x.ndim for x in inputs] != [4, 4, 3, 4] or len(rows - {1}) > 1 or 0 in rows:

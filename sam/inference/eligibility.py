@@ -71,11 +71,11 @@ _MORE_CONSTANTS: dict[type, str] = {nn.Dropout: "training", MemoryAttentionLayer
 _WRITTEN = {kind: _methods(kind) for kind in _OURS} | {kind: [(kind, "forward", kind.forward)] for kind in _TORCH[:-1]}
 _GLOBAL_HOOKS = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
 _version = attrgetter("_version")
-_generations = itertools.count(1)  # of all parts: what belongs to one is never taken for another's
+_generations = itertools.count(1)  # shared by all parts, so that no two of their generations are equal
 
 
 class Snapshot(Stale):
-    """A part as it was at one time. Immutable but for the values that :meth:`packed` keeps.
+    """The state of a part at one time, immutable except for the values that :meth:`packed` keeps.
 
     The part holds it, so it holds the modules in the part and not the part itself: what is dropped is freed at once.
 
@@ -122,7 +122,7 @@ class Snapshot(Stale):
         super().__init__(self._addresses)
 
     def is_current(self, part: WeightCache) -> bool:
-        """Tell whether ``part`` is still as it was; every request asks."""
+        """Return whether ``part`` is still as it was; every request asks."""
         hooked = any(self._hooks) or any(_GLOBAL_HOOKS)
         if hooked or self.intrusion is not None:
             return False  # looking anew costs less than the official modules, which run then
@@ -166,7 +166,7 @@ class Snapshot(Stale):
 
 
 def look(part: WeightCache) -> Snapshot:
-    """Return what is known of ``part`` as it is now."""
+    """Return the current snapshot of ``part``."""
     snapshot: Snapshot | None = part._snapshot
     if snapshot is None or not snapshot.is_current(part):
         with PACKING:
@@ -193,7 +193,7 @@ def why_not_fused(**parts: nn.Module) -> str | None:
 
 
 def why_not_now(*inputs: Tensor, part: nn.Module | None = None, takes_autocast: bool = False) -> str | None:
-    """Return a sentence on what about this call of a module, not about the module, wants the official operations."""
+    """Return a sentence on why this call of a module, whatever the module, needs the official operations."""
     if is_making_graph():
         return "the call is traced, exported or compiled"
     weights = () if part is None else part.parameters()
@@ -210,24 +210,24 @@ _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def is_stock(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Tell whether ``module`` is of class ``kind`` as it is written, unhooked, unpatched and of plain weights."""
+    """Return whether ``module`` is of class ``kind`` as it is written, unhooked, unpatched and of plain weights."""
     module = uncompiled(module)
     return type(module) is kind and not any(_GLOBAL_HOOKS) and _intrusion_on(module, "it") is None
 
 
 def has_no_hooks(module: nn.Module) -> bool:
-    """Tell whether ``module`` and all modules in it are unhooked, unpatched and of plain weights."""
+    """Return whether ``module`` and all modules in it are unhooked, unpatched and of plain weights."""
     return find_intrusion(module, "it") is None
 
 
 def find_intrusion(root: nn.Module, name: str) -> str | None:
-    """Return a sentence on the first hook, patched method or other than plain weight in ``root``, which is ``name``."""
+    """Return a sentence on the first hook, patched method or non-plain weight in ``root``, called ``name`` in it."""
     if any(_GLOBAL_HOOKS):
         return "a forward hook is registered for all modules"
     for path, module in root.named_modules(prefix=name):
-        found = _intrusion_on(module, path)
-        if found is not None:
-            return found
+        reason = _intrusion_on(module, path)
+        if reason is not None:
+            return reason
     return None
 
 
@@ -307,7 +307,7 @@ def _places(part: nn.Module) -> Iterator[tuple[str, type[nn.Module]]]:
 
 
 def _constants(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield where the numbers stand that modules compute with besides weights, and how often caches were cleared."""
+    """Yield (state, name) of the constants that modules compute with besides weights, and of cache generations."""
     for module in modules:
         state = module.__dict__
         if isinstance(module, WeightCache):

@@ -80,9 +80,9 @@ def _runtime(model: Model) -> str:
     runtime = model.runtime
     if runtime is None:
         return "Nothing is compiled and no CUDA graph is replayed."
-    how = "replayed as CUDA graphs" if runtime.replays else "compiled"
+    form = "replayed as CUDA graphs" if runtime.replays else "compiled"
     blocks = "; the encoder's blocks are compiled" if runtime.compiles_encoder else ""
-    return f"Prompts of {len(runtime.buckets)} shapes are {how} so far{blocks}."
+    return f"Prompts of {len(runtime.buckets)} shapes are {form} so far{blocks}."
 
 
 def _implementation(model: Model, operation: str) -> str:

@@ -1,4 +1,4 @@
-"""The mask decoder on packed weights: transformer and predicted IoU first, then the masks that are wanted."""
+"""The mask decoder on packed weights: transformer and predicted IoU first, then the selected masks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class DecodedPrompts:
     Attributes:
         keys: [P, h * w, C] image tokens as each prompt sees them.
         mask_tokens: [P, M, C], one for each mask the decoder knows, the single mask first.
-        iou: [P, M] predicted IoU of each, in the weights' dtype.
+        iou: [P, M] their predicted IoU, in the weights' dtype.
         grid: (h, w).
         packed: the weights that decoded them, for the second half.
         object_scores: logits [P, 1] of whether the object is seen; None where the decoder predicts none.
@@ -107,8 +107,8 @@ def decode_tokens(
         kernels: implementation of the operations; "auto" resolves for each of them.
     """
     if len(high_res) != 2 * packed.takes_high_res:
-        wanted = "two maps of high-resolution features" if packed.takes_high_res else "no high-resolution features"
-        raise ValueError(f"this mask decoder takes {wanted}, got {len(high_res)}")
+        expected = "two maps of high-resolution features" if packed.takes_high_res else "no high-resolution features"
+        raise ValueError(f"this mask decoder takes {expected}, got {len(high_res)}")
     prompts, positions, image_of = sparse.shape[0], packed.positions, image_index
     output_tokens = packed.output_tokens.expand(prompts, -1, -1)
     tokens = torch.cat([output_tokens, sparse.to(packed.dtype)], dim=1)

@@ -34,7 +34,7 @@ _FUNCTIONS = {
 
 
 class Attend(Enum):
-    """What of a block's attention is fused."""
+    """The ways to compute a block's attention."""
 
     GRID = "all of it; the kernel cuts the windows"
     WINDOWS = "the attention between two projections that are called with windows"
@@ -42,7 +42,7 @@ class Attend(Enum):
 
 
 class BlockPlan(NamedTuple):
-    """Which parts of a block are fused."""
+    """The parts of a block that are fused."""
 
     attention: Attend
     mlp: bool
@@ -108,14 +108,14 @@ def run_block(block: Any, x: Tensor, kernels: str, plan: BlockPlan | None) -> Te
     return _add_mlp(block, x) if plan.mlp else x + block.mlp(block.norm2(x))
 
 
-def attend(block: Any, x: Tensor, kernels: str, how: Attend = Attend.GRID) -> Tensor:
+def attend(block: Any, x: Tensor, kernels: str, mode: Attend = Attend.GRID) -> Tensor:
     """Return the attention of [B, H, W, dim], normalised, in the block's windows, with its projection."""
     attention, window = block.attn, block.window_size
-    if how is Attend.GRID:
+    if mode is Attend.GRID:
         return attention.proj(_attend_projected(attention, attention.qkv(x), window, kernels))
     # The zero padding passes through qkv, so a padded key is the qkv bias and takes part in the softmax.
     windows, padded = image_encoder.window_partition(x, window) if window else (x, (0, 0))
-    if how is Attend.MODULE:
+    if mode is Attend.MODULE:
         attended = attention(windows)
     else:
         attended = attention.proj(_attend_projected(attention, attention.qkv(windows), 0, kernels))

@@ -35,7 +35,7 @@ _MAX_CACHED_GRIDS = 4
 
 
 class Plan(NamedTuple):
-    """What of an image encoder is fused.
+    """The parts of an image encoder that are fused.
 
     Attributes:
         blocks: one per block, False for one that is called as a module.
@@ -102,7 +102,7 @@ def _pools_two_by_two(pool: Any, window: int) -> bool:
 
 
 def is_product(conv: Any) -> bool:
-    """Tell whether a convolution is a matrix product of each pixel's channels."""
+    """Return whether a convolution is a matrix product of each pixel's channels."""
     return (
         is_stock(conv, nn.Conv2d)
         and (conv.kernel_size, conv.stride, conv.groups, conv.bias is None) == ((1, 1), (1, 1), 1, False)

@@ -47,7 +47,7 @@ def run_transformer(
     num_output_tokens: int | None = None,
     kernels: str = "reference",
 ) -> tuple[Tensor, Tensor]:
-    """Let the tokens of prompts and those of images attend to each other.
+    """Run all two-way blocks and the final attention on the tokens of prompts and images.
 
     Args:
         packed: the weights.

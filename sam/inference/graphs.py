@@ -22,7 +22,7 @@ _HEADROOM = 2 << 30  # bytes free on the device below which cached blocks are gi
 
 @dataclass(frozen=True)
 class StackedInput:
-    """Tensors to be put one below the other, into a buffer of ``shape``.
+    """Tensors that are concatenated into a buffer of ``shape``.
 
     Buffer rows beyond the tensors are undefined; the captured function must not let them affect valid rows.
     """
@@ -79,7 +79,7 @@ class CudaRecorder:
 
 
 def empty_cache() -> None:
-    """Give the allocator's cached blocks back, but not while another thread captures: torch would fail."""
+    """Return the allocator's cached blocks to the device, unless another thread captures: torch would fail."""
     with _RECORDING:
         torch.cuda.empty_cache()
 
@@ -147,7 +147,7 @@ class Graphs:
 
         Args:
             key: stands for everything that ``function`` does besides reading ``inputs``.
-            function: of tensors, or None, to tensors of the same shapes each time; it may not wait for the device.
+            function: maps tensors, or None, to tensors of the same shapes each time; it may not wait for the device.
             inputs: one for each of its arguments.
 
         Yields:
@@ -217,3 +217,29 @@ class Graphs:
                 output.copy_(result)
 
         return self._record(into_outputs), outputs
+
+
+class GraphsOfWeights:
+    """Graphs of one part of the model, which have its weights in them: made anew whenever the weights change."""
+
+    def __init__(self, recorder: Recorder | None) -> None:
+        self._recorder = recorder
+        self._lock = threading.Lock()
+        self._graphs: Graphs | None = None
+        self._recorded_with: Hashable = None
+
+    def now(self, device: torch.device, weights: Hashable, forget: Callable[[], None] | None = None) -> Graphs:
+        """Return the graphs for ``weights``; ``forget`` is called when there are none of them yet."""
+        with self._lock:
+            if self._graphs is None or weights != self._recorded_with:
+                if self._graphs is not None:
+                    self._graphs.clear()
+                if forget is not None:
+                    forget()
+                self._graphs, self._recorded_with = Graphs(device, self._recorder), weights
+            return self._graphs
+
+    def reset(self) -> None:
+        """Record everything anew at its next use."""
+        with self._lock:
+            self._recorded_with = None

@@ -1,4 +1,4 @@
-"""Prompts decoded by the official calls of the prompt encoder and the mask decoder, which reach all in there."""
+"""Decode prompts by the official calls of the prompt encoder and the mask decoder, which run every hook in them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def call_modules(
     """Decode P prompts on one image as ``segment_anything`` does, or ``sam2``, by one call of each module.
 
     Args:
-        prompt_encoder, mask_decoder: of any class that has the official ``forward``, and ``get_dense_pe``.
-        features: of the image, one row.
+        prompt_encoder, mask_decoder: modules of any class with the official ``forward``, and ``get_dense_pe``.
+        features: the features of the image, one row.
         points: coordinates [P, N, 2] in the input frame and labels [P, N].
         boxes: [P, 4] in the input frame.
         mask_inputs: [P, 1, 4h, 4w] low-resolution logits.
         multimask_output: three masks per prompt instead of one.
-        layout: of the model; with ``BOX_FIRST`` the calls are those of ``sam2``.
+        layout: the model's token order; with ``BOX_FIRST`` the calls are those of ``sam2``.
     """
     sparse, dense = prompt_encoder(points=points, boxes=boxes, masks=mask_inputs)
     inputs = {

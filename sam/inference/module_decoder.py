@@ -17,7 +17,7 @@ from .parts import Model
 
 @dataclass(frozen=True)
 class MadeMasks:
-    """P prompts whose M masks are made already: by modules that cannot be asked for a half.
+    """P prompts whose M masks are made already, by modules whose ``forward`` cannot be split in two.
 
     Attributes:
         logits: [P, M, h, w], the single mask first.
@@ -53,7 +53,7 @@ def decode_by_modules(
 
 
 def join(answers: Sequence[DecodedMasks], dtype: torch.dtype) -> DecodedMasks:
-    """Put answers one below the other, in ``dtype``."""
+    """Concatenate answers, in ``dtype``."""
 
     def joined(parts: tuple[Tensor, ...]) -> Tensor:
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)

@@ -95,7 +95,7 @@ class PackedAttention:
 
     Attributes:
         q, k, v, out: the projections.
-        num_heads: of the attention.
+        num_heads: heads of the attention.
         value: ``v`` as an operand, where its weights are known.
     """
 
@@ -108,7 +108,7 @@ class PackedAttention:
 
     @property
     def can_absorb(self) -> bool:
-        """True where all projections are known weights, which the tokens can carry."""
+        """Return whether all projections are plain linear layers, which the tokens can absorb."""
         return all(type(projection) is Linear for projection in (self.q, self.k, self.v, self.out))
 
 
@@ -132,13 +132,13 @@ class PackedBlock:
 
     @property
     def can_absorb(self) -> bool:
-        """True where the projections between tokens and image can be absorbed, and the image's norm fused."""
+        """Return whether the projections between tokens and image can be absorbed, and the image's norm fused."""
         return self.image_norm is not None and self.token_to_image.can_absorb and self.image_to_token.can_absorb
 
 
 @dataclass(frozen=True)
 class Stability:
-    """By what a single mask stays, or gives way to the alternative of the best predicted IoU.
+    """Thresholds by which an unstable single mask is replaced by the alternative of the best predicted IoU.
 
     Attributes:
         delta: logits by which the threshold is moved.
@@ -154,22 +154,22 @@ class PackedDecoder:
     """All that the fused mask decoder reads of the weights of one generation.
 
     Attributes:
-        generation: of the decoder (:func:`sam.inference.eligibility.look`).
+        generation: the decoder's generation (:func:`sam.inference.eligibility.look`).
         output_tokens: [1 + M, C], or one more with an object score, the decoder's own.
         positions: where they stand.
-        blocks, final_attn, norm_final_attn: of the transformer.
+        blocks, final_attn, norm_final_attn: the layers of the transformer.
         can_absorb: the projections of the image can be absorbed into the tokens.
         predict_iou: the head [P, C] -> [P, M].
         predict_object_scores: the head [P, C] -> [P, 1]; None where the decoder has none.
-        stability: by which a single mask stays; None where it always does.
+        stability: thresholds that replace an unstable single mask; None where it always stays.
         takes_high_res: the upscaling adds features of finer grids.
         upscaling: both transposed convolutions as matrices; None where a user changed ``output_upscaling``.
         upscale: ``output_upscaling`` itself, and the features that it adds.
-        upscaling_eps: of its norm.
+        upscaling_eps: epsilon of the upscaling's norm.
         hypernetworks: weights [masks, in, out] and biases [masks, 1, out] of each layer, by the masks' first index and
             the one behind their last; of the single mask, of the others, and of all.
         mask_mlps: the M hypernetworks themselves.
-        logits_dtype: of logits and predicted IoU, at least fp32.
+        logits_dtype: dtype of logits and predicted IoU, at least fp32.
     """
 
     generation: int

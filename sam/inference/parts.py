@@ -31,7 +31,7 @@ class FusedParts:
         prompt_encoder: the module; its weights are read as they are.
         image_pe: its encoding of the grid, [1, C, h, w].
         packed: the mask decoder.
-        generation: of both; None where autograd records and nothing is kept.
+        generation: the generation of both; None where autograd records and nothing is kept.
     """
 
     prompt_encoder: PromptEncoder
@@ -51,7 +51,7 @@ class DecoderRuntime(Protocol):
     def compiles_encoder(self) -> bool: ...
 
     def run(
-        self, parts: FusedParts, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask: bool
+        self, parts: FusedParts, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
     ) -> AbstractContextManager[DecodedMasks | None]: ...
 
 

@@ -59,9 +59,9 @@ def check_embedding(model: Model, embedding: ImageEmbedding) -> None:
         )
     sizes = features_sizes(model)
     if sizes is not None:
-        expected, found = [[1, *size] for size in sizes], [list(x.shape) for x in embedding.ready().maps]
-        if found != expected:
-            raise ValueError(f"this model's features are {_listed(expected)}, got {_listed(found)}")
+        expected, actual = [[1, *size] for size in sizes], [list(x.shape) for x in embedding.ready().maps]
+        if actual != expected:
+            raise ValueError(f"this model's features are {_listed(expected)}, got {_listed(actual)}")
     if embedding.geometry.image_size != model.image_size:
         raise ValueError(
             f"the embedding is of an image of {embedding.geometry.image_size} px, the model takes {model.image_size} px"

@@ -1,4 +1,4 @@
-"""The runtime of one model: which request runs as what."""
+"""The runtime of one model: runs requests compiled, as CUDA graphs or eagerly."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
@@ -17,29 +17,27 @@ from torch import Tensor, nn
 
 from ..embedding import ImageEmbedding, ImageProjections, channels_last
 from ..masks.results import DecodedMasks
-from ..modeling.common import is_ours, uncompiled
+from ..modeling.common import is_stock_class, uncompiled
 from ..modeling.feature_pyramid import ImageEncoder
 from ..modeling.weight_cache import WeightCache
 from ..prompts.batch import PromptBatch
 from ..prompts.labels import LABEL_ABSENT
 from . import fused_decoder
-from .buckets import Bucket, Limits, as_table
+from .buckets import Bucket, Limits, as_table, pad_to_bucket
+from .compilation import compiled_block, many_graphs
 from .decode import image_projections
 from .eligibility import PARTS, look
 from .fused_encoder import run_block
 from .fused_hiera import run_grid_block
-from .graphs import Graphs, Recorder, StackedInput
+from .graphs import GraphsOfWeights, Recorder, StackedInput
 from .packed_weights import pack_decoder
 from .parts import FusedParts, Model, features_sizes
 
 logger = logging.getLogger("sam")
 
 _MAX_PADDED_IMAGES = 8
-_MAX_COMPILED_GRAPHS = 256
-# Of a graph. The image side of a prompt is 2 MB in bf16 and image_count are alive: a pool for more would be gigabytes.
+# Limits of a graph: the image side of a prompt is 2 MB in bf16, and a pool for more of them would be gigabytes.
 _REPLAYED = {"images": 16, "prompts": 32}
-
-
 _KINDS = {kind for kinds in PARTS.values() for kind in kinds}
 
 
@@ -49,32 +47,6 @@ class WarmupStep:
 
     what: str
     seconds: float
-
-
-class _GraphsOfWeights:
-    """Graphs of one part of the model, which have its weights in them: made anew whenever the weights change."""
-
-    def __init__(self, recorder: Recorder | None) -> None:
-        self._recorder = recorder
-        self._lock = threading.Lock()
-        self._graphs: Graphs | None = None
-        self._recorded_with: Hashable = None
-
-    def now(self, device: torch.device, weights: Hashable, forget: Callable[[], None] | None = None) -> Graphs:
-        """Return the graphs for ``weights``; ``forget`` is called when there are none of them yet."""
-        with self._lock:
-            if self._graphs is None or weights != self._recorded_with:
-                if self._graphs is not None:
-                    self._graphs.clear()
-                if forget is not None:
-                    forget()
-                self._graphs, self._recorded_with = Graphs(device, self._recorder), weights
-            return self._graphs
-
-    def reset(self) -> None:
-        """Record everything anew at its next use."""
-        with self._lock:
-            self._recorded_with = None
 
 
 class Runtime:
@@ -97,14 +69,14 @@ class Runtime:
         self._first_use: dict[Bucket, float] = {}
         self._warned: set[str] = set()
         self._recorder = recorder
-        self._decoder_graphs, self._encoder_graphs = _GraphsOfWeights(recorder), _GraphsOfWeights(recorder)
+        self._decoder_graphs, self._encoder_graphs = GraphsOfWeights(recorder), GraphsOfWeights(recorder)
         self.compiles_encoder = compile_encoder and any(
-            is_ours(model.image_encoder, kind) for kind in PARTS["image_encoder"]
+            is_stock_class(model.image_encoder, kind) for kind in PARTS["image_encoder"]
         )
 
     @cached_property
     def _run_block(self) -> Callable[..., Tensor] | None:
-        """A block of the image encoder, compiled; None where none is."""
+        """Return the function that runs a compiled block of the image encoder; None where none is compiled."""
         if not self.compiles_encoder:
             return None
         is_hiera = isinstance(uncompiled(self._model.image_encoder), ImageEncoder)
@@ -202,8 +174,8 @@ class Runtime:
         replayed: its kernels are shorter than the host takes to launch them. Larger batches run eagerly.
 
         Args:
-            encode: of pixels and a compiled block, or None, by the weights of ``parts`` and nothing else that may
-                change.
+            encode: a function of pixels and a compiled block, or None; it may read the weights of ``parts`` and
+                nothing else that may change.
             pixels: normalised.
             parts: parts of the model.
 
@@ -227,7 +199,7 @@ class Runtime:
 
     @contextmanager
     def run(
-        self, parts: FusedParts, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask: bool
+        self, parts: FusedParts, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, multimask_output: bool
     ) -> Iterator[DecodedMasks | None]:
         """Decode at most a chunk of prompts, and hold the outputs for the length of the context.
 
@@ -236,25 +208,25 @@ class Runtime:
         Args:
             parts: the model's, as they are now.
             embeddings, batch: the prompts and their images.
-            multimask: three masks per prompt instead of one.
+            multimask_output: three masks per prompt instead of one.
 
         Yields:
             the answer to the padded batch, which the next request overwrites; None where no bucket fits.
         """
-        bucket = self._bucket_of(len(embeddings), batch, multimask)
+        bucket = self._bucket_of(len(embeddings), batch, multimask_output)
         if bucket is None:
             yield None
             return
         kernels = self._model.resolved_kernels
         image = self._image_inputs(parts, embeddings, bucket)
-        prompts = _padded(batch, bucket)
+        prompts = pad_to_bucket(batch, bucket)
 
         if not self.replays:
             tensors = [None if stacked is None else stacked.tensors[0] for stacked in image]
             with nullcontext() if bucket in self._first_use else self._lock:  # one thread compiles
                 start = time.perf_counter()
                 with many_graphs():
-                    outputs = self._compiled(*tensors, *prompts, multimask=multimask, kernels=kernels)
+                    outputs = self._compiled(*tensors, *prompts, multimask_output=multimask_output, kernels=kernels)
                 self._first_use.setdefault(bucket, time.perf_counter() - start)
             yield DecodedMasks(*outputs)
             return
@@ -263,7 +235,9 @@ class Runtime:
         graphs = self._decoder_graphs.now(self._model.device, generation, forget=self._first_use.clear)
         with graphs.run(
             bucket,
-            lambda *tensors: self._decode_padded(*tensors, multimask=multimask, kernels=kernels, parts=parts),
+            lambda *tensors: self._decode_padded(
+                *tensors, multimask_output=multimask_output, kernels=kernels, parts=parts
+            ),
             [*image, *(None if tensor is None else StackedInput.of(tensor) for tensor in prompts)],
         ) as (outputs, seconds):
             if seconds is not None:
@@ -274,7 +248,7 @@ class Runtime:
 
     @property
     def replays(self) -> bool:
-        """Tell whether the decoder runs as graphs and not compiled."""
+        """Return whether the decoder runs as graphs and not compiled."""
         return self._recorder is not None or self._model.device.type == "cuda"
 
     def _settings(self) -> Hashable:
@@ -320,13 +294,13 @@ class Runtime:
 
     # Both --------------------------------------------------------------------------------------------------
 
-    def _bucket_of(self, images: int, batch: PromptBatch, multimask: bool) -> Bucket | None:
+    def _bucket_of(self, images: int, batch: PromptBatch, multimask_output: bool) -> Bucket | None:
         model = self._model
         eager = torch.is_grad_enabled() or torch.is_autocast_enabled(model.device.type)
         if len(batch) == 0 or (self.replays and eager):
             return None
         with_masks = batch.mask_inputs is not None
-        fit = self.limits.fit(images, len(batch), batch.labels.shape[1], multimask, with_masks, model.dtype)
+        fit = self.limits.fit(images, len(batch), batch.labels.shape[1], multimask_output, with_masks, model.dtype)
         if isinstance(fit, Bucket):
             return fit
         if fit not in self._warned:  # once: such a request runs, slower
@@ -348,7 +322,7 @@ class Runtime:
         masks: Tensor | None,
         image_index: Tensor | None,
         *,
-        multimask: bool,
+        multimask_output: bool,
         kernels: str,
         parts: FusedParts | None = None,
     ) -> tuple[Tensor, ...]:
@@ -361,7 +335,7 @@ class Runtime:
         projections = [tensor for tensor in (keys, k, v, q) if tensor is not None]
         decoded = fused_decoder.decode_tokens(
             packed,
-            image_pe if features is None else features,  # of which only the grid is read beside ``projections``
+            image_pe if features is None else features,  # beside ``projections`` only its grid is read
             image_pe,
             encoder.embed_tokens(coords, labels),
             dense,
@@ -371,7 +345,7 @@ class Runtime:
             high_res=[level for level in (fine, coarse) if level is not None],
             kernels=kernels,
         )
-        answer = fused_decoder.choose_masks(decoded, multimask, kernels=kernels)
+        answer = fused_decoder.choose_masks(decoded, multimask_output, kernels=kernels)
         return answer if decoded.object_scores is None else (*answer, decoded.object_scores[:, 0])
 
     @cached_property
@@ -382,39 +356,3 @@ class Runtime:
         """Wait for this thread's stream: waiting for the whole device could break another thread's capture."""
         if self._model.device.type == "cuda":
             torch.cuda.current_stream(self._model.device).synchronize()
-
-
-def _padded(batch: PromptBatch, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Pad to a bucket's sizes: coordinates in fp32, labels, mask inputs and image index."""
-    prompts, tokens = bucket.prompts - len(batch), bucket.tokens - batch.labels.shape[1]
-
-    def pad(tensor: Tensor, edges: tuple[int, ...], value: float = 0) -> Tensor:
-        return F.pad(tensor, edges, value=value) if any(edges) else tensor
-
-    masks, index = batch.mask_inputs, None
-    if bucket.images > 1:
-        assert batch.image_index is not None
-        index = pad(batch.image_index, (0, prompts))
-    return (
-        pad(batch.coords.to(torch.float32), (0, 0, 0, tokens, 0, prompts)),
-        pad(batch.labels, (0, tokens, 0, prompts), LABEL_ABSENT),
-        None if masks is None else pad(masks, (0, 0, 0, 0, 0, 0, 0, prompts)),
-        index,
-    )
-
-
-def compiled_block(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile what runs a block of an image encoder: each kind at its first use, which others of its kind share.
-
-    It is called within :func:`many_graphs`.
-    """
-    return torch.compile(run, fullgraph=True, dynamic=False)
-
-
-def many_graphs() -> AbstractContextManager[None]:
-    """Let torch compile a graph for each bucket and kind of block, where it gives up after eight of a function.
-
-    The limit is one of the thread, so it is raised around every call that may compile, and nobody else's changes.
-    """
-    config = torch._dynamo.config
-    return config.patch(recompile_limit=max(config.recompile_limit, _MAX_COMPILED_GRAPHS))

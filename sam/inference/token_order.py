@@ -13,7 +13,7 @@ from fastsam_kernels.windows import Region, regions
 
 
 class Order(NamedTuple):
-    """How the tokens [T, C] of one image lie: region by region, and in each window by window.
+    """The order of the tokens [T, C] of one image: region by region, and in each window by window.
 
     Attributes:
         size: (height, width) of the grid.
@@ -32,12 +32,12 @@ class Order(NamedTuple):
         return Order((self.size[0] // 2, self.size[1] // 2), self.window // 2)
 
     def from_grid(self, grid: Tensor) -> Tensor:
-        """[1, H, W, C] -> [T, C]."""
+        """Reorder a grid [1, H, W, C] into tokens [T, C]."""
         parts = [region.cut(grid).transpose(2, 3).reshape(-1, grid.shape[-1]) for region in self.regions]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def to_grid(self, tokens: Tensor) -> Tensor:
-        """[T, C] -> [1, H, W, C]."""
+        """Restore the grid [1, H, W, C] of tokens [T, C]."""
         grid, start = tokens.new_empty((1, *self.size, tokens.shape[-1])), 0
         for region in self.regions:
             target = region.cut(grid).transpose(2, 3)
@@ -64,7 +64,7 @@ class Level(NamedTuple):
 
     @classmethod
     def of(cls, grid: Tensor, window: int) -> Level:
-        """Return tokens [B, H, W, C] in the order that a CPU wants of one image, or as they are."""
+        """Return tokens [B, H, W, C] as a level, in the order of windows for one image on a CPU."""
         if grid.device.type != "cpu" or len(grid) > 1:
             return cls(grid, None)
         order = Order((grid.shape[1], grid.shape[2]), window)

@@ -52,10 +52,10 @@ class MaskFormat:
     """One form of masks.
 
     Attributes:
-        name: of requests, options and arguments.
+        name: the name in requests, options and arguments.
         description: a few words for a list of formats.
-        suffix: of a file that holds it.
-        media_type: of an answer that holds it. :data:`JSON`: the masks stand in a document, one value per mask.
+        suffix: suffix of a file that holds it.
+        media_type: media type of an answer that holds it; :data:`JSON` if masks are values of a document.
         encode: Return the bytes of one file; with media type :data:`JSON`, a list of one JSON value per mask.
         needs_pixels: masks are decoded, so the work grows with their pixels; otherwise only with their runs.
         best_only: it has room for one mask per prompt.
@@ -71,7 +71,7 @@ class MaskFormat:
 
     @property
     def is_json(self) -> bool:
-        """Tell whether the masks stand in a JSON document, one value per mask."""
+        """Return whether the masks are part of a JSON document, one value per mask."""
         return self.media_type == JSON
 
 

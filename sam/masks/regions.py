@@ -13,7 +13,7 @@ def label_regions(masks: Tensor, kernels: str = "auto") -> tuple[Tensor, Tensor]
 
     Args:
         masks: [N, H, W] bool.
-        kernels: of :func:`fastsam_kernels.connected_components`.
+        kernels: as for :func:`fastsam_kernels.connected_components`.
 
     Returns:
         labels [N, H, W] int32, 0 outside the mask, and the pixels of every label, [N, H * W + 1] int32.
@@ -50,7 +50,7 @@ def remove_small_regions(
         masks: [N, H, W] bool.
         area_threshold: in pixels.
         mode: "holes" or "islands".
-        kernels: of :func:`fastsam_kernels.connected_components`.
+        kernels: as for :func:`fastsam_kernels.connected_components`.
 
     Returns:
         the masks [N, H, W], and which of them changed, [N] bool.

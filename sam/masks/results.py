@@ -11,7 +11,7 @@ from ..system.tensors import compact
 
 
 class DecodedMasks(NamedTuple):
-    """What the mask decoder answers to P prompts; C is 3 with ``multimask_output``, else 1.
+    """The mask decoder's outputs for P prompts; C is 3 with ``multimask_output``, else 1.
 
     Attributes:
         logits: [P, C, h, w] of low resolution, fp32 at least.

@@ -1,4 +1,4 @@
-"""Building models from a configuration, with or without weights."""
+"""Builders of models from a configuration, with or without weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def build_from_config(config: SamConfig | Sam2Config) -> Sam | SAM2Base:
 
 
 def _of_images_alone(model: SAM2Base) -> SAM2Base:
-    """Take the parts off a model that only tracking uses."""
+    """Delete the parts of a model that only tracking uses."""
     for name in (
         *("memory_attention", "memory_encoder", "mask_downsample", "maskmem_tpos_enc", "no_mem_pos_enc"),
         *("no_obj_ptr", "no_obj_embed_spatial", "obj_ptr_proj", "obj_ptr_tpos_proj"),
@@ -154,7 +154,7 @@ def _build_memory_encoder(config: Sam2Config) -> MemoryEncoder:
 
 
 class _SkipInit(TorchFunctionMode):
-    """Leaves new tensors as they are. Drawing on the meta device would import half of torch, for nothing."""
+    """Skips random initialisation, which on the meta device would only import half of torch."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -168,6 +168,6 @@ def build_empty(config: SamConfig) -> Sam: ...
 @overload
 def build_empty(config: Sam2Config) -> SAM2Base: ...
 def build_empty(config: SamConfig | Sam2Config) -> Sam | SAM2Base:
-    """A model of shapes only, on the meta device."""
+    """Build a model of shapes only, on the meta device."""
     with torch.device("meta"), _SkipInit():
         return build_from_config(config)

@@ -23,7 +23,7 @@ class MLPBlock(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """True when every token goes through by itself: no stand-in for a linear, an activation of each value."""
+        """Return whether each token passes by itself: plain linear layers and an elementwise activation."""
         linears = type(self.lin1) is type(self.lin2) is nn.Linear
         return linears and type(self.act) in (nn.GELU, nn.ReLU)
 
@@ -108,14 +108,14 @@ _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_chec
 
 
 def unwrapped_name(name: str) -> str:
-    """The name of a weight in the model as it was before torch compiled or wrapped it or parts of it."""
+    """Return the name that a weight had before torch compiled or wrapped the model or parts of it."""
     return _WRAPPERS.sub("", name)
 
 
-def is_ours(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` is of a class of this package as it is, compiled or not, and so takes ``kernels``.
+def is_stock_class(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether ``module``, compiled or not, is exactly a ``kind`` without a ``forward`` of its own.
 
-    What a user put in its place, a subclass or another ``forward`` is called as the official code calls it.
+    Only such modules take ``kernels``; others are called as the official code calls them.
     """
     module = uncompiled(module)
     return type(module) is kind and "forward" not in module.__dict__

@@ -53,13 +53,13 @@ class ImageEncoder(WeightCache):
 
 
 class FpnNeck(nn.Module):
-    """Project each stage to ``d_model`` channels; add the upsampled next coarser map where that is asked for.
+    """Project each stage to ``d_model`` channels; add the upsampled next coarser map to some levels.
 
     Args:
         position_encoding: gives the positions of a map.
         d_model: channels of all maps.
         backbone_channel_list: channels of the stages, the coarsest first.
-        kernel_size, stride, padding: of the projections.
+        kernel_size, stride, padding: options of the projections' convolutions.
         fpn_interp_model: how a coarser map is upsampled.
         fuse_type: "sum", or "avg" of the two.
         fpn_top_down_levels: the levels that get the coarser one added; by default all.

@@ -32,12 +32,12 @@ class Hiera(nn.Module):
     """Encode normalised pixels [B, 3, H, W] as one map [B, C, h, w] per stage, at strides 4, 8, 16 and 32.
 
     Args:
-        embed_dim, num_heads: of the first stage.
-        drop_path_rate: of the last block while training; it grows linearly from 0.
+        embed_dim, num_heads: channels and heads of the first stage.
+        drop_path_rate: probability to drop the last block while training; it grows linearly from 0.
         q_pool: how many stages begin with a block that pools.
-        q_stride: by which it pools.
+        q_stride: stride of that pooling, (rows, columns).
         stages: blocks per stage.
-        dim_mul, head_mul: by which channels and heads grow from stage to stage.
+        dim_mul, head_mul: factors by which channels and heads grow from stage to stage.
         window_pos_embed_bkg_spatial_size: (height, width) of the position table that is stretched over the image.
         window_spec: side of a stage's windows, in tokens. The first block of a stage still has the window before.
         global_att_blocks: the blocks that attend to the whole image.
@@ -131,7 +131,7 @@ class Hiera(nn.Module):
         return outputs
 
     def get_layer_id(self, layer_name: str) -> int:
-        """Return by how many blocks the weight ``layer_name`` stands above the pixels, for decaying learning rates."""
+        """Return the number of blocks up to the weight ``layer_name``, for learning rates that decay by layer."""
         if "rel_pos" not in layer_name:
             if "pos_embed" in layer_name or "patch_embed" in layer_name:
                 return 0
@@ -226,7 +226,7 @@ class MultiScaleAttention(nn.Module):
 
 
 def do_pool(x: Tensor, pool: nn.Module | None, norm: nn.Module | None = None) -> Tensor:
-    """Pool [B, H, W, C], and normalise the result; ``x`` itself without a ``pool``."""
+    """Pool [B, H, W, C] and normalise the result; return ``x`` itself without a ``pool``."""
     if pool is None:
         return x
     x = pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -1,4 +1,4 @@
-"""The hash of what a model computes: the values of its weights, and the constants of its modules."""
+"""The hash of a model: the values of its weights, and the constants of its modules."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _architecture(model: nn.Module) -> Iterable[str]:
 
 
 def _constants(module: nn.Module) -> str:
-    """Return what ``module`` computes with besides weights: its constants for TorchScript, or else what it prints."""
+    """Return the settings of ``module`` besides weights: its TorchScript constants, or else its ``extra_repr``."""
     names = getattr(module, "__constants__", None)
     if names is None:
         return module.extra_repr()

@@ -15,12 +15,12 @@ from .weight_cache import WeightCache
 
 
 class OutputTokens(NamedTuple):
-    """Where the decoder's own tokens stand, which come before those of a prompt.
+    """Positions of the decoder's own tokens, which come before those of a prompt.
 
     Attributes:
         iou: index of the token of the predicted IoU.
-        masks: those of the masks, the single mask first.
-        total: how many there are.
+        masks: slice of the mask tokens, the single mask first.
+        total: number of the decoder's own tokens.
         object_score: index of the token of the object score; None without ``pred_obj_scores``.
     """
 
@@ -56,7 +56,7 @@ class MaskDecoder(WeightCache):
         transformer: the two-way transformer.
         num_multimask_outputs: masks for an ambiguous prompt.
         activation: in the upscaling.
-        iou_head_depth, iou_head_hidden_dim: of the MLP that predicts the IoU.
+        iou_head_depth, iou_head_hidden_dim: layers and width of the MLP that predicts the IoU.
         use_high_res_features: the upscaling adds two feature maps of a finer grid.
         iou_prediction_use_sigmoid: the predicted IoU goes through a sigmoid.
         dynamic_multimask_via_stability: in eval mode, replace an unstable single mask by the alternative of the
@@ -183,7 +183,7 @@ class MaskDecoder(WeightCache):
         dense_prompt_embeddings: Tensor,
         high_res_features: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As ``forward``, of all masks: logits [P, 4, 4h, 4w] and predicted IoU [P, 4], the single mask first.
+        """Predict all masks: logits [P, 4, 4h, 4w] and predicted IoU [P, 4], the single mask first.
 
         Every module is called as officially, so hooks, adapters and other modules in their places count.
         """
@@ -208,8 +208,8 @@ class MaskDecoder(WeightCache):
             dense_prompt_embeddings=dense_prompt_embeddings,
         )
         if len(high_res_features or ()) != 2 * self.use_high_res_features:
-            wanted = "two" if self.use_high_res_features else "no"
-            raise ValueError(f"this mask decoder takes {wanted} high_res_features, got {len(high_res_features or ())}")
+            number = "two" if self.use_high_res_features else "no"
+            raise ValueError(f"this mask decoder takes {number} high_res_features, got {len(high_res_features or ())}")
         tokens, grid = self._tokens(sparse_prompt_embeddings), image_embeddings.shape[-2:]
         source = image_embeddings + dense_prompt_embeddings.to(image_embeddings.dtype)
         # A sum and no comparison, so that a traced graph serves any number of prompts.
@@ -270,7 +270,7 @@ class MaskDecoder(WeightCache):
 
     @property
     def output_tokens(self) -> OutputTokens:
-        """Where the decoder's own tokens stand among the tokens of a prompt."""
+        """Return the positions of the decoder's own tokens among the tokens of a prompt."""
         iou = int(self.pred_obj_scores)
         total = iou + 1 + self.num_mask_tokens
         return OutputTokens(iou, slice(iou + 1, total), total, 0 if self.pred_obj_scores else None)

@@ -196,7 +196,7 @@ class MemoryAttention(WeightCache):
         memory_pos: Tensor | None = None,
         num_obj_ptr_tokens: int = 0,
     ) -> Tensor:
-        """Let a frame learn from memories.
+        """Attend from a frame to itself and to memories, layer by layer.
 
         Args:
             curr: [N, B, C] of the frame, or a list of one such.

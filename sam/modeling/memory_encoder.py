@@ -17,7 +17,7 @@ class MaskDownSampler(nn.Module):
 
     Args:
         embed_dim: channels of the result.
-        kernel_size, stride, padding: of each convolution; channels grow by ``stride`` squared.
+        kernel_size, stride, padding: options of each convolution; channels grow by ``stride`` squared.
         total_stride: a power of ``stride``.
         activation: after each norm.
     """
@@ -54,9 +54,9 @@ class CXBlock(nn.Module):
 
     Args:
         dim: channels.
-        kernel_size, padding: of the first convolution.
+        kernel_size, padding: options of the first convolution.
         drop_path: drops the block's addition to a sample while training.
-        layer_scale_init_value: by which the addition is scaled at first, per channel; 0 for no such weights.
+        layer_scale_init_value: initial scale of the residual, per channel; 0 for no such weights.
         use_dwconv: the first convolution does not mix channels.
     """
 
@@ -87,7 +87,7 @@ class CXBlock(nn.Module):
 
 
 class Fuser(nn.Module):
-    """``num_layers`` copies of ``layer`` on [B, dim, h, w], after a projection where that is asked for."""
+    """``num_layers`` copies of ``layer`` on [B, dim, h, w], after an optional projection."""
 
     def __init__(self, layer: nn.Module, num_layers: int, dim: int | None = None, input_projection: bool = False):
         super().__init__()

@@ -17,7 +17,7 @@ class PositionEmbeddingSine(nn.Module):
 
     Args:
         num_pos_feats: channels, half of them of the rows.
-        temperature: of the frequencies.
+        temperature: base of the frequencies.
         normalize: scale positions to 0..``scale``.
         scale: 2 pi by default.
         warmup_cache, image_size, strides: taken and not used; the grids are made at their first use.

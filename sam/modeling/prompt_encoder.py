@@ -65,7 +65,7 @@ class PromptEncoder(WeightCache):
         return self.pe_layer(self.image_embedding_size)[None] if packed is None else packed
 
     def embed_tokens(self, coords: Tensor, labels: Tensor) -> Tensor:
-        """Sparse tokens of labelled points.
+        """Return the sparse tokens of labelled points.
 
         Args:
             coords: [P, S, 2] (x, y) in pixels of the padded input.
@@ -154,7 +154,7 @@ class PositionEmbeddingRandom(Fp32Buffers):
         return torch.promote_types(self.positional_encoding_gaussian_matrix.dtype, torch.float32)
 
     def _pe_encoding(self, coords: Tensor) -> Tensor:
-        """[..., 2] coordinates in [0, 1] -> [..., 2 * num_pos_feats]."""
+        """Encode coordinates [..., 2] in [0, 1] as [..., 2 * num_pos_feats]."""
         matrix = self.positional_encoding_gaussian_matrix.to(self._dtype)
         coords = 2 * coords.to(self._dtype) - 1
         # Written out, not a matmul: autocast and TF32 would round the coordinates.
@@ -162,7 +162,7 @@ class PositionEmbeddingRandom(Fp32Buffers):
         return torch.cat([phase.sin(), phase.cos()], dim=-1)
 
     def forward(self, size: tuple[int, int]) -> Tensor:
-        """Encoding of the centres of a grid of ``size`` (height, width): [2 * num_pos_feats, height, width]."""
+        """Encode the centres of a grid of ``size`` (height, width) as [2 * num_pos_feats, height, width]."""
         height, width = size
         device = self.positional_encoding_gaussian_matrix.device
         y = (torch.arange(height, device=device, dtype=self._dtype) + 0.5) / height
@@ -171,7 +171,7 @@ class PositionEmbeddingRandom(Fp32Buffers):
         return self._pe_encoding(centres).permute(2, 0, 1)
 
     def forward_with_coords(self, coords_input: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """Encoding of [P, S, 2] (x, y) pixels in an image of ``image_size`` (height, width)."""
+        """Encode points [P, S, 2] (x, y) in pixels of an image of ``image_size`` (height, width)."""
         height, width = image_size
         x, y = coords_input.unbind(-1)
         return self._pe_encoding(torch.stack([x / width, y / height], dim=-1))

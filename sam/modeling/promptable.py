@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class PromptableModel(WeightCache, Fp32Buffers):
-    """What all Segment Anything models share: an image encoder, a prompt encoder and a mask decoder.
+    """The base of all Segment Anything models: an image encoder, a prompt encoder and a mask decoder.
 
     ``encode`` and ``predict`` work on handles that can be kept, and on prompts of any number and kind for any number
     of images. Both may be called from many threads.
@@ -86,7 +86,7 @@ class PromptableModel(WeightCache, Fp32Buffers):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the image encoder and the mask decoder; prompts are always encoded in fp32 at least."""
+        """Return the dtype of the image encoder and the mask decoder; prompts are always encoded in fp32 at least."""
         weight = getattr(getattr(self.mask_decoder, "iou_token", None), "weight", None)
         return weight.dtype if isinstance(weight, Tensor) else next(self.parameters()).dtype
 
@@ -111,14 +111,14 @@ class PromptableModel(WeightCache, Fp32Buffers):
 
     @property
     def resolved_kernels(self) -> str:
-        """What ``kernels`` means for the encoder and the decoder where the model is now."""
+        """Return the implementation that ``kernels`` selects for the encoder and the decoder on the model's device."""
         kind = self.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
         return resolve_kernels(self._kernels, self.device, dtype)
 
     @property
     def model_hash(self) -> str | None:
-        """32 hex digits that tell these weights, this dtype and this architecture from any other.
+        """Return 32 hex digits that identify these weights, this dtype and this architecture.
 
         None where weights are no plain tensors, like quantised ones. The values and the modules count, not what wraps
         them, nor how the model was made or what its config calls it: a compiled model and one put together by hand
@@ -294,12 +294,12 @@ class PromptableModel(WeightCache, Fp32Buffers):
         return decode.decode_masks(self, decoded, multimask_output, rows)
 
     def explain(self) -> str:
-        """Say what runs, one line per part and operation, and what keeps a part from running fused."""
+        """Describe what runs, one line per part and operation, and what keeps a part from running fused."""
         return explain.explain(self)
 
     @property
     def uses_fused_decoder(self) -> bool:
-        """True unless prompts go through the official calls of the prompt encoder and the mask decoder.
+        """Return whether prompts are decoded fused, not by the official calls of prompt encoder and mask decoder.
 
         They do where a user hooked, patched, subclassed or replaced something in there.
         """
@@ -322,23 +322,23 @@ class PromptableModel(WeightCache, Fp32Buffers):
 
     @property
     def known_hash(self) -> str | None:
-        """:attr:`model_hash` as it was last computed: looking at every weight costs more than a click."""
+        """Return :attr:`model_hash` as it was last computed: looking at every weight costs more than a click."""
         entry = self._packed.get("model_hash")
         return entry.value if entry is not None else self.model_hash
 
     @property
     def low_res_size(self) -> tuple[int, int]:
-        """(height, width) of low-resolution logits and of mask inputs."""
+        """Return the (height, width) of low-resolution logits and of mask inputs."""
         side = 4 * self.image_size // 16  # where the prompt encoder is a user's own
         return getattr(self.prompt_encoder, "mask_input_size", (side, side))
 
     @property
     def token_buckets(self) -> tuple[int, ...]:
-        """Lengths that prompts are padded to, so that few shapes run compiled or as graphs."""
+        """Return the lengths that prompts are padded to, so that few shapes run compiled or as graphs."""
         own = getattr(uncompiled(self.mask_decoder), "output_tokens", None)  # a user's own has none
         return buckets.token_buckets(5 if own is None else own.total)
 
     @property
     def prompts_per_chunk(self) -> int:
-        """Prompts that the decoder takes at a time."""
+        """Return the number of prompts that the decoder takes at a time."""
         return device_profile(self.device).prompts_per_chunk

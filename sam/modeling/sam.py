@@ -50,7 +50,7 @@ class Sam(PromptableModel):
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
         config: SamConfig | None = None,
     ) -> None:
-        """``config`` says what the modules were built from; only saving in another layout needs it."""
+        """Assemble the model; ``config`` describes its modules, and only saving in another layout needs it."""
         super().__init__(pixel_mean, pixel_std)
         self.image_encoder = image_encoder
         self.prompt_encoder = prompt_encoder
@@ -59,17 +59,17 @@ class Sam(PromptableModel):
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the square that the image encoder takes."""
+        """Return the side in pixels of the square that the image encoder takes."""
         return self.image_encoder.img_size
 
     @property
     def has_stock_postprocessing(self) -> bool:
-        """True unless a program overrode or patched ``postprocess_masks``, which then makes all masks."""
+        """Return whether ``postprocess_masks`` is this package's; a program's own makes all masks."""
         return _POSTPROCESSING.replaced_in(self) is None
 
     @property
     def has_stock_preprocessing(self) -> bool:
-        """True unless a program overrode or patched ``preprocess``, which then makes every input of the encoder."""
+        """Return whether ``preprocess`` is this package's; a program's own makes every input of the encoder."""
         return _PREPROCESSING.replaced_in(self) is None
 
     def encoder_input(self, pixels: Tensor, image: PreparedImage) -> Tensor:
@@ -87,7 +87,7 @@ class Sam(PromptableModel):
         return super().encoder_input(pixels, image)
 
     def image_features(self, pixels: Tensor) -> ImageFeatures:
-        """What the encoder makes of :meth:`preprocess`'s pixels [B, 3, size, size], by the kernels of this model."""
+        """Encode the pixels [B, 3, size, size] that :meth:`preprocess` returns, by the kernels of this model."""
         if self.runtime is not None and is_stock(self.image_encoder, ImageEncoderViT):
             [features] = self.runtime.image_maps(self._image_maps, pixels, self.image_encoder)
             return ImageFeatures(features)
@@ -154,7 +154,7 @@ class Sam(PromptableModel):
         return outputs
 
     def postprocess_masks(self, masks: Tensor, input_size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:
-        """Low-resolution logits [P, C, h, w] to logits [P, C, original height, original width].
+        """Resize low-resolution logits [P, C, h, w] to [P, C, original height, original width].
 
         Of an ``input_size`` beyond the encoder's square only the square counts, as officially.
         """

@@ -24,7 +24,7 @@ from .transformer import TwoWayTransformer
 
 __all__ = ["NO_OBJ_SCORE", "SAM2Base"]
 
-_MASK_LOGIT = 10.0  # of a mask that is given, inside; minus that outside
+_MASK_LOGIT = 10.0  # logit inside a given mask; minus that outside
 
 
 class SAM2Base(TrackingSteps, PromptableModel):

@@ -82,11 +82,11 @@ class TrackingSteps(nn.Module):
         Args:
             frame_idx: the number of the frame.
             is_init_cond_frame: the objects begin here: no memory is read.
-            current_vision_feats, current_vision_pos_embeds, feat_sizes: of :meth:`_prepare_backbone_features`.
+            current_vision_feats, current_vision_pos_embeds, feat_sizes: from :meth:`_prepare_backbone_features`.
             point_inputs: ``point_coords`` [B, N, 2] in pixels of the square and ``point_labels`` [B, N].
             mask_inputs: [B, 1, H, W] masks that are given.
             output_dict: what earlier frames returned.
-            num_frames: of the video; pointers are timed by it.
+            num_frames: frames of the video; it scales the times of pointers.
             track_in_reverse: the earlier frames are those of higher numbers.
             run_mem_encoder: make the memory.
             prev_sam_mask_logits: [B, 1, h, w] logits of an earlier prediction on this frame, for more clicks.
@@ -167,7 +167,7 @@ class TrackingSteps(nn.Module):
         return current_out, outputs, high_res_features, features
 
     def _use_multimask(self, is_init_cond_frame: bool, point_inputs: Mapping[str, Tensor] | None) -> bool:
-        """Tell whether the heads shall choose among three masks."""
+        """Return whether the heads shall choose among three masks."""
         points = 0 if point_inputs is None else point_inputs["point_labels"].shape[1]
         asks = self.multimask_output_in_sam and (is_init_cond_frame or self.multimask_output_for_tracking)
         return asks and self.multimask_min_pt_num <= points <= self.multimask_max_pt_num
@@ -185,7 +185,7 @@ class TrackingSteps(nn.Module):
         num_frames: int,
         track_in_reverse: bool = False,
     ) -> Tensor:
-        """Return the features [B, C, h, w] of a frame after they learnt from the memories of the others."""
+        """Return the features [B, C, h, w] of a frame, conditioned on the memories of other frames."""
         features, size = current_vision_feats[-1], feat_sizes[-1]
         if self.num_maskmem == 0:
             return _as_map(features, size)
@@ -301,7 +301,7 @@ class TrackingSteps(nn.Module):
         object_score_logits: Tensor,
         current_out: dict[str, Any],
     ) -> None:
-        """Put the memory of a frame into ``current_out``, or None where none is wanted."""
+        """Store the memory of a frame in ``current_out``, or None where no memory is made."""
         features = positions = None
         if run_mem_encoder and self.num_maskmem > 0:
             features, positions = self._encode_new_memory(
@@ -359,7 +359,7 @@ def select_closest_cond_frames(
 
     Args:
         frame_idx: the frame that attends to them.
-        cond_frame_outputs: by frame number.
+        cond_frame_outputs: outputs of conditioning frames, by frame number.
         max_cond_frame_num: at least 2; -1 chooses all.
 
     Returns:
@@ -379,7 +379,7 @@ def select_closest_cond_frames(
 
 
 def _output_of(frame: int, tracked: tuple[Outputs, Outputs]) -> Mapping[str, Any] | None:
-    """Return what a tracked frame returned, or a conditioning one that was not chosen; None where neither did."""
+    """Return the output of a tracked frame, or of a conditioning one that was not chosen; None without either."""
     output = tracked[0].get(frame)
     return tracked[1].get(frame) if output is None else output
 
@@ -394,10 +394,10 @@ def _frame_at(frame_idx: int, distance: int, stride: int, track_in_reverse: bool
 
 
 def _as_map(tokens: Tensor, size: Sequence[int]) -> Tensor:
-    """[h * w, B, C] -> [B, C, h, w]."""
+    """Return tokens [h * w, B, C] as a map [B, C, h, w]."""
     return tokens.permute(1, 2, 0).unflatten(2, tuple(size))
 
 
 def _as_tokens(features: Tensor) -> Tensor:
-    """[B, C, h, w] -> [h * w, B, C]."""
+    """Return a map [B, C, h, w] as tokens [h * w, B, C]."""
     return features.flatten(2).permute(2, 0, 1)

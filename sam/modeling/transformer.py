@@ -18,7 +18,7 @@ class Attention(nn.Module):
     """Multi-head attention whose inner width is ``embedding_dim / downsample_rate``."""
 
     __constants__ = ("internal_dim", "num_heads")
-    dropout_p = 0.0  # of the class too, as pickled official modules have none of their own
+    dropout_p = 0.0  # a default for pickled official modules, which have none of their own
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class Attention(nn.Module):
         dropout: float = 0.0,
         kv_in_dim: int | None = None,
     ) -> None:
-        """``dropout`` of the weights while training, and keys and values of ``kv_in_dim`` channels, are SAM 2's."""
+        """Make the projections; SAM 2 has ``dropout`` of the attention weights, and keys of ``kv_in_dim`` channels."""
         super().__init__()
         self.embedding_dim = embedding_dim
         self.kv_in_dim = embedding_dim if kv_in_dim is None else kv_in_dim
@@ -73,7 +73,7 @@ class TwoWayAttentionBlock(nn.Module):
         skip_first_layer_pe: bool = False,
         numbered_mlp: bool = False,
     ) -> None:
-        """``numbered_mlp`` names the linears of the MLP ``layers.0`` and ``layers.1``, as SAM 2 does."""
+        """Make the layers; ``numbered_mlp`` names the MLP's linears ``layers.0`` and ``layers.1``, as SAM 2 does."""
         super().__init__()
         self.self_attn = Attention(embedding_dim, num_heads)
         self.norm1 = nn.LayerNorm(embedding_dim)
@@ -138,7 +138,7 @@ class TwoWayTransformer(nn.Module):
         self.norm_final_attn = nn.LayerNorm(embedding_dim)
 
     def forward(self, image_embedding: Tensor, image_pe: Tensor, point_embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """Let tokens and image attend to each other.
+        """Run all blocks and the final attention.
 
         Args:
             image_embedding, image_pe: [P, C, h, w].

@@ -1,4 +1,4 @@
-"""Values computed from weights, and what tells that they are stale."""
+"""Values computed from weights, and the detection of stale ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Stale:
     ``_version`` does not tell: fused optimisers leave it as it is.
 
     Attributes:
-        addresses: of the weights' memory, which the value must keep alive so that no other weights get them.
+        addresses: addresses of the weights' memory, which the value must keep alive lest other weights get them.
         is_stale: True from the first step on.
     """
 
@@ -45,7 +45,7 @@ _is_registered = False
 
 
 def _follow(value: Stale) -> None:
-    """Tell ``value`` of optimiser steps; the first call registers the hook, so that an import registers none."""
+    """Mark ``value`` stale at optimiser steps; the first call registers the hook, so that an import registers none."""
     global _is_registered
     with _following:
         if not _is_registered:
@@ -99,7 +99,7 @@ class WeightCache(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._packed: dict[str, _Packed] = {}
-        self._snapshot: Any = None  # of sam.inference.eligibility
+        self._snapshot: Any = None  # a snapshot of sam.inference.eligibility
         self.generation = 0
 
     def _fused(self, *inputs: Any) -> Any:
@@ -129,7 +129,7 @@ class WeightCache(nn.Module):
         return entry.value
 
     def weights_changed(self) -> None:
-        """Pack the weights anew, here and below: after writes that torch does not count."""
+        """Drop all packed values of this module and those in it, after writes that torch does not count."""
         for module in self.modules():
             if isinstance(module, WeightCache):
                 module._drop_packed()
@@ -155,7 +155,7 @@ class WeightCache(nn.Module):
         return {**self.__dict__, "_packed": {}, "_snapshot": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the state of an official module too, which keeps nothing."""
+        """Restore a pickled state, which may be an official module's without a cache."""
         super().__setstate__({"_packed": {}, "_snapshot": None, "generation": 0, **state})
 
 
@@ -192,12 +192,12 @@ def finish(sources: Sequence[Tensor]) -> None:
 
 def weights_of(module: nn.Module) -> list[Tensor]:
     """Return all parameters and buffers of ``module``; every image asks, and ``parameters()`` takes longer."""
-    found: list[Tensor | None] = []
-    left: list[nn.Module | None] = [module]
-    while left:
-        inner = left.pop()
+    tensors: list[Tensor | None] = []
+    pending: list[nn.Module | None] = [module]
+    while pending:
+        inner = pending.pop()
         if inner is not None:
-            found += inner._parameters.values()
-            found += inner._buffers.values()
-            left += inner._modules.values()
-    return [tensor for tensor in found if tensor is not None]
+            tensors += inner._parameters.values()
+            tensors += inner._buffers.values()
+            pending += inner._modules.values()
+    return [tensor for tensor in tensors if tensor is not None]

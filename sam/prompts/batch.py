@@ -61,7 +61,7 @@ class PromptBatch:
         )
 
     def is_of_one_kind(self, layout: PromptLayout) -> bool:
-        """Tell whether one official call takes all prompts: all have as many points, and all or none have a box."""
+        """Return whether one official call takes all prompts: all have as many points, and all or none have a box."""
         if layout is PromptLayout.BOX_FIRST:  # where corners are points
             return not self.ragged
         boxed = (self.labels[:, -1:] == LABEL_BOX_BOTTOM_RIGHT).flatten().tolist()
@@ -96,7 +96,7 @@ class PromptBatch:
             points: coordinates [P, N, 2] and labels [P, N]; with ``BOX_FIRST`` corners of boxes may be among them.
             boxes: [P, 4].
             mask_inputs: [P, 1, h, w]; one mask serves all points, and one set of points all masks.
-            layout: of the model.
+            layout: the model's token order.
 
         Raises:
             ValueError: NaN, infinity, an unknown label or a coordinate too far away in tensors on the CPU.
@@ -127,7 +127,7 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class RaggedChunk:
-    """Some of the prompts of a ragged request, and their positions in it."""
+    """A chunk of the prompts of a ragged request, and their positions in it."""
 
     positions: list[int]
     batch: PromptBatch
@@ -153,7 +153,7 @@ def ragged_chunks(
         prompts: for each image its prompts.
         geometries: one per image.
         prompts_per_chunk: maximum number of prompts per chunk.
-        layout: of the model.
+        layout: the model's token order.
 
     Yields:
         chunks that together hold every prompt once; positions count prompts image by image.

@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class PromptLayout(Enum):
-    """What the tokens of a prompt are, in their order.
+    """The tokens of a prompt, in their order.
 
     ``POINTS_FIRST`` is SAM's, ``BOX_FIRST`` that of SAM 2. A prompt without points and box has no tokens in both.
     """

@@ -1,4 +1,4 @@
-"""How a prompt is written in requests, answers and on command lines: one grammar with its limits and messages.
+"""The grammar of prompts in requests, answers and on command lines, with its limits and messages.
 
 A document is ``{"points": [[x, y], ...], "labels": [1, ...], "box": [x0, y0, x1, y1], "mask_input": reference}``; each
 part may be absent or null, but not all. A reference names a mask of an earlier answer, whose logits stay where they
@@ -15,10 +15,10 @@ from .checks import MAX_COORDINATE
 from .labels import LABEL_BACKGROUND, LABEL_FOREGROUND
 from .prompt import Prompt
 
-IDENTIFIER = "[0-9a-f]{32}"  # of embeddings and results
-MAX_PROMPTS = 1024  # of a request
-MAX_POINTS = 64  # of a prompt
-MAX_MASKS = 16  # of a prompt
+IDENTIFIER = "[0-9a-f]{32}"  # ids of embeddings and results
+MAX_PROMPTS = 1024  # per request
+MAX_POINTS = 64  # per prompt
+MAX_MASKS = 16  # per prompt
 POINT_TEXT, BOX_TEXT = "X,Y[,LABEL]", "X0,Y0,X1,Y1"
 
 
@@ -48,7 +48,7 @@ def from_dict(document: Mapping[str, Any], mask_input: Any = None) -> Prompt:
 
     Args:
         document: its ``mask_input`` is looked up by the caller, who has the logits.
-        mask_input: those logits, [1, h, w].
+        mask_input: the low-resolution logits, [1, h, w].
 
     Raises:
         TypeError: a part is no array of numbers.

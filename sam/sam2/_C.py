@@ -1,4 +1,4 @@
-"""What the official package compiles for CUDA, on any device: ``sam2._C``."""  # noqa: N999 - the official name
+"""The operation that the official package compiles for CUDA, on any device: ``sam2._C``."""  # noqa: N999 - the official name
 
 from __future__ import annotations
 

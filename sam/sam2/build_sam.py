@@ -1,4 +1,4 @@
-"""Builds SAM 2 models by the official names: ``sam2.build_sam``."""
+"""Builders of SAM 2 models by their official names: ``sam2.build_sam``."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def build_sam2_video_predictor(
     """Build a model that tracks objects through videos.
 
     Args:
-        config_file, ckpt_path, device, mode, hydra_overrides_extra: of :func:`build_sam2`; options of the predictor
+        config_file, ckpt_path, device, mode, hydra_overrides_extra: as for :func:`build_sam2`; options of the predictor
             are overrides too, like ``++model.non_overlap_masks=true``.
         apply_postprocessing: replace an unstable single mask by the best of the three, fill holes of up to 8 pixels,
             and remember prompted masks with hard edges.
@@ -129,7 +129,7 @@ def build_sam2_hf(model_id: str, **kwargs: Any) -> SAM2Base:
 
     Args:
         model_id: like "facebook/sam2.1-hiera-large".
-        **kwargs: of :func:`build_sam2`.
+        **kwargs: arguments of :func:`build_sam2`.
 
     Raises:
         ImportError: no huggingface_hub.
@@ -144,7 +144,7 @@ def build_sam2_video_predictor_hf(model_id: str, **kwargs: Any) -> VideoPredicto
 
     Args:
         model_id: like "facebook/sam2.1-hiera-large".
-        **kwargs: of :func:`build_sam2_video_predictor`.
+        **kwargs: arguments of :func:`build_sam2_video_predictor`.
     """
     config_name, ckpt_path = _hf_download(model_id)
     return build_sam2_video_predictor(config_file=config_name, ckpt_path=ckpt_path, **kwargs)

@@ -164,7 +164,7 @@ def _given(node: Tree, names: Iterable[str], kind: type) -> Tree:
 
 
 def _agree(node: Any, described: Any) -> bool:
-    """Tell whether a node says nothing else than what is described."""
+    """Return whether a node says nothing else than what is described."""
     if isinstance(node, dict) and isinstance(described, dict):
         return all(
             name in _SILENT or (name in described and _agree(value, described[name])) for name, value in node.items()
@@ -340,12 +340,12 @@ def write_configs(folder: Path) -> None:
     for name, variant in CONFIG_VARIANTS.items():
         text = "# @package _global_\n" + yaml.safe_dump(tree_of(SAM2_VARIANTS[variant]), sort_keys=False)
         release = name.split("_")[0]
-        places = [folder / "configs" / release / f"{name}.yaml"]
+        paths = [folder / "configs" / release / f"{name}.yaml"]
         if release == OFFICIAL:  # the first release's are at the root too
-            places.append(folder / f"{name}.yaml")
-        for place in places:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(text)
+            paths.append(folder / f"{name}.yaml")
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def prompt_tensors(
             for what is not given.
         normalize: coordinates are in pixels of the image, else in 0..1 of it.
         size: (height, width) of the image.
-        device: of the tensors.
+        device: device of the tensors.
 
     Raises:
         TypeError: no numbers.

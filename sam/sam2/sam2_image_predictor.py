@@ -164,7 +164,7 @@ class SAM2ImagePredictor:
 
     @property
     def embedding(self) -> ImageEmbedding:
-        """A handle on the image that is set, the last of a batch, for ``model.predict``.
+        """Return a handle on the image that is set, the last of a batch, for ``model.predict``.
 
         Raises:
             RuntimeError: no image is set.

@@ -36,8 +36,8 @@ class SAM2VideoPredictor(VideoPredictor):
         """Build a predictor of the Hugging Face hub, like "facebook/sam2.1-hiera-large".
 
         Args:
-            model_id: of the hub.
-            **kwargs: of :func:`~sam.sam2.build_sam.build_sam2_video_predictor`.
+            model_id: name of the model on the hub.
+            **kwargs: arguments of :func:`~sam.sam2.build_sam.build_sam2_video_predictor`.
         """
         from .build_sam import build_sam2_video_predictor_hf
 

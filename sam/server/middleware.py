@@ -113,7 +113,7 @@ def _name_of(hosts: list[str]) -> str | None:
 
 
 def _is_foreign(headers: Headers) -> bool:
-    """Tell whether a page of another site sent the request.
+    """Return whether a page of another site sent the request.
 
     Browsers say so by Sec-Fetch-Site, but only to https and this machine; else by Origin, which they send with every
     POST.

@@ -195,7 +195,7 @@ def _end_after(seconds: float) -> None:
 
 
 def _threads_are_left(before: set[threading.Thread]) -> bool:
-    """Tell whether threads of the service still run a moment after they were told to end."""
+    """Return whether threads of the service still run a moment after they were told to end."""
     others = [each for each in threading.enumerate() if each not in before]
     for each in others:
         each.join(_SPARE_SECONDS / len(others))

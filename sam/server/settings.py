@@ -18,7 +18,7 @@ class Settings:
         insecure: listen beyond this machine without a token.
         max_body_bytes: size of a request, counted as it arrives.
         max_text_bytes: size of the JSON in it.
-        max_pixels: of an image, read from its header before anything is decoded.
+        max_pixels: pixels of an image, read from its header before anything is decoded.
         max_output_pixels: pixels of all masks of an answer whose format needs them.
         result_cache_bytes: size of all low-resolution logits stored as mask inputs for later prompts.
         drain_seconds: time to answer accepted requests before the process ends.
@@ -61,7 +61,7 @@ class Settings:
 
     @property
     def loopback(self) -> bool:
-        """Tell whether only this machine can reach the service."""
+        """Return whether only this machine can reach the service."""
         if self.host == "localhost":
             return True
         try:

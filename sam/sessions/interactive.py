@@ -23,7 +23,7 @@ class Answer:
 
     Attributes:
         packed: [width, ceil(height / 32)] int32; bit b of word k of column x is the pixel in row 32 k + b.
-        predicted_iou: of the mask, as the model sees it.
+        predicted_iou: the IoU that the model predicts for the mask.
         size: (height, width) of the image.
         object_score: a logit, above 0 where SAM 2 sees the object; None of SAM, which does not say.
     """

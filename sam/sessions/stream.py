@@ -149,7 +149,7 @@ def _map_ahead(function: Callable[[S], T], items: Iterable[S], workers: int, ahe
             futures.append(pool.submit(function, next(source)))
         except StopIteration:
             pass
-        except Exception as error:  # of the source: raised after all items that it gave before
+        except Exception as error:  # from the source: raised after all items before it
             futures.append(Future())
             futures[-1].set_exception(error)
 

@@ -29,7 +29,7 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     partial = target.with_name(f".{secrets.token_hex(8)}.partial{target.suffix}")
     with _naming(target):
         partial.touch()
-    mode = partial.stat().st_mode  # that of any new file here; safetensors would leave it private
+    mode = partial.stat().st_mode  # the mode of any new file here; safetensors would leave it private
     try:
         yield partial
         partial.chmod(mode)

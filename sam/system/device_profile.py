@@ -1,4 +1,4 @@
-"""How many of everything a kind of device takes at a time: the one table of it.
+"""The one table of the numbers that each kind of device takes at a time.
 
 Chunks change neither results nor what is computed. On a CPU they keep one chunk's activations near its cache; a GPU
 wants work, and a host that waits for it seldom. What an operation's kernels take at a time is in ``fastsam_kernels``.
@@ -15,7 +15,7 @@ from .hardware import usable_cores
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """How many of everything one kind of device takes at a time; None stands for no limit.
+    """The numbers that one kind of device takes at a time; None stands for no limit.
 
     Attributes:
         images_per_pass: images or crops that the encoder takes, in ``encode``, streams, the engine and the generator.

@@ -50,7 +50,7 @@ def cpu_name() -> str:
 
 
 def multiplies_bf16_fast(device: torch.device) -> bool:
-    """Tell whether matrix products in bf16 are faster than in fp32 on ``device``: it has instructions for them."""
+    """Return whether matrix products in bf16 are faster than in fp32 on ``device``: it has instructions for them."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and _cpu_has_bf16_products()

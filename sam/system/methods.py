@@ -22,7 +22,7 @@ class WrittenMethods:
 
 
 def what_was_replaced(parts: Mapping[str, tuple[WrittenMethods, Any]]) -> str | None:
-    """Say which method of the named parts, each with its thing, is the first that was replaced; None without any."""
+    """Return a sentence on the first replaced method of the named parts, each with its thing; None without any."""
     for part, (methods, thing) in parts.items():
         if (name := methods.replaced_in(thing)) is not None:
             return f"{name} of the {part} was replaced"

@@ -19,7 +19,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def has_bytes(value: Any) -> bool:
-    """Tell whether ``value`` is a tensor whose bytes are its values."""
+    """Return whether ``value`` is a tensor whose bytes are its values."""
     return (
         isinstance(value, Tensor)
         and is_plain(value)
@@ -30,7 +30,7 @@ def has_bytes(value: Any) -> bool:
 
 
 def is_counter(tensor: Tensor) -> bool:
-    """Tell whether ``tensor`` is one integer: a count that a wrapper keeps beside weights, as averages of them do."""
+    """Return whether ``tensor`` is one integer: a count that a wrapper keeps beside weights, as averages of them do."""
     return tensor.ndim == 0 and not tensor.is_floating_point() and not tensor.is_complex()
 
 

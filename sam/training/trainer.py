@@ -52,7 +52,7 @@ class Settings:
     """Describe a run, apart from where and how long; saved with its state, so that a resumed run cannot differ.
 
     Attributes:
-        seed: of everything that is random.
+        seed: seed of everything that is random.
         init: "embedded", "scratch", or a checkpoint to start from.
         images: times the images of every stage.
         reuse: how often a scene is used; one fresh scene comes with ``reuse - 1`` from the pool.

@@ -1,4 +1,4 @@
-"""What tracking does on one frame: its features, a step of an object, its memory, the masks of all objects."""
+"""Steps of tracking on one frame: its features, a step of an object, its memory, the masks of all objects."""
 
 from __future__ import annotations
 

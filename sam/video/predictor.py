@@ -27,7 +27,7 @@ class VideoPredictor(FrameSteps):
         non_overlap_masks: give each pixel of the masks that are returned to one object.
         clear_non_cond_mem_around_input: a prompt makes its object forget the tracked frames near it.
         add_all_frames_to_correct_as_cond: a frame that is corrected becomes one that memories never leave out.
-        **kwargs: of :class:`~sam.modeling.sam2_base.SAM2Base`.
+        **kwargs: arguments of :class:`~sam.modeling.sam2_base.SAM2Base`.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class VideoPredictor(FrameSteps):
         """Forget an object; while a pass is running, its next frames are without it.
 
         Args:
-            inference_state: of the video.
+            inference_state: the state of the video.
             obj_id: the object.
             strict: refuse an unknown object, which else changes nothing.
             need_output: return masks.
@@ -155,7 +155,7 @@ class VideoPredictor(FrameSteps):
         call makes none.
 
         Args:
-            inference_state: of the video.
+            inference_state: the state of the video.
             frame_idx: the frame.
             obj_id: any hashable.
             points: [N, 2] or [1, N, 2] x, y in pixels of the video.
@@ -276,23 +276,23 @@ class VideoPredictor(FrameSteps):
         if objects == 0:
             raise RuntimeError("No input points or masks are provided for any object; please add inputs first.")
         for index in range(objects):
-            kept = inference_state["output_dict_per_obj"][index]
+            outputs = inference_state["output_dict_per_obj"][index]
             for kind in ("non_cond_frame_outputs", "cond_frame_outputs"):
                 prompted = inference_state["temp_output_dict_per_obj"][index][kind]
                 for frame, output in prompted.items():
                     if output["maskmem_features"] is None:
                         self._add_memory(inference_state, frame, output)
-                    kept[kind][frame] = output
+                    outputs[kind][frame] = output
                     if self.clear_non_cond_mem_around_input:
                         self._clear_obj_non_cond_mem_around_input(inference_state, frame, index)
                 prompted.clear()
-            if not kept["cond_frame_outputs"]:
+            if not outputs["cond_frame_outputs"]:
                 obj_id = self._obj_idx_to_id(inference_state, index)
                 raise RuntimeError(
                     f"No input points or masks are provided for object id {obj_id}; please add inputs first."
                 )
-            for frame in kept["cond_frame_outputs"]:
-                kept["non_cond_frame_outputs"].pop(frame, None)
+            for frame in outputs["cond_frame_outputs"]:
+                outputs["non_cond_frame_outputs"].pop(frame, None)
 
     def _add_memory(self, state: State, frame: int, output: Output) -> None:
         """Put the memory of a prompted frame into its output."""
@@ -318,9 +318,9 @@ class VideoPredictor(FrameSteps):
         """Track all objects from frame to frame.
 
         Args:
-            inference_state: of the video. Frames may be appended and objects removed while it runs; objects that are
-                added are tracked in the next pass.
-            start_frame_idx: by default the earliest one with a prompt.
+            inference_state: the state of the video. Frames may be appended and objects removed while it runs; objects
+                that are added are tracked in the next pass.
+            start_frame_idx: the first frame; by default the earliest one with a prompt.
             max_frame_num_to_track: so many frames, and one more, are tracked; by default all.
             reverse: towards the first frame; from there nothing is tracked.
 
@@ -354,9 +354,9 @@ class VideoPredictor(FrameSteps):
             if frame in order and frame not in state["output_dict_per_obj"][index]["cond_frame_outputs"]
         ]
         if lost:
-            told = ", ".join(f"object {obj_id!r} on frame {frame}" for obj_id, frame in lost[:5])
+            listed = ", ".join(f"object {obj_id!r} on frame {frame}" for obj_id, frame in lost[:5])
             warnings.warn(
-                f"corrections of tracked frames are tracked over again in this pass ({told}); with "
+                f"corrections of tracked frames are tracked over again in this pass ({listed}); with "
                 "add_all_frames_to_correct_as_cond=True they stay, and the other frames learn from them",
                 stacklevel=3,
             )

@@ -35,9 +35,9 @@ def new_state(
 
     Args:
         images: [T, 3, S, S], or anything that has a length and gives a frame by its number.
-        video_height, video_width: of the masks that are returned.
-        device: of the model.
-        offload_video_to_cpu, offload_state_to_cpu: as :meth:`VideoPredictor.init_state` was told.
+        video_height, video_width: size of the masks that are returned.
+        device: device of the model.
+        offload_video_to_cpu, offload_state_to_cpu: the arguments of :meth:`VideoPredictor.init_state`.
     """
     return {
         "images": images,
@@ -84,9 +84,9 @@ def drop_object(state: State, obj_id: Hashable) -> None:
     state["obj_ids"] = ids
     for name in _OF_OBJECTS:
         records = state[name]
-        kept = [(index - (index > gone), record) for index, record in sorted(records.items()) if index != gone]
+        remaining = [(index - (index > gone), record) for index, record in sorted(records.items()) if index != gone]
         records.clear()
-        records.update(kept)
+        records.update(remaining)
 
 
 @contextmanager
@@ -129,17 +129,17 @@ def tracked_frames(state: State, index: int) -> dict[int, dict[str, bool]]:
 def output_of(state: State, index: int, frame: int, temporary_kind: str) -> Output | None:
     """Return the newest output of an object on a frame: of a prompt not yet tracked from, else what is kept."""
     output = state["temp_output_dict_per_obj"][index][temporary_kind].get(frame)
-    kept = state["output_dict_per_obj"][index]
+    outputs = state["output_dict_per_obj"][index]
     for kind in ("cond_frame_outputs", "non_cond_frame_outputs"):
         if output is None:
-            output = kept[kind].get(frame)
+            output = outputs[kind].get(frame)
     return output
 
 
 def downgrade(state: State, index: int, frame: int) -> None:
     """Make the output of a conditioning frame one of a tracked frame, as it has no prompt any more."""
-    kept = state["output_dict_per_obj"][index]
-    output = kept["cond_frame_outputs"].pop(frame, None)
+    outputs = state["output_dict_per_obj"][index]
+    output = outputs["cond_frame_outputs"].pop(frame, None)
     if output is not None:
-        kept["non_cond_frame_outputs"][frame] = output
+        outputs["non_cond_frame_outputs"][frame] = output
         tracked_frames(state, index).pop(frame, None)

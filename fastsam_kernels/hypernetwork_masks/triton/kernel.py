@@ -40,14 +40,14 @@ def hypernetwork_masks_kernel(
     tokens,  # h * w
     width,  # w
     tiles,  # programs a prompt
-    stride_kp,  # of keys [P, N, C], in elements
+    stride_kp,  # strides of keys [P, N, C] in elements
     stride_kn,
     stride_kc,
-    stride_fi,  # of s0
+    stride_fi,  # strides of s0
     stride_fc,
     stride_fh,
     stride_fw,
-    stride_ci,  # of s1
+    stride_ci,  # strides of s1
     stride_cc,
     stride_ch,
     stride_cw,

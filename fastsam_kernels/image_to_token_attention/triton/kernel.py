@@ -27,7 +27,7 @@ from ...triton.tiles import TileConfig
 def update_image_tokens(
     p_image,  # the image tokens of a prompt, [N, C]
     key_pe_ptr,
-    p_token_keys,  # of a prompt, [H, T, C]
+    p_token_keys,  # keys of a prompt's tokens, [H, T, C]
     p_token_bias,  # [H, T]
     p_token_values,  # [H, T, C]
     norm_weight_ptr,
@@ -81,7 +81,7 @@ def update_image_tokens(
 
 @triton.jit
 def load_tokens(
-    p_token_keys,  # of a prompt, [H, T, C]
+    p_token_keys,  # keys of a prompt's tokens, [H, T, C]
     p_token_bias,  # [H, T]
     p_token_values,  # [H, T, C]
     first_head,
@@ -137,7 +137,7 @@ def image_to_token_kernel(
     image_tokens,  # N
     tokens,  # T
     programs,  # a prompt
-    stride_ki,  # of keys [I, N, C] along the images, in elements; each is contiguous
+    stride_ki,  # stride of keys [I, N, C] along the images, in elements; each is contiguous
     eps,
     H: tl.constexpr,
     C: tl.constexpr,

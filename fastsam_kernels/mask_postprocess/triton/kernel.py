@@ -38,7 +38,7 @@ def mask_postprocess_kernel(
     row_taps,
     column_taps,
     low_width,  # w
-    stride_n,  # of low [N, h, w] along the masks, in elements; each is contiguous
+    stride_n,  # stride of low [N, h, w] along the masks, in elements; each is contiguous
     threshold,
     above,  # threshold + offset
     below,  # threshold - offset

@@ -30,7 +30,7 @@ def preprocess_image_kernel(
     image_size,
     row_taps,
     column_taps,
-    stride_h,  # of the image, in elements
+    stride_h,  # strides of the image in elements
     stride_w,
     stride_c,
     BLOCK_H: tl.constexpr,

@@ -74,8 +74,8 @@ def rel_pos_attention_kernel(
     width,
     down,  # windows of an image
     across,
-    tiles,  # of queries of a window
-    stride_b,  # of qkv [B, H, W, 3 * C], in elements; that of the channels is 1
+    tiles,  # tiles of queries per window
+    stride_b,  # strides of qkv [B, H, W, 3 * C] in elements; that of the channels is 1
     stride_h,
     stride_w,
     HEADS: tl.constexpr,

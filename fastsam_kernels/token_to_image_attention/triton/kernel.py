@@ -43,12 +43,12 @@ def load_rows(p_rows, n, end, EXACT: tl.constexpr):
 
 @triton.jit
 def attend_share(
-    p_queries,  # of a prompt, [H, T, C]
+    p_queries,  # queries of a prompt, [H, T, C]
     p_image,  # its image tokens, [N, C]
     key_pe_ptr,
     value_weight_ptr,
-    p_partial,  # of a share, [H * T_PADDED, D]
-    p_stats,  # of a share, [2, H * T_PADDED]
+    p_partial,  # sums of a share, [H * T_PADDED, D]
+    p_stats,  # maxima and sums of a share, [2, H * T_PADDED]
     first_head,
     begin,
     end,
@@ -124,9 +124,9 @@ def token_to_image_kernel(
     partial_ptr,  # [P, SPLITS, H * T_PADDED, D] fp32
     stats_ptr,  # [P, SPLITS, 2, H * T_PADDED] fp32: the largest score, in bits, and the sum of weights
     image_tokens,  # N
-    share,  # of the image tokens, at most
+    share,  # image tokens of a share, at most
     tokens,  # T
-    stride_ki,  # of keys [I, N, C] along the images, in elements; each is contiguous
+    stride_ki,  # stride of keys [I, N, C] along the images, in elements; each is contiguous
     H: tl.constexpr,
     D: tl.constexpr,
     C: tl.constexpr,

@@ -51,9 +51,9 @@ def two_way_kernel(
     partial_ptr,  # [P, SPLITS, H * T_PADDED, D] fp32
     stats_ptr,  # [P, SPLITS, 2, H * T_PADDED] fp32
     image_tokens,  # N
-    share,  # of the image tokens, at most
+    share,  # image tokens of a share, at most
     tokens,  # T
-    stride_ki,  # of keys [I, N, C] along the images, in elements; each is contiguous
+    stride_ki,  # stride of keys [I, N, C] along the images, in elements; each is contiguous
     eps,
     H: tl.constexpr,
     D: tl.constexpr,

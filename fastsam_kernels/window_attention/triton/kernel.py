@@ -35,19 +35,19 @@ LOG2E = tl.constexpr(1 / math.log(2))
 def _load_queries(
     p,  # [BLOCK_Q] of the first token of each
     channels,  # [D]
-    wanted,  # [BLOCK_Q, D]
+    mask,  # [BLOCK_Q, D]
     stride_h,
     stride_w,
     POOL: tl.constexpr,
 ):
     """Load queries, pooled ones as the maximum of 2 x 2 tokens."""
     p = p[:, None] + channels[None, :]
-    q = tl.load(p, mask=wanted, other=0.0)
+    q = tl.load(p, mask=mask, other=0.0)
     if POOL:
         highest = q.to(tl.float32)
-        highest = tl.maximum(highest, tl.load(p + stride_w, mask=wanted, other=0.0).to(tl.float32))
-        highest = tl.maximum(highest, tl.load(p + stride_h, mask=wanted, other=0.0).to(tl.float32))
-        highest = tl.maximum(highest, tl.load(p + stride_h + stride_w, mask=wanted, other=0.0).to(tl.float32))
+        highest = tl.maximum(highest, tl.load(p + stride_w, mask=mask, other=0.0).to(tl.float32))
+        highest = tl.maximum(highest, tl.load(p + stride_h, mask=mask, other=0.0).to(tl.float32))
+        highest = tl.maximum(highest, tl.load(p + stride_h + stride_w, mask=mask, other=0.0).to(tl.float32))
         q = highest.to(q.dtype)
     return q
 
@@ -61,8 +61,8 @@ def window_attention_kernel(
     width,
     down,  # groups of windows of an image
     across,
-    tiles,  # of queries of a group
-    stride_b,  # of qkv [B, H, W, 3 * C], in elements; that of the channels is 1
+    tiles,  # tiles of queries per group
+    stride_b,  # strides of qkv [B, H, W, 3 * C] in elements; that of the channels is 1
     stride_h,
     stride_w,
     HEADS: tl.constexpr,

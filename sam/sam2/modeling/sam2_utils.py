@@ -58,7 +58,7 @@ def sample_box_points(
         masks: [B, 1, H, W] bool.
         noise: the most that a corner is off, as a share of the box's width and height; 0 for exact boxes.
         noise_bound: the most in pixels.
-        top_left_label, bottom_right_label: of the corners.
+        top_left_label, bottom_right_label: labels of the corners.
 
     Returns:
         corners [B, 2, 2] as (x, y), within the image, and their labels [B, 2] int32.
@@ -91,9 +91,9 @@ def sample_random_points_from_errors(
     right = ~(excess | missed).flatten(1).any(dim=1)[:, None, None, None]
     allowed = torch.stack([excess | (right & ~gt_masks), missed], dim=-1)  # [B, 1, H, W, label]
     drawn = torch.rand(len(gt_masks), num_pt, *allowed.shape[2:], device=gt_masks.device) * allowed
-    places = drawn.flatten(2).argmax(dim=2)
-    pixel, width = places // 2, gt_masks.shape[-1]
-    return torch.stack([pixel % width, pixel // width], dim=2).float(), (places % 2).int()
+    indices = drawn.flatten(2).argmax(dim=2)
+    pixel, width = indices // 2, gt_masks.shape[-1]
+    return torch.stack([pixel % width, pixel // width], dim=2).float(), (indices % 2).int()
 
 
 def sample_one_point_from_error_center(

@@ -59,8 +59,8 @@ def mask_to_box(masks: Tensor) -> Tensor:
     height, width = masks.shape[-2:]
 
     def ends(line: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        places = torch.arange(length, dtype=torch.int32, device=masks.device)
-        return places.where(line, length).amin(-1), places.where(line, -1).amax(-1)
+        indices = torch.arange(length, dtype=torch.int32, device=masks.device)
+        return indices.where(line, length).amin(-1), indices.where(line, -1).amax(-1)
 
     left, right = ends(masks.any(dim=-2), width)
     top, bottom = ends(masks.any(dim=-1), height)
@@ -118,9 +118,9 @@ def load_video_frames(
         video_path: a folder of JPEG files, a video file, or the bytes of one.
         image_size: S, side of the square in pixels.
         offload_video_to_cpu: leave the frames on the CPU; else they go to ``compute_device``.
-        img_mean, img_std: of the channels, in 0..1.
+        img_mean, img_std: mean and standard deviation of the channels, in 0..1.
         async_loading_frames: read a folder's files in a thread while the first frames are in use.
-        compute_device: of the model.
+        compute_device: device of the model.
 
     Returns:
         frames [T, 3, S, S] float32, or an :class:`AsyncVideoFrameLoader`; height and width of the video.

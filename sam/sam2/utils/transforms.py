@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...checks import naming, require
 from ...masks.regions import areas_of, label_regions
 
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, in 0..1
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's pixel statistics, in 0..1
 _FILLED = 10.0  # logits beyond the threshold at which a hole is filled and a sprinkle wiped
 
 
