@@ -29,7 +29,7 @@ from ..masks.upscale import resizing_of
 from ..modeling.promptable import PromptableModel
 from ..prompts.batch import PromptBatch, coordinates_on
 from ..utils.amg import MaskData, is_box_near_crop_edge, uncrop_boxes_xyxy, uncrop_points
-from .finders import Finder, any_confident_masks
+from .finders import Clicks, Finder, any_confident_masks
 from .memory_plan import MemoryPlan
 
 
@@ -42,6 +42,11 @@ class Criteria:
     stability_score_offset: float
     box_nms_thresh: float
     mask_threshold: float
+
+    @property
+    def iou_threshold(self) -> float | None:
+        """Return the predicted IoU above which masks stay; None where all do."""
+        return self.pred_iou_thresh if self.pred_iou_thresh > 0 else None
 
 
 @dataclass(frozen=True)
@@ -86,12 +91,13 @@ def masks_of_crop(
     pending = PendingMasks(model, crop, plan, criteria.mask_threshold)
     tables = [torch.zeros(0, _Columns.COUNT, dtype=torch.float32, device=model.device)]
     for start in range(0, len(prompts), plan.points_at_once):
-        batch = prompts.rows(start, start + plan.points_at_once)
-        table, logits = _candidates(model, crop, batch, criteria, plan.count_early, find)
+        part = prompts.rows(start, start + plan.points_at_once)
+        batch = Clicks(model, crop.embedding, part, criteria.iou_threshold, plan.count_early)
+        table, logits = _candidates(batch, crop, criteria, find)
         table[:, _Columns.CLICK] += start
         tables.append(table)
         pending.append(logits)
-        yield len(batch)
+        yield len(part)
     table = torch.cat(tables)
     order, new = ranked_nms(
         table[:, _Columns.BOX], table[:, _Columns.IOU], criteria.box_nms_thresh, kernels=model.kernels
@@ -121,22 +127,19 @@ def _prompts(model: PromptableModel, clicks: np.ndarray, geometry: ImageGeometry
     return PromptBatch.from_tensors((points, labels), None, None, model.device, model.prompt_layout)
 
 
-def _candidates(
-    model: PromptableModel, crop: Crop, batch: PromptBatch, criteria: Criteria, count_early: bool, find: Finder
-) -> tuple[Tensor, Tensor]:
+def _candidates(batch: Clicks, crop: Crop, criteria: Criteria, find: Finder) -> tuple[Tensor, Tensor]:
     """Return the table [N, columns] of confident masks, and their logits [N, h, w].
 
     With ``count_early`` without the masks that are not stable or cut off by the crop; else these stay as rows of NaN,
     whose boxes overlap nothing.
     """
-    threshold = criteria.pred_iou_thresh if criteria.pred_iou_thresh > 0 else None
-    logits, iou, clicks = find(model, crop.embedding, batch, threshold, count_early)
+    logits, iou, clicks = find(batch)
     statistics = mask_statistics(
         logits,
         crop.resizing,
         threshold=criteria.mask_threshold,
         offset=criteria.stability_score_offset,
-        kernels=model.kernels,
+        kernels=batch.model.kernels,
     )
     good = torch.ones_like(clicks, dtype=torch.bool)
     if criteria.stability_score_thresh > 0:
@@ -146,7 +149,7 @@ def _candidates(
         good &= ~is_box_near_crop_edge(statistics.boxes, [*crop.box], [0, 0, width, height])
     columns = (iou, statistics.stability, *statistics.boxes.unbind(1), clicks)
     table = torch.stack([column.to(iou.dtype) for column in columns], dim=1)
-    if count_early:
+    if batch.count_early:
         return table[good], logits[good]
     return table.where(good[:, None], torch.nan), logits
 
