@@ -56,7 +56,9 @@ def test_what_a_program_changed_is_named() -> None:
     assert lines[2] == "The mask decoder runs fused."
     assert lines[3].startswith("The image is projected for every prompt: a projection or norm")
     assert lines[4].startswith("The masks are upscaled by mask_decoder.output_upscaling")
-    assert lines[5] == "Prompts of 0 shapes are compiled so far."
+    assert lines[5] == (
+        "Prompts of 0 shapes are compiled so far; the encoder's blocks are not compiled: compile_encoder is False."
+    )
     model.image_encoder.blocks[1].attn.register_forward_hook(lambda *_: None)
     block.mlp.register_forward_hook(lambda *_: None)
     lines = model.explain().splitlines()

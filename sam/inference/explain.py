@@ -81,8 +81,9 @@ def _runtime(model: Model) -> str:
     if runtime is None:
         return "Nothing is compiled and no CUDA graph is replayed."
     form = "replayed as CUDA graphs" if runtime.replays else "compiled"
-    blocks = "; the encoder's blocks are compiled" if runtime.compiles_encoder else ""
-    return f"Prompts of {len(runtime.buckets)} shapes are {form} so far{blocks}."
+    reason = runtime.why_encoder_not_compiled
+    blocks = f"the encoder's blocks are {'compiled' if reason is None else f'not compiled: {reason}'}"
+    return f"Prompts of {len(runtime.buckets)} shapes are {form} so far; {blocks}."
 
 
 def _implementation(model: Model, operation: str) -> str:

@@ -24,7 +24,7 @@ from ..prompts.batch import PromptBatch
 from ..prompts.labels import LABEL_ABSENT
 from . import fused_decoder
 from .buckets import Bucket, Limits, as_table, pad_to_bucket
-from .compilation import compiled_block, many_graphs
+from .compilation import compiled_block, many_graphs, why_not_compiled
 from .decode import image_projections
 from .eligibility import PARTS, look
 from .fused_encoder import run_block
@@ -70,15 +70,21 @@ class Runtime:
         self._warned: set[str] = set()
         self._recorder = recorder
         self._decoder_graphs, self._encoder_graphs = GraphsOfWeights(recorder), GraphsOfWeights(recorder)
-        self.compiles_encoder = compile_encoder and any(
-            is_stock_class(model.image_encoder, kind) for kind in PARTS["image_encoder"]
-        )
+        self._compile_encoder = compile_encoder
+
+    @property
+    def why_encoder_not_compiled(self) -> str | None:
+        """Return a sentence on what keeps images from being encoded by compiled blocks; None where nothing does."""
+        encoder = self._model.image_encoder
+        if not self._compile_encoder:
+            return "compile_encoder is False"
+        if not any(is_stock_class(encoder, kind) for kind in PARTS["image_encoder"]):
+            return f"image_encoder is a {type(encoder).__name__}, of no class of this package"
+        encoder = uncompiled(encoder)
+        return look(encoder).packed(_why_not_compiled, encoder)
 
     @cached_property
-    def _run_block(self) -> Callable[..., Tensor] | None:
-        """Return the function that runs a compiled block of the image encoder; None where none is compiled."""
-        if not self.compiles_encoder:
-            return None
+    def _compiled_block(self) -> Callable[..., Tensor]:
         is_hiera = isinstance(uncompiled(self._model.image_encoder), ImageEncoder)
         return compiled_block(run_grid_block if is_hiera else run_block)
 
@@ -182,13 +188,16 @@ class Runtime:
         Returns:
             what ``encode`` returns, in memory of its own.
         """
-        model, count, block = self._model, len(pixels), self._run_block
-        if block is not None:
+        model, count = self._model, len(pixels)
+        reason = self.why_encoder_not_compiled
+        if reason is None:
             padded = min(1 << (count - 1).bit_length(), max(count, _MAX_PADDED_IMAGES)) if count else 0
             if padded > count:
                 pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, padded - count))
             with many_graphs():
-                return tuple(maps[:count] for maps in encode(pixels, block))
+                return tuple(maps[:count] for maps in encode(pixels, self._compiled_block))
+        if self._compile_encoder:
+            self._warn_once(f"images are encoded without compiled blocks: {reason}")
         generation = self._replayable(pixels, parts)
         if generation is None:
             return encode(pixels, None)
@@ -303,10 +312,14 @@ class Runtime:
         fit = self.limits.fit(images, len(batch), batch.labels.shape[1], multimask_output, with_masks, model.dtype)
         if isinstance(fit, Bucket):
             return fit
-        if fit not in self._warned:  # once: such a request runs, slower
-            self._warned.add(fit)
-            logger.warning("%s fit no shape made ready and run eagerly", fit)
+        self._warn_once(f"{fit} fit no shape made ready and run eagerly")
         return None
+
+    def _warn_once(self, message: str) -> None:
+        """Log why requests run slower than they could."""
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
 
     def _decode_padded(
         self,
@@ -356,3 +369,7 @@ class Runtime:
         """Wait for this thread's stream: waiting for the whole device could break another thread's capture."""
         if self._model.device.type == "cuda":
             torch.cuda.current_stream(self._model.device).synchronize()
+
+
+def _why_not_compiled(encoder: nn.Module, _: int) -> str | None:
+    return why_not_compiled("image_encoder", encoder)

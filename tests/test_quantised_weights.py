@@ -1,0 +1,215 @@
+"""Weights that are no plain tensors act on every public call as the official modules compute with them, or are refused.
+
+They are int8 levels behind a class of tensors, as libraries have them, and what torch's dynamic quantisation packs. The
+scale of a dynamically quantised input is one for the whole batch, so that expected answers are of the same batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from comparison import assert_close_l2
+from models import TINY, TINY_2, quantise_weights, quantized, random_image, random_model
+from torch import Tensor
+from waiting import SECONDS
+
+import sam
+from sam import Prompt
+from sam.embedding import ImageEmbedding
+from sam.engine import Engine
+from sam.engine.requests import AutomaticOptions
+from sam.inference import Runtime
+from sam.inference.module_calls import call_modules
+from sam.masks import rle
+from sam.masks.results import DecodedMasks
+from sam.sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
+from sam.sam2.sam2_image_predictor import SAM2ImagePredictor
+
+IMAGE = random_image(90, 128)
+CLICK, BOXES = [40.0, 40.0], torch.tensor([[4.0, 4, 99, 50], [20, 9, 60, 80]])
+GRID = {"points_per_side": 2, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
+# The rounding of fp32. A level of int8 that falls to the other side is 1 / 127 of the largest of an input.
+TOLERANCES = {"behind a class": 1e-5, "dynamic": 1e-2}
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # quantize_dynamic, which programs still call
+
+
+def behind_a_class(model: Any) -> Any:
+    quantise_weights(model)
+    return model
+
+
+KINDS: dict[str, Callable[[Any], Any]] = {"behind a class": behind_a_class, "dynamic": quantized}
+
+
+@dataclass
+class Quantised:
+    """A model of such weights, and the answers of its modules, called one by one."""
+
+    kind: str
+    model: Any
+
+    @cached_property
+    def embedding(self) -> ImageEmbedding:
+        return self.model.encode(IMAGE)
+
+    @cached_property
+    @torch.no_grad()
+    def features(self) -> Tensor:
+        """The image's features by the official calls."""
+        model = self.model
+        pixels = torch.from_numpy(IMAGE).permute(2, 0, 1)[None].float()
+        if isinstance(model, sam.Sam):
+            return model.image_encoder(model.preprocess(pixels))
+        pixels = SAM2ImagePredictor(model)._transforms(IMAGE)[None]
+        return model.forward_image(pixels)["backbone_fpn"][-1] + model.no_mem_embed.view(1, -1, 1, 1)
+
+    @torch.no_grad()
+    def answers(self, clicks: list[list[float]], boxes: Tensor | None = None) -> DecodedMasks:
+        """The three masks of each click, given in the image's pixels, and of each box, in those of the input."""
+        model = self.model
+        points = None
+        if clicks:
+            xy = torch.from_numpy(self.embedding.geometry.scale * np.array(clicks, np.float64))[:, None].float()
+            points = xy, torch.ones(len(clicks), 1, dtype=torch.int64)
+        parts = model.prompt_encoder, model.mask_decoder
+        return call_modules(*parts, self.embedding.ready(), points, boxes, None, True, model.prompt_layout)
+
+    @property
+    def click(self) -> Tensor:
+        return self.answers([CLICK]).logits[0]
+
+    def everything(self) -> list[float]:
+        """The predicted IoUs of the masks of a grid of clicks."""
+        height, width = IMAGE.shape[:2]
+        grid = [[x * width, y * height] for y in (0.25, 0.75) for x in (0.25, 0.75)]
+        return sorted(self.answers(grid).iou.flatten().tolist())
+
+    def predictor(self) -> Any:
+        predictor = (sam.SamPredictor if isinstance(self.model, sam.Sam) else SAM2ImagePredictor)(self.model)
+        predictor.set_image(IMAGE)
+        return predictor
+
+    def masks(self, logits: Tensor) -> np.ndarray:
+        """Masks of logits [C, h, w], as bool in the image's size."""
+        if isinstance(self.model, sam.Sam):
+            masks = self.model.postprocess_masks(logits[None], (90, 128), (90, 128))
+        else:
+            masks = SAM2ImagePredictor(self.model)._transforms.postprocess_masks(logits[None], (90, 128))
+        return (masks[0] > 0).numpy()
+
+
+def ious(records: list[dict[str, Any]]) -> list[float]:
+    return sorted(record["predicted_iou"] for record in records)
+
+
+def one_engine(q: Quantised, ask: Callable[[Engine], Any]) -> Any:
+    with Engine(q.model) as engine:
+        return ask(engine).result(SECONDS)
+
+
+def compiled(q: Quantised) -> Tensor:
+    """The click once the decoder and the encoder's blocks are asked to be compiled."""
+    q.model.runtime = Runtime(q.model)
+    try:
+        embedding = q.model.encode(IMAGE)
+        logits = q.model.predict(embedding, [Prompt([CLICK], [1])]).low_res_logits[0]
+        assert q.model.runtime.buckets == {}
+        return logits
+    finally:
+        q.model.runtime = None
+
+
+def session(q: Quantised) -> np.ndarray:
+    return sam.InteractiveSession(q.model, q.embedding).click(*CLICK).mask()
+
+
+def best_mask(q: Quantised) -> np.ndarray:
+    (iou,) = q.answers([CLICK]).iou
+    return q.masks(q.click)[int(iou.argmax())]
+
+
+def segmented(q: Quantised) -> np.ndarray:
+    (answer,) = one_engine(q, lambda engine: engine.segment(IMAGE, [Prompt([CLICK], [1])]))
+    return np.stack([rle.decode(encoded) for encoded in answer.rles])
+
+
+Call = tuple[Callable[[Quantised], Any], Callable[[Quantised], Any]]
+# What is called, and what the official modules answer.
+CALLS: dict[str, Call] = {
+    "encode": (lambda q: q.embedding.features, lambda q: q.features),
+    "encode_stream": (lambda q: next(iter(sam.encode_stream(q.model, [IMAGE]))).features, lambda q: q.features),
+    "predict": (lambda q: q.model.predict(q.embedding, [Prompt([CLICK], [1])]).low_res_logits[0], lambda q: q.click),
+    "predict, two images": (
+        lambda q: q.model.predict([q.embedding] * 2, [[Prompt([CLICK], [1])]] * 2)[1].low_res_logits[0],
+        lambda q: q.click,
+    ),
+    "predictor": (lambda q: torch.from_numpy(q.predictor().predict([CLICK], [1])[2]), lambda q: q.click),
+    "predictor's masks": (lambda q: q.predictor().predict([CLICK], [1])[0].astype(bool), lambda q: q.masks(q.click)),
+    "session": (session, best_mask),
+    "engine.embed": (lambda q: one_engine(q, lambda e: e.embed(IMAGE)).features, lambda q: q.features),
+    "engine.segment": (segmented, lambda q: q.masks(q.click)),
+    "engine.automatic": (
+        lambda q: ious(one_engine(q, lambda e: e.automatic(IMAGE, AutomaticOptions(**GRID)))),
+        Quantised.everything,
+    ),
+    "compiled": (compiled, lambda q: q.click),
+}
+CALLS_1: dict[str, Call] = {
+    "predict_torch": (
+        lambda q: q.predictor().predict_torch(None, None, BOXES)[2],
+        lambda q: q.answers([], BOXES).logits,
+    ),
+    "forward": (
+        lambda q: q.model(
+            [{"image": torch.from_numpy(IMAGE).permute(2, 0, 1), "original_size": (90, 128), "boxes": BOXES}], True
+        )[0]["low_res_logits"],
+        lambda q: q.answers([], BOXES).logits,
+    ),
+    "generate": (
+        lambda q: ious(sam.SamAutomaticMaskGenerator(q.model, **GRID).generate(IMAGE)),
+        Quantised.everything,
+    ),
+    "generate_batch": (
+        lambda q: ious(sam.SamAutomaticMaskGenerator(q.model, **GRID).generate_batch([IMAGE])[0]),
+        Quantised.everything,
+    ),
+}
+CALLS_2: dict[str, Call] = {
+    "generate": (
+        lambda q: ious(SAM2AutomaticMaskGenerator(q.model, multimask_output=True, **GRID).generate(IMAGE)),
+        Quantised.everything,
+    ),
+}
+MODELS = {"SAM": (TINY, CALLS | CALLS_1), "SAM 2": (TINY_2, CALLS | CALLS_2)}
+
+
+@pytest.fixture(scope="module", params=[(name, kind) for name in MODELS for kind in KINDS], ids=": ".join)
+def quantised(request: pytest.FixtureRequest) -> Iterator[tuple[str, Quantised]]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models of this size are slower with more
+    name, kind = request.param
+    yield name, Quantised(kind, KINDS[kind](random_model(MODELS[name][0])))
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("call", dict.fromkeys(call for _, calls in MODELS.values() for call in calls))
+def test_a_call_acts_as_the_official_modules(quantised: tuple[str, Quantised], call: str) -> None:
+    name, subject = quantised
+    if call not in MODELS[name][1]:
+        pytest.skip(f"{name} has no {call}")
+    ours, official = (function(subject) for function in MODELS[name][1][call])
+    if isinstance(ours, list):
+        assert len(ours) == len(official)
+        ours, official = torch.tensor(ours), torch.tensor(official)
+    if isinstance(ours, np.ndarray):
+        assert ours.shape == official.shape
+        assert (ours != official).mean() <= TOLERANCES[subject.kind]
+    else:
+        assert_close_l2(ours, official, TOLERANCES[subject.kind], call)
