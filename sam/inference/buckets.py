@@ -61,7 +61,7 @@ class Limits:
     def fit(
         self, images: int, prompts: int, tokens: int, multimask_output: bool, with_masks: bool, dtype: torch.dtype
     ) -> Bucket | str:
-        """Return the bucket of a request, or a sentence on why none fits."""
+        """Return the bucket of a request, or a phrase that says why none fits."""
         if tokens > self.tokens[-1]:
             return f"prompts of more than {self.tokens[-1]} tokens"
         if prompts > self.prompts:
