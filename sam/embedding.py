@@ -41,7 +41,7 @@ class ImageFeatures:
 
     @classmethod
     def cat(cls, several: Sequence[ImageFeatures]) -> ImageFeatures:
-        """Put the images of ``several`` one below the other."""
+        """Concatenate the images of ``several``."""
         if len(several) == 1:
             return several[0]
         levels = zip(*(one.high_res for one in several), strict=True)
@@ -88,7 +88,7 @@ class ImageProjections:
 
     @classmethod
     def cat(cls, several: Sequence[ImageProjections]) -> ImageProjections:
-        """Put the images of ``several`` one below the other."""
+        """Concatenate the images of ``several``."""
         if len(several) == 1:
             return several[0]
         return cls(*map(torch.cat, zip(*(one.tensors for one in several), strict=True)))

@@ -27,7 +27,7 @@ from .utils.transforms import SAM2Transforms
 
 
 class SAM2ImagePredictor:
-    """Embeds an image or several at once, and predicts masks for as many prompts as are asked.
+    """Embeds an image or several at once, and predicts masks for any number of prompts.
 
     ``_features``, ``_orig_hw`` and ``_is_image_set`` are plain values, as officially: set all three to restore what
     was saved earlier. A call that raises leaves the image that was set as it was. Threads may ask about one image.

@@ -11,7 +11,7 @@ _MAX_ADJUSTMENT = 31 << 20  # bytes; glibc learns from pieces of less than 32 Mi
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep freed memory, up to 62 MiB per thread, where it would return it to the system after every mask.
+    """Make malloc keep freed memory, up to 62 MiB per thread, instead of returning it to the system after every mask.
 
     A click takes and frees a dozen tensors of 1 to 4 MB. If they come fresh from the system each time, it touches some
     4,000 new pages, a sixth of its time. glibc decides by thresholds that grow with the largest piece that it saw
