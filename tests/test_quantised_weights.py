@@ -83,7 +83,9 @@ class Quantised:
 
     @property
     def click(self) -> Tensor:
-        return self.answers([CLICK]).logits[0]
+        """The low-resolution logits of the three masks of a click, which SAM 2 clamps."""
+        logits, limit = self.answers([CLICK]).logits[0], self.model.low_res_limit
+        return logits if limit is None else logits.clamp(-limit, limit)
 
     def everything(self) -> list[float]:
         """The predicted IoUs of the masks of a grid of clicks."""
