@@ -98,8 +98,10 @@ class Quantised:
         predictor.set_image(IMAGE)
         return predictor
 
-    def masks(self, logits: Tensor) -> np.ndarray:
-        """Masks of logits [C, h, w], as bool in the image's size."""
+    @property
+    def masks(self) -> np.ndarray:
+        """The three masks of a click, as bool in the image's size."""
+        logits = self.answers([CLICK]).logits[0]
         if isinstance(self.model, sam.Sam):
             masks = self.model.postprocess_masks(logits[None], (90, 128), (90, 128))
         else:
@@ -134,7 +136,7 @@ def session(q: Quantised) -> np.ndarray:
 
 def best_mask(q: Quantised) -> np.ndarray:
     (iou,) = q.answers([CLICK]).iou
-    return q.masks(q.click)[int(iou.argmax())]
+    return q.masks[int(iou.argmax())]
 
 
 def segmented(q: Quantised) -> np.ndarray:
@@ -153,10 +155,10 @@ CALLS: dict[str, Call] = {
         lambda q: q.click,
     ),
     "predictor": (lambda q: torch.from_numpy(q.predictor().predict([CLICK], [1])[2]), lambda q: q.click),
-    "predictor's masks": (lambda q: q.predictor().predict([CLICK], [1])[0].astype(bool), lambda q: q.masks(q.click)),
+    "predictor's masks": (lambda q: q.predictor().predict([CLICK], [1])[0].astype(bool), lambda q: q.masks),
     "session": (session, best_mask),
     "engine.embed": (lambda q: one_engine(q, lambda e: e.embed(IMAGE)).features, lambda q: q.features),
-    "engine.segment": (segmented, lambda q: q.masks(q.click)),
+    "engine.segment": (segmented, lambda q: q.masks),
     "engine.automatic": (
         lambda q: ious(one_engine(q, lambda e: e.automatic(IMAGE, AutomaticOptions(**GRID)))),
         Quantised.everything,
