@@ -19,8 +19,8 @@ from .statistics import MaskStatistics
 from .words import above, pack_bits
 
 _MASK_CHUNK = 16
-_MAX_ELEMENTS = 2**19  # of the pixels of undecided tiles and of the logits under them
-_MOST_CROSSED = 0.25  # of the tiles of a mask, by its threshold; with more it is evaluated as a whole
+_MAX_ELEMENTS = 2**19  # pixels of undecided tiles and logits under them, at a time
+_MOST_CROSSED = 0.25  # share of tiles that a threshold crosses; with more a mask is evaluated as a whole
 # Rounding of a sum of taps, relative to the largest logit in it: nothing so close to a threshold is decided unseen.
 _GUARD = 1e-6
 

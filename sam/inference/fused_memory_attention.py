@@ -26,7 +26,7 @@ Rotations = Callable[[int, torch.device], Tensor]
 
 
 class Memories(NamedTuple):
-    """What B objects remember, one behind the other: the grids of frames first, then tokens on no grid.
+    """The memories of B objects, one behind the other: the grids of frames first, then tokens on no grid.
 
     Attributes:
         values: [S, M], the memories.

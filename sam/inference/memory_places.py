@@ -1,4 +1,4 @@
-"""What the fused forms of SAM 2's memory attention and memory encoder know, in which place and with which settings."""
+"""The classes that the fused memory attention and memory encoder of SAM 2 know, by place and with their settings."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ Size = tuple[int, int]
 
 
 class MemoryChoice(NamedTuple):
-    """What a frame attends to.
+    """The memories that a frame attends to.
 
     Attributes:
         maps: the slot of time of each map of memory, and the output that holds it; conditioning frames first.

@@ -145,15 +145,15 @@ class FrameSteps(SAM2Base):
 
     def _track_object(self, state: State, index: int, frame: int, reverse: bool) -> Tensor:
         """Return the low-resolution logits of an object on a frame, found by memory where it has no prompt there."""
-        kept = state["output_dict_per_obj"][index]
-        if frame in kept["cond_frame_outputs"]:
-            masks = kept["cond_frame_outputs"][frame]["pred_masks"].to(state["device"], non_blocking=True)
+        outputs = state["output_dict_per_obj"][index]
+        if frame in outputs["cond_frame_outputs"]:
+            masks = outputs["cond_frame_outputs"][frame]["pred_masks"].to(state["device"], non_blocking=True)
             if self.clear_non_cond_mem_around_input:
                 self._clear_obj_non_cond_mem_around_input(state, frame, index)
         else:
             output, masks = self._run_single_frame_inference(
                 inference_state=state,
-                output_dict=kept,
+                output_dict=outputs,
                 frame_idx=frame,
                 batch_size=1,
                 is_init_cond_frame=False,
@@ -162,7 +162,7 @@ class FrameSteps(SAM2Base):
                 reverse=reverse,
                 run_mem_encoder=True,
             )
-            kept["non_cond_frame_outputs"][frame] = output
+            outputs["non_cond_frame_outputs"][frame] = output
         states.tracked_frames(state, index)[frame] = {"reverse": reverse}
         return masks
 

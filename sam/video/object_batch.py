@@ -77,7 +77,7 @@ class TrackedObjects(NamedTuple):
 
 @dataclass(frozen=True)
 class _Frames:
-    """What objects share of V frames.
+    """The features of V frames, which all objects share.
 
     Attributes:
         remembered: their part of a memory, [V, h, w, C].
@@ -270,7 +270,7 @@ class ObjectBatch:
 
 
 def _tokens(maps: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, h * w, C]."""
+    """Return maps [B, C, h, w] as tokens [B, h * w, C]."""
     return maps.flatten(2).transpose(1, 2)
 
 

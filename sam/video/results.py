@@ -1,4 +1,4 @@
-"""What tracking answers: the masks of all objects on a frame."""
+"""The answers of tracking: the masks of all objects on a frame."""
 
 from __future__ import annotations
 

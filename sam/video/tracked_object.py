@@ -13,7 +13,7 @@ Outputs = dict[str, dict[int, dict[str, Any]]]
 
 @dataclass
 class TrackedObject:
-    """What a session knows of an object.
+    """The state of one object in a session.
 
     Attributes:
         id: of the object.
