@@ -66,12 +66,21 @@ def official_model(path: str, variant: str, image_size: int = SIZE) -> nn.Module
     """Build Meta's model of a variant, on the CPU, without weights."""
     if path not in sys.path:
         sys.path.insert(0, path)
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()  # sam.sam2 offers configs of the same names, of our own models
     from sam2.build_sam import build_sam2
 
+    if not GlobalHydra.instance().is_initialized():
+        initialize_config_module("sam2", version_base="1.2")
     release, size = variant.split("_", 1)
     config = f"configs/{release}/{release}_hiera_{_SHORT[size]}.yaml"
     overrides = [f"++model.image_size={image_size}"]
-    return build_sam2(config, device="cpu", hydra_overrides_extra=overrides).requires_grad_(False)
+    model: nn.Module = build_sam2(config, device="cpu", hydra_overrides_extra=overrides).requires_grad_(False)
+    if not type(model).__module__.startswith("sam2."):
+        raise ImportError(f"{path} gave a model of {type(model).__module__}, which is not Meta's package")
+    return model
 
 
 def names_of(state: Mapping[str, Tensor]) -> dict[str, Any]:

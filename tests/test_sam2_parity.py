@@ -1,7 +1,8 @@
-"""SAM 2's image encoder at its own size against transformers' port, all four sizes; and the memory that it takes."""
+"""SAM 2 at its own size, all four sizes, against Meta's package and transformers; and the memory that it takes."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -61,6 +62,21 @@ def test_equals_transformers(variant: str) -> None:
     for ours, theirs in zip((*features.high_res, features.embedding), expected, strict=True):
         assert ours.shape == theirs.shape
         assert relative_error(ours, theirs) <= 2e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", SAM2_VARIANTS)
+def test_equals_the_official_package(variant: str) -> None:
+    """In a process of its own, as other tests take ``sam2`` for absent."""
+    spec = importlib.util.find_spec("sam2")
+    if spec is None or spec.origin is None or importlib.util.find_spec("iopath") is None:
+        pytest.skip("Meta's sam2 and its iopath cannot be imported here: PYTHONPATH names no folder of theirs")
+    folder = Path(spec.origin).parents[1]
+    command = [sys.executable, "-m", "benchmarks.official_sam2_sizes", "--sam2", str(folder), "--variant", variant]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"| {variant} |" in done.stdout
 
 
 _PEAK = """
