@@ -165,7 +165,7 @@ def test_other_tiles(device: torch.device) -> None:
 
 @pytest.mark.parametrize(("elements", "windows"), [(1, 65_535), (3000, 65_535), (2**30, 3)])
 def test_eager_in_any_blocks(elements: int, windows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("_BLOCKS", {}), ("_BLOCK_GPU", elements), ("_MOST_WINDOWS", windows)):
+    for name, value in (("_BLOCKS", {}), ("_BLOCK_GPU", elements), ("_MAX_WINDOWS", windows)):
         monkeypatch.setattr(eager, name, value)
     for shape in ((3, (12, 10), 4, 2, 32, True), (2, (9, 6), 0, 1, 32, False)):
         check(make_inputs(*shape, torch.float32), "torch", f"blocks of {elements} elements, {shape}")
