@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -47,15 +46,15 @@ def run(args: argparse.Namespace) -> None:
             session.add(name, prompt, frame)
     settings = _settings(args, model)
     folder = _Folder(Path(args.out), list(dict.fromkeys(name for given in prompts.values() for name in given)))
-    done = folder.resume(settings, args.force)
-    if done is None:
+    goes_on = folder.prepare(settings, args.force)
+    if goes_on is None:
         print(f"{folder.path} is finished; --force tracks anew")
         return
-    if done:
+    if goes_on:
         session = load_session(folder.path / _STATE, model)
-        print(f"going on after frame {done - 1}")
-    frames = islice(source, done, None)
-    _track(session, frames, folder, args.save_every, count, done)
+        folder.cut(session.next_frame)
+        print(f"going on after frame {session.frame}")
+    _track(session, source, folder, args.save_every, count)
     if session.frame is None:
         raise ValueError(f"{args.video} has no frames")
     if args.overlay:
@@ -65,11 +64,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _track(
-    session: TrackingSession, frames: Iterator[VideoFrame], folder: _Folder, every: int, count: int | None, done: int
+    session: TrackingSession, source: Iterator[VideoFrame], folder: _Folder, every: int, count: int | None
 ) -> None:
-    """Write the result of each frame, and now and then the session; also before an error leaves."""
-    bar = tqdm(Tracking(session, frames), "track", count, unit="frame", initial=done, disable=None, leave=False)
-    saved = session.frame
+    """Write the result of each frame to come, and now and then the session; also before an error leaves."""
+    done, saved = session.next_frame, session.frame
+    results = Tracking(session, islice(source, done, None))
+    bar = tqdm(results, "track", count, unit="frame", initial=done, disable=None, leave=False)
     try:
         for result in bar:
             folder.write(result)
@@ -126,8 +126,8 @@ class _Folder:
             raise ValueError(f"label images have room for 255 objects, got {len(objects)}")
         self._values = {name: int(name) if numbers else index + 1 for index, name in enumerate(objects)}
 
-    def resume(self, settings: dict[str, Any], force: bool) -> int | None:
-        """Make the folder ready; returns how many frames are done, None where all are.
+    def prepare(self, settings: dict[str, Any], force: bool) -> bool | None:
+        """Make the folder ready; returns whether a saved session goes on, None where all frames are done.
 
         Raises:
             ValueError: it holds something else, or results of other settings.
@@ -146,21 +146,19 @@ class _Folder:
             if before.get("frames") is not None:
                 return None
             if (self.path / _STATE).is_file():
-                return self._cut()
+                return True
         for name in (_STATE, _LINES, _RUN, _OVERLAY):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self._masks, ignore_errors=True)
         self._masks.mkdir(parents=True)
         self._describe(settings)
-        return 0
+        return False
 
-    def _cut(self) -> int:
-        """Drop what was written of frames after the saved session; returns how many it has done."""
-        frame = int(torch.load(self.path / _STATE, map_location="cpu", weights_only=True)["frame"])
-        lines = (self.path / _LINES).read_text().splitlines(keepends=True)[: frame + 1]
+    def cut(self, frames: int) -> None:
+        """Drop what was written of later frames than the first ``frames``."""
+        lines = (self.path / _LINES).read_text().splitlines(keepends=True)[:frames]
         with write_atomically(self.path / _LINES) as partial:
             partial.write_text("".join(lines))
-        return frame + 1
 
     def write(self, result: FrameResult) -> None:
         """Write the masks of a frame, and then its line."""
