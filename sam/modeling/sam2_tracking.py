@@ -259,6 +259,11 @@ class TrackingSteps(nn.Module):
         """Return the number of frames by which pointers are timed."""
         return min(num_frames, self.max_obj_ptrs_in_encoder)
 
+    def _memory_reach(self) -> int:
+        """Return how many frames away the furthest memory is that :meth:`_choose_memories` looks for, or more."""
+        stride = self.memory_temporal_stride_for_eval
+        return 2 + (stride - 1) + max(self.num_maskmem - 3, 0) * stride
+
     def _spatial_memories(self, choice: MemoryChoice, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
         """Return the maps of memory that a frame attends to, [N, B, mem_dim] each, and their positions."""
         memories, positions = [], []

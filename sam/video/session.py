@@ -253,10 +253,8 @@ class TrackingSession:
     def _forget(self) -> None:
         """Drop what neither the current frame nor one to come will read."""
         assert self.frame is not None
-        model = self.model
-        stride = model.memory_temporal_stride_for_eval
-        reach = 2 + (stride - 1) + max(model.num_maskmem - 3, 0) * stride
-        pointers = max(min(self._length(), model.max_obj_ptrs_in_encoder) - 1, reach)
+        reach = self.model._memory_reach()
+        pointers = max(self.model._pointer_limit(self._length()) - 1, reach)
         for each in self._objects.values():
             outputs = each.outputs["non_cond_frame_outputs"]
             for frame in list(outputs):
@@ -300,7 +298,7 @@ def step_together(sessions: Sequence[TrackingSession], images: Sequence[Any]) ->
     backbone = encode_frames(model, frames)
     tracked = []
     for row, (session, frame) in enumerate(zip(sessions, frames, strict=True)):
-        tracked.append(session._begin(_features(model, backbone, slice(row, row + 1)), frame.size))
+        tracked.append(session._begin(_features(model, backbone, row), frame.size))
     _track(sessions, tracked, backbone)
     return [session._end() for session in sessions]
 
@@ -315,8 +313,18 @@ def encode_frames(model: Any, frames: Sequence[VideoFrame]) -> dict[str, list[Te
     return model.forward_image(torch.stack([frame.pixels for frame in frames]))
 
 
-def _features(model: Any, backbone: Mapping[str, Any], rows: slice) -> _Features:
-    own = {name: [x[rows].to(model.dtype) for x in backbone[name]] for name in _MAPS}
+def encode_ahead(model: Any, frames: Sequence[VideoFrame]) -> list[VideoFrame]:
+    """Return frames with their maps, made in one pass."""
+    backbone = encode_frames(model, frames)
+    return [frame._replace(backbone=_maps_of(backbone, row)) for row, frame in enumerate(frames)]
+
+
+def _maps_of(backbone: Mapping[str, Any], row: int) -> dict[str, list[Tensor]]:
+    return {name: [x[row : row + 1] for x in backbone[name]] for name in _MAPS}
+
+
+def _features(model: Any, backbone: Mapping[str, Any], row: int) -> _Features:
+    own = {name: [x.to(model.dtype) for x in maps] for name, maps in _maps_of(backbone, row).items()}
     return _Features(*model._prepare_backbone_features(own))
 
 

@@ -11,7 +11,7 @@ from ..modeling.sam2_base import SAM2Base
 from ..system.device_profile import device_profile
 from .frames import VideoFrame, open_frames
 from .results import FrameResult
-from .session import TrackingSession, encode_frames, step_together
+from .session import TrackingSession, encode_ahead, step_together
 
 Prompts = Mapping[int, Mapping[Hashable, Any]]
 
@@ -50,16 +50,7 @@ class Tracking:
                 raise
         if not frames:
             raise StopIteration
-        if len(frames) > 1:
-            backbone = encode_frames(self.session.model, frames)
-            rows = range(len(frames))
-            encoded = [{name: [x[i : i + 1] for x in maps] for name, maps in _maps(backbone)} for i in rows]
-            frames = [frame._replace(backbone=own) for frame, own in zip(frames, encoded, strict=True)]
-        self._ready.extend(frames)
-
-
-def _maps(backbone: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    return ((name, maps) for name, maps in backbone.items() if isinstance(maps, list))
+        self._ready.extend(frames if len(frames) == 1 else encode_ahead(self.session.model, frames))
 
 
 def track(
