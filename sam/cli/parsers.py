@@ -154,30 +154,23 @@ def add_track(commands: Any) -> None:
         "not track: --checkpoint takes weights of SAM 2.",
     )
     parser.add_argument("video", type=file_name, metavar="VIDEO", help="a video, or a folder of JPEG files")
-    parser.add_argument(
-        "--point",
-        action="append",
-        default=[],
-        type=_argument(_placed(wire.parse_point)),
-        metavar=_PLACE_TEXT + wire.POINT_TEXT,
-        help="a click in pixels, on object 1 and frame 0 unless said otherwise, as in cat@12:30,40; may be repeated",
+    prompts: tuple[tuple[str, Callable[[str], Any], str, str], ...] = (
+        (
+            "--point",
+            _placed(wire.parse_point),
+            _PLACE_TEXT + wire.POINT_TEXT,
+            "a click in pixels, on object 1 and frame 0 unless said otherwise, as in cat@12:30,40; may be repeated",
+        ),
+        ("--box", _placed(wire.parse_box), _PLACE_TEXT + wire.BOX_TEXT, "a box in pixels, likewise; may be repeated"),
+        (
+            "--mask",
+            _parse_mask,
+            "[@FRAME:]FILE",
+            "a picture of labels, as DAVIS has them: each value but 0 is the mask of the object of that name",
+        ),
     )
-    parser.add_argument(
-        "--box",
-        action="append",
-        default=[],
-        type=_argument(_placed(wire.parse_box)),
-        metavar=_PLACE_TEXT + wire.BOX_TEXT,
-        help="a box in pixels, likewise; may be repeated",
-    )
-    parser.add_argument(
-        "--mask",
-        action="append",
-        default=[],
-        type=_argument(_parse_mask),
-        metavar="[@FRAME:]FILE",
-        help="a picture of labels, as DAVIS has them: each value but 0 is the mask of the object of that name",
-    )
+    for option, parse, metavar, text in prompts:
+        parser.add_argument(option, action="append", default=[], type=_argument(parse), metavar=metavar, help=text)
     parser.add_argument("--out", type=file_name, default="out", metavar="DIR", help="folder of results (default: out)")
     parser.add_argument("--overlay", action="store_true", help="also draw the masks on the frames, as overlay.gif")
     parser.add_argument("--fill-holes", type=int, default=8, metavar="N", help="of low-resolution pixels (default: 8)")
