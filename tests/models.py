@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
+from benchmarks.official_sam2 import draw_weights
 from sam import Sam, SamConfig
 from sam.config import HieraConfig, Sam2Config
 from sam.modeling.build import build_from_config
 from sam.modeling.sam2_base import SAM2Base
+
+Tracker = TypeVar("Tracker", bound=SAM2Base)
 
 # Small, and with every irregularity: windows that do not divide the grid, a global block, two sizes of head.
 TINY = SamConfig(
@@ -30,6 +33,14 @@ TINY = SamConfig(
 
 # SAM 2, small, with windows that do not divide the grid, a global block and blocks that pool.
 TINY_2 = Sam2Config("custom", HieraConfig(16, 1, (1, 2, 4, 2), (5,), d_model=64), image_size=128)
+# The smallest that tests run, of one layer where there may be several.
+SMALL_2 = Sam2Config(
+    "custom",
+    HieraConfig(16, 1, (1, 2, 3, 1), (4,), d_model=64),
+    image_size=64,
+    memory_attention_layers=1,
+    fuser_layers=1,
+)
 
 
 class Int8Weight(torch.Tensor):
@@ -100,3 +111,10 @@ def random_model(config: SamConfig | Sam2Config, seed: int = 0) -> Sam | SAM2Bas
     model = build_from_config(config)
     randomise(model, seed)
     return model.requires_grad_(False)
+
+
+def draw_weights_that_see(model: Tracker) -> Tracker:
+    """Draw every weight of a model of SAM 2 that tracks, and raise its object score: objects are there."""
+    draw_weights(model)
+    model.get_parameter("sam_mask_decoder.pred_obj_score_head.layers.2.bias").add_(3)
+    return model

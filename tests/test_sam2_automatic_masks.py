@@ -12,24 +12,17 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from models import random_image, randomise
+from models import SMALL_2, random_image, randomise
 
 import sam
 from benchmarks.official_sam2 import random_sam2
 from benchmarks.official_sam2_masks import KEYS, RUNS, VARIANT, image_of, summary
-from sam import HieraConfig, Sam2Config, SamAutomaticMaskGenerator
+from sam import SamAutomaticMaskGenerator
 from sam.masks import rle
 from sam.sam2 import automatic_mask_generator
 from sam.sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 
 OFFICIAL = json.loads((Path(__file__).parent / "official_sam2_masks.json").read_text())
-SMALL = Sam2Config(
-    "custom",
-    HieraConfig(16, 1, (1, 2, 3, 1), (4,), d_model=64),
-    image_size=64,
-    memory_attention_layers=1,
-    fuser_layers=1,
-)
 IMAGE = random_image(40, 70)
 ALL = {"points_per_side": 3, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
 
@@ -41,7 +34,7 @@ def official_weights() -> sam.SAM2Base:
 
 @pytest.fixture(scope="module")
 def small() -> sam.SAM2Base:
-    model = sam.build_from_config(SMALL)
+    model = sam.build_from_config(SMALL_2)
     randomise(model)
     return model.requires_grad_(False)
 

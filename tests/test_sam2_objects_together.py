@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import TINY_2
+from models import TINY_2, draw_weights_that_see
 from test_sam2_video import CLICK, _without_bars, apart, begin, clicked, track
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sam.video.frame_steps as steps
-from benchmarks.official_sam2 import draw_weights
 from fastsam_kernels.memory_attention.api import MEMORY_ATTENTION
 from fastsam_kernels.numerics import Budget, relative_error
 from sam.modeling.build import sam2_arguments
@@ -31,10 +30,7 @@ _KEPT = ("maskmem_features", "pred_masks", "obj_ptr", "object_score_logits")
 
 @pytest.fixture(scope="module")
 def predictor() -> SAM2VideoPredictor:
-    made = SAM2VideoPredictor(**sam2_arguments(TINY_2)).eval()
-    draw_weights(made)
-    made.get_parameter("sam_mask_decoder.pred_obj_score_head.layers.2.bias").add_(3)
-    return made
+    return draw_weights_that_see(SAM2VideoPredictor(**sam2_arguments(TINY_2)).eval())
 
 
 def by_modules(predictor: SAM2VideoPredictor) -> SAM2VideoPredictor:

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from comparison import assert_close_l2
-from models import random_image, random_model, randomise
+from models import SMALL_2, random_image, random_model, randomise
 from torch import Tensor, nn
 
 import sam
-from sam import HieraConfig, Sam2Config
 from sam.sam2 import build_sam
 from sam.sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 from sam.sam2.sam2_image_predictor import SAM2ImagePredictor
 from sam.sam2.sam2_video_predictor import SAM2VideoPredictor
 
-SMALL = Sam2Config(
-    "custom",
-    HieraConfig(16, 1, (1, 2, 3, 1), (4,), d_model=64),
-    image_size=64,
-    memory_attention_layers=1,
-    fuser_layers=1,
-    dynamic_multimask_via_stability=True,
-)
+SMALL = replace(SMALL_2, dynamic_multimask_via_stability=True)
 IMAGE = random_image(60, 90)
 CLICKS, LABELS = np.array([[30, 20], [80, 50], [5, 5]]), np.array([1, 0, 1])
 ALL = {"points_per_side": 3, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}

@@ -13,11 +13,10 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from models import TINY_2
+from models import TINY_2, draw_weights_that_see
 from torch import Tensor
 
 import sam.sam2.sam2_video_predictor as face
-from benchmarks.official_sam2 import draw_weights
 from benchmarks.official_sam2_video import HEIGHT, SIZE, WIDTH, clip, start
 from fastsam_kernels.numerics import relative_error
 from sam.modeling.build import sam2_arguments
@@ -37,10 +36,7 @@ def _without_bars(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def built() -> SAM2VideoPredictor:
-    predictor = SAM2VideoPredictor(**sam2_arguments(TINY_2)).eval()
-    draw_weights(predictor)
-    predictor.get_parameter("sam_mask_decoder.pred_obj_score_head.layers.2.bias").add_(3)
-    return predictor
+    return draw_weights_that_see(SAM2VideoPredictor(**sam2_arguments(TINY_2)).eval())
 
 
 @pytest.fixture

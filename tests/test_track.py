@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import TINY_2, randomise
+from models import TINY_2, draw_weights_that_see, randomise
 from PIL import Image
 from torch import Tensor
 
@@ -38,9 +38,7 @@ BOX = Prompt(box=[30, 20, 55, 40])
 
 @pytest.fixture(scope="module")
 def model() -> SAM2Base:
-    made = draw_weights(build_from_config(SMALL))
-    made.get_parameter("sam_mask_decoder.pred_obj_score_head.layers.2.bias").add_(3)
-    return made
+    return draw_weights_that_see(build_from_config(SMALL))
 
 
 def frames(count: int) -> list[np.ndarray]:

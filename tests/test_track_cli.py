@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import TINY_2
+from models import TINY_2, draw_weights_that_see
 from PIL import Image
 
 import sam
-from benchmarks.official_sam2 import draw_weights
 from sam.cli import main
 from sam.masks import rle
 from sam.masks.palette import read_labels, voc_palette, write_labels
@@ -29,8 +28,7 @@ SIZE, FRAMES = (45, 70), 6
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = draw_weights(sam.build_from_config(replace(TINY_2, image_size=64)))
-    model.get_parameter("sam_mask_decoder.pred_obj_score_head.layers.2.bias").add_(3)
+    model = draw_weights_that_see(sam.build_from_config(replace(TINY_2, image_size=64)))
     path = tmp_path_factory.mktemp("weights") / "two.safetensors"
     sam.save_checkpoint(model, path)
     return path
