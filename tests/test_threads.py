@@ -7,17 +7,20 @@ import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from comparison import assert_close_l2
-from models import TINY, random_image, random_model
+from models import TINY, TINY_2, random_image, random_model
 from waiting import SECONDS
 
 from sam import Sam, SamAutomaticMaskGenerator, SamPredictor
 from sam.embedding import ImageFeatures
+from sam.sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
+from sam.sam2.sam2_image_predictor import SAM2ImagePredictor
 
 IMAGES = [random_image(60, 80, seed=1), random_image(50, 40, seed=2)]
 ALL = {"pred_iou_thresh": -1.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0, "crop_nms_thresh": 1.0}
@@ -79,6 +82,42 @@ def test_one_generator_in_two_threads(model: Sam, way: str, monkeypatch: pytest.
     for ours, alone in zip(in_threads(lambda image: call(shared, image)), expected, strict=True):
         assert same(ours, alone), ours
     assert sorted(calls) == before
+
+
+class OfCrops(SamAutomaticMaskGenerator):
+    """As a program's subclass, for which the official loop runs."""
+
+    def _process_crop(self, *args: Any) -> Any:
+        return super()._process_crop(*args)
+
+
+class OfCrops2(SAM2AutomaticMaskGenerator):
+    def _process_crop(self, *args: Any) -> Any:
+        return super()._process_crop(*args)
+
+
+@pytest.mark.parametrize("change", ["set_image of the class", "_process_crop", "SAM 2", "of two generators"])
+def test_the_official_loop_in_two_threads(model: Sam, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass has its predictor for itself; without that both have set their image before either is asked about it."""
+    is_sam2 = change == "SAM 2"
+    predictor = SAM2ImagePredictor if is_sam2 else SamPredictor
+    kinds = {"_process_crop": OfCrops, "SAM 2": OfCrops2}
+    kind, options = kinds.get(change, SamAutomaticMaskGenerator), {"points_per_side": 2, **ALL}
+    shared = kind(random_model(TINY_2) if is_sam2 else model, **options)
+    generators = [shared, kind(shared.predictor.model, **options) if change == "of two generators" else shared]
+    generators[1].predictor = shared.predictor
+    expected = [kind(shared.predictor.model, **options).generate(image) for image in IMAGES]
+    meet, set_image = threading.Barrier(2, timeout=0.2), predictor.set_image
+
+    def slowly(self: Any, image: np.ndarray, *args: Any) -> None:
+        set_image(self, image, *args)
+        with suppress(threading.BrokenBarrierError):  # as it is where one waits for the other
+            meet.wait()
+
+    monkeypatch.setattr(predictor, "set_image", slowly)
+    found = in_threads(lambda image: generators[image is IMAGES[1]].generate(image))
+    for ours, alone in zip(found, expected, strict=True):
+        assert same(ours, alone), ours
 
 
 def test_a_predictor_of_a_users_own_is_still_asked(model: Sam, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,9 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from copy import copy
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -27,6 +29,8 @@ from .progress import Progress
 from .records import OUTPUT_MODES, clean_regions, drop_duplicates_of_crops, records_of
 
 logger = logging.getLogger("sam")
+# Held by the official loop, in which a predictor holds the image: one pass of it at a time, in whatever thread.
+_passes: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
 
 
 class MaskGenerator:
@@ -284,7 +288,8 @@ class MaskGenerator:
 
     @torch.no_grad()
     def _official_steps(self, image: np.ndarray) -> Generator[int, None, list[dict[str, Any]]]:
-        data = self._officially_finished(self._generate_masks(image))
+        with _passes.setdefault(self.predictor, RLock()):
+            data = self._officially_finished(self._generate_masks(image))
         yield sum(len(self.point_grids[layer]) for _, layer in self._crops(image.shape[:2]))
         return self._official_records(data)
 
