@@ -1,16 +1,18 @@
 """What Meta's SAM2VideoPredictor answers with weights that hide nothing, written down for the tests.
 
-    python -m benchmarks.official_sam2_video --sam2 PATH
+    python -m benchmarks.official_sam2_video --sam2 PATH [--size 256 --out FILE]
 
-PATH is the folder from which ``import sam2`` works; hydra-core, iopath and torchvision must be installed.
+PATH is the folder from which ``import sam2`` works; hydra-core and iopath must be installed, torchvision need not be.
+The models of 64 px, whose answers the tests keep, are small; those of other sizes are the released tiny ones.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import types
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,15 +21,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .official_sam2 import COMPUTED, official_model, random_sam2, sample
+from sam.config import SAM2_VARIANTS, HieraConfig, Sam2Config
+from sam.modeling.build import build_from_config
 
-TARGET = Path(__file__).parents[1] / "tests" / "official_sam2_video.json"
-SIZE, FRAMES, HEIGHT, WIDTH = 128, 7, 90, 140
-_KEPT = ("maskmem_features", "pred_masks", "obj_ptr", "object_score_logits")
-Results = dict[str, dict[str, Tensor]]
+from .official_sam2 import COMPUTED, draw_weights, official_model
+
+TARGET = Path(__file__).parents[1] / "tests" / "official_sam2_video.npz"
+SMALL, FRAMES, HEIGHT, WIDTH = 64, 20, 90, 140
+FINER = 3  # times that are the masks of scenes, so that a pixel is no thousandth of the smallest
+Masks = dict[str, Tensor]
 
 
-def clip(size: int = SIZE, frames: int = FRAMES) -> Tensor:
+def model_config(variant: str, image_size: int = SMALL) -> Sam2Config:
+    """Return the released config of a variant; at 64 px of fewer blocks, in which the released widths remain."""
+    config = SAM2_VARIANTS[variant].with_image_size(image_size)
+    if image_size != SMALL:
+        return config
+    trunk = HieraConfig(16, 1, (1, 1, 2, 1), (3,))
+    return replace(config, image_encoder=trunk, memory_attention_layers=2, memory_attention_dim_feedforward=256)
+
+
+def weights(config: Sam2Config) -> dict[str, Tensor]:
+    """Return weights that hide nothing, of a model that sees most objects.
+
+    Memories are attended to so evenly that each of them counts, and that what bf16 rounds does not grow by the frame.
+    """
+    state = draw_weights(build_from_config(config)).state_dict()
+    for name, weight in state.items():
+        if name.startswith("memory_attention") and name.endswith(("q_proj.weight", "k_proj.weight")):
+            weight.mul_(0.5)
+    head = "sam_mask_decoder.pred_obj_score_head.layers.2"
+    state[f"{head}.weight"].mul_(30)
+    state[f"{head}.bias"].add_(6.5)
+    return state
+
+
+def clip(size: int, frames: int = FRAMES) -> Tensor:
     """Return normalised frames [frames, 3, size, size]: noise, and two squares that move."""
     generator = torch.Generator().manual_seed(0)
     images = 0.5 * torch.randn(1, 3, size, size, generator=generator)
@@ -39,14 +68,6 @@ def clip(size: int = SIZE, frames: int = FRAMES) -> Tensor:
     return images
 
 
-def weights(variant: str, image_size: int = SIZE) -> dict[str, Tensor]:
-    """Return weights that hide nothing, of a model that sees most objects."""
-    state = random_sam2(variant, image_size).state_dict()
-    if variant.startswith("sam2_"):
-        state["sam_mask_decoder.pred_obj_score_head.layers.2.bias"] += 2.0
-    return state
-
-
 def start(predictor: Any, images: Any = None) -> dict[str, Any]:
     """Return the state of a clip."""
     frames = clip(predictor.image_size) if images is None else images
@@ -56,97 +77,111 @@ def start(predictor: Any, images: Any = None) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def results(predictor: Any) -> dict[str, Results]:
+def results(predictor: Any) -> dict[str, Scene]:
     """Run every scene on a predictor, official or ours."""
-    return {scene.__name__.strip("_"): scene(predictor) for scene in (_clicks, _masks, _corrections, _backwards)}
+    return {scene.__name__.strip("_"): scene(predictor) for scene in (_one, _three, _backwards)}
 
 
-class _Record:
-    """Runs a state and notes what is returned and kept."""
+class Scene:
+    """Runs a state.
 
-    def __init__(self, predictor: Any, **options: Any) -> None:
-        self.predictor, self.found = predictor, {}
-        for name, value in options.items():
-            setattr(predictor, name, value)
-        self.state = start(predictor)
+    Attributes:
+        masks: the logits [O, 1, FINER * HEIGHT, FINER * WIDTH] that each step returned.
+        low_res: those [O, 1, h, w] that the state keeps of them, -1024 where an object has none.
+        scores: of each object that was tracked.
+    """
 
-    def points(self, frame: int, obj_id: Any, points: Any = None, labels: Any = None, **kwargs: Any) -> None:
-        given = (None if points is None else np.array(points, np.float32), None if labels is None else np.array(labels))
-        answer = self.predictor.add_new_points_or_box(self.state, frame, obj_id, *given, **kwargs)
-        self._note(f"prompt {obj_id} on {frame}", answer[2])
+    def __init__(self, predictor: Any, images: Tensor | None = None) -> None:
+        self.predictor, self.state = predictor, start(predictor, images)
+        self.state["video_height"], self.state["video_width"] = FINER * HEIGHT, FINER * WIDTH
+        self.masks: Masks = {}
+        self.low_res: Masks = {}
+        self.scores: list[float] = []
 
-    def mask(self, frame: int, obj_id: Any, mask: np.ndarray) -> None:
-        self._note(f"mask {obj_id} on {frame}", self.predictor.add_new_mask(self.state, frame, obj_id, mask)[2])
+    def points(self, frame: int, obj_id: Any, points: Any, labels: Any, clear: bool = True, box: Any = None) -> None:
+        given: dict[str, Any] = {"points": FINER * np.array(points, np.float32), "labels": np.array(labels)}
+        given["box"] = None if box is None else FINER * np.array(box, np.float32)
+        answer = self.predictor.add_new_points_or_box(self.state, frame, obj_id, clear_old_points=clear, **given)
+        self.note(f"prompt {obj_id}", frame, answer[2])
 
-    def track(self, name: str, **kwargs: Any) -> None:
-        for frame, ids, masks in self.predictor.propagate_in_video(self.state, **kwargs):
-            self._note(f"{name} {frame}", masks)
-            for obj_id in ids:
-                kept = self.state["output_dict_per_obj"][self.state["obj_id_to_idx"][obj_id]]
-                kinds = ("cond_frame_outputs", "non_cond_frame_outputs")
-                output = next(kept[kind][frame] for kind in kinds if frame in kept[kind])
-                self.found[f"{name} {frame} object {obj_id}"] = {key: output[key].float().clone() for key in _KEPT}
+    def mask(self, frame: int, obj_id: Any, rows: slice, columns: slice) -> None:
+        mask = np.zeros((HEIGHT, WIDTH), bool)
+        mask[rows, columns] = True
+        self.note(f"mask {obj_id}", frame, self.predictor.add_new_mask(self.state, frame, obj_id, mask)[2])
 
-    def _note(self, name: str, masks: Tensor) -> None:
-        self.found[name] = {"masks": masks.clone()}
+    def track(self, name: str, start: int | None = None, more: int | None = None, reverse: bool = False) -> None:
+        for frame, _, masks in self.predictor.propagate_in_video(self.state, start, more, reverse):
+            self.note(name, frame, masks)
+            outputs = (self._newest(index, frame) for index in range(len(masks)))
+            self.scores += [float(output["object_score_logits"]) for output in outputs if output]
 
+    def clear(self, frame: int, obj_id: Any) -> None:
+        self.note("cleared", frame, self.predictor.clear_all_prompts_in_frame(self.state, frame, obj_id)[2])
 
-def _clicks(predictor: Any) -> Results:
-    """Click one object twice, add a click; a box and a click are another one, which comes later."""
-    record = _Record(predictor)
-    record.points(0, "a", [[30, 40], [100, 20]], [1, 0])
-    record.points(0, "a", [[40, 60]], [1], clear_old_points=False)
-    record.points(2, "b", [[70, 60]], [1], box=np.array([60, 40, 110, 80], np.float32))
-    record.track("forward", max_frame_num_to_track=4)
-    record.points(1, "c", [[90, 30]], [1])
-    record.track("with another", start_frame_idx=3, max_frame_num_to_track=0)
-    return record.found
+    def remove(self, obj_id: Any) -> None:
+        for frame, masks in self.predictor.remove_object(self.state, obj_id)[1]:
+            self.note(f"{obj_id} removed", frame, masks)
 
+    def note(self, name: str, frame: int, masks: Tensor) -> None:
+        step = f"{len(self.masks)} {name} on {frame}"
+        side = self.predictor.image_size // 4
+        none = torch.full((1, 1, side, side), -1024.0)
+        outputs = [self._newest(index, frame) for index in range(len(masks))]
+        self.low_res[step] = torch.cat([output["pred_masks"].float() if output else none for output in outputs])
+        self.masks[step] = masks.clone()
 
-def _masks(predictor: Any) -> Results:
-    """Give masks, of an object and of nothing; a click alone beside them."""
-    record = _Record(predictor)
-    mask = np.zeros((HEIGHT, WIDTH), bool)
-    mask[20:55, 12:60] = True
-    record.mask(0, 1, mask)
-    record.mask(0, 2, np.zeros((HEIGHT, WIDTH), bool))
-    record.points(0, 3, [[90, 70]], [1])
-    record.track("forward", max_frame_num_to_track=3)
-    return record.found
+    def _newest(self, index: int, frame: int) -> dict[str, Any] | None:
+        kept = [self.state[name][index] for name in ("temp_output_dict_per_obj", "output_dict_per_obj")]
+        kinds = ("cond_frame_outputs", "non_cond_frame_outputs")
+        return next((of[kind][frame] for of in kept for kind in kinds if frame in of[kind]), None)
 
 
-def _corrections(predictor: Any) -> Results:
-    """Correct tracked frames, which do and do not become conditioning ones; prompts go and objects are removed."""
-    record = _Record(predictor)
-    record.points(1, 1, [[30, 40]], [1])
-    record.points(1, 2, box=np.array([60, 40, 110, 80], np.float32))
-    record.track("forward", max_frame_num_to_track=2)
-    record.points(3, 1, [[100, 20], [40, 45]], [0, 1])
-    record.track("from the correction", start_frame_idx=4, max_frame_num_to_track=0)
+def _one(predictor: Any) -> Scene:
+    """Click one object three times, track it, and correct tracked frames that do and do not become conditioning ones."""
+    scene = Scene(predictor)
+    scene.points(0, "a", [[30, 40], [100, 20]], [1, 0])
+    scene.points(0, "a", [[40, 60]], [1], clear=False)
+    scene.track("forward")
+    scene.points(6, "a", [[100, 20], [40, 45]], [0, 1])
+    scene.track("from the correction", 7, 0)
     predictor.add_all_frames_to_correct_as_cond = True
-    record.points(3, 2, [[80, 60]], [1])
-    record.track("with the correction", start_frame_idx=4, max_frame_num_to_track=0)
+    scene.points(12, "a", [[80, 60]], [1])
     predictor.add_all_frames_to_correct_as_cond = False
-    record._note("cleared", predictor.clear_all_prompts_in_frame(record.state, 3, 2)[2])
-    for frame, masks in predictor.remove_object(record.state, 1)[1]:
-        record._note(f"removed on {frame}", masks)
-    record.track("alone", start_frame_idx=5, max_frame_num_to_track=0)
-    return record.found
+    scene.track("with the correction", 13, 1)
+    return scene
 
 
-def _backwards(predictor: Any) -> Results:
-    """Track to the first frame, then to the last, with holes filled where a predictor fills them."""
-    record = _Record(predictor, fill_hole_area=8)
-    record.points(4, "x", [[40, 40], [90, 70]], [1, 1])
-    record.track("back", start_frame_idx=4, max_frame_num_to_track=3, reverse=True)
-    record.track("on", start_frame_idx=4, max_frame_num_to_track=1)
+def _three(predictor: Any) -> Scene:
+    """Track a mask and a box; correct a tracked and an untracked frame; an object comes late, another one goes."""
+    scene = Scene(predictor)
+    scene.mask(0, 1, slice(20, 55), slice(12, 60))
+    scene.points(0, 2, [[70, 60]], [1], box=[60, 40, 110, 80])
+    scene.track("two", more=5)
+    scene.points(8, 3, [[90, 70]], [1])
+    scene.points(8, 1, [[30, 30], [60, 20]], [1, 0])
+    scene.points(3, 2, [[80, 60]], [1])
+    scene.track("three", 6)
+    scene.clear(8, 1)
+    scene.remove(2)
+    scene.track("after", 18)
+    return scene
+
+
+def _backwards(predictor: Any) -> Scene:
+    """Track an object, and one that is nowhere, towards the first frame, then to the last; holes are filled."""
+    predictor.fill_hole_area = 8
+    scene = Scene(predictor)
+    scene.points(14, "x", [[40, 40], [90, 70]], [1, 1])
+    scene.mask(14, "nothing", slice(0), slice(0))
+    scene.track("back", 14, 4, reverse=True)
+    scene.track("on", 14, 1)
     predictor.fill_hole_area = 0
-    return record.found
+    return scene
 
 
-def official_predictor(path: str, variant: str, image_size: int = SIZE) -> Any:
-    """Build Meta's predictor of a variant; SciPy finds the regions that its CUDA kernel would."""
-    official_model(path, variant, image_size)
+def official_predictor(path: str, config: Sam2Config, module: str = "sam2_video_predictor") -> Any:
+    """Build Meta's predictor; SciPy finds the regions that its CUDA kernel would."""
+    official_model(path, config.variant, config.image_size)
     import sam2
     from sam2.build_sam import build_sam2_video_predictor
     from scipy import ndimage
@@ -161,13 +196,14 @@ def official_predictor(path: str, variant: str, image_size: int = SIZE) -> Any:
         return labels, areas
 
     sys.modules["sam2._C"] = sam2._C = types.SimpleNamespace(get_connected_componnets=components)
-    release, size = variant.split("_", 1)
+    release, size = config.variant.split("_", 1)
     short = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}[size]
-    overrides = [f"++model.image_size={image_size}", "++model.fill_hole_area=0"]
-    config = f"configs/{release}/{release}_hiera_{short}.yaml"
-    predictor = build_sam2_video_predictor(config, device="cpu", hydra_overrides_extra=overrides)
+    name = f"configs/{release}/{release}_hiera_{short}.yaml"
+    overrides = [f"++model.{key}={value}" for key, value in _overrides(config).items()]
+    overrides.append(f"++model._target_=sam2.{module}.SAM2VideoPredictor")
+    predictor = build_sam2_video_predictor(name, device="cpu", hydra_overrides_extra=overrides)
     predictor.fill_hole_area = 0
-    predictor.load_state_dict(weights(variant, image_size))
+    predictor.load_state_dict(weights(config))
     # Without pointers the memory stays bf16, which crashes in fp32: an object that is prompted later than another.
     predictor.memory_attention.register_forward_pre_hook(
         lambda module, given, named: (given, {**named, "memory": named["memory"].float()}), with_kwargs=True
@@ -175,21 +211,45 @@ def official_predictor(path: str, variant: str, image_size: int = SIZE) -> Any:
     return predictor.requires_grad_(False)
 
 
-def main() -> None:
+def _overrides(config: Sam2Config) -> dict[str, Any]:
+    trunk = config.image_encoder
+    names = (
+        "embed_dim",
+        "num_heads",
+        "stages",
+        "global_att_blocks",
+        "window_pos_embed_bkg_spatial_size",
+        "window_spec",
+    )
+    values = {name: getattr(trunk, name) for name in names}
+    return {
+        "image_size": config.image_size,
+        **{f"image_encoder.trunk.{name}": list(x) if isinstance(x, tuple) else x for name, x in values.items()},
+        "image_encoder.neck.backbone_channel_list": trunk.channel_list,
+        "memory_attention.num_layers": config.memory_attention_layers,
+        "memory_attention.layer.dim_feedforward": config.memory_attention_dim_feedforward,
+    }
+
+
+def write(path: Path, scenes: dict[str, dict[str, Scene]]) -> None:
+    """Write the low-resolution logits of all steps as fp16, named by variant, scene and step."""
+    arrays = {
+        f"{variant}/{name}/{step}": masks.numpy().astype(np.float16)
+        for variant, of_variant in scenes.items()
+        for name, scene in of_variant.items()
+        for step, masks in scene.low_res.items()
+    }
+    np.savez_compressed(path, **arrays)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sam2", required=True, metavar="PATH", help="folder from which import sam2 works")
-    path = parser.parse_args().sam2
-    figures = {
-        variant: {
-            scene: {
-                step: {name: [float(f"{value:.7g}") for value in sample(x, 32)] for name, x in tensors.items()}
-                for step, tensors in steps.items()
-            }
-            for scene, steps in results(official_predictor(path, variant)).items()
-        }
-        for variant in COMPUTED
-    }
-    TARGET.write_text(json.dumps(figures) + "\n")
+    parser.add_argument("--size", type=int, default=SMALL, help="side of the model's square, in pixels")
+    parser.add_argument("--out", type=Path, default=TARGET, metavar="FILE", help="where to write, .npz")
+    args = parser.parse_args(arguments)
+    configs = {variant: model_config(variant, args.size) for variant in COMPUTED}
+    write(args.out, {name: results(official_predictor(args.sam2, config)) for name, config in configs.items()})
 
 
 if __name__ == "__main__":

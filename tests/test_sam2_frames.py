@@ -12,7 +12,6 @@ from models import TINY_2
 from PIL import Image
 
 from benchmarks.official_sam2 import draw_weights
-from benchmarks.official_sam2_video import SIZE
 from sam.modeling.build import sam2_arguments
 from sam.sam2.sam2_video_predictor import SAM2VideoPredictor
 from sam.sam2.utils import misc
@@ -75,7 +74,7 @@ def test_a_broken_frame_is_named_and_those_before_it_are_tracked(tmp_path: Path)
     with pytest.raises(OSError, match=r"00002\.jpg"):
         seen.extend(frame for frame, _, _ in predictor.propagate_in_video(state))
     assert list(state["frames_tracked_per_obj"][0]) == [0, 1]
-    assert state["images"][3].shape == (3, SIZE, SIZE)
+    assert state["images"][3].shape == (3, TINY_2.image_size, TINY_2.image_size)
 
 
 def test_a_video_file_is_read_with_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

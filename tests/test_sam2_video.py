@@ -17,7 +17,7 @@ from models import TINY_2, draw_weights_that_see
 from torch import Tensor
 
 import sam.sam2.sam2_video_predictor as face
-from benchmarks.official_sam2_video import HEIGHT, SIZE, WIDTH, clip, start
+from benchmarks.official_sam2_video import HEIGHT, WIDTH, clip, start
 from fastsam_kernels.numerics import relative_error
 from sam.modeling.build import sam2_arguments
 from sam.sam2 import build_sam
@@ -25,7 +25,7 @@ from sam.sam2.sam2_video_predictor import SAM2VideoPredictor
 from sam.sam2.utils import misc
 
 CLICK = {"points": [[30, 40]], "labels": [1]}
-FRAMES = 5
+FRAMES, SIZE = 5, TINY_2.image_size
 
 
 @pytest.fixture(autouse=True)

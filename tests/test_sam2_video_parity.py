@@ -2,63 +2,81 @@
 
 from __future__ import annotations
 
-import json
-import warnings
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import sam.sam2.sam2_video_predictor as face
-from benchmarks.official_sam2 import sample
-from benchmarks.official_sam2_video import SIZE, results, weights
+from benchmarks.official_sam2 import COMPUTED
+from benchmarks.official_sam2_video import TARGET, model_config, results, weights
 from fastsam_kernels.numerics import relative_error
-from sam.config import SAM2_VARIANTS
 from sam.modeling.build import sam2_arguments
 
-OFFICIAL: dict[str, Any] = json.loads((Path(__file__).parent / "official_sam2_video.json").read_text())
-# Relative L2 of answers to prompts on a frame that is not tracked, and of all that follows from memories. These are
-# kept in bf16, whose last bit may fall either way, and each frame makes about four times as much of that; another click
-# or memory is 0.03 and more.
-PROMPTED, TRACKED = 1e-5, 1e-2
-FIRST = (
-    "prompt a on 0",
-    "prompt b on 2",
-    "mask 1 on 0",
-    "mask 2 on 0",
-    "prompt 3 on 0",
-    "prompt 1 on 1",
-    "prompt x on 4",
-)
+OFFICIAL = np.load(TARGET)
+# Memories are kept in bf16, whose last bit may fall either way: most of what is seen here is of that.
+LOGITS, IOU = 1e-3, 0.999
 
 
-@pytest.mark.parametrize("variant", OFFICIAL)
-def test_scenes_are_tracked_as_officially(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def is_as_officially(predictor: Any, official: Any, variant: str) -> None:
+    """Run all scenes; every mask of every object is that of Meta's predictor."""
+    scenes = results(predictor)
+    steps = [f"{variant}/{name}/{step}" for name, scene in scenes.items() for step in scene.masks]
+    assert steps == [step for step in official.files if step.startswith(f"{variant}/")]
+    for step in steps:
+        found = scenes[step.split("/")[1]].masks[step.split("/")[2]]
+        truth = F.interpolate(torch.from_numpy(official[step]).float(), found.shape[-2:], mode="bilinear")
+        assert len(found) == len(truth)
+        assert max(map(relative_error, found, truth)) <= LOGITS, step
+        assert least_iou(found > 0, truth > 0) >= IOU, step
+
+
+def least_iou(found: Tensor, truth: Tensor) -> float:
+    common, either = ((x.flatten(1).sum(1).float()) for x in (found & truth, found | truth))
+    return float(torch.where(either > 0, common / either.clamp(min=1), torch.ones(())).min())
+
+
+def our_predictor(variant: str, *size: int) -> face.SAM2VideoPredictor:
+    config = model_config(variant, *size)
+    arguments = sam2_arguments(config) | {"binarize_mask_from_pts_for_mem_enc": True}
+    predictor = face.SAM2VideoPredictor(**arguments).eval()
+    predictor.load_state_dict(weights(config))
+    return predictor
+
+
+@pytest.fixture(autouse=True)
+def _without_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(face, "tqdm", lambda frames, desc: frames)
-    arguments = sam2_arguments(SAM2_VARIANTS[variant].with_image_size(SIZE))
-    predictor = face.SAM2VideoPredictor(**arguments | {"binarize_mask_from_pts_for_mem_enc": True}).eval()
-    predictor.load_state_dict(weights(variant))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        scenes = results(predictor)
-    assert {scene: list(steps) for scene, steps in scenes.items()} == {
-        scene: list(steps) for scene, steps in OFFICIAL[variant].items()
-    }
-    for scene, steps in OFFICIAL[variant].items():
-        for step, tensors in steps.items():
-            for name, official in tensors.items():
-                ours = sample(scenes[scene][step][name], 32)
-                limit = PROMPTED if step in FIRST else TRACKED
-                assert relative_error(ours, torch.tensor(official)) <= limit, (scene, step, name)
 
 
-def test_present_and_absent_objects_occur() -> None:
-    scores = [
-        step["object_score_logits"][0] > 0
-        for scenes in OFFICIAL.values()
-        for steps in scenes.values()
-        for step in steps.values()
-        if "object_score_logits" in step
-    ]
-    assert {*scores} == {True, False}
+@pytest.mark.parametrize("variant", COMPUTED)
+def test_20_frames_are_tracked_as_officially(variant: str) -> None:
+    is_as_officially(our_predictor(variant), OFFICIAL, variant)
+
+
+@pytest.mark.parametrize("variant", COMPUTED)
+def test_present_and_absent_objects_occur(variant: str) -> None:
+    """And holes are there to be filled, with 0.1."""
+    masks = {step: OFFICIAL[step] for step in OFFICIAL.files if step.startswith(f"{variant}/")}
+    tracked = [(mask == -1024).all() for step, of_step in masks.items() if " on " in step for mask in of_step]
+    assert 0.1 < np.mean(tracked) < 0.6
+    assert any((mask == np.float16(0.1)).any() for step, mask in masks.items() if "/backwards/" in step)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("SAM2_PATH" not in os.environ, reason="needs SAM2_PATH, the folder from which import sam2 works")
+def test_released_models_at_256_px(tmp_path: Path) -> None:
+    """In a process of its own Meta's package finds no configs of ours."""
+    file, arguments = tmp_path / "official.npz", ["--sam2", os.environ["SAM2_PATH"], "--size", "256"]
+    module = "benchmarks.official_sam2_video"
+    subprocess.run([sys.executable, "-m", module, *arguments, "--out", str(file)], check=True)
+    official = np.load(file)
+    for variant in COMPUTED:
+        is_as_officially(our_predictor(variant, 256), official, variant)
