@@ -137,7 +137,7 @@ class Scene:
 
 
 def _one(predictor: Any) -> Scene:
-    """Click one object three times, track it, and correct tracked frames that do and do not become conditioning ones."""
+    """Click one object thrice, track it, and correct tracked frames that do and do not become conditioning ones."""
     scene = Scene(predictor)
     scene.points(0, "a", [[30, 40], [100, 20]], [1, 0])
     scene.points(0, "a", [[40, 60]], [1], clear=False)
