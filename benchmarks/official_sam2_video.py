@@ -28,6 +28,7 @@ from .official_sam2 import COMPUTED, draw_weights, official_model
 
 TARGET = Path(__file__).parents[1] / "tests" / "official_sam2_video.npz"
 SMALL, FRAMES, HEIGHT, WIDTH = 64, 20, 90, 140
+BATCHED = "sam2.1_tiny"  # of the legacy predictor
 FINER = 3  # times that are the masks of scenes, so that a pixel is no thousandth of the smallest
 Masks = dict[str, Tensor]
 
@@ -78,8 +79,10 @@ def start(predictor: Any, images: Any = None) -> dict[str, Any]:
 
 @torch.no_grad()
 def results(predictor: Any) -> dict[str, Scene]:
-    """Run every scene on a predictor, official or ours."""
-    return {scene.__name__.strip("_"): scene(predictor) for scene in (_one, _three, _backwards)}
+    """Run every scene on a predictor, official or ours, of either kind."""
+    is_legacy = hasattr(predictor, "clear_non_cond_mem_for_multi_obj")
+    scenes = (_batch, _forgetting) if is_legacy else (_one, _three, _backwards)
+    return {scene.__name__.strip("_"): scene(predictor) for scene in scenes}
 
 
 class Scene:
@@ -179,6 +182,34 @@ def _backwards(predictor: Any) -> Scene:
     return scene
 
 
+def _batch(predictor: Any) -> Scene:
+    """Track three objects, one of which has a prompt where the others have none; correct, clear, remove; go back."""
+    scene = Scene(predictor)
+    scene.points(0, 1, [[30, 40], [100, 20]], [1, 0])
+    scene.points(0, 2, [[70, 60]], [1], box=[60, 40, 110, 80])
+    scene.mask(2, 3, slice(20, 55), slice(12, 60))
+    scene.track("forward", more=4)
+    scene.points(3, 2, [[80, 60]], [1])
+    scene.points(7, 1, [[30, 30], [60, 20]], [1, 0])
+    scene.track("on", 5, 4)
+    scene.clear(7, 1)
+    scene.remove(3)
+    scene.track("back", 6, 2, reverse=True)
+    return scene
+
+
+def _forgetting(predictor: Any) -> Scene:
+    """Prompt objects anew, which makes them forget the tracked frames around."""
+    predictor.clear_non_cond_mem_around_input = predictor.clear_non_cond_mem_for_multi_obj = True
+    scene = Scene(predictor)
+    scene.points(0, 1, [[30, 40]], [1])
+    scene.points(0, 2, [[90, 70]], [1])
+    scene.track("forward", more=3)
+    scene.points(5, 2, [[80, 60]], [1])
+    scene.track("on", 4, 2)
+    return scene
+
+
 def official_predictor(path: str, config: Sam2Config, module: str = "sam2_video_predictor") -> Any:
     """Build Meta's predictor; SciPy finds the regions that its CUDA kernel would."""
     official_model(path, config.variant, config.image_size)
@@ -249,7 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=TARGET, metavar="FILE", help="where to write, .npz")
     args = parser.parse_args(arguments)
     configs = {variant: model_config(variant, args.size) for variant in COMPUTED}
-    write(args.out, {name: results(official_predictor(args.sam2, config)) for name, config in configs.items()})
+    figures = {name: results(official_predictor(args.sam2, config)) for name, config in configs.items()}
+    legacy = official_predictor(args.sam2, configs[BATCHED], "sam2_video_predictor_legacy")
+    write(args.out, figures | {f"{BATCHED} legacy": results(legacy)})
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ _SERVED: dict[str, tuple[str, tuple[str, ...]]] = {
             "modeling.sam2_utils",
             "sam2_image_predictor",
             "sam2_video_predictor",
+            "sam2_video_predictor_legacy",
             "utils",
             "utils.amg",
             "utils.misc",

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sam.sam2.sam2_video_predictor as face
+import sam.sam2.sam2_video_predictor_legacy as legacy
 from benchmarks.official_sam2 import COMPUTED
-from benchmarks.official_sam2_video import TARGET, model_config, results, weights
+from benchmarks.official_sam2_video import BATCHED, TARGET, model_config, results, weights
 from fastsam_kernels.numerics import relative_error
 from sam.modeling.build import sam2_arguments
 
@@ -43,22 +44,27 @@ def least_iou(found: Tensor, truth: Tensor) -> float:
     return float(torch.where(either > 0, common / either.clamp(min=1), torch.ones(())).min())
 
 
-def our_predictor(variant: str, *size: int) -> face.SAM2VideoPredictor:
+def our_predictor(variant: str, *size: int, module: Any = face) -> face.SAM2VideoPredictor:
     config = model_config(variant, *size)
     arguments = sam2_arguments(config) | {"binarize_mask_from_pts_for_mem_enc": True}
-    predictor = face.SAM2VideoPredictor(**arguments).eval()
+    predictor: face.SAM2VideoPredictor = module.SAM2VideoPredictor(**arguments).eval()
     predictor.load_state_dict(weights(config))
     return predictor
 
 
 @pytest.fixture(autouse=True)
 def _without_bars(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(face, "tqdm", lambda frames, desc: frames)
+    for module in (face, legacy):
+        monkeypatch.setattr(module, "tqdm", lambda frames, desc: frames)
 
 
 @pytest.mark.parametrize("variant", COMPUTED)
 def test_20_frames_are_tracked_as_officially(variant: str) -> None:
     is_as_officially(our_predictor(variant), OFFICIAL, variant)
+
+
+def test_objects_in_one_batch_are_tracked_as_by_the_legacy_predictor() -> None:
+    is_as_officially(our_predictor(BATCHED, module=legacy), OFFICIAL, f"{BATCHED} legacy")
 
 
 @pytest.mark.parametrize("variant", COMPUTED)
@@ -80,3 +86,4 @@ def test_released_models_at_256_px(tmp_path: Path) -> None:
     official = np.load(file)
     for variant in COMPUTED:
         is_as_officially(our_predictor(variant, 256), official, variant)
+    is_as_officially(our_predictor(BATCHED, 256, module=legacy), official, f"{BATCHED} legacy")

@@ -205,9 +205,12 @@ class FrameSteps(SAM2Base):
     def _clear_obj_non_cond_mem_around_input(self, inference_state: State, frame_idx: int, obj_idx: int) -> None:
         """Forget what was tracked of an object on the frames around one with a prompt."""
         outputs = inference_state["output_dict_per_obj"][obj_idx]["non_cond_frame_outputs"]
-        reach = self.memory_temporal_stride_for_eval * self.num_maskmem
-        for frame in range(frame_idx - reach, frame_idx + reach + 1):
+        for frame in self._frames_around(frame_idx):
             outputs.pop(frame, None)
+
+    def _frames_around(self, frame: int) -> range:
+        reach = self.memory_temporal_stride_for_eval * self.num_maskmem
+        return range(frame - reach, frame + reach + 1)
 
     # All objects -------------------------------------------------------------------------------------------
 
@@ -216,9 +219,12 @@ class FrameSteps(SAM2Base):
         if is_cond is None:
             prompted = state["temp_output_dict_per_obj"].values()
             is_cond = any(frame in outputs["cond_frame_outputs"] for outputs in prompted)
-        masks = self._consolidate_temp_output_across_obj(state, frame, is_cond=is_cond, consolidate_at_video_res=True)
-        _, video_masks = self._get_orig_video_res_output(state, masks["pred_masks_video_res"])
+        _, video_masks = self._get_orig_video_res_output(state, self._prompted_masks(state, frame, is_cond))
         return frame, list(state["obj_ids"]), video_masks
+
+    def _prompted_masks(self, state: State, frame: int, is_cond: bool) -> Tensor:
+        masks = self._consolidate_temp_output_across_obj(state, frame, is_cond=is_cond, consolidate_at_video_res=True)
+        return masks["pred_masks_video_res"]
 
     def _consolidate_temp_output_across_obj(
         self, inference_state: State, frame_idx: int, is_cond: bool, consolidate_at_video_res: bool = False

@@ -52,6 +52,18 @@ class VideoPredictor(FrameSteps):
     def _progress(self, frames: Iterable[int]) -> Iterable[int]:
         return frames
 
+    def _new_state(self, *arguments: Any) -> State:
+        return states.new_state(*arguments)
+
+    def _drop_object(self, state: State, obj_id: Hashable) -> None:
+        states.drop_object(state, obj_id)
+
+    def _downgrade(self, state: State, index: int, frame: int) -> None:
+        states.downgrade(state["output_dict_per_obj"][index], frame, self._tracked_frames(state, index))
+
+    def _tracked_frames(self, state: State, index: int) -> dict[int, dict[str, bool]]:
+        return states.tracked_frames(state, index)
+
     # A video and its objects -------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -84,7 +96,7 @@ class VideoPredictor(FrameSteps):
             async_loading_frames=async_loading_frames,
             compute_device=self.device,
         )
-        state = states.new_state(images, height, width, self.device, offload_video_to_cpu, offload_state_to_cpu)
+        state = self._new_state(images, height, width, self.device, offload_video_to_cpu, offload_state_to_cpu)
         self._get_image_feature(state, frame_idx=0, batch_size=1)
         return state
 
@@ -130,7 +142,7 @@ class VideoPredictor(FrameSteps):
         frames = sorted({frame for of_frames in prompts for frame in of_frames})
         for frame in frames:
             self.clear_all_prompts_in_frame(inference_state, frame, obj_id, need_output=False)
-        states.drop_object(inference_state, obj_id)
+        self._drop_object(inference_state, obj_id)
         if need_output:
             updated = [(frame, self._masks_on(inference_state, frame)[2]) for frame in frames]
         return list(inference_state["obj_ids"]), updated
@@ -223,7 +235,7 @@ class VideoPredictor(FrameSteps):
 
         Its memory is made when the pass begins. Returns whether the frame is a conditioning one.
         """
-        tracked = states.tracked_frames(state, index).get(frame)
+        tracked = self._tracked_frames(state, index).get(frame)
         is_cond = tracked is None or self.add_all_frames_to_correct_as_cond
         kind = "cond_frame_outputs" if is_cond else "non_cond_frame_outputs"
         earlier = states.output_of(state, index, frame, kind) if points is not None else None
@@ -260,7 +272,7 @@ class VideoPredictor(FrameSteps):
                 inference_state[name][index].pop(frame_idx, None)
             for outputs in inference_state["temp_output_dict_per_obj"][index].values():
                 outputs.pop(frame_idx, None)
-            states.downgrade(inference_state, index, frame_idx)
+            self._downgrade(inference_state, index, frame_idx)
         return self._masks_on(inference_state, frame_idx) if need_output else None
 
     # Tracking ----------------------------------------------------------------------------------------------

@@ -71,7 +71,8 @@ def add_object(state: State, obj_id: Hashable) -> int:
         state[name][index] = {}
     for name in ("output_dict_per_obj", "temp_output_dict_per_obj"):
         state[name][index] = {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}}
-    tracked_frames(state, index)
+    if "frames_tracked_per_obj" in state:
+        tracked_frames(state, index)
     return index
 
 
@@ -83,7 +84,7 @@ def drop_object(state: State, obj_id: Hashable) -> None:
     state["obj_idx_to_id"] = OrderedDict(enumerate(ids))
     state["obj_ids"] = ids
     for name in _OF_OBJECTS:
-        records = state[name]
+        records = state.get(name, {})
         remaining = [(index - (index > gone), record) for index, record in sorted(records.items()) if index != gone]
         records.clear()
         records.update(remaining)
@@ -107,7 +108,7 @@ def clear_objects(state: State) -> None:
         state[name].clear()
     state["obj_ids"] = []
     for name in _OF_OBJECTS:
-        state.setdefault(name, {}).clear()
+        state.get(name, {}).clear()
 
 
 def clear_results(state: State) -> None:
@@ -136,10 +137,9 @@ def output_of(state: State, index: int, frame: int, temporary_kind: str) -> Outp
     return output
 
 
-def downgrade(state: State, index: int, frame: int) -> None:
+def downgrade(outputs: Output, frame: int, tracked: dict[int, Any]) -> None:
     """Make the output of a conditioning frame one of a tracked frame, as it has no prompt any more."""
-    outputs = state["output_dict_per_obj"][index]
     output = outputs["cond_frame_outputs"].pop(frame, None)
     if output is not None:
         outputs["non_cond_frame_outputs"][frame] = output
-        tracked_frames(state, index).pop(frame, None)
+        tracked.pop(frame, None)
