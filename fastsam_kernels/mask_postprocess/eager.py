@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,17 +27,28 @@ _GUARD = 1e-6
 
 
 class _DeviceAxis(NamedTuple):
-    start: Tensor  # [tiles]
     matrix: Tensor  # [tiles, 32, patch]
-    used: Tensor  # [tiles]
     patches: Tensor  # [tiles, patch], the inputs that each reads
 
     @classmethod
     def of(cls, axis: TiledAxis, device: torch.device) -> _DeviceAxis:
-        start, matrix, used = (torch.from_numpy(values).to(device) for values in axis)
-        if device.type == "cuda":
-            matrix = matrix.double()  # products of fp32 may be made in TF32 there
-        return cls(start, matrix, used, start[:, None] + torch.arange(matrix.shape[2], device=device))
+        matrix, patches = (torch.from_numpy(values).to(device) for values in (axis.matrix, axis.patches))
+        # Products of fp32 may be made in TF32 on a GPU.
+        return cls(matrix.double() if device.type == "cuda" else matrix, patches)
+
+
+class _Decided(NamedTuple):
+    """Hold which tiles of N masks their bounds decide.
+
+    Attributes:
+        full: [N, tile rows, tile columns], tiles that are wholly inside.
+        undecided: [N, tile rows, tile columns], tiles to be evaluated one by one.
+        whole: [N, tile rows, tile columns], all tiles of the masks that are evaluated as a whole.
+    """
+
+    full: Tensor
+    undecided: Tensor
+    whole: Tensor
 
 
 class TileGrid:
@@ -45,16 +57,31 @@ class TileGrid:
     def __init__(self, low_size: tuple[int, int], resizing: Resizing, device: torch.device) -> None:
         rows, columns = tiled_axes(low_size, resizing)
         self.rows, self.columns = _DeviceAxis.of(rows, device), _DeviceAxis.of(columns, device)
-        self.shape = (len(rows.start), len(columns.start))
-        self.tile_areas = self.rows.used[:, None] * self.columns.used  # [tile rows, tile columns]
-        bit = torch.arange(TILE, device=device)
-        self.row_bits = pack_bits(bit < self.rows.used[:, None])  # [tile rows], a bit a row in use
-        self.column_bits = -(bit < self.columns.used[:, None]).int()  # [tile columns, 32], all or no bits
+        self.shape = (len(rows.used), len(columns.used))
+        row_bits = np.packbits(rows.used, axis=1, bitorder="little").view(np.int32)  # [tile rows, 1]
+        inside = row_bits[:, None] & -columns.used.astype(np.int32)
+        self.inside = torch.from_numpy(inside).to(device)  # [tile rows, tile columns, 32], a bit a pixel of the mask
         per_tile = max(TILE * TILE, rows.matrix.shape[2] * columns.matrix.shape[2])
         self.tile_chunk = max(1, _MAX_ELEMENTS // per_tile)
         self.row_chunk = max(1, self.tile_chunk // self.shape[1])
 
-    def bounds(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def decide(self, logits: Tensor, threshold: float, offset: float = 0.0) -> _Decided:
+        """Sort the tiles of masks by the least and the largest value that their pixels may have.
+
+        Whether a mask is evaluated as a whole depends on its threshold alone, so that counts and bits of it are made
+        of the same pixels, rounded alike.
+        """
+        low, high = self._bounds(logits)
+        full = low > threshold
+        undecided = ~(full | (high <= threshold))
+        whole = undecided.mean(dim=(1, 2), keepdim=True, dtype=torch.float32) > _MOST_CROSSED
+        if offset:
+            full = low > threshold + abs(offset)
+            undecided = ~(full | (high <= threshold - abs(offset)))
+        by_tile = ~whole
+        return _Decided(full & by_tile, undecided & by_tile, whole.expand_as(full))
+
+    def _bounds(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return the least and the largest possible value of the pixels of each tile, [N, tile rows, tile columns]."""
         rows, columns = self.rows.patches.flatten(), self.columns.patches.flatten()
         strips = logits.index_select(1, rows).unflatten(1, (self.shape[0], -1))  # [N, tile rows, patch, w]
@@ -63,54 +90,42 @@ class TileGrid:
             return strip.index_select(2, columns).unflatten(2, (self.shape[1], -1))
 
         low, high = over_columns(strips.amin(dim=2)).amin(dim=3), over_columns(strips.amax(dim=2)).amax(dim=3)
-        guard = _GUARD * torch.maximum(low.abs(), high.abs())
-        return low - guard, high + guard
+        largest = torch.maximum(-low, high)
+        return low.sub(largest, alpha=_GUARD), high.add(largest, alpha=_GUARD)
 
-    def evaluated(self, logits: Tensor, threshold: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Return which tiles [N, tile rows, tile columns] are to be evaluated, and which others are wholly inside.
-
-        Whether a mask is evaluated as a whole depends on its threshold alone, so that counts and bits of it are made
-        of the same pixels, rounded alike.
-        """
-        low, high = self.bounds(logits)
-        crossed = ~(low > threshold) & ~(high <= threshold)
-        whole = crossed.float().mean(dim=(1, 2), keepdim=True) > _MOST_CROSSED
-        full = low > threshold + abs(offset)
-        evaluated = (~full & ~(high <= threshold - abs(offset))) | whole
-        return evaluated, full & ~evaluated
-
-    def pixels(self, logits: Tensor, evaluated: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield tiles (mask, tile row, tile column) [K, 3], and their pixels [K, column, row]."""
-        whole = evaluated.flatten(1).all(dim=1)
-        for tiles in (evaluated & ~whole[:, None, None]).nonzero().split(self.tile_chunk):
-            yield tiles, self._of_tiles(logits, tiles)
-        columns = torch.arange(self.shape[1], device=logits.device)
-        for mask in whole.nonzero()[:, 0]:
-            lines = self._over_columns(logits[mask])
-            for rows in torch.arange(self.shape[0], device=logits.device).split(self.row_chunk):
-                inputs = self.rows.patches[rows]
-                patches = lines.index_select(0, inputs.flatten()).unflatten(0, inputs.shape)
-                pixels = patches.transpose(1, 2) @ self.rows.matrix[rows].transpose(1, 2)
-                yield torch.cartesian_prod(mask[None], rows, columns), pixels.view(-1, TILE, TILE)
+    def pixels(self, logits: Tensor, decided: _Decided) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the tiles (mask, tile row, tile column) [K, 3] to evaluate, and their pixels [K, column, row]."""
+        for tiles in decided.undecided.nonzero().split(self.tile_chunk):
+            if len(tiles):
+                yield tiles, self._of_tiles(logits, tiles)
+        for tiles in decided.whole.nonzero().split(self.shape[0] * self.shape[1]):
+            if len(tiles):
+                rows = self._of_mask(logits[int(tiles[0, 0])])
+                yield from zip(tiles.split(self.row_chunk * self.shape[1]), rows, strict=True)
 
     def _of_tiles(self, logits: Tensor, tiles: Tensor) -> Tensor:
         mask, row, column = tiles.unbind(1)
         rows, columns = self.rows.patches[row][:, None], self.columns.patches[column][:, :, None]
         patches = logits[mask[:, None, None], rows, columns]  # [K, patch columns, patch rows]
         patches = patches.to(self.rows.matrix.dtype)
-        return self.columns.matrix[column] @ patches @ self.rows.matrix[row].transpose(1, 2)
+        return self.columns.matrix[column].bmm(patches).bmm(self.rows.matrix[row].transpose(1, 2))
 
-    def _over_columns(self, logits: Tensor) -> Tensor:
-        """Resize the rows of a mask's logits: [h, w] -> [h, tile columns * 32]."""
+    def _of_mask(self, logits: Tensor) -> Iterator[Tensor]:
+        """Yield the pixels [K, column, row] of all tiles of one mask [h, w], some rows of tiles at a time."""
         inputs, dtype = self.columns.patches, self.columns.matrix.dtype
         patches = logits.index_select(1, inputs.flatten()).unflatten(1, inputs.shape).transpose(0, 1).to(dtype)
-        return (patches @ self.columns.matrix.transpose(1, 2)).transpose(0, 1).flatten(1)
+        lines = patches.bmm(self.columns.matrix.transpose(1, 2)).transpose(0, 1).flatten(1)  # [h, tile columns * 32]
+        for start in range(0, self.shape[0], self.row_chunk):
+            inputs, matrix = (
+                values[start : start + self.row_chunk] for values in (self.rows.patches, self.rows.matrix)
+            )
+            patches = lines.index_select(0, inputs.flatten()).unflatten(0, inputs.shape)
+            yield patches.transpose(1, 2).bmm(matrix.transpose(1, 2)).view(-1, TILE, TILE)
 
-    def words(self, pixels: Tensor, tiles: Tensor, thresholds: tuple[float, ...]) -> Tensor:
-        """Threshold the pixels of tiles at each threshold, to [thresholds, K, 32] int32."""
+    def words(self, pixels: Tensor, tiles: Tensor, threshold: float) -> Tensor:
+        """Pack the pixels [K, column, row] of tiles above the threshold into [K, 32] int32."""
         _, row, column = tiles.unbind(1)
-        inside = self.row_bits[row][:, None] & self.column_bits[column]
-        return torch.stack([pack_bits(above(pixels, threshold)) & inside for threshold in thresholds])
+        return pack_bits(above(pixels, threshold)) & self.inside[row, column]
 
 
 def _count_bits(words: Tensor) -> Tensor:
@@ -147,13 +162,14 @@ def statistics_eager(low_res: Tensor, resizing: Resizing, threshold: float, offs
     far = torch.tensor([2**31 - 1] * 4, device=device)
     edges = far.repeat(len(low_res), 1)
     cuts = (threshold + offset, threshold - offset, threshold)
+    tile_areas = _count_bits(grid.inside)
     for start, logits in _blocks(low_res):
         part = slice(start, start + len(logits))
-        evaluated, full = grid.evaluated(logits, threshold, offset)
-        counts[:, part] += (full * grid.tile_areas).sum(dim=(1, 2))
-        edges[part] = _tile_edges(full.nonzero(), len(logits), far)
-        for tiles, pixels in grid.pixels(logits, evaluated):
-            words = grid.words(pixels, tiles, cuts)
+        decided = grid.decide(logits, threshold, offset)
+        counts[:, part] += (decided.full * tile_areas).sum(dim=(1, 2))
+        edges[part] = _tile_edges(decided.full.nonzero(), len(logits), far)
+        for tiles, pixels in grid.pixels(logits, decided):
+            words = torch.stack([grid.words(pixels, tiles, cut) for cut in cuts])
             counts.scatter_add_(1, (start + tiles[:, 0]).expand(3, -1), _count_bits(words))
             _word_edges(words[2], tiles, edges[part])
     height, width = resizing.output_size
@@ -186,14 +202,14 @@ def packed_eager(low_res: Tensor, resizing: Resizing, threshold: float) -> Tenso
     size = low_res.shape[1:]
     grid = TileGrid((size[0], size[1]), resizing, low_res.device)
     tile_rows, tile_columns = grid.shape
-    inside = (grid.row_bits[:, None, None] & grid.column_bits).permute(1, 2, 0)  # [tile columns, 32, tile rows]
+    inside = grid.inside.permute(1, 2, 0)  # [tile columns, 32, tile rows]
     out = torch.empty(len(low_res), tile_columns, TILE, tile_rows, dtype=torch.int32, device=low_res.device)
     for start, logits in _blocks(low_res):
-        evaluated, full = grid.evaluated(logits, threshold)
-        out[start : start + len(logits)] = -full.int().transpose(1, 2)[:, :, None] & inside
-        for tiles, pixels in grid.pixels(logits, evaluated):
+        decided = grid.decide(logits, threshold)
+        out[start : start + len(logits)] = -decided.full.int().transpose(1, 2)[:, :, None] & inside
+        for tiles, pixels in grid.pixels(logits, decided):
             mask, row, column = tiles.unbind(1)
-            out[start + mask, column, :, row] = grid.words(pixels, tiles, (threshold,))[0]
+            out[start + mask, column, :, row] = grid.words(pixels, tiles, threshold)
     return out.flatten(1, 2)[:, : resizing.output_size[1]]
 
 

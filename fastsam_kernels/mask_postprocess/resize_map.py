@@ -42,15 +42,15 @@ class Axis(NamedTuple):
 
 
 class TiledAxis(NamedTuple):
-    """The same axis cut into tiles of 32 outputs; a tile reads ``patch`` inputs from ``start`` on.
+    """The same axis cut into tiles of 32 outputs, each of which reads ``patch`` inputs.
 
     Attributes:
-        start: [tiles] int64.
+        patches: [tiles, patch] int64, the inputs that each tile reads.
         matrix: [tiles, 32, patch] fp32; zero rows behind the last output.
-        used: [tiles] int64, outputs of the tile.
+        used: [tiles, 32] bool, False behind the last output.
     """
 
-    start: np.ndarray
+    patches: np.ndarray
     matrix: np.ndarray
     used: np.ndarray
 
@@ -101,7 +101,7 @@ def tiled_axis(low: int, image: int, used: int, outputs: int) -> TiledAxis:
     tile = rows // TILE
     for tap in range(taps):
         matrix[tile, rows % TILE, first - start[tile] + tap] += weights[:, tap]
-    return TiledAxis(start, matrix, np.minimum(outputs - begins, TILE))
+    return TiledAxis(start[:, None] + np.arange(patch), matrix, begins[:, None] + np.arange(TILE) < outputs)
 
 
 def axes(low_size: tuple[int, int], resizing: Resizing) -> tuple[Axis, Axis]:

@@ -95,5 +95,5 @@ def masks_from_logits(low_res_logits: Tensor, geometry: ImageGeometry, mask_thre
     chunk = device_profile(flat.device).masks_per_chunk
     for start in range(0, len(flat), chunk):
         rows = slice(start, start + chunk)
-        above(upscale_masks(flat[rows, None], geometry)[:, 0], mask_threshold, out[rows])
+        above(upscale_masks(flat[rows, None], geometry)[:, 0].detach(), mask_threshold, out[rows])
     return out.unflatten(0, (prompts, masks))
