@@ -259,22 +259,9 @@ def predicted(gpu: GPU, step: Step) -> Row:
     each = executed(compile_launch(step.launch, gpu.arch).asm["cubin"], step.trips, step.fractions)
     programs, warps = math.prod(step.launch.grid), step.launch.tile.num_warps
     assert compiled.programs_an_sm is not None
-    instruction_floor, product_floor, byte_floor, expected = floors(
-        gpu, each, programs, warps, compiled.programs_an_sm, step.work
-    )
-    return Row(
-        name=step.name,
-        gpu=gpu.name,
-        tile=compiled.tile,
-        registers=compiled.registers,
-        programs_an_sm=compiled.programs_an_sm,
-        programs=programs,
-        instructions=each * warps,
-        instruction_floor=instruction_floor,
-        product_floor=product_floor,
-        byte_floor=byte_floor,
-        expected=expected,
-    )
+    times = floors(gpu, each, programs, warps, compiled.programs_an_sm, step.work)
+    held = compiled.tile, compiled.registers, compiled.programs_an_sm
+    return Row(step.name, gpu.name, *held, programs, each * warps, *times)
 
 
 def floors(
@@ -310,8 +297,9 @@ def sums(gpu: GPU, rows: list[Row]) -> dict[str, float]:
     expected = {row.name: row.expected for row in rows if row.gpu == gpu.name}
 
     def encoder(variant: str) -> float:
-        windows = [index not in sam.VARIANTS[variant].global_attn_indexes for index in range(_depth(variant))]
-        kinds = ["windowed" if windowed else "global" for windowed in windows]
+        config = sam.VARIANTS[variant]
+        blocks = range(config.encoder_depth)
+        kinds = ["global" if index in config.global_attn_indexes else "windowed" for index in blocks]
         attention = sum(expected[f"rel_pos_attention, {variant}, {kind}, 1 image"] for kind in kinds)
         return attention + linears(gpu, variant)
 
@@ -329,10 +317,6 @@ def sums(gpu: GPU, rows: list[Row]) -> dict[str, float]:
             time for name, time in expected.items() if name.startswith(("mask_postprocess", "nms"))
         ),
     }
-
-
-def _depth(variant: str) -> int:
-    return sam.VARIANTS[variant].encoder_depth
 
 
 # The page ---------------------------------------------------------------------------------------------------------

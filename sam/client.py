@@ -24,6 +24,7 @@ from .masks import rle
 from .masks.formats import MaskFormat, find_format
 from .prompts import wire
 from .prompts.prompt import Prompt
+from .system.timed_response import timed_response
 
 T = TypeVar("T")
 _IDENTIFIER = re.compile(wire.IDENTIFIER)
@@ -275,36 +276,7 @@ class Client:
         return left
 
     def _response(self, connection: socket.socket, *arguments: Any, **options: Any) -> http.client.HTTPResponse:
-        answer = http.client.HTTPResponse(connection, *arguments, **options)
-        answer.fp = _Forward(_InTime(connection, answer.fp.detach(), self._seconds_left))
-        return answer
-
-
-class _Forward(io.BufferedReader):
-    """A reader that refuses chunks of a negative size, which would mean all bytes that ever come."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0:
-            raise http.client.HTTPException(f"a chunk of {size} bytes")
-        return super().read(size)
-
-
-class _InTime(io.RawIOBase):
-    """Bytes received by a socket, each piece within the time left of one deadline for them all."""
-
-    def __init__(self, connection: socket.socket, pieces: io.RawIOBase, seconds_left: Callable[[], float]) -> None:
-        self._connection, self._pieces, self._seconds_left = connection, pieces, seconds_left
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        self._connection.settimeout(self._seconds_left())
-        return self._pieces.readinto(buffer)
-
-    def close(self) -> None:
-        self._pieces.close()
-        super().close()
+        return timed_response(self._seconds_left, connection, *arguments, **options)
 
 
 def _possible_sizes(data: bytes) -> set[tuple[int, int]] | None:

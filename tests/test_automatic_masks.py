@@ -14,13 +14,12 @@ import coins
 import numpy as np
 import pytest
 import torch
-from models import TINY_2, random_image, random_model
+from models import random_image
 from pycocotools import mask as coco
 
 import sam
 from fastsam_kernels import nms
 from sam import Sam, SamAutomaticMaskGenerator, SamPredictor
-from sam.amg.defaults import NANO_THRESHOLDS
 from sam.amg.memory_plan import MemoryPlan, parse_bytes
 
 Generator = Callable[..., SamAutomaticMaskGenerator]
@@ -333,24 +332,6 @@ def test_masks_may_be_counted_late(
     assert automatic.generate(photograph) == expected
 
 
-def test_thresholds_that_nobody_says(nano: Sam, tiny: Sam) -> None:
-    """SAM's are the official ones, whatever a variant is called; the embedded model and SAM 2 have their own."""
-
-    def thresholds(model: Any, **given: float) -> tuple[float, float]:
-        automatic = SamAutomaticMaskGenerator(model, 2, **given)
-        return automatic.pred_iou_thresh, automatic.stability_score_thresh
-
-    second = random_model(TINY_2)
-    assert second.name == tiny.name == "custom"
-    assert thresholds(tiny) == (0.88, 0.95)
-    assert thresholds(second) == (0.8, 0.95)
-    assert thresholds(nano) == (NANO_THRESHOLDS["pred_iou_thresh"], NANO_THRESHOLDS["stability_score_thresh"])
-    assert thresholds(torch.compile(second)) == (0.8, 0.95)
-    for model in (nano, tiny, second):
-        assert thresholds(model, pred_iou_thresh=0.88) == (0.88, thresholds(model)[1])
-        assert thresholds(model, pred_iou_thresh=0.0, stability_score_thresh=0.5) == (0.0, 0.5)
-
-
 def test_too_little_memory_is_said(small: Sam, generator: Generator, photograph: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"max_memory of 10 MB is too little for masks of 200x240 .* at least \d+ MB"):
         generator(4, max_memory=10_000_000).generate(photograph)
@@ -369,16 +350,6 @@ def test_plans_follow_the_memory(nano: Sam) -> None:
     assert plan("200MB", (3000, 3000)).masks_at_once < plan("200MB").masks_at_once
     assert plan(None, (60000, 60000)).masks_at_once == 1
     assert parse_bytes("1.5 KiB") == 1536
-
-
-def test_the_coins(nano: Sam) -> None:
-    """Those of the photograph that are found, by a grid of a quarter of the usual clicks."""
-    records = SamAutomaticMaskGenerator(nano, 16).generate(coins.photograph())
-    truth = coins.coins()
-    result = [max(coins.iou(record["segmentation"], coin.mask) for record in records) >= 0.75 for coin in truth]
-    print(f"\n{sum(result)} of {len(truth)} coins among {len(records)} masks")
-    assert len(truth) == 24
-    assert sum(result) >= 18
 
 
 def test_resizing_on_the_device(generator: Generator, photograph: np.ndarray) -> None:

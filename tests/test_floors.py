@@ -31,6 +31,7 @@ FLOORS = {
     "sam.modeling.feature_pyramid": (5, "parts"),
     "sam.modeling.hiera": (5, "parts"),
     "sam.modeling.memory_attention": (5, "parts"),
+    "sam.modeling.memory_choice": (5, "parts"),
     "sam.modeling.memory_encoder": (5, "parts"),
     "sam.modeling.position_encoding": (5, "parts"),
     "sam.modeling.weight_cache": (5, "parts"),
@@ -62,7 +63,7 @@ FLOORS = {
 # What still goes the wrong way. Entries leave this list and none join it.
 VIOLATIONS: set[tuple[str, str]] = set()
 
-MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_TOP_MODULES = 420, 66, 12
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_TOP_MODULES = 400, 66, 12
 # Longer than that, and why. A name is a path, or a path and a function: "sam/cli/auto.py run".
 LONG: dict[str, str] = {}
 

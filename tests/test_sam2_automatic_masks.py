@@ -12,12 +12,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from models import SMALL_2, random_image, randomise
+from models import SMALL_2, TINY_2, random_image, random_model, randomise
 
 import sam
 from benchmarks.official_sam2 import random_sam2
 from benchmarks.official_sam2_masks import KEYS, RUNS, VARIANT, image_of, summary
 from sam import SamAutomaticMaskGenerator
+from sam.amg.defaults import NANO_THRESHOLDS
 from sam.masks import rle
 from sam.sam2 import automatic_mask_generator
 from sam.sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
@@ -232,3 +233,21 @@ def test_boxes_of_several_groups_do_not_meet() -> None:
     same, apart = torch.zeros(3), torch.tensor([0, 1, 0])
     assert automatic_mask_generator.batched_nms(boxes, scores, same, 0.5).tolist() == [1, 2]
     assert automatic_mask_generator.batched_nms(boxes, scores, apart, iou_threshold=0.5).tolist() == [1, 2, 0]
+
+
+def test_thresholds_that_nobody_says(nano: sam.Sam, tiny: sam.Sam) -> None:
+    """SAM's are the official ones, whatever a variant is called; the embedded model and SAM 2 have their own."""
+
+    def thresholds(model: Any, **given: float) -> tuple[float, float]:
+        automatic = SamAutomaticMaskGenerator(model, 2, **given)
+        return automatic.pred_iou_thresh, automatic.stability_score_thresh
+
+    second = random_model(TINY_2)
+    assert second.name == tiny.name == "custom"
+    assert thresholds(tiny) == (0.88, 0.95)
+    assert thresholds(second) == (0.8, 0.95)
+    assert thresholds(nano) == (NANO_THRESHOLDS["pred_iou_thresh"], NANO_THRESHOLDS["stability_score_thresh"])
+    assert thresholds(torch.compile(second)) == (0.8, 0.95)
+    for model in (nano, tiny, second):
+        assert thresholds(model, pred_iou_thresh=0.88) == (0.88, thresholds(model)[1])
+        assert thresholds(model, pred_iou_thresh=0.0, stability_score_thresh=0.5) == (0.0, 0.5)

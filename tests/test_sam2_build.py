@@ -17,6 +17,7 @@ from sam.config import SAM2_VARIANTS
 from sam.sam2 import build_sam, model_tree
 from sam.sam2.build_sam import HF_MODEL_ID_TO_FILENAMES, build_sam2
 from sam.sam2.model_tree import CONFIG_VARIANTS, config_of, instantiate, read_tree, tree_of
+from sam.sam2.sam2_video_predictor import SAM2VideoPredictor
 
 # A model of the same kind that is built in no time.
 SMALL = [
@@ -247,3 +248,15 @@ def test_functions_of_forks_are_named_with_their_fork() -> None:
         from sam.sam2.build_sam import build_sam2_camera_predictor  # noqa: F401
     with pytest.raises(AttributeError, match=r"has no attribute 'build_sam3'"):
         build_sam.build_sam3  # noqa: B018
+
+
+def test_the_builder_makes_a_predictor_of_videos() -> None:
+    overrides = ["++model.image_size=64", "++model.non_overlap_masks=true"]
+    predictor = build_sam.build_sam2_video_predictor("sam2.1_hiera_t", device="cpu", hydra_overrides_extra=overrides)
+    assert type(predictor) is SAM2VideoPredictor
+    assert (predictor.fill_hole_area, predictor.non_overlap_masks, predictor.image_size) == (8, True, 64)
+    assert predictor.binarize_mask_from_pts_for_mem_enc
+    assert predictor.config is not None
+    assert predictor.config.version == "2.1"
+    with pytest.raises(TypeError, match="image_size"):
+        build_sam.build_sam2_video_predictor("sam2.1_hiera_t", device="cpu", image_size=64)

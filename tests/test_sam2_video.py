@@ -20,7 +20,6 @@ import sam.sam2.sam2_video_predictor as face
 from benchmarks.official_sam2_video import HEIGHT, WIDTH, clip, start
 from fastsam_kernels.numerics import relative_error
 from sam.modeling.build import sam2_arguments
-from sam.sam2 import build_sam
 from sam.sam2.sam2_video_predictor import SAM2VideoPredictor
 from sam.sam2.utils import misc
 
@@ -393,15 +392,3 @@ def test_what_is_compiled_gives_tensors_of_its_own(
     compiled = face.SAM2VideoPredictorVOS(**sam2_arguments(TINY_2)).eval()
     compiled.load_state_dict(predictor.state_dict())
     assert apart(track(compiled, clicked(compiled, 3)), track(predictor, clicked(predictor, 3))) < 1e-4
-
-
-def test_the_builder_makes_a_predictor_of_videos() -> None:
-    overrides = ["++model.image_size=64", "++model.non_overlap_masks=true"]
-    predictor = build_sam.build_sam2_video_predictor("sam2.1_hiera_t", device="cpu", hydra_overrides_extra=overrides)
-    assert type(predictor) is SAM2VideoPredictor
-    assert (predictor.fill_hole_area, predictor.non_overlap_masks, predictor.image_size) == (8, True, 64)
-    assert predictor.binarize_mask_from_pts_for_mem_enc
-    assert predictor.config is not None
-    assert predictor.config.version == "2.1"
-    with pytest.raises(TypeError, match="image_size"):
-        build_sam.build_sam2_video_predictor("sam2.1_hiera_t", device="cpu", image_size=64)

@@ -20,7 +20,7 @@ from pycocotools import mask as coco
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("httptools", reason="needs the extra serve")
 from local_service import Local
-from serving import file_of, jpeg_with_an_odd_tag, multipart
+from serving import file_of, jpeg_with_an_odd_tag
 from waiting import SECONDS
 
 from sam import Prompt, Sam
@@ -28,7 +28,6 @@ from sam.engine import Engine, PromptMasks
 from sam.masks import rle
 from sam.masks.formats import FORMATS
 from sam.server import Settings, app
-from sam.server.errors import KINDS
 from sam.server.outputs import prompt_masks
 
 IMAGE = random_image(60, 90)
@@ -361,28 +360,6 @@ def test_unknown_embedding(local: Local) -> None:
 def test_request_ids(local: Local) -> None:
     assert local.request("GET", "/", headers={"X-Request-ID": "mine-1"})[1]["x-request-id"] == "mine-1"
     assert local.request("GET", "/", headers={"X-Request-ID": "<b>"})[1]["x-request-id"] != "<b>"
-
-
-@pytest.mark.parametrize("extra", [-128, 128])
-@pytest.mark.parametrize("chunked", [False, True])
-def test_body_limit_to_the_byte(model: Sam, extra: int, chunked: bool) -> None:
-    """64 MiB less 128 bytes is read to the end, 128 more is refused: by the length told, or while it streams."""
-    running = Local(Engine(model), Settings())
-    limit = running.service.settings.max_body_bytes
-    head, tail = multipart(b"\0", {})[0].split(b"\0")
-    body = head + bytes(limit + extra - len(head) - len(tail)) + tail
-    pieces = (body[start : start + 2**20] for start in range(0, len(body), 2**20))
-    headers = {"Content-Type": "multipart/form-data; boundary=b"}
-    try:
-        status, _, text = running.request("POST", "/v1/embed", pieces if chunked else body, headers)
-    except (BrokenPipeError, ConnectionResetError):
-        status, text = 413, b'{"error": {"code": "payload_too_large"}}'  # it hung up on what was still coming
-        assert extra > 0
-    expected = "unsupported_image" if extra < 0 else "payload_too_large"
-    assert json.loads(text)["error"]["code"] == expected
-    assert status == KINDS[expected].status
-    assert running.request("GET", "/v2/health/ready")[0] == 200
-    running.close()
 
 
 def test_a_mistake_of_ours_is_500_without_its_text(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:

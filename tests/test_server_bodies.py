@@ -22,7 +22,7 @@ from waiting import SECONDS, wait_until
 from sam.engine import Engine
 from sam.server import Settings, app, bodies, create_app, schemas
 from sam.server import service as service_module
-from sam.server.errors import ApiError
+from sam.server.errors import KINDS, ApiError
 from sam.server.run import _Server, configure
 from sam.server.schemas import AutomaticRequest, SegmentRequest, read_document, read_fields
 
@@ -264,3 +264,25 @@ def test_other_fields_are_short() -> None:
     for nonsense in ("NaN", "9" * 1000, "[" * 1000, "1e999"):
         with pytest.raises(ApiError, match="invalid_request"):
             read_fields(AutomaticRequest, {"pred_iou_thresh": nonsense})
+
+
+@pytest.mark.parametrize("extra", [-128, 128])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_body_limit_to_the_byte(extra: int, chunked: bool) -> None:
+    """64 MiB less 128 bytes is read to the end, 128 more is refused: by the length told, or while it streams."""
+    running = started(Settings())
+    limit = running.service.settings.max_body_bytes
+    head, tail = multipart(b"\0", {})[0].split(b"\0")
+    body = head + bytes(limit + extra - len(head) - len(tail)) + tail
+    pieces = (body[start : start + 2**20] for start in range(0, len(body), 2**20))
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    try:
+        status, _, text = running.request("POST", "/v1/embed", pieces if chunked else body, headers)
+    except (BrokenPipeError, ConnectionResetError):
+        status, text = 413, b'{"error": {"code": "payload_too_large"}}'  # it hung up on what was still coming
+        assert extra > 0
+    expected = "unsupported_image" if extra < 0 else "payload_too_large"
+    assert json.loads(text)["error"]["code"] == expected
+    assert status == KINDS[expected].status
+    assert running.request("GET", "/v2/health/ready")[0] == 200
+    running.close()

@@ -8,29 +8,17 @@ returned.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .memory_choice import MemoryChoice, Outputs, frame_at, output_of, select_closest_cond_frames
 from .position_encoding import get_1d_sine_pe
 
 NO_OBJ_SCORE = -1024.0  # the logits of the mask of an object that is not in the frame
 
-Outputs = Mapping[int, Mapping[str, Any]]
 Size = tuple[int, int]
-
-
-class MemoryChoice(NamedTuple):
-    """The memories that a frame attends to.
-
-    Attributes:
-        maps: the slot of time of each map of memory, and the output that holds it; conditioning frames first.
-        pointers: the distance of each object pointer [B, C], and the pointer.
-    """
-
-    maps: list[tuple[int, Mapping[str, Any]]]
-    pointers: list[tuple[int, Tensor]]
 
 
 class TrackingSteps(nn.Module):
@@ -234,7 +222,7 @@ class TrackingSteps(nn.Module):
         maps = [(self.num_maskmem - 1, output) for output in chosen.values()]
         stride = 1 if self.training else self.memory_temporal_stride_for_eval
         for distance in range(self.num_maskmem - 1, 0, -1):
-            output = _output_of(_frame_at(frame_idx, distance, stride, track_in_reverse), tracked)
+            output = output_of(frame_at(frame_idx, distance, stride, track_in_reverse), tracked)
             if output is not None:
                 maps.append((distance - 1, output))
         pointers: list[tuple[int, Tensor]] = []
@@ -250,7 +238,7 @@ class TrackingSteps(nn.Module):
             frame = frame_idx - distance * sign
             if not 0 <= frame < num_frames:
                 break
-            output = _output_of(frame, tracked)
+            output = output_of(frame, tracked)
             if output is not None:
                 pointers.append((distance, output["obj_ptr"]))
         return MemoryChoice(maps, pointers)
@@ -355,47 +343,6 @@ class TrackingSteps(nn.Module):
         best = pred_masks.argmax(dim=0, keepdim=True)
         own = torch.arange(len(pred_masks), device=pred_masks.device)[:, None, None, None]
         return torch.where(best == own, pred_masks, pred_masks.clamp(max=-10.0))
-
-
-def select_closest_cond_frames(
-    frame_idx: int, cond_frame_outputs: Outputs, max_cond_frame_num: int
-) -> tuple[Outputs, Outputs]:
-    """Choose conditioning frames: the last before ``frame_idx``, the first from it on, then the nearest ones.
-
-    Args:
-        frame_idx: the frame that attends to them.
-        cond_frame_outputs: outputs of conditioning frames, by frame number.
-        max_cond_frame_num: at least 2; -1 chooses all.
-
-    Returns:
-        those chosen, and the others.
-    """
-    if max_cond_frame_num == -1 or len(cond_frame_outputs) <= max_cond_frame_num:
-        return cond_frame_outputs, {}
-    if max_cond_frame_num < 2:
-        raise ValueError(f"at least 2 conditioning frames must be allowed, got {max_cond_frame_num}")
-    before = max((t for t in cond_frame_outputs if t < frame_idx), default=None)
-    after = min((t for t in cond_frame_outputs if t >= frame_idx), default=None)
-    frames = [t for t in (before, after) if t is not None]
-    nearest = sorted((t for t in cond_frame_outputs if t not in frames), key=lambda t: abs(t - frame_idx))
-    frames += nearest[: max_cond_frame_num - len(frames)]
-    chosen = {t: cond_frame_outputs[t] for t in frames}
-    return chosen, {t: output for t, output in cond_frame_outputs.items() if t not in chosen}
-
-
-def _output_of(frame: int, tracked: tuple[Outputs, Outputs]) -> Mapping[str, Any] | None:
-    """Return the output of a tracked frame, or of a conditioning one that was not chosen; None without either."""
-    output = tracked[0].get(frame)
-    return tracked[1].get(frame) if output is None else output
-
-
-def _frame_at(frame_idx: int, distance: int, stride: int, track_in_reverse: bool) -> int:
-    """Return the frame of a slot of memory: the last one, or of every ``stride``-th that many before it."""
-    if distance == 1:
-        return frame_idx + 1 if track_in_reverse else frame_idx - 1
-    if track_in_reverse:
-        return -(-(frame_idx + 2) // stride) * stride + (distance - 2) * stride
-    return ((frame_idx - 2) // stride) * stride - (distance - 2) * stride
 
 
 def _as_map(tokens: Tensor, size: Sequence[int]) -> Tensor:

@@ -23,7 +23,7 @@ from ..prompts.layout import PromptLayout
 from ..prompts.tensors import check_prompt_tensors
 from ..system.methods import WrittenMethods, what_was_replaced
 from .prompt_arrays import prompt_tensors
-from .utils.transforms import SAM2Transforms
+from .utils.transforms import SAM2Transforms, size_of
 
 
 class SAM2ImagePredictor:
@@ -92,7 +92,7 @@ class SAM2ImagePredictor:
             NotImplementedError: another type.
             TypeError, ValueError: an array of another shape or dtype.
         """
-        size = _size_of(image)
+        size = size_of(image)
         features = self._embed(self._transforms(image)[None])
         self.reset_predictor()
         self._features, self._orig_hw, self._is_image_set = features, [size], True
@@ -112,7 +112,7 @@ class SAM2ImagePredictor:
         for index, image in enumerate(image_list):
             require(f"image {index}", image, (np.ndarray, Image.Image), "a numpy array [H, W, 3] or a PIL image")
             with naming(f"image {index}"):
-                sizes.append(_size_of(image))
+                sizes.append(size_of(image))
         features = self._embed(self._transforms.forward_batch(image_list))
         self.reset_predictor()
         self._features, self._orig_hw, self._is_image_set, self._is_batch = features, sizes, True, True
@@ -367,17 +367,6 @@ class SAM2ImagePredictor:
             return logits if return_logits else logits > self.mask_threshold
         geometry = ImageGeometry.stretched(height, width, self.model.image_size)
         return upscale.masks_from_logits(transforms.cleaned(low_res), geometry, self.mask_threshold)
-
-
-def _size_of(image: Any) -> tuple[int, int]:
-    """Return (height, width) of an image."""
-    if isinstance(image, Image.Image):
-        return image.height, image.width
-    if isinstance(image, np.ndarray):
-        return image.shape[0], image.shape[1] if image.ndim > 1 else 0
-    raise NotImplementedError(
-        f"the image must be a numpy array [H, W, 3] of uint8 in RGB, or a PIL image, got {type(image).__name__}"
-    )
 
 
 def _mask_size(model: Any) -> tuple[int, int]:

@@ -29,9 +29,9 @@ from ..inference.fused_memory_attention import (
 from ..inference.fused_memory_encoder import PackedMemoryEncoder, encode_memories, pack_memory_encoder, project_frame
 from ..inference.parts import FusedParts
 from ..modeling.common import uncompiled
+from ..modeling.memory_choice import MemoryChoice
 from ..modeling.sam2_base import NO_OBJ_SCORE, SAM2Base
 from ..modeling.sam2_mask_decoder import seen_for_sure
-from ..modeling.sam2_tracking import MemoryChoice
 from ..system.device_profile import device_profile
 from ..system.methods import WrittenMethods
 

@@ -10,8 +10,8 @@ from ...checks import require
 from ...modeling import common
 from ...modeling.common import DropPath, LayerNorm2d
 from ...modeling.memory_attention import get_activation_fn, get_clones
+from ...modeling.memory_choice import select_closest_cond_frames
 from ...modeling.position_encoding import get_1d_sine_pe
-from ...modeling.sam2_tracking import select_closest_cond_frames
 from ..utils.misc import mask_to_box
 
 __all__ = [

@@ -123,6 +123,21 @@ class SAM2Transforms(nn.Module):
         return masks
 
 
+def size_of(image: Any) -> tuple[int, int]:
+    """Return (height, width) of an array [H, W, ...] or a PIL image.
+
+    Raises:
+        NotImplementedError: another type.
+    """
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    if isinstance(image, np.ndarray):
+        return image.shape[0], image.shape[1] if image.ndim > 1 else 0
+    raise NotImplementedError(
+        f"the image must be a numpy array [H, W, 3] of uint8 in RGB, or a PIL image, got {type(image).__name__}"
+    )
+
+
 def _small_regions(masks: Tensor, limit: float) -> Tensor:
     """Return which pixels of masks [P, C, h, w] are in regions of up to ``limit`` pixels."""
     labels, sizes = label_regions(masks.flatten(0, 1))
