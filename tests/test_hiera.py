@@ -50,7 +50,7 @@ def fused(encoder: ImageEncoder, finer: list[nn.Conv2d], pixels: Tensor, kernels
     return [*made[1], made[0]]
 
 
-def in_grid_order(pixels: Tensor, run: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+def in_grid_order(made: Any, pixels: Tensor, run: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
     return run(pixels)
 
 
@@ -148,6 +148,15 @@ def test_a_hook_in_a_block_sees_windows_and_the_others_stay_fused(
     assert called == [encoder.trunk.blocks[6]]
     for a, b in zip(result, expected, strict=True):
         assert relative_error(a, b) < 1e-5
+
+
+def test_a_hook_sees_all_images_of_a_batch(encoder: ImageEncoder) -> None:
+    seen: dict[str, list[torch.Size]] = {"auto": [], "reference": []}
+    encoder.trunk.blocks[4].register_forward_hook(lambda m, inputs, output: seen[encoder.kernels].append(output.shape))
+    for encoder.kernels in seen:
+        encoder(torch.randn(3, 3, 64, 64))
+    assert seen["auto"] == seen["reference"]
+    assert seen["auto"][0][0] == 3
 
 
 @pytest.mark.parametrize("order", ["windows", "grid"])

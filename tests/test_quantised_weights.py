@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from models import TINY, TINY_2, quantise_weights, quantized, random_image, random_model
+import torch.nn.functional as F
+from models import TINY, TINY_2, draw_weights_that_see, quantise_weights, quantized, random_image, random_model
 from torch import Tensor
 from waiting import SECONDS
 
 import sam
+from benchmarks.official_sam2_video import HEIGHT, SIZE, WIDTH, clip, start
 from sam import Prompt
 from sam.embedding import ImageEmbedding, ImageFeatures
 from sam.engine import Engine
@@ -28,11 +30,18 @@ from sam.inference import Runtime
 from sam.inference.module_calls import call_modules
 from sam.masks import rle
 from sam.masks.results import DecodedMasks
+from sam.modeling.build import sam2_arguments
+from sam.prompts.layout import PromptLayout
 from sam.sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 from sam.sam2.sam2_image_predictor import SAM2ImagePredictor
+from sam.sam2.sam2_video_predictor import SAM2VideoPredictor
 
 IMAGE = random_image(90, 128)
-CLICK, BOXES = [40.0, 40.0], torch.tensor([[4.0, 4, 99, 50], [20, 9, 60, 80]])
+IMAGES = [IMAGE, random_image(70, 60, 1)]
+FRAMES = clip(frames=3)
+CLICK = [40.0, 40.0]
+# More than a CPU decodes at a time.
+BOXES = torch.tensor([[4.0, 4, 99, 50], [20, 9, 60, 80]]).repeat(3, 1) + 2 * torch.arange(6.0)[:, None]
 GRID = {"points_per_side": 2, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # quantize_dynamic, which programs still call
@@ -160,6 +169,62 @@ def segmented(q: Quantised) -> np.ndarray:
     return np.stack([rle.decode(encoded) for encoded in answer.rles])
 
 
+def set_batch(q: Quantised) -> Any:
+    predictor = SAM2ImagePredictor(q.model)
+    predictor.set_image_batch(IMAGES)
+    return predictor
+
+
+@torch.no_grad()
+def embedding_of_images(q: Quantised) -> Tensor:
+    """The embedding of both images, which pass each module of the encoder together."""
+    encoder, pixels = q.model.image_encoder, SAM2ImagePredictor(q.model)._transforms.forward_batch(IMAGES)
+    maps, _ = encoder.neck(encoder.trunk(pixels))
+    return maps[2] + q.model.no_mem_embed.view(1, -1, 1, 1)
+
+
+@torch.no_grad()
+def clicks_on_images(q: Quantised) -> Tensor:
+    """The low-resolution logits of a click on each of both images by the official calls."""
+    transforms, parts = SAM2ImagePredictor(q.model)._transforms, (q.model.prompt_encoder, q.model.mask_decoder)
+    *finer, _ = q.model.forward_image(transforms.forward_batch(IMAGES))["backbone_fpn"]
+    embedding, answers = embedding_of_images(q), []
+    for row, image in enumerate(IMAGES):
+        features = ImageFeatures(embedding[row][None], tuple(x[row][None] for x in finer))
+        xy = transforms.transform_coords(torch.tensor([[CLICK]]), normalize=True, orig_hw=image.shape[:2])
+        click = xy, torch.ones(1, 1, dtype=torch.int32)
+        answers.append(call_modules(*parts, features, click, None, None, True, PromptLayout.BOX_FIRST).logits)
+    return torch.cat(answers).clamp(-32, 32)
+
+
+def tracked(q: Quantised) -> Tensor:
+    """The logits of a click on the first frame, and of all frames as they are tracked."""
+    state = start(q.model, FRAMES)
+    _, _, clicked = q.model.add_new_points_or_box(state, 0, 1, points=[CLICK], labels=[1])
+    return torch.cat([clicked, *(masks for _, _, masks in q.model.propagate_in_video(state))])
+
+
+@torch.no_grad()
+def tracked_officially(q: Quantised) -> Tensor:
+    """The same, step by step by the calls that the official predictor makes."""
+    model, masks = q.model, []
+    outputs: dict[str, dict[int, Any]] = {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}}
+    for frame, image in enumerate(FRAMES):
+        _, features, positions, sizes = model._prepare_backbone_features(model.forward_image(image[None]))
+        xy = torch.tensor([[CLICK]]) / torch.tensor([WIDTH, HEIGHT]) * SIZE
+        click = {"point_coords": xy, "point_labels": torch.ones(1, 1, dtype=torch.int32)} if frame == 0 else None
+        inputs = features, positions, sizes, click, None, outputs, len(FRAMES)
+        step = model.track_step(frame, frame == 0, *inputs, run_mem_encoder=frame > 0)
+        if frame == 0:  # the memory of a click is made of the mask that was answered
+            mask = F.interpolate(step["pred_masks"], (SIZE, SIZE), mode="bilinear", align_corners=False)
+            memory = model._encode_new_memory(features, sizes, mask, step["object_score_logits"], True)
+            step["maskmem_features"], step["maskmem_pos_enc"] = memory
+        step["maskmem_features"] = step["maskmem_features"].bfloat16()
+        outputs["cond_frame_outputs" if frame == 0 else "non_cond_frame_outputs"][frame] = step
+        masks.append(F.interpolate(step["pred_masks"], (HEIGHT, WIDTH), mode="bilinear", align_corners=False))
+    return torch.cat([masks[0], *masks])
+
+
 Call = tuple[Callable[[Quantised], Any], Callable[[Quantised], Any]]
 # What is called, and what the official modules answer.
 CALLS: dict[str, Call] = {
@@ -212,8 +277,21 @@ CALLS_2: dict[str, Call] = {
         lambda q: ious(SAM2AutomaticMaskGenerator(q.model, multimask_output=True, **GRID).generate(IMAGE)),
         lambda q: q.as_transformed.everything(),
     ),
+    "set_image_batch": (lambda q: set_batch(q).get_image_embedding(), embedding_of_images),
+    "predict_batch": (
+        lambda q: torch.from_numpy(np.stack(set_batch(q).predict_batch([[CLICK]] * 2, [[1]] * 2)[2])),
+        clicks_on_images,
+    ),
 }
-MODELS = {"SAM": (TINY, CALLS | CALLS_1), "SAM 2": (TINY_2, CALLS | CALLS_2)}
+CALLS_OF_VIDEO: dict[str, Call] = {"click and propagate": (tracked, tracked_officially)}
+MODELS: dict[str, tuple[Callable[[], Any], dict[str, Call]]] = {
+    "SAM": (partial(random_model, TINY), CALLS | CALLS_1),
+    "SAM 2": (partial(random_model, TINY_2), CALLS | CALLS_2),
+    "SAM 2, videos": (
+        lambda: draw_weights_that_see(SAM2VideoPredictor(**sam2_arguments(TINY_2)).eval()),
+        CALLS_OF_VIDEO,
+    ),
+}
 
 
 ROWS = [(name, kind, call) for name, (_, calls) in MODELS.items() for kind in KINDS for call in calls]
@@ -221,7 +299,7 @@ ROWS = [(name, kind, call) for name, (_, calls) in MODELS.items() for kind in KI
 
 @cache
 def quantised(name: str, kind: str) -> Quantised:
-    return Quantised(KINDS[kind](random_model(MODELS[name][0])))
+    return Quantised(KINDS[kind](MODELS[name][0]()))
 
 
 @pytest.fixture(autouse=True)

@@ -69,9 +69,11 @@ def decode(
     """Decode a batch of prompts.
 
     ``batch.image_index`` counts ``embeddings``; without it there is one of them. Prompts are decoded a chunk
-    at a time, so memory does not grow with their number beyond the result.
+    at a time, so memory does not grow with their number beyond the result; the official calls take them all at once,
+    as a hook or the scale of a quantised input expects.
     """
-    size, parts = model.prompts_per_chunk, fused_parts(model)
+    parts = fused_parts(model)
+    size = max(len(batch), 1) if parts is None else model.prompts_per_chunk
     chunks = [batch.rows(start, start + size) for start in range(0, max(len(batch), 1), size)]
     decoded = [decode_chunk(model, parts, embeddings, chunk, multimask_output) for chunk in chunks]
     return decoded[0] if len(decoded) == 1 else join(decoded, decoded[0].logits.dtype)

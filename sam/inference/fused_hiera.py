@@ -278,7 +278,7 @@ def image_features(
     def maps_of(images: Tensor) -> list[Tensor]:
         return _project(encoder, finer, encode_levels(encoder, made, images, kernels, run))
 
-    maps = maps_of(pixels) if run is not None else _per_image(pixels, maps_of)
+    maps = maps_of(pixels) if run is not None else _per_image(made, pixels, maps_of)
     return maps[0], tuple(maps[1:])
 
 
@@ -323,14 +323,17 @@ def encode(encoder: ImageEncoder, pixels: Tensor) -> dict[str, Any] | None:
         finer = [levels[i].project(lateral[i].weight.flatten(1), lateral[i].bias).permute(0, 3, 1, 2) for i in (0, 1)]
         return [*finer, _embedding(lateral, levels)]
 
-    features = _per_image(pixels, maps)
+    features = _per_image(made, pixels, maps)
     positions = [encoder.neck.position_encoding(x).to(x.dtype) for x in features]
     return {"vision_features": features[-1], "vision_pos_enc": positions, "backbone_fpn": features}
 
 
-def _per_image(pixels: Tensor, run: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
-    """Run images one by one on a CPU, where a batch is no faster, and all at once elsewhere."""
-    if pixels.device.type != "cpu" or len(pixels) == 1:
+def _per_image(made: Plan, pixels: Tensor, run: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+    """Run images one by one on a CPU, where a batch is no faster, and all at once elsewhere.
+
+    A block that is called as a module sees them all: a hook, or the scale of a quantised input, is of a batch.
+    """
+    if pixels.device.type != "cpu" or len(pixels) == 1 or not all(made.blocks):
         return run(pixels)
     return [torch.cat(maps) for maps in zip(*(run(image) for image in pixels.split(1)), strict=True)]
 
