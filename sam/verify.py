@@ -62,12 +62,18 @@ class Check:
 
 
 @dataclass(frozen=True)
-class _Models:
+class Models:
     """Hold the model as it is, and two copies with nothing cached or fused: in its dtype, and in fp64."""
 
     ours: PromptableModel
     plain: PromptableModel
     truth: PromptableModel
+
+    @classmethod
+    def of(cls, model: PromptableModel) -> Models:
+        plain = copy.deepcopy(model)  # without what the model derived from its weights
+        plain.kernels = "reference"
+        return cls(model, plain, copy.deepcopy(plain).double())
 
     def compare(
         self,
@@ -97,9 +103,7 @@ def verify(model: PromptableModel, image: np.ndarray | None = None) -> Iterator[
     Yields:
         one check per comparison; the model is right where all have ``passed``.
     """
-    plain = copy.deepcopy(model)  # without what the model derived from its weights
-    plain.kernels = "reference"
-    models = _Models(model, plain, copy.deepcopy(plain).double())
+    models = Models.of(model)
     image = drawn_image(model.image_size) if image is None else image
     embedding = models.truth.encode(image)
     yield from _encoder_checks(models, image)
@@ -118,7 +122,7 @@ def verify(model: PromptableModel, image: np.ndarray | None = None) -> Iterator[
         yield models.compare("image to masks", case, logits, masks=True)
 
 
-def _encoder_checks(models: _Models, image: np.ndarray) -> Iterator[Check]:
+def _encoder_checks(models: Models, image: np.ndarray) -> Iterator[Check]:
     """Compare what each block adds to its input, which is the truth's."""
     encoders = [m.image_encoder for m in (models.ours, models.plain, models.truth)]
     if not all(is_stock_class(encoder, ImageEncoderViT) for encoder in encoders):
@@ -146,7 +150,7 @@ def _encoder_checks(models: _Models, image: np.ndarray) -> Iterator[Check]:
         x = run_block(blocks[id(models.truth)], x, "reference", None)
 
 
-def _hiera_checks(models: _Models, image: np.ndarray) -> Iterator[Check]:
+def _hiera_checks(models: Models, image: np.ndarray) -> Iterator[Check]:
     """Compare what each block of SAM 2's encoder adds to its input, or makes of it where it pools."""
     encoders = {id(m): uncompiled(m.image_encoder) for m in (models.ours, models.plain, models.truth)}
     if not all(is_stock_class(encoder, ImageEncoder) for encoder in encoders.values()):
@@ -188,7 +192,7 @@ def _block_inputs(model: PromptableModel, blocks: Any, image: np.ndarray) -> Ten
     return captured[0]
 
 
-def _decoder_checks(models: _Models, embedding: ImageEmbedding) -> Iterator[Check]:
+def _decoder_checks(models: Models, embedding: ImageEmbedding) -> Iterator[Check]:
     if not models.ours.uses_fused_decoder:
         return  # with modules of a user's own it has no operations of ours; it is part of the whole
     yield models.compare(

@@ -44,6 +44,7 @@ FLOORS = {
     "sam.sessions": (8, "sessions"),
     "sam.utils.onnx": (8, "onnx"),
     "sam.verify": (8, "verify"),
+    "sam.verify_video": (9, "verify_video"),
     "sam.video": (8, "video"),
     "sam.sam2": (9, "front"),
     "sam.sam2.utils": (5, "utils"),

@@ -238,6 +238,7 @@ def add_verify(commands: Any) -> None:
     parser.add_argument(
         "--image", type=file_name, metavar="FILE", help="look at this photograph (default: a drawn one)"
     )
+    parser.add_argument("--video", action="store_true", help="hold tracking, and not images, on drawn frames")
     parser.add_argument("--json", type=file_name, metavar="FILE", help="write the checks there")
     _add_common(parser, checkpoint=False)
 

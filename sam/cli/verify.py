@@ -14,6 +14,7 @@ from ..images.read import read_image
 from ..modeling.promptable import PromptableModel
 from ..system.atomic_write import write_atomically
 from ..verify import Check, verify
+from ..verify_video import verify_video
 from .model import model_from
 
 
@@ -23,8 +24,9 @@ def run(args: argparse.Namespace) -> int:
     image = None if args.image is None else read_image(args.image)
     print(describe(model))
     checks: list[Check] = []
+    to_come = verify_video(model) if args.video else verify(model, image)
     with tqdm(unit=" checks", disable=None, leave=False) as bar:
-        for check in verify(model, image):
+        for check in to_come:
             checks.append(check)
             bar.write(to_line(check), file=sys.stdout)
             bar.update()
