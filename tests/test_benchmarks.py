@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pkgutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import benchmarks
 from benchmarks import peers, plot, tables
 from benchmarks.__main__ import main
 from benchmarks.case import Case, Problem
@@ -23,6 +26,12 @@ from benchmarks.provenance import ROOT, form_name, provenance, read_rows
 from benchmarks.runner import Row, run_case, to_table
 
 CPU = torch.device("cpu")
+
+
+def test_every_module_imports() -> None:
+    for module in pkgutil.walk_packages(benchmarks.__path__, "benchmarks."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
 
 
 def doubling(wrong: float) -> Case:

@@ -40,10 +40,12 @@ def test_a_killed_run_repeats_and_continues_the_curve(tmp_path: Path) -> None:
     subprocess.run(command(whole), check=True, timeout=SECONDS)
     assert [entry["step"] for entry in losses(whole)] == list(range(STEPS))
 
-    with subprocess.Popen(command(killed)) as process:
+    with subprocess.Popen(command(killed), stdout=subprocess.PIPE) as process:
         wait_until(lambda: process.poll() is not None or ((killed / "state.pt").exists() and len(losses(killed)) >= 3))
         assert process.poll() is None
         process.kill()
+        assert process.stdout is not None
+        process.stdout.read()  # until the processes that it started, which hold the pipe too, have seen it and ended
     before = losses(killed)
     assert len(before) < STEPS
     assert before == losses(whole)[: len(before)]
