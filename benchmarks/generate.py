@@ -84,7 +84,7 @@ def ours(model: Sam, known: Discs, image: np.ndarray, max_memory: str | None = N
     tokens_of, masks_of = model.decode_tokens, model.decode_masks
     done = 0
 
-    def decode_tokens(embeddings: Sequence[ImageEmbedding], batch: PromptBatch) -> DecodedPrompts:
+    def decode_tokens(embeddings: Sequence[ImageEmbedding], batch: PromptBatch, _: None) -> DecodedPrompts:
         nonlocal done
         rows = torch.arange(done, done + len(batch))
         done += len(batch)
