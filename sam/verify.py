@@ -205,14 +205,16 @@ def _decoder_checks(models: Models, embedding: ImageEmbedding) -> Iterator[Check
         decoded = {id(m): _decode_tokens(m, embedding, prompts) for m in (models.ours, models.plain, models.truth)}
 
         def keys(m: PromptableModel, decoded: dict[int, DecodedPrompts] = decoded) -> Tensor:
-            return decoded[id(m)].keys
+            return _keys_of(decoded[id(m)])
 
         def tokens(m: PromptableModel, decoded: dict[int, DecodedPrompts] = decoded) -> Tensor:
             return decoded[id(m)].mask_tokens
 
         def masks(m: PromptableModel, decoded: dict[int, DecodedPrompts] = decoded) -> Tensor:
             given = decoded[id(models.truth)]
-            narrow = replace(decoded[id(m)], keys=given.keys.to(m.dtype), mask_tokens=given.mask_tokens.to(m.dtype))
+            narrow = replace(
+                decoded[id(m)], keys=_keys_of(given).to(m.dtype), mask_tokens=given.mask_tokens.to(m.dtype)
+            )
             return decode_masks(narrow, MaskDecoder.mask_slice(True), kernels=m.kernels)
 
         yield models.compare("two-way attention, image tokens", case, keys)
@@ -234,6 +236,11 @@ def _image_side(model: PromptableModel, embedding: ImageEmbedding) -> Tensor:
     assert parts is not None
     projections = project_images(parts.packed, narrow, model.prompt_encoder.get_dense_pe(), no_mask)
     return torch.cat(projections.tensors, dim=-1)
+
+
+def _keys_of(decoded: DecodedPrompts) -> Tensor:
+    assert isinstance(decoded.keys, Tensor)
+    return decoded.keys
 
 
 def _decode_tokens(model: PromptableModel, embedding: ImageEmbedding, prompts: Sequence[Prompt]) -> DecodedPrompts:

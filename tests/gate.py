@@ -38,10 +38,10 @@ class Gate:
             finally:
                 inside = False
 
-        def gated_decode_tokens(embeddings: Any, batch: Any) -> Any:
+        def gated_decode_tokens(embeddings: Any, batch: Any, shared: Any = None) -> Any:
             if not inside:
                 self._pass(self.decoded, len(batch))
-            return decode_tokens(embeddings, batch)
+            return decode_tokens(embeddings, batch, shared)
 
         model.encode = gated_encode  # type: ignore[method-assign,assignment]
         model.decode_tokens = gated_decode_tokens  # type: ignore[method-assign]

@@ -19,6 +19,7 @@ from benchmarks.official_sam2 import random_sam2
 from benchmarks.official_sam2_masks import KEYS, RUNS, VARIANT, image_of, summary
 from sam import SamAutomaticMaskGenerator
 from sam.amg.defaults import NANO_THRESHOLDS
+from sam.amg.memory_plan import MemoryPlan
 from sam.masks import rle
 from sam.sam2 import automatic_mask_generator
 from sam.sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
@@ -225,6 +226,18 @@ def test_our_generator_takes_a_sam2_model(small: sam.SAM2Base) -> None:
         Changed(small, **ALL).generate(IMAGE)
     with pytest.raises(TypeError, match=r"SAM 2 model.*SAM2ImagePredictor"):
         sam.SamPredictor(small)  # type: ignore[arg-type]
+
+
+def test_masks_that_are_prompts_again_count_in_the_memory(official_weights: sam.SAM2Base) -> None:
+    def clicks(prompts_per_click: int) -> int:
+        plan = MemoryPlan.plan(official_weights, (1024, 1024), 64, 140 * 10**6, prompts_per_click)
+        return plan.points_at_once
+
+    assert 1 < clicks(3) < clicks(1)
+    twice = {"points_per_side": 2, "use_m2m": True, "max_memory": "75MB"}
+    assert SAM2AutomaticMaskGenerator(official_weights, **twice, multimask_output=False).generate(IMAGE) == []
+    with pytest.raises(ValueError, match=r"max_memory of 75 MB is too little"):
+        SAM2AutomaticMaskGenerator(official_weights, **twice).generate(IMAGE)
 
 
 def test_boxes_of_several_groups_do_not_meet() -> None:

@@ -67,7 +67,7 @@ class Tail:
         def run() -> list[dict[str, Any]]:
             first = 0
 
-            def decode_tokens(embeddings: Sequence[ImageEmbedding], batch: PromptBatch) -> DecodedPrompts:
+            def decode_tokens(embeddings: Sequence[ImageEmbedding], batch: PromptBatch, _: None) -> DecodedPrompts:
                 nonlocal first
                 rows = torch.arange(first, first + len(batch), device=self.iou.device)
                 first += len(batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,17 +29,45 @@ def eager(
     image_index: Tensor | None = None,
 ) -> Tensor:
     """Compute two products per token and one with the vectors; pixels take their places at the end."""
-    (height, width), (prompt_chunk, tokens) = grid, _CHUNKS.get(keys.device.type, _CHUNKS_GPU)
+
+    def first(prompts: slice, tokens: slice) -> Tensor:
+        return _product(keys[prompts, tokens].flatten(0, 1), weights.weight1, weights.bias1)
+
+    return masks_of_products(first, weights, hyper, grid, eps, out_dtype, high_res, image_index)
+
+
+def masks_of_products(
+    first: Callable[[slice, slice], Tensor],
+    weights: UpscalingWeights,
+    hyper: Tensor,
+    grid: tuple[int, int],
+    eps: float,
+    out_dtype: torch.dtype,
+    high_res: tuple[Tensor, Tensor] | None = None,
+    image_index: Tensor | None = None,
+) -> Tensor:
+    """Compute ``hypernetwork_masks`` from the first product on.
+
+    Args:
+        first: makes W1^T x + b1 of a slice of P prompts and a slice of image tokens, [p * n, 4 * C1], which it gives
+            away.
+        weights, hyper, grid, eps, out_dtype, high_res, image_index: as of the operation.
+
+    Returns:
+        [P, M, 4h, 4w] of ``out_dtype``.
+    """
+    (height, width), (prompt_chunk, tokens) = grid, _CHUNKS.get(hyper.device.type, _CHUNKS_GPU)
     rows = height if torch.compiler.is_compiling() else max(1, tokens // width)  # every block would be compiled
     parts = []
-    for start in range(0, max(len(keys), 1), prompt_chunk):
+    for start in range(0, max(len(hyper), 1), prompt_chunk):
         prompts = slice(start, start + prompt_chunk)
         blocks = []
         for top in range(0, height, rows):
-            block = slice(top, top + rows)
+            block = slice(top, min(top + rows, height))
             skips = None if high_res is None else _skips_of(*high_res, image_index, prompts, block)
-            of_block = keys[prompts, top * width : block.stop * width]
-            blocks.append(_upscale(of_block, weights, hyper[prompts], eps, skips))
+            of_block = slice(top * width, block.stop * width)
+            pixels = 16 * (of_block.stop - of_block.start)
+            blocks.append(_upscale(first(prompts, of_block), weights, hyper[prompts], pixels, eps, skips))
         parts.append(_in_place(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2), grid))
     masks = parts[0] if len(parts) == 1 else torch.cat(parts)
     return masks.to(out_dtype)
@@ -61,16 +91,16 @@ def _skips_of(
 
 
 def _upscale(
-    keys: Tensor, weights: UpscalingWeights, hyper: Tensor, eps: float, skips: tuple[Tensor, Tensor] | None
+    y: Tensor, weights: UpscalingWeights, hyper: Tensor, pixels: int, eps: float, skips: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """Upscale keys [P, n, C] by vectors [P, M, C2] to the pixels of n tokens, [P, M, n * 4 (ab) * 4 (cd)]."""
-    y = _product(keys.flatten(0, 1), weights.weight1, weights.bias1).unflatten(1, (4, -1))  # [P * n, 4 (ab), C1]
+    """Upscale the first product [P * n, C] by vectors [P, M, C2] to ``pixels`` of n tokens, [P, M, n * 4 * 4 (cd)]."""
+    prompts, y = len(hyper), y.unflatten(1, (4, -1))  # [P * n, 4 (ab), C1]
     if skips is not None:
-        y = _add(y, skips[0], len(keys))
+        y = _add(y, skips[0], prompts)
     y = _gelu(F.layer_norm(y, weights.norm_weight.shape, weights.norm_weight, weights.norm_bias, eps))
     z = _product(y.flatten(0, 1), weights.weight2, weights.bias2)  # [P * n * 4 (ab), 4 (cd) * C2]
-    z = _gelu(z if skips is None else _add(z, skips[1], len(keys)))
-    return hyper @ z.view(len(hyper), 16 * keys.shape[1], hyper.shape[2]).transpose(1, 2)
+    z = _gelu(z if skips is None else _add(z, skips[1], prompts))
+    return hyper @ z.view(prompts, pixels, hyper.shape[2]).transpose(1, 2)
 
 
 def _add(x: Tensor, skip: Tensor, prompts: int) -> Tensor:

@@ -24,6 +24,7 @@ from fastsam_kernels import Resizing, mask_statistics, packed_masks, ranked_nms
 
 from ..embedding import ImageEmbedding
 from ..images.geometry import ImageGeometry
+from ..inference.decode import shared_image
 from ..masks.rle_encode import encode_packed
 from ..masks.upscale import resizing_of
 from ..modeling.promptable import PromptableModel
@@ -31,6 +32,8 @@ from ..prompts.batch import PromptBatch, coordinates_on
 from ..utils.amg import MaskData, is_box_near_crop_edge, uncrop_boxes_xyxy, uncrop_points
 from .finders import Clicks, Finder, any_confident_masks
 from .memory_plan import MemoryPlan
+
+_SHARING = 16  # clicks from which on it pays to project the image for all of them
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,11 @@ def masks_of_crop(
     """
     prompts = _prompts(model, clicks, crop.embedding.geometry)
     pending = PendingMasks(model, crop, plan, criteria.mask_threshold)
+    shared = shared_image(model, crop.embedding) if len(prompts) >= _SHARING else None
     tables = [torch.zeros(0, _Columns.COUNT, dtype=torch.float32, device=model.device)]
     for start in range(0, len(prompts), plan.points_at_once):
         part = prompts.rows(start, start + plan.points_at_once)
-        batch = Clicks(model, crop.embedding, part, criteria.iou_threshold, plan.count_early)
+        batch = Clicks(model, crop.embedding, part, criteria.iou_threshold, plan.count_early, shared)
         table, logits = _candidates(batch, crop, criteria, find)
         table[:, _Columns.CLICK] += start
         tables.append(table)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..embedding import ImageEmbedding
 from ..inference.eligibility import why_not_fused
+from ..inference.low_rank_decoder import CLICKS_AT_ONCE, SharedImage
 from ..inference.module_calls import call_modules
 from ..modeling.mask_decoder import MaskDecoder
 from ..modeling.promptable import PromptableModel
@@ -32,6 +33,7 @@ class Clicks:
         iou_threshold: masks of a predicted IoU above it are confident; None takes all.
         count_early: count confident masks after each chunk of the decoder, while its image side is in the cache of a
             CPU, and not once for the whole batch.
+        shared: what the model made of the image for all its clicks; None where it decodes them without.
     """
 
     model: PromptableModel
@@ -39,6 +41,7 @@ class Clicks:
     prompts: PromptBatch
     iou_threshold: float | None
     count_early: bool
+    shared: SharedImage | None = None
 
     def are_confident(self, iou: Tensor) -> Tensor:
         """Return which masks of these predicted IoUs are confident, as bool."""
@@ -72,12 +75,15 @@ def any_confident_masks(clicks: Clicks) -> ConfidentMasks:
 def confident_masks(clicks: Clicks) -> ConfidentMasks:
     """Select from three masks per prompt, upscaling only prompts that have a confident one."""
     model, prompts = clicks.model, clicks.prompts
-    size = model.prompts_per_chunk
+    size = model.prompts_per_chunk if clicks.shared is None else CLICKS_AT_ONCE
     together = size if clicks.count_early else max(len(prompts), 1)
     results = []
     for start in range(0, len(prompts), together):
         part = prompts.rows(start, start + together)
-        chunks = [model.decode_tokens([clicks.embedding], part.rows(at, at + size)) for at in range(0, len(part), size)]
+        chunks = [
+            model.decode_tokens([clicks.embedding], part.rows(at, at + size), clicks.shared)
+            for at in range(0, len(part), size)
+        ]
         iou = torch.cat([chunk.iou for chunk in chunks])[:, MaskDecoder.mask_slice(multimask_output=True)]
         chosen = clicks.are_confident(iou).cpu().numpy()
         logits = []

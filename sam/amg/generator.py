@@ -222,7 +222,9 @@ class MaskGenerator:
     def _masks_of(self, crop: Crop, layer: int) -> Generator[int, None, MaskData]:
         model = self.predictor.model
         height, width = crop.embedding.geometry.original_size
-        memory = MemoryPlan.plan(model, (height, width), self.points_per_batch, self.max_memory)
+        memory = MemoryPlan.plan(
+            model, (height, width), self.points_per_batch, self.max_memory, self._prompts_per_click()
+        )
         clicks = self._clicks(layer, (height, width))
         return masks_of_crop(model, crop, clicks, self._criteria(), memory, self._finder())
 
@@ -243,6 +245,10 @@ class MaskGenerator:
     def _finder(self) -> Finder:
         """Return the function that makes masks of clicks."""
         return any_confident_masks
+
+    def _prompts_per_click(self) -> int:
+        """Return how many prompts the finder decodes together for a click, at most."""
+        return 1
 
     def _finished(self, data: MaskData) -> MaskData:
         """Return masks of all crops as they go into the records."""

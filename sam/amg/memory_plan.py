@@ -61,14 +61,21 @@ class MemoryPlan:
 
     @classmethod
     def plan(
-        cls, model: PromptableModel, size: tuple[int, int], points_per_batch: int, max_memory: int | None
+        cls,
+        model: PromptableModel,
+        size: tuple[int, int],
+        points_per_batch: int,
+        max_memory: int | None,
+        prompts_per_click: int = 1,
     ) -> MemoryPlan:
         """Return the plan for masks of ``size`` (height, width).
+
+        Clicks whose masks are asked about once more are so many prompts as they have masks, ``prompts_per_click``.
 
         Raises:
             ValueError: a single click or mask needs more than ``max_memory``.
         """
-        costs, on_cpu = _Costs.of(model, size), model.device.type == "cpu"
+        costs, on_cpu = _Costs.of(model, size, prompts_per_click), model.device.type == "cpu"
         if max_memory is None:
             budget = usual_memory(model.device)
         else:
@@ -79,7 +86,7 @@ class MemoryPlan:
         if max_memory is not None or not on_cpu:
             # Where nothing is said, half goes to decoding: waiting logits are counted as they come.
             decoding = share if max_memory is not None else 2 * share
-            points = min(points, costs.clicks_within(decoding, model.prompts_per_chunk))
+            points = min(points, costs.clicks_within(decoding, -(-model.prompts_per_chunk // prompts_per_click)))
         return cls(
             points_at_once=points,
             masks_at_once=max(1, min(64, share // costs.mask) if on_cpu else share // costs.mask),
@@ -97,17 +104,19 @@ class _Costs:
     mask: int
 
     @classmethod
-    def of(cls, model: PromptableModel, size: tuple[int, int]) -> _Costs:
+    def of(cls, model: PromptableModel, size: tuple[int, int], prompts: int) -> _Costs:
         low_height, low_width = model.low_res_size
         grid_height, grid_width = model.prompt_encoder.image_embedding_size
         tokens, logits = grid_height * grid_width, 4 * low_height * low_width
         on_cpu = model.device.type == "cpu"
         element = 4 if on_cpu else model.dtype.itemsize
+        # The logits of a click's three masks exist three times: in the decoder's chunk, joined, and filtered. Masks
+        # that are prompts once more exist as they were and within their limits, and their answers three times.
+        copies = max(9, 5 * prompts)
         return cls(
-            # The logits of a click's three masks exist three times: in the decoder's chunk, joined, and filtered.
-            chunk_click=_DECODER_BYTES * element // 4 * tokens // 4096 + 9 * logits,
+            chunk_click=prompts * _DECODER_BYTES * element // 4 * tokens // 4096 + copies * logits,
             # Beyond a chunk, more clicks only add their logits, on a GPU their image side too.
-            more_click=9 * logits + (0 if on_cpu else element * tokens * model.prompt_encoder.embed_dim),
+            more_click=copies * logits + (0 if on_cpu else element * tokens * model.prompt_encoder.embed_dim),
             # The words of a mask are compared with their neighbours; its logits are stacked.
             mask=6 * 4 * size[1] * (size[0] // 32 + 2) + logits,
         )

@@ -21,6 +21,7 @@ from ..prompts.labels import LABEL_ABSENT
 from . import fused_decoder
 from .eligibility import PARTS, look, why_not_fused
 from .fused_decoder import DecodedPrompts
+from .low_rank_decoder import SharedImage, can_share, decode_clicks
 from .module_decoder import MadeMasks, decode_by_modules, join
 from .packed_weights import Linear, pack_decoder, pack_image_pe
 from .parts import FusedParts, Model
@@ -99,11 +100,36 @@ def decode_chunk(
     return decode_masks(model, _decode_tokens(model, parts, embeddings, batch), multimask_output)
 
 
-def decode_tokens(model: Model, embeddings: Sequence[ImageEmbedding], batch: PromptBatch) -> DecodedPrompts | MadeMasks:
+def shared_image(model: Model, embedding: ImageEmbedding) -> SharedImage | None:
+    """Project an image for many clicks without a mask input; None where their decoding does not take it.
+
+    It holds for the weights as they are now. On a CPU; a GPU has kernels that read an image once for many prompts.
+    """
+    parts, device = fused_parts(model), embedding.device
+    if (
+        parts is None
+        or parts.generation is None
+        or device.type != "cpu"
+        or torch.is_autocast_enabled(device.type)
+        or requires_autograd(embedding.features)
+        or not can_share(parts.packed, model.kernels)
+    ):
+        return None
+    projections = image_projections(parts, embedding)
+    return SharedImage.of(parts.packed, projections, parts.image_pe, embedding.ready_high_res())
+
+
+def decode_tokens(
+    model: Model, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, shared: SharedImage | None = None
+) -> DecodedPrompts | MadeMasks:
     """Run the first half of :func:`decode` on a batch as one chunk: all but the masks, their predicted IoU included.
 
-    The result holds the image side of each prompt: ask for ``prompts_per_chunk`` prompts or so at a time.
+    The result holds the image side of each prompt: ask for ``prompts_per_chunk`` prompts or so at a time. Clicks of one
+    number of points on a single image are decoded from ``shared``, what :func:`shared_image` made of it, where given.
     """
+    if shared is not None:
+        encoder = uncompiled(model.prompt_encoder)
+        return decode_clicks(shared, encoder.embed_tokens(batch.coords, batch.labels), model.kernels)
     parts = fused_parts(model)
     if parts is None:
         dtype = logits_dtype(model)

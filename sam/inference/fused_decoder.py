@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsam_kernels import UnsupportedKernelError, choice_for, hypernetwork_masks
+from fastsam_kernels.hypernetwork_masks import masks_of_products
 
 from ..embedding import ImageProjections
 from ..modeling.mask_decoder import MaskDecoder, stability_of
-from .fused_transformer import project_image, run_transformer
+from .fused_transformer import attend_finally, project_image, run_transformer
+from .low_rank_tokens import LowRankKeys
 from .packed_weights import PackedDecoder
 
 
@@ -23,8 +25,9 @@ class DecodedPrompts:
     """P prompts after the transformer: all but their masks, which cost as much again.
 
     Attributes:
-        keys: [P, h * w, C] image tokens as each prompt sees them.
-        mask_tokens: [P, M, C], one for each mask the decoder knows, the single mask first.
+        keys: image tokens as each prompt sees them, [P, h * w, C] or not made.
+        mask_tokens: [P, M, C], one for each mask the decoder knows, the single mask first; before the final attention
+            where image tokens are not made.
         iou: [P, M] their predicted IoU, in the weights' dtype.
         grid: (h, w).
         packed: the weights that decoded them, for the second half.
@@ -33,7 +36,7 @@ class DecodedPrompts:
         image_index: [P] int64, the image of each prompt; None for one image, or one image per prompt.
     """
 
-    keys: Tensor
+    keys: Tensor | LowRankKeys
     mask_tokens: Tensor
     iou: Tensor
     grid: tuple[int, int]
@@ -41,6 +44,30 @@ class DecodedPrompts:
     object_scores: Tensor | None = None
     high_res: tuple[Tensor, Tensor] | None = None
     image_index: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        packed: PackedDecoder,
+        keys: Tensor | LowRankKeys,
+        tokens: Tensor,
+        grid: tuple[int, int],
+        high_res: Sequence[Tensor],
+        image_index: Tensor | None = None,
+    ) -> DecodedPrompts:
+        """Predict IoU and object scores of prompts of image tokens ``keys`` and output tokens [P, T, C]."""
+        positions, predict_scores = packed.positions, packed.predict_object_scores
+        at = positions.object_score
+        return cls(
+            keys=keys,
+            mask_tokens=tokens[:, positions.masks],
+            iou=packed.predict_iou(tokens[:, positions.iou]),
+            grid=grid,
+            packed=packed,
+            object_scores=None if predict_scores is None or at is None else predict_scores(tokens[:, at]),
+            high_res=(high_res[0], high_res[1]) if high_res else None,
+            image_index=image_index,
+        )
 
 
 def project_images(
@@ -132,17 +159,8 @@ def decode_tokens(
     tokens, keys = run_transformer(
         packed, keys, key_pe, tokens, token_mask, projections, image_index, positions.total, kernels
     )
-    predict_scores, at = packed.predict_object_scores, positions.object_score
-    return DecodedPrompts(
-        keys=keys,
-        mask_tokens=tokens[:, positions.masks],
-        iou=packed.predict_iou(tokens[:, positions.iou]),
-        grid=(image_embeddings.shape[-2], image_embeddings.shape[-1]),
-        packed=packed,
-        object_scores=None if predict_scores is None or at is None else predict_scores(tokens[:, at]),
-        high_res=(high_res[0], high_res[1]) if high_res else None,
-        image_index=image_of,
-    )
+    grid = image_embeddings.shape[-2], image_embeddings.shape[-1]
+    return DecodedPrompts.of(packed, keys, tokens, grid, high_res, image_of)
 
 
 def choose_masks(
@@ -191,11 +209,19 @@ def decode_masks(
     packed, keys, mask_tokens = decoded.packed, decoded.keys, decoded.mask_tokens
     high_res, image_index = decoded.high_res, decoded.image_index
     if rows is not None:
-        keys, mask_tokens = keys.index_select(0, rows), mask_tokens.index_select(0, rows)
+        keys = keys.select(rows) if isinstance(keys, LowRankKeys) else keys.index_select(0, rows)
+        mask_tokens = mask_tokens.index_select(0, rows)
         if image_index is not None:
             image_index = image_index.index_select(0, rows)
         elif high_res is not None and len(high_res[0]) > 1:
             image_index = rows
+    if isinstance(keys, LowRankKeys):
+        assert packed.upscaling is not None
+        began = packed.output_tokens[packed.positions.masks]
+        mask_tokens = attend_finally(packed, mask_tokens, began, keys.prompts)
+        hyper, eps, dtype = hypernetworks(packed, mask_tokens, masks), packed.upscaling_eps, packed.logits_dtype
+        first = keys.first_product(packed.upscaling)
+        return masks_of_products(first, packed.upscaling, hyper, decoded.grid, eps, dtype, high_res)
     if packed.upscaling is None and choice_for(kernels, "hypernetwork_masks") == "triton":
         raise UnsupportedKernelError(
             "the 'triton' implementation of hypernetwork_masks takes the official upscaling only"

@@ -7,6 +7,7 @@ moves the projections of the image into the few tokens (:mod:`fastsam_kernels.tw
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from fastsam_kernels import (
 )
 
 from ..embedding import ImageProjections
+from .low_rank_tokens import ImageTables, LowRankTokens
 from .packed_weights import PackedAttention, PackedBlock, PackedDecoder
 
 
@@ -123,9 +125,7 @@ def _run_absorbed(
     queries = _attend_self(first, tokens, tokens, token_mask, kernels)
     to_image = first.token_to_image
     if projections is not None and len(image.tokens) == 1:
-        # The tokens of all prompts are one set of queries, and the image is read once.
-        q = to_image.q(queries + tokens).flatten(0, 1)[None]
-        learnt = _attend(to_image, q, projections.k, projections.v, None, kernels).view(tokens.shape)
+        learnt = _attend_to_shared(to_image, queries + tokens, projections, kernels)
     else:
         absorbed_queries = _absorb_queries(to_image, queries + tokens)
         learnt = to_image.out(token_to_image_attention(absorbed_queries, image, to_image.value, kernels=kernels))
@@ -152,6 +152,53 @@ def _run_absorbed(
         learnt = to_image.out(values)
         image = ImageTokens(keys, image.pe)  # from here on every prompt has its own
     return packed.norm_final_attn(queries + learnt), image.tokens
+
+
+def run_low_rank(
+    packed: PackedDecoder, tables: ImageTables, projections: ImageProjections, tokens: Tensor, kernels: str
+) -> tuple[Tensor, list[LowRankTokens]]:
+    """Run all two-way blocks on prompts of one image without a mask input, and make no image tokens.
+
+    Args:
+        tables: from :meth:`ImageTables.of`, of the same image as ``projections``.
+        packed, projections, tokens, kernels: as of :func:`run_transformer`; absorption is possible.
+
+    Returns:
+        tokens [P, T, C], for :func:`attend_finally`, and the image tokens of each prompt.
+    """
+    first, queries = packed.blocks[0], _attend_self(packed.blocks[0], tokens, tokens, None, kernels)
+    learnt = _attend_to_shared(first.token_to_image, queries + tokens, projections, kernels)
+    images = [LowRankTokens(tables, first.image_to_token.num_heads * tokens.shape[1]) for _ in tokens]
+    for block, following in zip(packed.blocks, [*packed.blocks[1:], None], strict=True):
+        queries = _update_tokens(block, queries, learnt)
+        attention = block.image_to_token
+        keys = _scaled_heads(attention, attention.k(queries + tokens))
+        values = attention.v(queries).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        for image, *operands in zip(images, keys, values, strict=True):
+            image.update(*operands)
+        if following is not None:
+            queries = _attend_self(following, queries, tokens, None, kernels)
+            learnt = _attend_each(following.token_to_image, queries + tokens, images)
+    return queries, images
+
+
+def attend_finally(packed: PackedDecoder, queries: Tensor, tokens: Tensor, images: Sequence[LowRankTokens]) -> Tensor:
+    """Run the final attention on tokens [P, K, C] of :func:`run_low_rank`, which began as ``tokens`` [P or 1, K, C]."""
+    return packed.norm_final_attn(queries + _attend_each(packed.final_attn, queries + tokens, images))
+
+
+def _attend_each(attention: PackedAttention, tokens: Tensor, images: Sequence[LowRankTokens]) -> Tensor:
+    """Attend with tokens [P, K, C] to the image tokens of each prompt as they are now."""
+    queries = _scaled_heads(attention, attention.q(tokens))
+    return attention.out(torch.stack([image.attend(asking) for image, asking in zip(images, queries, strict=True)]))
+
+
+def _attend_to_shared(
+    attention: PackedAttention, tokens: Tensor, projections: ImageProjections, kernels: str
+) -> Tensor:
+    """Attend with tokens [P, T, C] to one image: those of all prompts are one set of queries, and it is read once."""
+    q = attention.q(tokens).flatten(0, 1)[None]
+    return _attend(attention, q, projections.k, projections.v, None, kernels).view(tokens.shape)
 
 
 def _attend_self(
@@ -225,6 +272,12 @@ def _by_head(attention: PackedAttention, x: Tensor, weight: Tensor) -> Tensor:
     heads = x.unflatten(-1, (attention.num_heads, -1)).permute(2, 0, 1, 3)  # [heads, P, T, D / heads]
     product = heads.flatten(1, 2) @ weight.unflatten(0, (attention.num_heads, -1))
     return product.unflatten(1, x.shape[:2]).transpose(0, 1)
+
+
+def _scaled_heads(attention: PackedAttention, projected: Tensor) -> Tensor:
+    """Split projected tokens [P, T, D] by head, as scores want them: [P, heads, T, D / heads]."""
+    scaled = projected * _scale(attention, projected)
+    return scaled.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
 
 
 def _scale(attention: PackedAttention, projected: Tensor) -> float:

@@ -20,6 +20,7 @@ from ..images.prepare import PreparedImage
 from ..images.tensors import normalize_and_pad
 from ..inference import buckets, decode, encode, explain, predict
 from ..inference.fused_decoder import DecodedPrompts
+from ..inference.low_rank_decoder import SharedImage
 from ..inference.module_decoder import MadeMasks
 from ..masks import upscale
 from ..masks.results import DecodedMasks, MaskPrediction
@@ -283,9 +284,11 @@ class PromptableModel(WeightCache, Fp32Buffers):
         """Decode prompts. See :func:`sam.inference.decode.decode`."""
         return decode.decode(self, embeddings, batch, multimask_output)
 
-    def decode_tokens(self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch) -> DecodedPrompts | MadeMasks:
+    def decode_tokens(
+        self, embeddings: Sequence[ImageEmbedding], batch: PromptBatch, shared: SharedImage | None = None
+    ) -> DecodedPrompts | MadeMasks:
         """Run the first half of :meth:`decode`: all but the masks. See :func:`sam.inference.decode.decode_tokens`."""
-        return decode.decode_tokens(self, embeddings, batch)
+        return decode.decode_tokens(self, embeddings, batch, shared)
 
     def decode_masks(
         self, decoded: DecodedPrompts | MadeMasks, multimask_output: bool, rows: Tensor | None = None

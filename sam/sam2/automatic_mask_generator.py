@@ -156,6 +156,9 @@ class SAM2AutomaticMaskGenerator(MaskGenerator):
             find = partial(cleaned_masks, find=find, clean=transforms.cleaned)
         return find
 
+    def _prompts_per_click(self) -> int:
+        return 3 if self.use_m2m and self.multimask_output else 1
+
     def _finished(self, data: amg.MaskData) -> amg.MaskData:
         for name in ("boxes", "crop_boxes"):
             data[name] = data[name].float()  # as of the official records
