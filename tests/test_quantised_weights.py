@@ -20,7 +20,7 @@ from torch import Tensor
 from waiting import SECONDS
 
 import sam
-from benchmarks.official_sam2_video import HEIGHT, SIZE, WIDTH, clip, start
+from benchmarks.official_sam2_video import HEIGHT, WIDTH, clip, start
 from sam import Prompt
 from sam.embedding import ImageEmbedding, ImageFeatures
 from sam.engine import Engine
@@ -38,7 +38,8 @@ from sam.sam2.sam2_video_predictor import SAM2VideoPredictor
 
 IMAGE = random_image(90, 128)
 IMAGES = [IMAGE, random_image(70, 60, 1)]
-FRAMES = clip(frames=3)
+SIZE = TINY_2.image_size
+FRAMES = clip(SIZE, 3)
 CLICK = [40.0, 40.0]
 # More than a CPU decodes at a time.
 BOXES = torch.tensor([[4.0, 4, 99, 50], [20, 9, 60, 80]]).repeat(3, 1) + 2 * torch.arange(6.0)[:, None]
