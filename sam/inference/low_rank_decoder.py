@@ -1,7 +1,7 @@
 """Many clicks on one image by the mask decoder, few of whose masks are wanted: image tokens are vectors beside it.
 
-A click costs about a third of what :mod:`sam.inference.fused_decoder` asks for, and a mask a third less, once the image
-has been projected for all of them. In fp32 at least: squares of sums are taken apart.
+The image is projected once for all of them, and each click costs products with those few vectors. In fp32 at least:
+squares of sums are taken apart.
 """
 
 from __future__ import annotations
