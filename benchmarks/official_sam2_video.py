@@ -24,12 +24,14 @@ from torch import Tensor
 from sam.config import SAM2_VARIANTS, HieraConfig, Sam2Config
 from sam.modeling.build import build_from_config
 
-from .official_sam2 import COMPUTED, draw_weights, official_model
+from .official_sam2 import COMPUTED, draw_weights, official_model, sample
 
 TARGET = Path(__file__).parents[1] / "tests" / "official_sam2_video.npz"
 SMALL, FRAMES, HEIGHT, WIDTH = 64, 20, 90, 140
 BATCHED = "sam2.1_tiny"  # of the legacy predictor
 FINER = 3  # times that are the masks of scenes, so that a pixel is no thousandth of the smallest
+PROMPTED = "masks of prompts"
+_KEPT = ("maskmem_features", "obj_ptr", "object_score_logits")
 Masks = dict[str, Tensor]
 
 
@@ -92,6 +94,8 @@ class Scene:
         masks: the logits [O, 1, FINER * HEIGHT, FINER * WIDTH] that each step returned.
         low_res: those [O, 1, h, w] that the state keeps of them, -1024 where an object has none.
         scores: of each object that was tracked.
+        kept: by step and name samples [O, n] of what the state keeps of the objects, NaN where an object has none, and
+            of the masks of prompts before any tracking.
     """
 
     def __init__(self, predictor: Any, images: Tensor | None = None) -> None:
@@ -100,6 +104,7 @@ class Scene:
         self.masks: Masks = {}
         self.low_res: Masks = {}
         self.scores: list[float] = []
+        self.kept: Masks = {}
 
     def points(self, frame: int, obj_id: Any, points: Any, labels: Any, clear: bool = True, box: Any = None) -> None:
         given: dict[str, Any] = {"points": FINER * np.array(points, np.float32), "labels": np.array(labels)}
@@ -132,6 +137,15 @@ class Scene:
         outputs = [self._newest(index, frame) for index in range(len(masks))]
         self.low_res[step] = torch.cat([output["pred_masks"].float() if output else none for output in outputs])
         self.masks[step] = masks.clone()
+        for key in _KEPT:
+            given = [output and output[key] for output in outputs]
+            samples = [None if x is None else sample(x.float(), 32) for x in given]
+            width = max((len(x) for x in samples if x is not None), default=0)
+            if width:
+                missing = torch.full((width,), torch.nan)
+                self.kept[f"{step}/{key}"] = torch.stack([missing if x is None else x for x in samples])
+        if not self.scores:
+            self.kept[f"{step}/{PROMPTED}"] = torch.stack([sample(mask, 32) for mask in masks])
 
     def _newest(self, index: int, frame: int) -> dict[str, Any] | None:
         kept = [self.state[name][index] for name in ("temp_output_dict_per_obj", "output_dict_per_obj")]
@@ -263,13 +277,12 @@ def _overrides(config: Sam2Config) -> dict[str, Any]:
 
 
 def write(path: Path, scenes: dict[str, dict[str, Scene]]) -> None:
-    """Write the low-resolution logits of all steps as fp16, named by variant, scene and step."""
-    arrays = {
-        f"{variant}/{name}/{step}": masks.numpy().astype(np.float16)
-        for variant, of_variant in scenes.items()
-        for name, scene in of_variant.items()
-        for step, masks in scene.low_res.items()
-    }
+    """Write the low-resolution logits of all steps as fp16, named by variant, scene and step, and what is kept."""
+    arrays = {}
+    for variant, of_variant in scenes.items():
+        for name, scene in of_variant.items():
+            arrays |= {f"{variant}/{name}/{step}": x.numpy().astype(np.float16) for step, x in scene.low_res.items()}
+            arrays |= {f"kept/{variant}/{name}/{key}": x.numpy() for key, x in scene.kept.items()}
     np.savez_compressed(path, **arrays)
 
 
