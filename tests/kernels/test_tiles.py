@@ -79,8 +79,9 @@ def test_every_architecture_and_dtype_has_a_tile(operation: str) -> None:
 
 
 def test_tiles_are_of_operations() -> None:
-    """Counting and packing of masks are two operations and one kernel; the attention to memories has none yet."""
-    assert {"mask_postprocess", *OPERATIONS} - {"mask_statistics", "packed_masks", "memory_attention"} == set(NAMES)
+    """Counting and packing of masks are two operations and one kernel; some have none yet."""
+    without = {"memory_attention", "quantize_rows", "int8_linear", "fp8_linear"}
+    assert {"mask_postprocess", *OPERATIONS} - {"mask_statistics", "packed_masks", *without} == set(NAMES)
 
 
 @pytest.mark.parametrize("gpu", architectures().values(), ids=lambda gpu: f"sm_{gpu.arch}")
