@@ -1,4 +1,4 @@
-"""What a device can do in 8 bits."""
+"""Limits of devices: where there are products of 8 bits."""
 
 from __future__ import annotations
 
