@@ -20,7 +20,7 @@ from fastsam_kernels.numerics import Budget, relative_error
 
 from .embedding import ImageEmbedding
 from .inference import fused_hiera
-from .inference.decode import fused_parts
+from .inference.decode import fused_parts, shared_image
 from .inference.fused_decoder import DecodedPrompts, decode_masks, project_images
 from .inference.fused_encoder import Attend, attend, plan_blocks, run_block
 from .inference.token_order import Level
@@ -109,6 +109,7 @@ def verify(model: PromptableModel, image: np.ndarray | None = None) -> Iterator[
     yield from _encoder_checks(models, image)
     yield from _hiera_checks(models, image)
     yield from _decoder_checks(models, embedding)
+    yield from _low_rank_checks(models, embedding)
     result = {id(m): m.encode(image) for m in (models.ours, models.plain, models.truth)}
     yield models.compare("image encoder", "whole", lambda m: result[id(m)].features)
     for level in range(len(embedding.high_res)):
@@ -229,6 +230,30 @@ def _decoder_checks(models: Models, embedding: ImageEmbedding) -> Iterator[Check
         yield models.compare("object score", "all prompts", lambda m: torch.cat(seen[id(m)]))
 
 
+def _low_rank_checks(models: Models, embedding: ImageEmbedding) -> Iterator[Check]:
+    """Compare clicks as automatic masks decode them where no image tokens are made."""
+    if not models.ours.uses_fused_decoder:
+        return
+    clicks = _clicks(embedding)
+    by_model = {
+        id(m): _decode_tokens(m, embedding, clicks, low_rank=m is models.ours)
+        for m in (models.ours, models.plain, models.truth)
+    }
+    if isinstance(by_model[id(models.ours)].keys, Tensor):
+        return  # this model, or this device, makes them
+
+    def masks(m: PromptableModel) -> Tensor:
+        return m.decode_masks(by_model[id(m)], True).logits
+
+    def scores(m: PromptableModel) -> Tensor:
+        decoded = by_model[id(m)]
+        return torch.cat([decoded.iou, *([] if decoded.object_scores is None else [decoded.object_scores])], dim=1)
+
+    case = f"{len(clicks)} clicks of automatic masks"
+    yield models.compare("low-rank image tokens, masks", case, masks, masks=True)
+    yield models.compare("low-rank image tokens, scores", case, scores)
+
+
 def _image_side(model: PromptableModel, embedding: ImageEmbedding) -> Tensor:
     narrow = embedding.features.to(model.dtype)
     no_mask = model.prompt_encoder.no_mask_embed.weight
@@ -243,13 +268,21 @@ def _keys_of(decoded: DecodedPrompts) -> Tensor:
     return decoded.keys
 
 
-def _decode_tokens(model: PromptableModel, embedding: ImageEmbedding, prompts: Sequence[Prompt]) -> DecodedPrompts:
+def _decode_tokens(
+    model: PromptableModel, embedding: ImageEmbedding, prompts: Sequence[Prompt], low_rank: bool = False
+) -> DecodedPrompts:
     high_res = tuple(features.to(model.dtype) for features in embedding.high_res)
     narrow = ImageEmbedding(embedding.features.to(model.dtype), embedding.geometry, high_res=high_res)
     [chunk] = ragged_chunks([prompts], [narrow.geometry], model.device, len(prompts), model.prompt_layout)
-    decoded = model.decode_tokens([narrow], chunk.batch)
+    decoded = model.decode_tokens([narrow], chunk.batch, shared_image(model, narrow) if low_rank else None)
     assert isinstance(decoded, DecodedPrompts)
     return decoded
+
+
+def _clicks(embedding: ImageEmbedding) -> list[Prompt]:
+    """Return clicks all over the image."""
+    height, width = embedding.geometry.original_size
+    return [Prompt([point], [1]) for point in np.random.default_rng(1).uniform((0, 0), (width, height), (8, 2))]
 
 
 def _prompts(embedding: ImageEmbedding) -> dict[str, list[Prompt]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +15,14 @@ from models import TINY, TINY_2, random_model
 import sam
 from sam import Sam
 from sam.cli import main
+from sam.inference import low_rank_tokens
 from sam.inference.eligibility import look
 from sam.inference.packed_weights import PackedDecoder, pack_decoder
+from sam.modeling.promptable import PromptableModel
 from sam.verify import drawn_image, verify
 
 
-def failed(model: Sam) -> set[str]:
+def failed(model: PromptableModel) -> set[str]:
     return {check.operation for check in verify(model) if not check.passed}
 
 
@@ -46,6 +49,20 @@ def test_a_right_model_of_sam2_passes(dtype: torch.dtype) -> None:
         ("image encoder", "finer features, 1/8 of the image"),
         ("object score", "all prompts"),
     } <= set(names)
+    low_rank = {case for operation, case in names if operation.startswith("low-rank image tokens")}
+    assert low_rank == ({"8 clicks of automatic masks"} if dtype == torch.float32 else set())
+
+
+def test_a_wrong_table_of_low_rank_tokens_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only automatic masks read these tables: everything else is right."""
+    make = low_rank_tokens._update
+
+    def wrong(*arguments: Any) -> low_rank_tokens.Update:
+        made = make(*arguments)
+        return made._replace(squares=1.5 * made.squares)
+
+    monkeypatch.setattr(low_rank_tokens, "_update", wrong)
+    assert failed(random_model(TINY_2)) == {"low-rank image tokens, masks", "low-rank image tokens, scores"}
 
 
 @pytest.mark.parametrize("kept", ["finer 0", "positions"])
