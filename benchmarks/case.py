@@ -29,6 +29,8 @@ class Problem:
         work: the least that has to be done.
         compile: whether ``torch.compile`` of the form "torch" is timed beside the others.
         here: the forms run in this process, so that their memory can be measured.
+        baseline: the form that speed-ups are over.
+        plain: the plain formula in the case's dtype on ``rows``, whose error makes the budget; None for the baseline's.
     """
 
     forms: dict[str, Form]
@@ -37,6 +39,8 @@ class Problem:
     work: Work
     compile: bool = True
     here: bool = True
+    baseline: str = "reference"
+    plain: Callable[[], Result] | None = None
 
 
 @dataclass(frozen=True)

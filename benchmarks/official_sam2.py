@@ -23,6 +23,8 @@ from sam.config import SAM2_VARIANTS
 from sam.modeling.build import build_from_config
 from sam.modeling.sam2_base import SAM2Base
 
+from .torchvision_stand_in import stand_in_for_torchvision
+
 TARGET = Path(__file__).parents[1] / "tests" / "official_sam2.json"
 SIZE, FRAMES, OBJECTS = 256, 5, 3
 COMPUTED = ("sam2_tiny", "sam2.1_tiny")
@@ -66,6 +68,7 @@ def official_model(path: str, variant: str, image_size: int = SIZE) -> nn.Module
     """Build Meta's model of a variant, on the CPU, without weights."""
     if path not in sys.path:
         sys.path.insert(0, path)
+    stand_in_for_torchvision()
     from hydra import initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.official_sam2_prompts --sam2 PATH
 
-PATH is the folder from which ``import sam2`` works; hydra-core, iopath and torchvision must be installed.
+PATH is the folder from which ``import sam2`` works; see :mod:`benchmarks.official_sam2`.
 """
 
 from __future__ import annotations

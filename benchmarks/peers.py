@@ -11,20 +11,18 @@ import functools
 import importlib
 import sys
 import tempfile
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 import sam
-from fastsam_kernels import nms
 from sam import Sam
+
+from .torchvision_stand_in import stand_in_for_torchvision
 
 
 class Peer(Protocol):
@@ -209,6 +207,11 @@ def sam2_path() -> str | None:
     return _chosen.get(SAM2)
 
 
+def transformers_chosen() -> bool:
+    """Return whether transformers is a peer of this run."""
+    return "transformers" in _chosen
+
+
 def import_segment_anything(path: str) -> Any:
     """Import the official package as it stands in the folder ``path``; "" takes the installed one."""
     return _import_from(path, "segment_anything")
@@ -217,10 +220,7 @@ def import_segment_anything(path: str) -> Any:
 def _import_from(path: str, package: str) -> Any:
     if path and path not in sys.path:
         sys.path.insert(0, path)
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):
-        _stand_in_for_torchvision()
+    stand_in_for_torchvision()
     return importlib.import_module(package)
 
 
@@ -265,32 +265,3 @@ def official_copy(package: Any, model: Sam) -> nn.Module:
     official = modeling.Sam(encoder, prompt_encoder, mask_decoder, list(config.pixel_mean), list(config.pixel_std))
     official.load_state_dict(model.state_dict())
     return official.eval().requires_grad_(False).to(model.device, model.dtype)
-
-
-def _stand_in_for_torchvision() -> None:
-    """Provide the four functions of torchvision that the official package uses, where it does not import."""
-
-    def box_area(boxes: Tensor) -> Tensor:
-        return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-
-    def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-        apart = idxs.to(boxes) * (boxes.max() + 1) if len(boxes) else idxs.to(boxes)
-        return nms(boxes + apart[:, None], scores, iou_threshold)
-
-    def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-        return image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-
-    def to_pil_image(pixels: np.ndarray) -> Image.Image:
-        return Image.fromarray(np.asarray(pixels))
-
-    def module(name: str, **content: Any) -> types.ModuleType:
-        made = types.ModuleType(name)
-        vars(made).update(content)
-        sys.modules[name] = made
-        return made
-
-    boxes = module("torchvision.ops.boxes", batched_nms=batched_nms, box_area=box_area, nms=nms)
-    ops = module("torchvision.ops", boxes=boxes, batched_nms=batched_nms, nms=nms)
-    functional = module("torchvision.transforms.functional", resize=resize, to_pil_image=to_pil_image)
-    transforms = module("torchvision.transforms", functional=functional)
-    module("torchvision", ops=ops, transforms=transforms)

@@ -25,6 +25,7 @@ CPU_RESULTS = (
     "cpu_encoder_4_cores.json",
     "cpu_bf16.json",
 )
+SAM2_RESULTS = ("cpu_sam2.json",)
 
 
 @cache

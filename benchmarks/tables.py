@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from .compile_cases import AMD
 from .mask_iou import sentence
 from .model.decoder_work import work_table
 from .operations import OPERATIONS
-from .provenance import CPU_RESULTS, RESULTS, ROOT, describe, read_rows, title
+from .provenance import CPU_RESULTS, RESULTS, ROOT, SAM2_RESULTS, describe, read_rows, title
 
 
 def status_table() -> str:
@@ -91,37 +92,65 @@ def _tuned(operation: str) -> str:
     return ", ".join(dict.fromkeys(tuned)) or "provisional"
 
 
-# The columns of the tables of speed, and the forms that may stand in each.
-_COLUMNS = {
-    "segment-anything": ("segment-anything",),
-    "transformers": ("transformers",),
-    "official modules here": ("reference",),
-    "**ours**": ("torch",),
-    "**ours**, compiled": ("torch, compiled", "torch.compile of torch"),
-}
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a table of speed.
+
+    Attributes:
+        forms: those that may stand in each column, by its head.
+        over: the form that the speed-ups in brackets are over, and its name there.
+        memory: the form whose peak memory stands beside ours.
+    """
+
+    forms: dict[str, tuple[str, ...]]
+    over: tuple[str, str]
+    memory: str
 
 
-def speed_table(*results: str, cases: str = "") -> str:
-    """Return one row per case of results files whose name matches ``cases``, and one column per form."""
+SAM = Columns(
+    {
+        "segment-anything": ("segment-anything",),
+        "transformers": ("transformers",),
+        "official modules here": ("reference",),
+        "**ours**": ("torch",),
+        "**ours**, compiled": ("torch, compiled", "torch.compile of torch"),
+    },
+    ("reference", "the official modules in this package"),
+    "segment-anything",
+)
+SAM2 = Columns(
+    {
+        "sam2": ("sam2",),
+        "transformers": ("transformers",),
+        "official modules here": ("reference",),
+        "**ours**": ("torch",),
+    },
+    ("sam2", "sam2"),
+    "sam2",
+)
+
+
+def speed_table(*results: str, cases: str = "", columns: Columns = SAM) -> str:
+    """Return one row per case of results files whose name matches ``cases``, fp32 first, and one column per form."""
     paths = [RESULTS / name for name in results]
     rows = [row for path in paths if path.exists() for row in read_rows(path) if re.match(cases, row["case"])]
     if not rows:
         return "Not measured yet."
-    cases: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        cases.setdefault(title(row), {})[row["form"]] = row
-    lines = ["| ms | " + " | ".join(_COLUMNS) + " | MB |", "|---|" + "---:|" * (len(_COLUMNS) + 1)]
-    for case, forms in cases.items():
-        cells = []
-        for column, names in _COLUMNS.items():
+    by_case: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["dtype"] != "float32"):
+        by_case.setdefault(title(row), {})[row["form"]] = row
+    lines = ["| ms | " + " | ".join(columns.forms) + " | MB |", "|---|" + "---:|" * (len(columns.forms) + 1)]
+    for case, forms in by_case.items():
+        over, cells = forms.get(columns.over[0]), []
+        for column, names in columns.forms.items():
             row = next((forms[name] for name in names if name in forms), None)
-            cells.append("" if row is None else _milliseconds(row, "ours" in column))
-        memory = [forms[name]["peak_bytes"] for name in ("segment-anything", "torch") if name in forms]
+            cells.append("" if row is None else _milliseconds(row, over if "ours" in column else None))
+        memory = [forms[name]["peak_bytes"] for name in (columns.memory, "torch") if name in forms]
         cells.append(" / ".join("-" if peak is None else f"{peak / 1e6:.0f}" for peak in memory))
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     explained = (
-        "Medians, forms in turn; in brackets the speed-up over the official modules in this package; "
-        "MB: peak memory of segment-anything / ours."
+        f"Medians, forms in turn; in brackets the speed-up over {columns.over[1]}; "
+        f"MB: peak memory of {columns.memory} / ours."
     )
     return "\n".join([*lines, "", explained, *_sources(rows)])
 
@@ -135,12 +164,15 @@ def _sources(rows: list[dict[str, Any]]) -> list[str]:
     return [f"{line.format(', '.join(names))}." for line, names in revisions.items()]
 
 
-def _milliseconds(row: dict[str, Any], is_ours: bool) -> str:
-    """Format a time; none stands without a result that is right."""
+def _milliseconds(row: dict[str, Any], over: dict[str, Any] | None) -> str:
+    """Format a time, and the speed-up over a row; no time of ours stands without a result that is right."""
     if row["speedup"] is None:
         return "over budget"
-    time = f"{row['timing']['p50']:.0f}"
-    return f"{time} ({row['speedup']:.1f}x)" if is_ours else time
+    time = row["timing"]["p50"]
+    if over is None:
+        return f"{time:.0f}"
+    speedup = over["timing"]["p50"] / time
+    return f"{time:.0f} ({speedup:.{2 if speedup < 2 else 1}f}x)"
 
 
 FRONT_PAGE = ("cpu_clicks.json", "cpu_encoder.json")  # fp32 on two cores
@@ -148,6 +180,7 @@ FRONT_PAGE = ("cpu_clicks.json", "cpu_encoder.json")  # fp32 on two cores
 TABLES = {
     "status": (Path("benchmarks/README.md"), status_table),
     "speed": (Path("README.md"), partial(speed_table, *FRONT_PAGE, cases="click|64 points|session|encoder")),
+    "sam2 speed": (Path("benchmarks/README.md"), partial(speed_table, *SAM2_RESULTS, columns=SAM2)),
     "every speed": (Path("benchmarks/README.md"), partial(speed_table, *CPU_RESULTS)),
     "decoder work": (Path("benchmarks/README.md"), work_table),
     "mask iou": (Path("README.md"), sentence),

@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastsam_kernels.numerics import Budget
-
 from .case import Case
 from .cases import GROUPS
-from .runner import form_errors
+from .runner import budget_of, form_errors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if DEVICE.type == "cuda" else [torch.float32]
@@ -27,8 +25,8 @@ def test_case(benchmark: Any, case: Case, form: str, dtype: torch.dtype) -> None
         problem = case.make(DEVICE, dtype)
         if form not in problem.forms:
             pytest.skip(f"no {form} form on {DEVICE}")
-        errors = form_errors(problem, {name: problem.forms[name] for name in ("reference", form)})
-        assert errors[form] <= Budget(errors["reference"], dtype).limit
+        errors = form_errors(problem, {name: problem.forms[name] for name in (problem.baseline, form)})
+        assert errors[form] <= budget_of(problem, errors, dtype)
 
         def run() -> None:
             problem.forms[form]()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import TINY_2, random_model
 from PIL import Image
 
 import benchmarks
@@ -20,10 +21,11 @@ from benchmarks.__main__ import main
 from benchmarks.case import Case, Problem
 from benchmarks.cases import GROUPS, jobs, select
 from benchmarks.measure import Timing, Work, peak_memory, time_forms
-from benchmarks.model import decoder_work
+from benchmarks.model import decoder_work, sam2_masks
 from benchmarks.operations import OPERATIONS, rel_pos_attention
 from benchmarks.provenance import ROOT, form_name, provenance, read_rows
-from benchmarks.runner import Row, run_case, to_table
+from benchmarks.runner import Row, budget_of, form_errors, run_case, to_table
+from sam.inference import low_rank_tokens
 
 CPU = torch.device("cpu")
 
@@ -227,13 +229,47 @@ def test_no_time_stands_without_a_right_result(tmp_path: Path) -> None:
     row = {"case": "a case", "dtype": "float32", "provenance": {**provenance(), "gpu": None, "cores": 2}}
     rows = [
         {**row, "form": "segment-anything", "timing": {"p50": 40.2}, "speedup": 0.9, "peak_bytes": 2_000_000},
+        {**row, "form": "reference", "timing": {"p50": 36.2}, "speedup": 1.0, "peak_bytes": 7},
         {**row, "form": "torch", "timing": {"p50": 3.4}, "speedup": None, "peak_bytes": None},
         {**row, "form": "torch, compiled", "timing": {"p50": 12.3}, "speedup": 2.94, "peak_bytes": 5},
     ]
     results = tmp_path / "results.json"
     results.write_text(json.dumps(rows))
     table = tables.speed_table(str(results))
-    assert "| a case, float32, 2 cores | 40 |  |  | over budget | 12 (2.9x) | 2 / - |" in table
+    assert "| a case, float32, 2 cores | 40 |  | 36 | over budget | 12 (2.9x) | 2 / - |" in table
+
+
+def test_sam2_stands_beside_meta_s_package(tmp_path: Path) -> None:
+    """Speed-ups and memory are beside Meta's, whatever the baseline of the case, and fp32 comes first."""
+    facts = {**provenance(), "gpu": None, "cores": 2}
+    rows = [
+        {"case": "a case", "dtype": dtype, "provenance": facts, "form": form, **rest}
+        for dtype in ("bfloat16", "float32")
+        for form, rest in {
+            "sam2": {"timing": {"p50": 40.2}, "speedup": 2.2, "peak_bytes": 9_000_000},
+            "reference": {"timing": {"p50": 90.0}, "speedup": 1.0, "peak_bytes": 7},
+            "torch": {"timing": {"p50": 32.0}, "speedup": 2.8, "peak_bytes": 4_000_000},
+        }.items()
+    ]
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps(rows))
+    table = tables.speed_table(str(results), columns=tables.SAM2).splitlines()
+    assert table[2:4] == [
+        f"| a case, {dtype}, 2 cores | 40 |  | 90 | 32 (1.26x) | 9 / 4 |" for dtype in ("float32", "bfloat16")
+    ]
+
+
+@torch.no_grad()
+def test_automatic_masks_are_held_by_what_the_decoder_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its masks are discs; what it would have said counts too."""
+    problem = sam2_masks.automatic(random_model(TINY_2), 8, torch.float32, None)
+    errors = form_errors(problem, problem.forms)
+    assert errors["torch"] <= budget_of(problem, errors, torch.float32)
+    make = low_rank_tokens._update
+    monkeypatch.setattr(
+        low_rank_tokens, "_update", lambda *parts: (made := make(*parts))._replace(squares=2 * made.squares)
+    )
+    assert form_errors(problem, {"torch": problem.forms["torch"]})["torch"] > 0.01
 
 
 def test_a_picture_of_results(tmp_path: Path) -> None:

@@ -1,21 +1,23 @@
-"""SAM 2's image encoder as a decoder reads it, 1024 x 1024 pixels: the official modules, ours, and Meta's package."""
+"""SAM 2's image encoder as a decoder reads it, 1024 x 1024 pixels: the official modules, ours, and the peers."""
 
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sam import SAM2Base
+from sam import SAM2Base, build_from_config, save_checkpoint
 
 from ..case import Case, Problem, draw
 from ..measure import Form, Work
 from ..official_sam2 import official_model, random_sam2
-from ..peers import sam2_path
+from ..peers import SAM2, sam2_path, transformers_chosen
 
 SIZE = 1024
 
@@ -50,6 +52,24 @@ def _of_package(model: Any, pixels: Tensor) -> Tensor:
         return model.forward_image(pixels.float())["backbone_fpn"][2] + model.no_mem_embed.view(1, -1, 1, 1)
 
 
+def in_transformers(model: SAM2Base) -> Any:
+    """Return ``transformers.Sam2Model`` with the weights, device and dtype of ours."""
+    from transformers import Sam2Model
+
+    assert model.config is not None
+    images = build_from_config(replace(model.config, has_memory=False))
+    images.load_state_dict({name: model.state_dict()[name] for name in images.state_dict()})
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(images, folder, layout="transformers")
+        port = Sam2Model.from_pretrained(folder, dtype=model.dtype).eval().requires_grad_(False)
+    return port.to(model.device)
+
+
+@torch.no_grad()
+def _of_transformers(port: Any, pixels: Tensor) -> Tensor:
+    return port.get_image_embeddings(pixels)[-1]
+
+
 def _case(variant: str, batch: int) -> Callable[[torch.device, torch.dtype], Problem]:
     def make(device: torch.device, dtype: torch.dtype) -> Problem:
         model = random_sam2(variant, SIZE).to(device)
@@ -59,8 +79,10 @@ def _case(variant: str, batch: int) -> Callable[[torch.device, torch.dtype], Pro
         if (path := sam2_path()) is not None:
             official = official_model(path, variant, SIZE)
             official.load_state_dict(model.state_dict())
-            forms["sam2"] = partial(_of_package, official.to(device), pixels)
+            forms[SAM2] = partial(_of_package, official.to(device), pixels)
         model = model.to(dtype)
+        if transformers_chosen():
+            forms["transformers"] = partial(_of_transformers, in_transformers(model), pixels)
         for name in ("reference", "torch", "triton") if device.type == "cuda" else ("reference", "torch"):
             forms[name] = partial(_embedding, model, pixels, name)
         work = encoder_work(model, batch, pixels.element_size())
