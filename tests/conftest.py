@@ -43,7 +43,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # Of few, long tests, in processes of their own. xdist begins with files of many: a worker would wait for these.
-FIRST = ("test_training_runs", "test_service_process", "test_compile_report", "test_as_segment_anything", "test_run")
+FIRST = (
+    "test_training_runs",
+    "test_track",
+    "test_service_process",
+    "test_compile_report",
+    "test_as_segment_anything",
+    "test_run",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
