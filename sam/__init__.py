@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # for type checkers and editors: what ``_HOMES`` says
     from .masks.results import MaskPrediction
     from .modeling import Sam
     from .modeling.build import build_from_config
+    from .modeling.quantization import quantize
     from .modeling.sam2_base import SAM2Base
     from .predictor import SamPredictor
     from .prompts.prompt import Prompt
@@ -74,6 +75,7 @@ __all__ = [
     "modeling",
     "predict_stream",
     "predictor",
+    "quantize",
     "sam_model_registry",
     "save_checkpoint",
     "save_session",
@@ -101,6 +103,7 @@ _NAMES = {
     "masks.results": ("MaskPrediction",),
     "modeling": ("Sam",),
     "modeling.build": ("build_from_config",),
+    "modeling.quantization": ("quantize",),
     "modeling.sam2_base": ("SAM2Base",),
     "predictor": ("SamPredictor",),
     "prompts.prompt": ("Prompt",),

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import torch
 
-from fastsam_kernels import Kernels
+from fastsam_kernels import Kernels, check_kernels
 
-from .checkpoint import read_checkpoint
+from .checkpoint import CheckpointError, read_checkpoint
+from .checkpoint.quantized import widened
 from .config import VARIANTS, SamConfig, variant_config
 from .modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer  # noqa: F401
 from .modeling.build import build_empty, build_from_config
 from .modeling.promptable import PromptableModel
+from .modeling.quantization import check_scheme, place_quantized_linears, quantize_in_place
 from .system.hardware import usable_device
 
 NANO_CHECKPOINT = Path(__file__).parent / "assets" / "nano.safetensors"
@@ -31,6 +33,7 @@ def load_model(
     image_size: int | None = None,
     compile: bool = False,
     cuda_graphs: bool = False,
+    quantize: str | None = None,
 ) -> PromptableModel:
     """Return a model ready for prediction: a :class:`sam.Sam` or a :class:`sam.SAM2Base`, as the weights are.
 
@@ -46,13 +49,16 @@ def load_model(
         compile: run the encoder through ``torch.compile``, and the decoder too or, on a CUDA device, as CUDA graphs;
             a shape at its first use or all of them by ``model.runtime.warmup()``; see :mod:`sam.inference`.
         cuda_graphs: the decoder, and the encoder of one image, as CUDA graphs without compiling anything.
+        quantize: "int8" or "fp8" multiplies in 8 bits in the image encoder's blocks, as :func:`sam.quantize`; None
+            leaves the weights as they are in the file, which may be quantised already.
 
     Raises:
         TypeError: an argument of another type.
         FileNotFoundError: no such file.
         CheckpointError: unreadable, foreign, or weights that do not fit, the keys listed.
-        ValueError: an unknown variant or ``kernels``; a variant without a checkpoint, other than ``nano``; a device
-            that torch cannot use here; or ``cuda_graphs`` on another device than a CUDA one.
+        ValueError: an unknown variant, scheme or ``kernels``; a variant without a checkpoint, other than ``nano``; a
+            device that torch cannot use here, or that lacks the scheme; ``cuda_graphs`` on another device than a CUDA
+            one; or ``quantize`` by another scheme than a quantised file's.
     """
     if variant is not None:
         variant_config(variant)
@@ -68,15 +74,23 @@ def load_model(
         raise TypeError(f"dtype must be a torch.dtype like torch.bfloat16, got {dtype!r}")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+    if quantize is not None:
+        check_scheme(quantize, device, check_kernels(kernels))
     stored = read_checkpoint(checkpoint, variant, image_size)
+    if quantize is not None and stored.quantization not in (None, quantize):
+        raise ValueError(f"{checkpoint} is quantised to {stored.quantization}: it cannot be quantised to {quantize}")
 
     model = build_empty(stored.config)
-    state = {name: tensor.to(torch.float32) for name, tensor in stored.state_dict.items()}
-    model.load_state_dict(state, strict=True, assign=True)
+    if stored.quantization is not None:
+        check_scheme(stored.quantization, device, check_kernels(kernels))
+        place_quantized_linears(model, stored.quantization)
+    model.load_state_dict(widened(stored.state_dict), strict=True, assign=True)
     for name in ("pixel_mean", "pixel_std"):
         values = torch.tensor(getattr(stored.config, name), dtype=torch.float32, device="cpu")
         setattr(model, name, values.view(-1, 1, 1))
     model.kernels = kernels
+    if quantize is not None and stored.quantization is None:
+        quantize_in_place(model, quantize)
     model = model.to(device=device, dtype=dtype).eval()
     if compile or cuda_graphs:
         from .inference import Runtime
@@ -116,7 +130,10 @@ def _build_sam(
     config = SamConfig("custom", encoder_embed_dim, encoder_depth, encoder_num_heads, indexes)
     model = build_from_config(config)
     if checkpoint is not None:
-        model.load_state_dict(read_checkpoint(checkpoint, config=config).state_dict)
+        stored = read_checkpoint(checkpoint, config=config)
+        if stored.quantization is not None:
+            raise CheckpointError(f"{checkpoint} is quantised to {stored.quantization}: sam.load_model reads it")
+        model.load_state_dict(stored.state_dict)
     return model
 
 

@@ -26,6 +26,7 @@ FLOORS = {
     "sam.modeling.image_encoder": (5, "parts"),
     "sam.modeling.mask_decoder": (5, "parts"),
     "sam.modeling.prompt_encoder": (5, "parts"),
+    "sam.modeling.quantized_linear": (5, "parts"),
     "sam.modeling.sam2_mask_decoder": (5, "parts"),
     "sam.modeling.transformer": (5, "parts"),
     "sam.modeling.feature_pyramid": (5, "parts"),

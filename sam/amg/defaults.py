@@ -20,4 +20,5 @@ def thresholds_of(model: Any) -> dict[str, float]:
     """Return the thresholds that suit a model, by the names of the generator's arguments."""
     if is_sam2(model):
         return SAM2_THRESHOLDS
-    return NANO_THRESHOLDS if getattr(model, "name", None) == "nano" else SAM_THRESHOLDS
+    is_nano = str(getattr(model, "name", "")).partition("-")[0] == "nano"  # quantised too
+    return NANO_THRESHOLDS if is_nano else SAM_THRESHOLDS

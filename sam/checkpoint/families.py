@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..config import SAM2_VARIANTS, VARIANTS, Sam2Config, SamConfig
 from ..modeling.build import build_empty
+from ..modeling.quantization import place_quantized_linears
 from . import layouts, sam2_layouts
 from .errors import CheckpointError
 from .layouts import Layout
@@ -133,12 +134,15 @@ def family_of(config: Config) -> Family:
     return SAM2 if isinstance(config, Sam2Config) else SAM
 
 
-def expected_shapes(config: Config) -> dict[str, torch.Size]:
-    """Return official name -> shape of every tensor in a state dict of ``config``."""
-    return {name: tensor.shape for name, tensor in empty_state(config).items()}
+def expected_shapes(config: Config, quantization: str | None = None) -> dict[str, torch.Size]:
+    """Return official name -> shape of every tensor in a state dict of ``config``, quantised by a scheme or plain."""
+    return {name: tensor.shape for name, tensor in empty_state(config, quantization).items()}
 
 
 @lru_cache(maxsize=16)
-def empty_state(config: Config) -> dict[str, Tensor]:
+def empty_state(config: Config, quantization: str | None = None) -> dict[str, Tensor]:
     """Return the state dict of a model of ``config``, on the meta device."""
-    return build_empty(config).state_dict()
+    model = build_empty(config)
+    if quantization is not None:
+        place_quantized_linears(model, quantization)
+    return model.state_dict()

@@ -24,8 +24,10 @@ from .errors import CheckpointError, listing
 from .families import Config, Form, expected_shapes, family_of
 from .layouts import Layout
 from .names import find_weights, rename
+from .quantized import SCHEME_KEY, check_codes, scheme_of, split_codes
 
 CONFIG_KEY = "sam_config"
+OWN_ENTRIES = ("format", CONFIG_KEY, SCHEME_KEY)
 _CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
@@ -38,12 +40,14 @@ class Checkpoint:
         config: what the weights are of.
         layout: the layout of the file.
         metadata: what else a safetensors file says of itself.
+        quantization: the scheme of quantised weights, "int8" or "fp8"; None for plain ones.
     """
 
     state_dict: dict[str, Tensor]
     config: Config
     layout: Layout
     metadata: dict[str, str]
+    quantization: str | None = None
 
 
 def read_checkpoint(
@@ -69,32 +73,42 @@ def read_checkpoint(
     path = path_of("checkpoint", path)
     stored = _read(path)
     try:
-        state, form = find_weights(stored.entries)
+        scheme = scheme_of(stored.entries, stored.metadata)
+        plain: Any = stored.entries
+        codes: dict[str, Tensor] = {}
+        if scheme is not None:
+            plain, codes = split_codes(stored.entries)
+            if config is None and CONFIG_KEY not in stored.metadata:
+                raise CheckpointError(f"its weights are quantised, but no entry {CONFIG_KEY} says of which model")
+        state, form = find_weights(plain)
         config = config or _config_of(state, form, stored)
         if variant is not None and config.variant != variant:
             expected = variant_config(variant)
             stored_as, expected_as = (family_of(c).describe(c) for c in (config, expected))
             raise CheckpointError(f"these are weights of {stored_as}, not of {expected_as}")
-        state = official_state(state, form, config)
+        state = official_state({**state, **codes}, form, config, scheme)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error.__cause__
     if image_size is not None and image_size != config.image_size:
         config = config.with_image_size(image_size)
         if isinstance(config, SamConfig):  # SAM 2 stretches its tables over any image
             state = resize_position_tables(state, config)
-    provenance = {name: text for name, text in stored.metadata.items() if name not in ("format", CONFIG_KEY)}
-    return Checkpoint(state, config, form.layout, provenance)
+    provenance = {name: text for name, text in stored.metadata.items() if name not in OWN_ENTRIES}
+    return Checkpoint(state, config, form.layout, provenance, scheme)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], Form]:
-    """Read the weights of a file or folder under the names of their layout, and say of what form they are.
+    """Read the plain weights of a file or folder under the names of their layout, and say of what form they are.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: unreadable or foreign.
+        CheckpointError: unreadable, foreign or quantised.
     """
     stored = _read(path)
     try:
+        scheme = scheme_of(stored.entries, stored.metadata)
+        if scheme is not None:
+            raise CheckpointError(f"its weights are quantised to {scheme}, which only sam.load_model reads")
         return find_weights(stored.entries)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error.__cause__
@@ -262,13 +276,16 @@ def _config_of(state: Mapping[str, Tensor], form: Form, stored: _Stored) -> Conf
     return family.infer_config(state, form.layout)
 
 
-def official_state(state: Mapping[str, Tensor], form: Form, config: Config) -> dict[str, Tensor]:
-    """Return the weights of a layout under official names.
+def official_state(
+    state: Mapping[str, Tensor], form: Form, config: Config, scheme: str | None = None
+) -> dict[str, Tensor]:
+    """Return the weights of a layout under official names; quantised ones by a ``scheme`` have these alone.
 
     Raises:
-        CheckpointError: weights of the other family; or keys missing, unexpected or of a wrong shape, which are listed.
+        CheckpointError: weights of the other family; or keys missing, unexpected or of a wrong shape, which are listed;
+            or weights that are no codes of the scheme.
     """
-    family, expected = form.family, expected_shapes(config)
+    family, expected = form.family, expected_shapes(config, scheme)
     if family is not family_of(config):
         raise CheckpointError(
             f"these are weights of a {family.name} model, not of {family_of(config).describe(config)}"
@@ -276,6 +293,8 @@ def official_state(state: Mapping[str, Tensor], form: Form, config: Config) -> d
     official: dict[str, str] = {}
     renamed = state
     if form.layout == "transformers":
+        if scheme is not None:
+            raise CheckpointError(f"weights quantised to {scheme} must have official names, not those of transformers")
         official = {theirs: ours for ours in expected for theirs in family.transformers_names(ours, config)}
         renamed = family.split(state)
     renamed = rename(renamed, official)
@@ -283,6 +302,8 @@ def official_state(state: Mapping[str, Tensor], form: Form, config: Config) -> d
     if problems:
         other = family.other_release(state, form.layout, config)
         raise CheckpointError(other or f"the weights do not fit {family.describe(config)}: {'; '.join(problems)}")
+    if scheme is not None:
+        check_codes(renamed, config, scheme)
     return renamed
 
 

@@ -18,10 +18,10 @@ from .errors import CheckpointError
 from .families import Config, family_of
 from .layouts import LAYOUTS, Layout
 from .names import find_weights, is_weight_dtype
-from .read import CONFIG_KEY, official_state
+from .quantized import SCHEME_KEY, split_codes
+from .read import CONFIG_KEY, OWN_ENTRIES, official_state
 
 _TORCH_SUFFIXES = (".pth", ".pt")
-_OWN_ENTRIES = ("format", CONFIG_KEY)
 
 
 def save_checkpoint(
@@ -46,7 +46,7 @@ def save_checkpoint(
         raise TypeError(f"the model must be a sam.Sam, or a module around one, got {type(model).__name__}{hint}")
     if inner.config is None:
         raise ValueError("the model has no config; build it with sam.build_from_config or load it from a file")
-    write_checkpoint(inner.state_dict(), inner.config, path, layout, dtype, metadata)
+    write_checkpoint(inner.state_dict(), inner.config, path, layout, dtype, metadata, inner.quantization)
 
 
 def write_checkpoint(
@@ -56,6 +56,7 @@ def write_checkpoint(
     layout: Layout = "official",
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
+    quantization: str | None = None,
 ) -> None:
     """Write weights that :func:`read_checkpoint` reads; what stood at ``path`` is replaced whole or not at all.
 
@@ -66,6 +67,8 @@ def write_checkpoint(
         layout: "official" or "transformers".
         dtype: dtype of the tensors in the file; None keeps theirs.
         metadata: further entries for safetensors.
+        quantization: the scheme of quantised weights, which only safetensors in the official layout hold; their codes
+            and scales keep their dtypes.
 
     Raises:
         TypeError: an argument of another type.
@@ -82,17 +85,28 @@ def write_checkpoint(
         hint = ", or none for a folder" if layout == "transformers" else ""
         raise ValueError(f"cannot write to {path}: the suffix must be .safetensors, .pth or .pt{hint}")
     _check_options(dtype, metadata)
+    if quantization is not None and (layout != "official" or path.suffix != ".safetensors"):
+        raise ValueError(
+            f"cannot write {path}: weights quantised to {quantization} are written as .safetensors in the official "
+            "layout, which no other reads; convert the plain weights"
+        )
+    plain, codes = (state_dict, {}) if quantization is None else split_codes(state_dict)
     try:
-        official = official_state(*find_weights(state_dict), config)
+        state, form = find_weights(plain)
+        official = official_state({**state, **codes}, form, config, quantization)
     except CheckpointError as error:
         raise ValueError(f"cannot write {path}: {error}") from None
-    state = _renamed(official, config, layout, dtype)
+    kept = official.keys() & codes.keys()
+    state = _renamed({name: x for name, x in official.items() if name not in kept}, config, layout, dtype)
+    state |= _renamed({name: official[name] for name in kept}, config, layout, None)
     if path.suffix in _TORCH_SUFFIXES and not folder and not _is_inferred(state, layout, config):
         raise ValueError(
             f"cannot write {path}: a {path.suffix} file has no place for the configuration of this {config.variant} "
             "model, which differs from the known variants; use .safetensors"
         )
     entries = {"format": "pt", CONFIG_KEY: config.to_json(), **(metadata or {})}
+    if quantization is not None:
+        entries[SCHEME_KEY] = quantization
     if folder:
         _write_folder(path, state, entries, config)
         return
@@ -121,7 +135,7 @@ def _check_options(dtype: torch.dtype | None, metadata: Mapping[str, str] | None
     for name, value in (metadata or {}).items():
         if not isinstance(name, str) or not isinstance(value, str):
             raise TypeError(f"metadata must map strings to strings, got {name!r}: {value!r}")
-        if name in _OWN_ENTRIES:
+        if name in OWN_ENTRIES:
             raise ValueError(f"metadata must not name {name!r}, which says what the weights are of")
 
 

@@ -21,7 +21,8 @@ def run(args: argparse.Namespace) -> None:
             stored = read_checkpoint(args.source)
         with steps.step("write"):
             dtype = DTYPES[args.dtype] if args.dtype else None
-            write_checkpoint(stored.state_dict, stored.config, target, args.layout, dtype, stored.metadata)
+            about = stored.metadata, stored.quantization
+            write_checkpoint(stored.state_dict, stored.config, target, args.layout, dtype, *about)
     finally:
         steps.close()
     print(f"wrote {target}: {stored.config.variant}, {args.layout} layout")

@@ -15,6 +15,7 @@ from ..modeling.mask_decoder import MaskDecoder
 from ..modeling.memory_attention import MemoryAttention
 from ..modeling.memory_encoder import MemoryEncoder
 from ..modeling.prompt_encoder import PromptEncoder
+from ..modeling.quantized_linear import check_whole
 from ..system.device_profile import device_profile
 from . import fused_decoder, fused_encoder, fused_hiera, fused_memory_attention, fused_memory_encoder
 from .eligibility import PARTS, look, why_not_now
@@ -133,6 +134,7 @@ PromptEncoder._fused = _packed_image_pe  # type: ignore[assignment, method-assig
 
 def _fused_image_encoder(encoder: ImageEncoderViT, pixels: Tensor) -> Tensor | None:
     """Compute :meth:`ImageEncoderViT.forward` fused; None where the official operations shall run."""
+    check_whole(encoder)
     if encoder.kernels == "reference" or why_not_now(pixels, part=encoder, takes_autocast=True) is not None:
         return None
     return fused_encoder.encode(encoder, pixels, encoder.kernels)

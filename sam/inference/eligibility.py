@@ -28,6 +28,7 @@ from ..modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
 from ..modeling.memory_encoder import MemoryEncoder
 from ..modeling.position_encoding import PositionEmbeddingSine
 from ..modeling.prompt_encoder import PositionEmbeddingRandom, PromptEncoder
+from ..modeling.quantized_linear import QuantizedLinear
 from ..modeling.sam2_mask_decoder import Sam2MaskDecoder
 from ..modeling.transformer import TwoWayAttentionBlock, TwoWayTransformer
 from ..modeling.weight_cache import PACKING, Stale, WeightCache, finish, packing
@@ -49,7 +50,7 @@ _OURS = (
     *(image_encoder.Block, image_encoder.Attention, PatchEmbed),
     *(hiera.Hiera, hiera.MultiScaleBlock, hiera.MultiScaleAttention, FpnNeck, PositionEmbeddingSine),
     *(TwoWayTransformer, TwoWayAttentionBlock, transformer.Attention),
-    *(PositionEmbeddingRandom, MLP, MLPBlock, LayerNorm2d, DropPath, *MEMORY),
+    *(PositionEmbeddingRandom, MLP, MLPBlock, LayerNorm2d, DropPath, QuantizedLinear, *MEMORY),
 )
 _TORCH = (
     *(nn.Linear, nn.LayerNorm, nn.Embedding, nn.Conv2d, nn.ConvTranspose2d, nn.GELU, nn.ReLU),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastsam_kernels import has_kernel, resolve_kernels
+from fastsam_kernels import SCHEMES, has_kernel, int8_form, resolve_kernels, why_not_quantized
 
 from ..modeling.common import uncompiled
 from ..modeling.feature_pyramid import ImageEncoder
@@ -15,6 +15,9 @@ from .parts import Model
 # The operations of an image and its prompts, and whether they are matrix products, which follow the model's dtype.
 OPERATIONS = {
     "preprocess_image": False,
+    "quantize_rows": False,
+    "int8_linear": False,
+    "fp8_linear": False,
     "rel_pos_attention": True,
     "window_attention": True,
     "memory_attention": True,
@@ -36,10 +39,14 @@ def explain(model: Model) -> str:
     memory = {name: getattr(model, name) for name in ("memory_attention", "memory_encoder") if hasattr(model, name)}
     if not memory:
         others.add("memory_attention")
+    if model.quantization is None:
+        others.add("quantize_rows")
+    others |= {f"{scheme}_linear" for scheme in SCHEMES if scheme != model.quantization}
     return "\n".join(
         [
             f"The model is {dtype} on {model.device}, kernels={model.kernels!r}.",
             _part("The image encoder", why_not_fused(image_encoder=model.image_encoder), model.kernels),
+            *_quantization(model),
             _part("The mask decoder", why_not_fused_decoder(model), model.kernels),
             *_decoder(model),
             _runtime(model),
@@ -58,6 +65,18 @@ def _part(name: str, reason: str | None, kernels: str) -> str:
     if kernels == "reference":
         return f"{name} computes the paper's formulas: kernels='reference' asks for them."
     return f"{name} runs fused."
+
+
+def _quantization(model: Model) -> list[str]:
+    """Say by what a quantised image encoder multiplies, or what keeps it from it."""
+    scheme = model.quantization
+    if scheme is None:
+        return []
+    reason = why_not_quantized(scheme, model.device, model.kernels)
+    choice = "" if reason is not None else resolve_kernels(model.kernels, model.device)
+    how = f"; int8 is multiplied by {int8_form(model.device)}" if (scheme, choice) == ("int8", "torch") else ""
+    what = f"The linear layers of its blocks are {scheme}, a scale per token and output channel"
+    return [f"{what}{how}." if reason is None else f"{what}, which cannot run: {reason}."]
 
 
 @torch.no_grad()

@@ -18,7 +18,9 @@ from fastsam_kernels import rel_pos_attention, requires_autograd
 from ..modeling import image_encoder
 from ..modeling.common import MLPBlock, uncompiled
 from ..modeling.image_encoder import Attention, Block, ImageEncoderViT, resize_rel_pos
+from ..modeling.quantized_linear import check_whole
 from ..system.device_profile import device_profile
+from . import quantized_block
 from .eligibility import has_no_hooks, is_stock, look
 
 # What the official blocks call by these names of their module.
@@ -46,6 +48,7 @@ class BlockPlan(NamedTuple):
 
     attention: Attend
     mlp: bool
+    quantized: bool = False  # all of it, by linear layers in 8 bits
 
 
 Plans = tuple[BlockPlan | None, ...]
@@ -63,6 +66,8 @@ def _plans_of_generation(encoder: ImageEncoderViT, _: int) -> Plans:
 def _plan_of(block: Any) -> BlockPlan | None:
     if not is_stock(block, Block):
         return None
+    if quantized_block.is_fused(block):
+        return BlockPlan(Attend.GRID, mlp=True, quantized=True)
     attention, norm, mlp = block.attn, block.norm2, block.mlp
     plain_mlp = is_stock(mlp, MLPBlock) and mlp.is_plain and has_no_hooks(mlp)
     is_mlp_fused = plain_mlp and is_stock(norm, nn.LayerNorm)
@@ -87,9 +92,10 @@ def encode(
         run: :func:`run_block`, compiled.
 
     Raises:
-        ValueError: pixels that the encoder refuses.
+        ValueError: pixels that the encoder refuses; or an adapter in a quantised encoder.
     """
     encoder, run = uncompiled(encoder), run or run_block
+    check_whole(encoder)
     x = encoder.embed_patches(pixels)
     plans: Plans = (None,) * len(encoder.blocks)
     if kernels != "reference" and all(getattr(image_encoder, name) is f for name, f in _FUNCTIONS.items()):
@@ -104,6 +110,11 @@ def run_block(block: Any, x: Tensor, kernels: str, plan: BlockPlan | None) -> Te
     """Run one block on tokens [B, H, W, dim], fused as far as ``plan`` says."""
     if plan is None:
         return block(x)
+    if plan.quantized:
+        attention, window = block.attn, block.window_size
+        return quantized_block.run_block(
+            block, x, kernels, lambda qkv: _attend_projected(attention, qkv, window, kernels)
+        )
     x = x + attend(block, block.norm1(x), kernels, plan.attention)
     return _add_mlp(block, x) if plan.mlp else x + block.mlp(block.norm2(x))
 

@@ -22,6 +22,7 @@ from ..modeling.common import MLP, uncompiled
 from ..modeling.feature_pyramid import FpnNeck, ImageEncoder
 from ..modeling.hiera import Hiera, MultiScaleAttention, MultiScaleBlock
 from ..modeling.position_encoding import PositionEmbeddingSine
+from ..modeling.quantized_linear import QuantizedLinear, check_whole
 from ..modeling.weight_cache import packing
 from ..system.device_profile import device_profile
 from .dense import Linears
@@ -30,7 +31,6 @@ from .token_order import Level, Order
 
 # What the official blocks call by these names of their module.
 _FUNCTIONS = {f.__name__: f for f in (hiera.do_pool, hiera.window_partition, hiera.window_unpartition)}
-_EACH = Linears()
 _MAX_CACHED_GRIDS = 4
 
 
@@ -81,7 +81,8 @@ def _is_fused(block: Any) -> bool:
     return (
         type(attention) is MultiScaleAttention
         and len(linears) >= 4
-        and all(type(linear) is nn.Linear for linear in linears)
+        and {type(linear) for linear in linears[:4]} in ({nn.Linear}, {QuantizedLinear})
+        and all(type(linear) is nn.Linear for linear in linears[4:])
         and type(block.norm1) is type(block.norm2) is nn.LayerNorm
         and type(block.drop_path) is nn.Identity
         and type(mlp) is MLP
@@ -181,10 +182,10 @@ def run_block(block: Any, level: Level, kernels: str, keeps_input: bool) -> Leve
         grid = x if order is None else x.view(1, 1, *x.shape)
         attended, y = attend(block, grid, kernels)
         if not (changes or pools):
-            return Level(_add_mlp(block, x.add_(attended.view(x.shape))), after)
-        added = _shortcut(block, grid, y) + attended
-        return Level(_add_mlp(block, added if order is None else added.flatten(0, 2)), after)
-    out, linears = x if not (changes or pools) else None, Linears(keeps_order=True)
+            return Level(_add_mlp(block, x.add_(attended.view(x.shape)), kernels), after)
+        added = _shortcut(block, grid, y, Linears(kernels)) + attended
+        return Level(_add_mlp(block, added if order is None else added.flatten(0, 2), kernels), after)
+    out, linears = x if not (changes or pools) else None, Linears(kernels, keeps_order=True)
     for start, stop, window in order.chunks(chunk):
         windows = x[start:stop].view(-1, *window, x.shape[1])
         attended, y = attend(block, windows, kernels, linears)
@@ -204,15 +205,17 @@ def run_block(block: Any, level: Level, kernels: str, keeps_input: bool) -> Leve
 
 def run_grid_block(block: Any, x: Tensor, kernels: str) -> Tensor:
     """Run a block on tokens [B, H, W, C], which stay as they are, in one piece: the form to be compiled."""
-    attended, y = attend(block, x, kernels)
-    x = _shortcut(block, x, y) + attended
-    return x + _mlp(block, x)
+    linears = Linears(kernels)
+    attended, y = attend(block, x, kernels, linears)
+    x = _shortcut(block, x, y, linears) + attended
+    return x + _mlp(block, x, linears)
 
 
-def attend(block: Any, x: Tensor, kernels: str, linears: Linears = _EACH) -> tuple[Tensor, Tensor]:
-    """Return the attention of [B, H, W, C] with its projection, and the normalised tokens."""
-    attention, y = block.attn, block.norm1(x)
-    qkv = linears(attention.qkv, y)
+def attend(block: Any, x: Tensor, kernels: str, linears: Linears | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return the attention of [B, H, W, C] with its projection, and the normalised tokens for a shortcut."""
+    attention, linears = block.attn, linears or Linears(kernels)
+    y = None if block.dim == block.dim_out else block.norm1(x)
+    qkv = linears.normed(block.norm1, attention.qkv, x) if y is None else linears(attention.qkv, y)
     attended = window_attention(
         qkv,
         num_heads=attention.num_heads,
@@ -224,8 +227,8 @@ def attend(block: Any, x: Tensor, kernels: str, linears: Linears = _EACH) -> tup
     return linears(attention.proj, attended), y
 
 
-def _shortcut(block: Any, x: Tensor, y: Tensor, linears: Linears = _EACH) -> Tensor:
-    if block.dim == block.dim_out:
+def _shortcut(block: Any, x: Tensor, y: Tensor | None, linears: Linears) -> Tensor:
+    if y is None:
         return x
     shortcut = linears(block.proj, y)
     if block.pool is None:
@@ -234,19 +237,19 @@ def _shortcut(block: Any, x: Tensor, y: Tensor, linears: Linears = _EACH) -> Ten
     return torch.maximum(shortcut[:, :, 0::2], shortcut[:, :, 1::2])
 
 
-def _add_mlp(block: Any, x: Tensor) -> Tensor:
+def _add_mlp(block: Any, x: Tensor, kernels: str) -> Tensor:
     """Add the MLP of tokens [..., C] to them."""
     tokens = x.view(-1, x.shape[-1])
-    linears = Linears(keeps_order=True)
+    linears = Linears(kernels, keeps_order=True)
     for part in tokens.split(device_profile(x.device).mlp_tokens_per_chunk or len(tokens)):
         part += _mlp(block, part, linears)
     return x
 
 
-def _mlp(block: Any, x: Tensor, linears: Linears = _EACH) -> Tensor:
+def _mlp(block: Any, x: Tensor, linears: Linears) -> Tensor:
     """Return what the MLP adds to tokens [T, C]."""
     first, second = block.mlp.layers
-    return linears(second, linears.gelu(first, block.norm2(x), block.mlp.act.approximate))
+    return linears(second, linears.normed_gelu(block.norm2, first, x, block.mlp.act.approximate))
 
 
 # The neck ----------------------------------------------------------------------------------------------------
@@ -340,7 +343,10 @@ def _per_image(made: Plan, pixels: Tensor, run: Callable[[Tensor], list[Tensor]]
 
 def _usable_plan(encoder: nn.Module, pixels: Tensor, kernels: str) -> Plan | None:
     """Return what is fused of ``encoder`` for this call; None where nothing is."""
-    if type(encoder) is not ImageEncoder or kernels == "reference" or pixels.ndim != 4:
+    if type(encoder) is not ImageEncoder:
+        return None
+    check_whole(encoder)
+    if kernels == "reference" or pixels.ndim != 4:
         return None
     if why_not_now(pixels, part=encoder, takes_autocast=True) is not None:
         return None

@@ -31,6 +31,7 @@ from ..system.device_profile import device_profile
 from ..system.malloc import keep_freed_memory
 from .common import Fp32Buffers, uncompiled
 from .identity import hash_of_model
+from .quantized_linear import QuantizedLinear
 from .weight_cache import WeightCache, weights_of
 
 if TYPE_CHECKING:
@@ -93,7 +94,14 @@ class PromptableModel(WeightCache, Fp32Buffers):
 
     @property
     def name(self) -> str:
-        return self.config.variant if self.config is not None else "custom"
+        """Return the variant, with the scheme of a quantised model behind it: "vit_b-int8"."""
+        variant = self.config.variant if self.config is not None else "custom"
+        return variant if self.quantization is None else f"{variant}-{self.quantization}"
+
+    @property
+    def quantization(self) -> str | None:
+        """Return the scheme that linear layers are quantised by, "int8" or "fp8"; None where none is."""
+        return next((module.scheme for module in self.modules() if isinstance(module, QuantizedLinear)), None)
 
     @property
     def kernels(self) -> str:
@@ -106,8 +114,8 @@ class PromptableModel(WeightCache, Fp32Buffers):
     @kernels.setter
     def kernels(self, kernels: Kernels) -> None:
         self._kernels = check_kernels(kernels)
-        for part in self.children():
-            if isinstance(part, WeightCache):
+        for part in self.modules():
+            if isinstance(part, WeightCache) and part is not self:
                 part.kernels = self._kernels
 
     @property

@@ -134,7 +134,14 @@ class WeightCache(nn.Module):
             if isinstance(module, WeightCache):
                 module._drop_packed()
 
+    def check_trainable(self) -> None:
+        """Raise ``ValueError`` where a module cannot be trained."""
+
     def train(self, mode: bool = True) -> Any:
+        if mode:
+            for module in self.modules():
+                if isinstance(module, WeightCache):
+                    module.check_trainable()
         self._drop_packed()
         return super().train(mode)
 
