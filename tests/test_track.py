@@ -181,6 +181,42 @@ def test_what_was_forgotten_cannot_be_asked_for(model: SAM2Base) -> None:
         session.step(frames(1)[0])
 
 
+def test_a_fork_goes_on_by_itself(model: SAM2Base) -> None:
+    session = TrackingSession(model)
+    with pytest.raises(LookupError, match="no frame has been tracked yet"):
+        session.result()
+    session.add_all({1: CLICK, 2: BOX}, 0)
+    session.add("late", BOX, 2)
+    clip, truth = frames(4), list(sam.track(model, iter(frames(4)), {0: {1: CLICK, 2: BOX}, 2: {"late": BOX}}))
+    session.step(clip[0])
+    fork = session.fork()
+    fork.remove(1)
+    fork.remove("late")
+    fork.add(3, Prompt([[50, 30]], [1]))
+    for frame in (3, 2, 1):  # others than the session's
+        fork.step(clip[frame])
+    assert (fork.frame, fork.objects) == (3, (2, 3))
+    assert same([session.result().low_res_logits], [truth[0].low_res_logits])
+    assert same([session.step(frame).low_res_logits for frame in clip[1:]], logits(truth[1:]))
+    assert session.objects == (1, 2, "late")
+
+
+def test_memory_that_is_shared_counts_once(model: SAM2Base) -> None:
+    session = TrackingSession(model)
+    assert session.nbytes == 0
+    session.step(frames(1)[0])
+    empty = session.nbytes
+    assert empty >= sum(x.nbytes for x in session._features.tokens)  # type: ignore[union-attr]
+    session.add(1, CLICK)
+    grown = session.nbytes
+    output = session._objects[1].outputs["cond_frame_outputs"][0]
+    assert empty < grown
+    output["again"] = output["maskmem_features"][0]
+    assert session.nbytes == grown
+    output["again"] = output["maskmem_features"].clone()
+    assert session.nbytes == grown + output["again"].nbytes
+
+
 def test_backwards(model: SAM2Base) -> None:
     """It is forwards on the mirrored clip, but for the numbers of the frames."""
     clip = frames(4)

@@ -9,8 +9,10 @@ from .errors import (
     EngineFailedError,
     OutOfMemoryError,
     QueueFullError,
+    StreamError,
 )
 from .requests import AutomaticOptions, KeyedImage, PromptMasks
+from .streams import TrackedFrame, TrackingStream
 
 __all__ = [
     "AutomaticOptions",
@@ -24,4 +26,7 @@ __all__ = [
     "PreparedImage",
     "PromptMasks",
     "QueueFullError",
+    "StreamError",
+    "TrackedFrame",
+    "TrackingStream",
 ]

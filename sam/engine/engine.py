@@ -21,6 +21,7 @@ from ..modeling.promptable import PromptableModel
 from ..prompts.checks import check_mask_inputs
 from ..prompts.prompt import Prompt
 from ..system.device_profile import device_profile
+from ..video.session import TrackingSession
 from .batch_runner import BatchRunner
 from .cache import EmbeddingCache
 from .errors import (
@@ -30,8 +31,9 @@ from .errors import (
     EngineFailedError,
     QueueFullError,
 )
-from .requests import AutomaticJob, AutomaticOptions, EmbedJob, Job, KeyedImage, PromptMasks, SegmentJob
+from .requests import AutomaticJob, AutomaticOptions, EmbedJob, ImageJob, Job, KeyedImage, PromptMasks, SegmentJob
 from .stages import AutomaticStage, DecodeStage, EncodeStage, Stage
+from .streams import TrackingStream, TrackJob, TrackStage
 
 ImageSource = np.ndarray | PreparedImage | ImageEmbedding
 _REQUEST_COUNTERS = (
@@ -46,7 +48,8 @@ class Engine:
     for the one thread that calls the model. Whenever it is free it takes what waits, without delay: images with
     images, prompts with prompts of any images, a prompt of each request in turn until the batch is full or its
     masks are large. So a request of a thousand prompts, or of prompts on an image of 50 megapixels, shares every
-    batch with those that came after it. The three stages take turns.
+    batch with those that came after it. The stages take turns, so a stream of frames keeps nobody waiting for more than
+    one batch of them.
 
     Futures are those of ``concurrent.futures``; ``asyncio.wrap_future`` makes them awaitable. ``cancel()`` works
     until the last prompt is decoded, and what was not begun by then is not computed.
@@ -100,7 +103,8 @@ class Engine:
         self._encode = EncodeStage(model, runner, max_images, self._cache_embedding)
         self._decode = DecodeStage(model, runner, max_batch, profile.pixels_per_batch)
         self._automatic = AutomaticStage(model, runner)
-        self._turns: deque[Stage[Any, Any]] = deque((self._encode, self._decode, self._automatic))
+        self._track = TrackStage(model, runner, max_images)
+        self._turns: deque[Stage[Any, Any]] = deque((self._encode, self._decode, self._automatic, self._track))
         # All from the start, so that whoever watches them sees zeros and not nothing.
         stage_counters = (f"{stage.counter}{suffix}" for stage in self._turns for suffix in ("s", "_batches"))
         self._counters = Counter(dict.fromkeys((*_REQUEST_COUNTERS, *stage_counters), 0))
@@ -202,6 +206,19 @@ class Engine:
         )
         return self._submit(job)
 
+    def open_stream(self, fill_hole_area: int = 8) -> TrackingStream:
+        """Begin to track objects in a video whose frames come one by one.
+
+        Args:
+            fill_hole_area: holes of up to so many low-resolution pixels are filled; 0 fills none.
+
+        Raises:
+            TypeError: the model cannot track.
+            ValueError: a negative area.
+        """
+        model: Any = self.model
+        return TrackingStream(TrackingSession(model, fill_hole_area=fill_hole_area), self._submit, self._expiry)
+
     def _source(self, image: ImageSource) -> KeyedImage | ImageEmbedding:
         if not isinstance(image, ImageEmbedding):
             return self.prepare(image)
@@ -229,7 +246,7 @@ class Engine:
             self._accepted.add(job)
         answered = weakref.ref(job)  # a future that held its job would keep the embedding until the next collection
         job.future.add_done_callback(lambda future: self._forget(answered()))
-        if isinstance(job.source, KeyedImage):
+        if isinstance(job, ImageJob) and isinstance(job.source, KeyedImage):
             job.source = self.embedding(job.source.key) or job.source
         self._advance(job)
         return job.future
@@ -262,7 +279,9 @@ class Engine:
             job.fail(EngineFailedError("the model failed"))
 
     def _next_stage(self, job: Job) -> Stage[Any, Any]:
-        if isinstance(job.source, KeyedImage):
+        if isinstance(job, TrackJob):
+            return self._track
+        if isinstance(job, ImageJob) and isinstance(job.source, KeyedImage):
             return self._encode
         return self._decode if isinstance(job, SegmentJob) else self._automatic
 
@@ -303,7 +322,7 @@ class Engine:
 
     def _settle(self, job: Job, error: EngineError | None, stage: Stage[Any, Any]) -> None:
         """Answer a job, or queue it for its next stage, after a batch that it was in."""
-        if isinstance(job.source, ImageEmbedding):
+        if isinstance(job, ImageJob) and isinstance(job.source, ImageEmbedding):
             with self._changed:
                 self._cache.recount(job.source)
         if error is not None:

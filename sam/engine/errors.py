@@ -41,6 +41,12 @@ class EngineClosedError(EngineError):
     counter = "abandoned"
 
 
+class StreamError(EngineError):
+    """The stream is not where the request takes it to be, or has ended; nothing of it was changed."""
+
+    counter = "refused"
+
+
 # What allocates besides torch's allocator says so in words only: torch on a CPU, the driver, its libraries, Triton.
 _SHORTAGES = ("DefaultCPUAllocator", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED", "[CUDA]: out of memory")
 

@@ -77,21 +77,13 @@ class Job(ABC):
     """A request that was accepted and is not answered yet.
 
     Attributes:
-        source: the image, and its embedding from when it is encoded.
         expires: when the request is too late, on the clock of ``time.monotonic``.
         future: what the client waits for.
     """
 
-    source: KeyedImage | ImageEmbedding
     expires: float
     future: Future[Any] = field(default_factory=Future)
     _answered: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
-
-    @property
-    def embedding(self) -> ImageEmbedding:
-        """Return the embedding of the encoded image."""
-        assert isinstance(self.source, ImageEmbedding)
-        return self.source
 
     @property
     @abstractmethod
@@ -118,7 +110,20 @@ class Job(ABC):
 
 
 @dataclass(eq=False, kw_only=True)
-class EmbedJob(Job):
+class ImageJob(Job):
+    """A request about one image; ``source`` is the image, and its embedding from when it is encoded."""
+
+    source: KeyedImage | ImageEmbedding
+
+    @property
+    def embedding(self) -> ImageEmbedding:
+        """Return the embedding of the encoded image."""
+        assert isinstance(self.source, ImageEmbedding)
+        return self.source
+
+
+@dataclass(eq=False, kw_only=True)
+class EmbedJob(ImageJob):
     """A request for the embedding itself."""
 
     @property
@@ -127,7 +132,7 @@ class EmbedJob(Job):
 
 
 @dataclass(eq=False, kw_only=True)
-class SegmentJob(Job):
+class SegmentJob(ImageJob):
     """A request for masks of prompts; ``done`` holds those of the first prompts."""
 
     prompts: Sequence[Prompt]
@@ -152,7 +157,7 @@ class SegmentJob(Job):
 
 
 @dataclass(eq=False, kw_only=True)
-class AutomaticJob(Job):
+class AutomaticJob(ImageJob):
     """A request for masks of everything; ``steps`` is the generator that works on it, once it is begun."""
 
     options: AutomaticOptions

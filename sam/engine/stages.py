@@ -19,12 +19,12 @@ from ..modeling.promptable import PromptableModel
 from ..prompts.batch import ragged_chunks
 from ..prompts.prompt import Prompt
 from .batch_runner import BatchRunner, out_of_memory
-from .errors import OutOfMemoryError, is_out_of_memory
-from .requests import AutomaticJob, Job, KeyedImage, PromptMasks, SegmentJob
+from .errors import EngineError, OutOfMemoryError, is_out_of_memory
+from .requests import AutomaticJob, ImageJob, Job, KeyedImage, PromptMasks, SegmentJob
 
 AnyJob = TypeVar("AnyJob", bound=Job)
 WorkItem = TypeVar("WorkItem")
-Outcomes = dict[AnyJob, OutOfMemoryError | None]
+Outcomes = dict[AnyJob, EngineError | None]
 
 
 class Stage(ABC, Generic[AnyJob, WorkItem]):
@@ -62,7 +62,7 @@ class Stage(ABC, Generic[AnyJob, WorkItem]):
         """
 
 
-class EncodeStage(Stage[Job, list[Job]]):
+class EncodeStage(Stage[ImageJob, list[ImageJob]]):
     """Encodes images; a work item is all jobs that wait for one image.
 
     Args:
@@ -83,8 +83,8 @@ class EncodeStage(Stage[Job, list[Job]]):
         self.max_images = max_images
         self._on_encoded = on_encoded
 
-    def take(self) -> list[list[Job]]:
-        groups: dict[str, list[Job]] = {}
+    def take(self) -> list[list[ImageJob]]:
+        groups: dict[str, list[ImageJob]] = {}
         for job in self.queue:
             key = _image_of(job).key
             if key in groups or len(groups) < self.max_images:
@@ -93,10 +93,10 @@ class EncodeStage(Stage[Job, list[Job]]):
         self.queue = deque(job for job in self.queue if job not in taken)
         return list(groups.values())
 
-    def run(self, work_items: list[list[Job]]) -> Outcomes[Job]:
+    def run(self, work_items: list[list[ImageJob]]) -> Outcomes[ImageJob]:
         images = [_image_of(group[0]) for group in work_items]
         embeddings = self.runner.run(images, lambda batch: self.model.encode(batch, batch_size=len(batch)))
-        outcomes: Outcomes[Job] = {}
+        outcomes: Outcomes[ImageJob] = {}
         for image, group, embedding in zip(images, work_items, embeddings, strict=True):
             if isinstance(embedding, OutOfMemoryError):
                 outcomes.update(dict.fromkeys(group, embedding))
@@ -108,7 +108,7 @@ class EncodeStage(Stage[Job, list[Job]]):
         return outcomes
 
 
-def _image_of(job: Job) -> KeyedImage:
+def _image_of(job: ImageJob) -> KeyedImage:
     assert isinstance(job.source, KeyedImage)
     return job.source
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -37,3 +39,19 @@ def is_counter(tensor: Tensor) -> bool:
 def compact(tensor: Tensor) -> Tensor:
     """Return ``tensor``, or a copy where it is a view: pickled, a view takes all along that it is a view of."""
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def bytes_held(held: Any) -> int:
+    """Return the bytes of memory behind the tensors in nested containers, shared memory once."""
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in _tensors(held)}
+    return sum(storages.values())
+
+
+def _tensors(held: Any) -> Iterator[Tensor]:
+    if isinstance(held, Tensor):
+        yield held
+    elif is_dataclass(held):
+        yield from _tensors([getattr(held, each.name) for each in fields(held)])
+    elif isinstance(held, (Mapping, list, tuple)):
+        for each in held.values() if isinstance(held, Mapping) else held:
+            yield from _tensors(each)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from ..checks import require
 from ..masks.regions import fill_small_holes
 from ..modeling.sam2_base import SAM2Base
 from ..prompts.prompt import Prompt
+from ..system.tensors import bytes_held
 from .frames import VideoFrame, frame_of
 from .object_batch import ObjectBatch, TrackedObjects, why_not_batched
 from .prompts import check_prompt, mask_of, points_of
@@ -93,6 +95,23 @@ class TrackingSession:
             return self._num_frames - 1 if self._reverse and self._num_frames else 0
         return self.frame - 1 if self._reverse else self.frame + 1
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return (height, width) of the current frame; zeros before the first."""
+        return self._size
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all tensors that the session holds; memory that several share counts once."""
+        return bytes_held([self._features, self._scheduled, *self._objects.values()])
+
+    def fork(self) -> TrackingSession:
+        """Return a session that goes on from here by itself, and leaves this one as it is; tensors are shared."""
+        other = copy.copy(self)
+        other._objects = {object_id: each.copy() for object_id, each in self._objects.items()}
+        other._scheduled = {frame: dict(prompts) for frame, prompts in self._scheduled.items()}
+        return other
+
     # Prompts -----------------------------------------------------------------------------------------------
 
     def add(self, object_id: Hashable, prompt: Any, frame: int | None = None) -> FrameResult | None:
@@ -113,7 +132,12 @@ class TrackingSession:
             TypeError, ValueError: a bad prompt, or no frame of the video; nothing is changed.
             LookupError: a frame that was forgotten.
         """
-        check_prompt(prompt)
+        return self.add_all({object_id: prompt}, frame)
+
+    def add_all(self, prompts: Mapping[Hashable, Any], frame: int | None = None) -> FrameResult | None:
+        """Prompt several objects on one frame, each as :meth:`add` does, with one answer for all."""
+        for prompt in prompts.values():
+            check_prompt(prompt)
         frame = (self.next_frame if self.frame is None else self.frame) if frame is None else frame
         if frame != self.frame:
             if self._num_frames is not None and not 0 <= frame < self._num_frames:
@@ -123,12 +147,12 @@ class TrackingSession:
                     f"frame {frame} cannot be prompted: the next one is {self.next_frame}, and frames that went by "
                     "were forgotten; SAM2VideoPredictor keeps all frames of a video"
                 )
-            self._scheduled.setdefault(frame, {})[object_id] = prompt
+            self._scheduled.setdefault(frame, {}).update(prompts)
             return None
         if self._features is None:
             raise LookupError(f"frame {frame} was not saved with the session, so it cannot be prompted")
-        self._prompt({object_id: prompt})
-        return self._result()
+        self._prompt(prompts)
+        return self.result()
 
     def remove(self, object_id: Hashable) -> None:
         """Forget an object and its prompts to come.
@@ -136,12 +160,14 @@ class TrackingSession:
         Raises:
             KeyError: there is none of this id.
         """
-        waiting = [of_frame for of_frame in self._scheduled.values() if object_id in of_frame]
-        if object_id not in self._objects and not waiting:
+        if not self.knows(object_id):
             raise KeyError(f"there is no object {object_id!r}; the objects are {list(self._objects)}")
-        self._objects.pop(object_id, None)
-        for of_frame in waiting:
-            del of_frame[object_id]
+        for known in (self._objects, *self._scheduled.values()):
+            known.pop(object_id, None)
+
+    def knows(self, object_id: Hashable) -> bool:
+        """Return whether there is an object of this id, or a prompt of it to come."""
+        return any(object_id in known for known in (self._objects, *self._scheduled.values()))
 
     # Frames ------------------------------------------------------------------------------------------------
 
@@ -169,7 +195,7 @@ class TrackingSession:
     def _end(self) -> FrameResult:
         assert self.frame is not None
         self._prompt(self._scheduled.pop(self.frame, {}))
-        return self._result()
+        return self.result()
 
     def _length(self) -> int:
         """Return how many frames there are, by which pointers are timed."""
@@ -264,8 +290,14 @@ class TrackingSession:
                 elif away > reach:
                     outputs[frame] = {"obj_ptr": outputs[frame]["obj_ptr"]}
 
-    def _result(self) -> FrameResult:
-        assert self.frame is not None
+    def result(self) -> FrameResult:
+        """Return the last answers of all objects, on the current frame.
+
+        Raises:
+            LookupError: there is no frame yet.
+        """
+        if self.frame is None:
+            raise LookupError("no frame has been tracked yet")
         return frame_result(self.model, self.frame, list(self._objects.values()), self._size)
 
 

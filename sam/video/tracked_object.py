@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -30,3 +30,7 @@ class TrackedObject:
     scores: Any = None
     points: dict[str, Tensor] | None = None
     tracked: int | None = None
+
+    def copy(self) -> TrackedObject:
+        """Return an object that goes on by itself; the tensors, which nobody writes to, are the same."""
+        return replace(self, outputs={kind: dict(frames) for kind, frames in self.outputs.items()})
