@@ -27,7 +27,7 @@ from sam import Prompt, Sam
 from sam.engine import Engine, PromptMasks
 from sam.masks import rle
 from sam.masks.formats import FORMATS
-from sam.server import Settings, app
+from sam.server import Settings, answering
 from sam.server.outputs import prompt_masks
 
 IMAGE = random_image(60, 90)
@@ -286,7 +286,7 @@ def test_a_jpeg_of_very_many_scans_is_refused(local: Local, monkeypatch: pytest.
 
 def test_large_json_does_not_keep_others_waiting(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
     """Health answers while a large document is read and its values are checked."""
-    read, reading, answered = app._read_text, threading.Event(), threading.Event()
+    read, reading, answered = answering.read_text, threading.Event(), threading.Event()
 
     def held(*arguments: Any) -> Any:
         reading.set()
@@ -294,7 +294,7 @@ def test_large_json_does_not_keep_others_waiting(local: Local, monkeypatch: pyte
         return read(*arguments)
 
     _, embedded, _ = local.post("/v1/embed", PNG)
-    monkeypatch.setattr(app, "_read_text", held)
+    monkeypatch.setattr(answering, "read_text", held)
     prompts = [{"points": [[1, 1]] * 64, "labels": [1] * 64}] * 256
     body = json.dumps({"embedding": embedded["embedding"], "prompts": [*prompts, {}]}).encode()
     with ThreadPoolExecutor(1) as pool:

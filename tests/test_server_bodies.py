@@ -20,7 +20,7 @@ from uploads_by_hand import CLICK, HEAD, NOISE, PNG, begun, started
 from waiting import SECONDS, wait_until
 
 from sam.engine import Engine
-from sam.server import Settings, app, bodies, create_app, schemas
+from sam.server import Settings, answering, bodies, create_app, schemas
 from sam.server import service as service_module
 from sam.server.errors import KINDS, ApiError
 from sam.server.run import _Server, configure
@@ -141,16 +141,16 @@ def test_one_large_text_is_validated_at_a_time_and_nobody_else_waits(
     """Two would take as long, and the event loop, which waits for the interpreter, would wait for both."""
     running = started(Settings())
     begun, go, threads = threading.Semaphore(0), threading.Semaphore(0), set()
-    read_text = app._read_text
+    read_text = answering.read_text
 
     def read_slowly(schema: Any, upload: Any) -> Any:
-        if upload.text_size > app._SMALL_TEXT:
+        if upload.text_size > answering.SMALL_TEXT:
             begun.release()
             threads.add(threading.current_thread())
             assert go.acquire(timeout=SECONDS)
         return read_text(schema, upload)
 
-    monkeypatch.setattr(app, "_read_text", read_slowly)
+    monkeypatch.setattr(answering, "read_text", read_slowly)
     prompts, limiter = [{"points": [[1, 1]] * 64}] * 200, running.service._interpreting.limiter
     with ThreadPoolExecutor(2) as pool:
         large = [
@@ -210,13 +210,13 @@ def test_the_interpreter_rests_after_a_text_for_as_long_as_the_text_took(
 def test_many_prompts_are_compared_with_the_image_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     running = started(Settings())
     threads = set()
-    find_outside = app.wire.find_outside
+    find_outside = schemas.wire.find_outside
 
     def look(*arguments: Any) -> Any:
         threads.add(threading.current_thread())
         return find_outside(*arguments)
 
-    monkeypatch.setattr(app.wire, "find_outside", look)
+    monkeypatch.setattr(schemas.wire, "find_outside", look)
     status, answer, _ = running.post("/v1/segment", PNG, prompts=[{"points": [[1, 1]]}] * 99 + [{"points": [[1, 1e6]]}])
     assert (status, answer["error"]["where"]) == (422, ["prompts", 99, "points", 0])
     assert threads

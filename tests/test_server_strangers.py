@@ -180,8 +180,8 @@ def test_the_wait_for_the_server_is_not_the_clients(queue: str) -> None:
             await asyncio.sleep(0.001)
         limiter.release_on_behalf_of("another")
         with closing(await reading) as upload:
-            assert upload.image is not None
-            return upload.image.read()
+            assert upload.file is not None
+            return upload.file.read()
 
     loop = SkippingLoop()
     try:

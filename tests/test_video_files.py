@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from clips import without_frame, write_clip
 from models import SMALL_2, draw_weights_that_see
 
 import sam
@@ -32,28 +32,16 @@ def model() -> SAM2Base:
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MP4 file of noise, each frame of which is encoded by itself."""
-    path = tmp_path_factory.mktemp("video") / "clip.mp4"
     generator = np.random.default_rng(0)
-    with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream("mpeg4", rate=5)
-        stream.width, stream.height, stream.pix_fmt, stream.gop_size = WIDTH, HEIGHT, "yuv420p", 1
-        for _ in range(FRAMES):
-            picture = generator.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    return path
+    pictures = [generator.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8) for _ in range(FRAMES)]
+    return write_clip(tmp_path_factory.mktemp("video") / "clip.mp4", pictures)
 
 
 @pytest.fixture
 def damaged(video: Path, tmp_path: Path) -> Path:
     """The file with zeros in place of its third frame."""
-    with av.open(str(video)) as container:
-        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
-    start, size = packets[2]
-    content = bytearray(video.read_bytes())
-    content[start : start + size] = bytes(size)
     path = tmp_path / "damaged.mp4"
-    path.write_bytes(content)
+    path.write_bytes(without_frame(video, 2))
     return path
 
 

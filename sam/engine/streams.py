@@ -55,8 +55,8 @@ class TrackingStream:
     does one that finds no memory.
 
     Attributes:
-        frame: the number of the current frame; None before the first.
-        size: its (height, width); zeros before the first.
+        frame, next_frame: the numbers of the current frame, None before the first, and of the next one.
+        size: (height, width) of the current frame; zeros before the first.
         objects: the ids of the objects, in the order in which they were added.
         nbytes: bytes of tensors that the stream holds.
     """
@@ -73,7 +73,8 @@ class TrackingStream:
         self._read(session)
 
     def _read(self, session: TrackingSession) -> None:
-        self.frame, self.size, self.objects = session.frame, session.size, session.objects
+        self.frame, self.next_frame = session.frame, session.next_frame
+        self.size, self.objects = session.size, session.objects
         self.nbytes = session.nbytes
 
     def commit(self, session: TrackingSession) -> None:
@@ -201,7 +202,7 @@ class TrackJob(Job):
         first = session.next_frame if session.frame is None else session.frame
         if self.image is None and self.frame is not None and self.frame < first:
             return StreamError(f"frame {self.frame} went by, the current one is {session.frame}")
-        unknown = [each for each in self.removes if not session.knows(each)]
+        unknown = [each for each in self.removes if each not in dict(session.kept_prompts)]
         return StreamError(f"there is no object {unknown[0]!r}") if unknown else None
 
     def begun(self) -> TrackingSession:

@@ -81,7 +81,7 @@ def _has_ended(process: subprocess.Popen[bytes]) -> bool:
 
 def write_pixels(memory: int, orientation: int) -> None:
     """Decode what stands on stdin onto stdout, with ``memory`` bytes more than there are now: height, width, pixels."""
-    _limit_memory(memory)
+    limit_memory(memory)
     file = io.BytesIO(sys.stdin.buffer.read())
     structure = walk(file)
     assert structure is not None
@@ -90,7 +90,8 @@ def write_pixels(memory: int, orientation: int) -> None:
     sys.stdout.buffer.write(rgb.data)
 
 
-def _limit_memory(more: int) -> None:
+def limit_memory(more: int) -> None:
+    """Let this process have ``more`` bytes of memory than it has now; a system that has no such limit sets none."""
     try:
         import resource
 

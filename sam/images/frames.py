@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from .videos import decode_frames
 
 # Endings of files that are frames of a folder, and of files that are videos, in lower case.
 FRAME_ENDINGS = (".jpg", ".jpeg")
@@ -132,28 +133,10 @@ class AsyncFrames:
 
 
 def decode_video(source: str | os.PathLike[str] | bytes, image_size: int) -> Iterator[tuple[Tensor, int, int]]:
-    """Decode a video, a file or its bytes, frame by frame, with PyAV.
+    """Decode a video as :func:`sam.images.videos.decode_frames` does, to tensors.
 
     Yields:
-        [3, image_size, image_size] uint8 RGB, stretched by FFmpeg's bilinear scaler, and the frame's height and width.
-
-    Raises:
-        ImportError: no PyAV.
-        OSError: no video that FFmpeg reads, or damaged; the message names the file and the frame.
+        [3, image_size, image_size] uint8 RGB, and the frame's height and width.
     """
-    try:
-        import av
-    except ImportError:
-        raise ImportError("reading video files needs PyAV: pip install 'fastsam-kernels[video]'") from None
-    opened: Any = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
-    name, index = ("the video" if isinstance(source, bytes) else opened), 0
-    try:
-        with av.open(opened) as container:
-            if not container.streams.video:
-                raise OSError(f"{name} has no video stream")
-            for frame in container.decode(video=0):
-                pixels = frame.reformat(width=image_size, height=image_size, format="rgb24", interpolation="BILINEAR")
-                yield torch.from_numpy(pixels.to_ndarray()).permute(2, 0, 1), frame.height, frame.width
-                index += 1
-    except av.FFmpegError as error:
-        raise OSError(f"{name} cannot be decoded, frame {index}: {error}") from error
+    for pixels, height, width in decode_frames(source, image_size):
+        yield torch.from_numpy(pixels).permute(2, 0, 1), height, width

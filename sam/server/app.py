@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import mimetypes
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,30 +16,28 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from .. import __version__
-from .. import engine as engines
 from ..embedding import ImageEmbedding
 from ..engine import AutomaticOptions, Engine, KeyedImage, PromptMasks
-from ..masks.formats import MaskFormat, find_format
+from ..masks.formats import find_format
 from ..prompts import wire
 from ..prompts.prompt import Prompt
-from . import openapi, outputs
+from . import answering, openapi, outputs, video
+from .answering import FEW_PROMPTS, FEW_RUNS
 from .bodies import Upload
 from .errors import ApiError
 from .middleware import Gatekeeper
-from .schemas import AutomaticRequest, EmbedRequest, PromptRequest, SegmentRequest, read_document, read_fields
-from .service import Service, cancel_on_disconnect
+from .schemas import AutomaticRequest, EmbedRequest, PromptRequest, SegmentRequest, check_inside
+from .service import Service
 from .settings import Settings
 from .uploads import decode_image
 
 T = TypeVar("T")
 STATIC = Path(__file__).parent / "static"
+PAGE = (("/", "index.html"), ("/page.js", "page.js"), ("/page.css", "page.css"))
 # Answers of up to this many prompts are stored, so that a later prompt can refer to their masks.
 _REMEMBERED_PROMPTS = 16
-# Up to these sizes a request is validated and answered on the event loop; larger ones go to a thread.
-_SMALL_TEXT, _FEW_PROMPTS, _FEW_RUNS = 2**16, 32, 2**13
 _POLICY = "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
 
 
@@ -56,6 +53,7 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
         service.start()
         await anyio.to_thread.run_sync(lambda: None)  # anyio loads at its first use, which shall not be a request
         yield
+        service.sessions.close_all()
 
     app = FastAPI(
         title="Segment Anything", version=__version__, description=openapi.DESCRIPTION, lifespan=lifespan,
@@ -66,6 +64,7 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(ApiError, _error_response)
     app.add_exception_handler(HTTPException, _error_response)
     _add_model_routes(app, service)
+    video.add_routes(app, service)
     _add_other_routes(app, service)
     for route in app.routes:
         service.metrics.declare(getattr(route, "path", "other"), getattr(route, "responses", None) or (200,))
@@ -115,7 +114,7 @@ def _add_other_routes(app: FastAPI, service: Service) -> None:
         service.metrics.ready.set(service.ready)
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    for path, name in (("/", "index.html"), ("/page.js", "page.js"), ("/page.css", "page.css")):
+    for path, name in PAGE:
         app.get(path, include_in_schema=False)(_static(STATIC / name))
 
 
@@ -136,49 +135,12 @@ async def _answer(
     schema: type[Any],
     work: Callable[[Service, Any, _Subject, str], Awaitable[Response]],
 ) -> Response:
-    """Read the body, admit, validate and compute, within the deadline and while the client stays."""
-    deadline = asyncio.get_running_loop().time() + service.engine.deadline
-    service.check_open()
-    try:
-        with service.answering(), closing(await service.bodies.read(request, deadline)) as upload:
-            service.admit()
-            try:
-                return await _compute(request, service, schema, upload, work, deadline)
-            finally:
-                service.release()
-    except MemoryError:
-        raise ApiError("out_of_memory") from None
-    except ClientDisconnect:
-        return Response(status_code=499)
-
-
-async def _compute(
-    request: Request,
-    service: Service,
-    schema: type[Any],
-    upload: Upload,
-    work: Callable[[Service, Any, _Subject, str], Awaitable[Response]],
-    deadline: float,
-) -> Response:
-    async def checked_work() -> Response:
+    async def checked_work(upload: Upload) -> Response:
         parameters, subject = await _validate(service, schema, upload)
         upload.close()
         return await work(service, parameters, subject, request.state.request_id)
 
-    try:
-        with anyio.fail_after(max(0.001, deadline - asyncio.get_running_loop().time())):
-            response = await cancel_on_disconnect(request.receive, checked_work)
-    except (TimeoutError, engines.DeadlineExceededError):
-        raise ApiError("deadline_exceeded") from None
-    except engines.QueueFullError:
-        raise ApiError("queue_full") from None
-    except engines.OutOfMemoryError:
-        raise ApiError("out_of_memory") from None
-    except engines.EngineClosedError:
-        raise ApiError("draining") from None
-    except engines.EngineFailedError:
-        raise ApiError("model_failed") from None
-    return response if response is not None else Response(status_code=499)
+    return await answering.answer(request, service, checked_work)
 
 
 class _Subject:
@@ -197,27 +159,15 @@ class _Subject:
 
 
 async def _validate(service: Service, schema: type[BaseModel], upload: Upload) -> tuple[Any, _Subject]:
-    parameters = await service.interpret(lambda: _read_text(schema, upload), upload.text_size, _SMALL_TEXT)
+    parameters = await answering.read_parameters(service, schema, upload)
     key = getattr(parameters, "embedding", None)
-    if (key is None) == (upload.image is None):
+    if (key is None) == (upload.file is None):
         raise ApiError("invalid_request", ["image"])
     subject = await _subject(service, key, upload)
     if isinstance(parameters, SegmentRequest):
         prompts = parameters.prompts
-        await service.interpret(lambda: _check_inside(prompts, subject.size), len(prompts), _FEW_PROMPTS)
+        await service.interpret(lambda: check_inside(prompts, subject.size), len(prompts), FEW_PROMPTS)
     return parameters, subject
-
-
-def _read_text(schema: type[BaseModel], upload: Upload) -> BaseModel:
-    text = upload.text
-    return read_document(schema, text) if isinstance(text, bytes) else read_fields(schema, text)
-
-
-def _check_inside(prompts: list[PromptRequest], size: tuple[int, int]) -> None:
-    for index, prompt in enumerate(prompts):
-        outside = wire.find_outside(prompt.points, prompt.box, size)
-        if outside is not None:
-            raise ApiError("out_of_image", ["prompts", index, *outside])
 
 
 async def _subject(service: Service, key: str | None, upload: Upload) -> _Subject:
@@ -226,7 +176,7 @@ async def _subject(service: Service, key: str | None, upload: Upload) -> _Subjec
         if embedding is None:
             raise ApiError("unknown_embedding")
         return _Subject(key, embedding)
-    file = upload.image
+    file = upload.file
     assert file is not None
 
     def prepare() -> KeyedImage:
@@ -254,7 +204,7 @@ async def _segment(service: Service, parameters: SegmentRequest, subject: _Subje
     prompts = await service.interpret(
         lambda: [_prompt(service, prompt, subject.key) for prompt in parameters.prompts],
         len(parameters.prompts),
-        _FEW_PROMPTS,
+        FEW_PROMPTS,
     )
     remembered = len(prompts) <= _REMEMBERED_PROMPTS
     future = service.engine.segment(subject.source, prompts, parameters.multimask, keep_logits=remembered)
@@ -269,10 +219,10 @@ async def _segment(service: Service, parameters: SegmentRequest, subject: _Subje
         masks = outputs.prompt_masks(answers, form, subject.size, limit, check)
         document = {"request_id": request_id, **subject.json(), "result": result}
         headers = {"X-Embedding": subject.key, **({"X-Result": result} if result else {})}
-        return _masks_response(form, masks, "prompts", document, headers)
+        return outputs.response(form, masks, "prompts", document, headers)
 
     runs = sum(len(encoded["counts"]) for answer in answers for encoded in answer.rles)
-    if not form.needs_pixels and runs <= _FEW_RUNS:
+    if not form.needs_pixels and runs <= FEW_RUNS:
         return respond(lambda: None)
     return await service.encode(respond)
 
@@ -293,21 +243,9 @@ async def _automatic(service: Service, parameters: AutomaticRequest, subject: _S
     def respond(check: Callable[[], None]) -> Response:
         masks = outputs.automatic_masks(records, form, subject.size, limit, check)
         document = {"request_id": request_id, **subject.json()}
-        return _masks_response(form, masks, "masks", document, {"X-Embedding": subject.key})
+        return outputs.response(form, masks, "masks", document, {"X-Embedding": subject.key})
 
     return await service.encode(respond)
-
-
-def _masks_response(
-    form: MaskFormat,
-    masks: bytes | list[dict[str, Any]],
-    name: str,
-    document: dict[str, Any],
-    headers: dict[str, str],
-) -> Response:
-    """Answer with the file of the masks, or with a document that holds their records under ``name``."""
-    content = masks if isinstance(masks, bytes) else json.dumps({**document, name: masks}, allow_nan=False)
-    return Response(content, media_type=form.media_type, headers=headers)
 
 
 def _describe(engine: Engine) -> dict[str, Any]:

@@ -37,12 +37,12 @@ class Upload:
     """The parts of one request.
 
     Attributes:
-        image: a file that holds it; over a mebibyte it lies on disk.
+        file: the part that is a file, if there is one; over a mebibyte it lies on disk.
         text: a JSON document, or the text of each other part.
         close: releases memory and disk; may be called again.
     """
 
-    image: BinaryIO | None
+    file: BinaryIO | None
     text: bytes | dict[str, str]
     close: Callable[[], None]
 
@@ -55,7 +55,7 @@ class BodyReader:
     """Read bodies: large ones a few at a time, all together within a budget of bytes.
 
     Attributes:
-        held: bytes of bodies that are being read, or whose images are not decoded.
+        held: bytes of bodies that are being read, or whose files are not decoded.
         large: places for bodies of more than :data:`SMALL_BODY` that are being read.
     """
 
@@ -65,16 +65,17 @@ class BodyReader:
         self.large = anyio.CapacityLimiter(settings.max_uploads)
         self._parsing = anyio.CapacityLimiter(1)
 
-    async def read(self, request: Request, deadline: float) -> Upload:
+    async def read(self, request: Request, deadline: float, file: str = "image") -> Upload:
         """Read the body of a request, multipart or JSON; the caller closes it.
 
         Args:
             deadline: on the event loop's clock; a body that lags behind :data:`MIN_RATE` is given up earlier.
+            file: the name of the part that is a file.
 
         Raises:
             ApiError: too large, too slow, cut off, of another type, or not readable.
         """
-        body = _body_for(request, self.settings)
+        body = _body_for(request, self.settings, file)
 
         def close() -> None:
             self.held, body.received = self.held - body.received, 0
@@ -82,8 +83,8 @@ class BodyReader:
 
         try:
             await self._receive(request, body, deadline)
-            image, text = body.parts()
-            return Upload(image, text, close)
+            part, text = body.parts()
+            return Upload(part, text, close)
         except BaseException:
             close()
             raise
@@ -126,7 +127,7 @@ class BodyReader:
             await anyio.to_thread.run_sync(body.feed, piece, limiter=self._parsing)
 
 
-def _body_for(request: Request, settings: Settings) -> _Document | _Form:
+def _body_for(request: Request, settings: Settings, file: str) -> _Document | _Form:
     """Make an empty body of the kind that the headers announce; nothing else of them is believed."""
     if any(coding.strip().lower() != "identity" for coding in request.headers.getlist("content-encoding")):
         raise ApiError("unsupported_media_type")
@@ -138,7 +139,7 @@ def _body_for(request: Request, settings: Settings) -> _Document | _Form:
     if kind == b"application/json":
         body: _Document | _Form = _Document(settings.max_text_bytes)
     elif kind == b"multipart/form-data":
-        body = _Form(parameters.get(b"boundary", b""), settings)
+        body = _Form(parameters.get(b"boundary", b""), settings, file)
     else:
         raise ApiError("unsupported_media_type")
     announced = request.headers.get("content-length", "0")
@@ -171,12 +172,13 @@ class _Document:
 
 
 class _Form:
-    """A multipart body: one file called ``image``, and texts of other names."""
+    """A multipart body: one file, in a part of the name that is expected, and texts of other names."""
 
-    def __init__(self, boundary: bytes, settings: Settings) -> None:
+    def __init__(self, boundary: bytes, settings: Settings, file_name: str) -> None:
+        self._file_name = file_name
         self.limit, self.received = settings.max_body_bytes, 0
         self._text_left = settings.max_text_bytes
-        self._image: SpooledTemporaryFile[bytes] | None = None
+        self._file: SpooledTemporaryFile[bytes] | None = None
         self._texts: dict[str, bytearray] = {}
         self._part: SpooledTemporaryFile[bytes] | bytearray = bytearray()
         self._headers: dict[bytes, bytearray] = {}
@@ -222,17 +224,17 @@ class _Form:
     def parts(self) -> tuple[BinaryIO | None, dict[str, str]]:
         if not self._complete:  # cut off: the parts behind the cut are missing
             raise ApiError("bad_request")
-        if self._image is not None:
-            self._image.seek(0)
+        if self._file is not None:
+            self._file.seek(0)
         try:
             texts = {name: text.decode("utf-8-sig") for name, text in self._texts.items()}
         except UnicodeDecodeError:
             raise ApiError("bad_request") from None
-        return cast("BinaryIO | None", self._image), texts
+        return cast("BinaryIO | None", self._file), texts
 
     def close(self) -> None:
-        if self._image is not None:
-            self._image.close()
+        if self._file is not None:
+            self._file.close()
 
     def _on_part_begin(self) -> None:
         self._headers, self._nothing = {}, 0
@@ -252,11 +254,14 @@ class _Form:
             name = parameters.get(b"name", b"").decode()
         except UnicodeDecodeError:
             raise ApiError("bad_request") from None
-        is_file, again = b"filename" in parameters, name in self._texts or (name == "image" and self._image is not None)
-        if kind != b"form-data" or again or is_file != (name == "image") or len(self._texts) == _MAX_FIELDS:
+        is_file, again = (
+            b"filename" in parameters,
+            name in self._texts or (name == self._file_name and self._file is not None),
+        )
+        if kind != b"form-data" or again or is_file != (name == self._file_name) or len(self._texts) == _MAX_FIELDS:
             raise ApiError("bad_request")
         if is_file:
-            self._part = self._image = SpooledTemporaryFile(max_size=MEBIBYTE)  # noqa: SIM115 - closed with the form
+            self._part = self._file = SpooledTemporaryFile(max_size=MEBIBYTE)  # noqa: SIM115 - closed with the form
         else:
             self._part = self._texts[name] = bytearray()
 

@@ -86,7 +86,7 @@ class Gatekeeper:
         # under a name of its own that leads to this machine neither.
         elif settings.loopback and _name_of(headers.getlist("host")) not in (*_LOCAL_NAMES, settings.host.lower()):
             raise ApiError("forbidden")
-        if scope["method"] == "POST" and _is_foreign(headers):
+        if scope["method"] not in ("GET", "HEAD") and _is_foreign(headers):
             raise ApiError("forbidden")
 
     def _record(self, scope: Scope, request_id: str, status: int, seconds: float, sent: int) -> None:
@@ -116,7 +116,7 @@ def _is_foreign(headers: Headers) -> bool:
     """Return whether a page of another site sent the request.
 
     Browsers say so by Sec-Fetch-Site, but only to https and this machine; else by Origin, which they send with every
-    POST.
+    request that changes something.
     """
     sites = headers.getlist("sec-fetch-site")
     if sites:

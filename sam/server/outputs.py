@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
+from fastapi import Response
 
-from ..engine import PromptMasks
+from ..engine import PromptMasks, TrackedFrame
+from ..masks import rle
 from ..masks.formats import MaskFormat, MaskSet, encode_masks, encode_records
 from .errors import ApiError
 
@@ -59,6 +63,43 @@ def automatic_masks(
     """
     _check_pixels(form, len(records), size, max_pixels)
     return encode_records(form, records, size, check)
+
+
+def object_masks(answer: TrackedFrame, form: MaskFormat, max_pixels: int, check: Check) -> bytes | list[dict[str, Any]]:
+    """Return the masks of a frame's objects: one file, or one JSON record per object.
+
+    Args:
+        answer: its run lengths are compressed.
+
+    Raises:
+        ApiError: the format needs pixels, and the masks have more than ``max_pixels``.
+    """
+    _check_pixels(form, len(answer.rles), answer.size, max_pixels)
+    arrays = {"predicted_iou": answer.predicted_iou, "object_scores": answer.object_scores}
+    masks = MaskSet(answer.rles, answer.size, {**arrays, "objects": np.array(answer.objects, np.str_)}, check)
+    if not form.is_json:
+        content = form.encode(masks)
+        assert isinstance(content, bytes)
+        return content
+    listed = [{**encoded, "counts": rle.decompress(encoded["counts"])} for encoded in answer.rles]
+    records = encode_masks(form, replace(masks, rles=listed), answer.predicted_iou.tolist())
+    scores = answer.object_scores.tolist()
+    return [
+        {"id": name, **record, "object_score": score}
+        for name, record, score in zip(answer.objects, records, scores, strict=True)
+    ]
+
+
+def response(
+    form: MaskFormat,
+    masks: bytes | list[dict[str, Any]],
+    name: str,
+    document: dict[str, Any],
+    headers: dict[str, str],
+) -> Response:
+    """Answer with the file of the masks, or with a document that holds their records under ``name``."""
+    content = masks if isinstance(masks, bytes) else json.dumps({**document, name: masks}, allow_nan=False)
+    return Response(content, media_type=form.media_type, headers=headers)
 
 
 def _check_pixels(form: MaskFormat, count: int, size: tuple[int, int], max_pixels: int) -> None:

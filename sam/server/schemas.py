@@ -41,6 +41,15 @@ Share = Annotated[FiniteFloat, Field(strict=True, ge=0, le=1)]
 Points = Annotated[list[tuple[Coordinate, Coordinate]], Field(min_length=1, max_length=wire.MAX_POINTS, fail_fast=True)]
 Labels = Annotated[list[Label], Field(max_length=wire.MAX_POINTS, fail_fast=True)]
 Request = TypeVar("Request", bound=BaseModel)
+# Of objects of a video: their names, frames, and masks, whose runs are compressed as text or listed.
+MAX_OBJECTS, MAX_COUNTS, MAX_RUNS = 64, 2**21, wire.MAX_PROMPTS * wire.MAX_POINTS
+ObjectName = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,64}$")]
+FrameNumber = Annotated[StrictInt, Field(ge=0, le=10**9)]
+MaskSide = Annotated[StrictInt, Field(ge=1, le=2**16)]
+RunLengths = Annotated[
+    list[Annotated[StrictInt, Field(ge=0, le=2**32)]],
+    Field(max_length=wire.MAX_PROMPTS * wire.MAX_POINTS, fail_fast=True),
+]
 
 
 class _Strict(BaseModel):
@@ -101,10 +110,104 @@ class AutomaticRequest(_Strict):
     output: Output = "rle"
 
 
-_NAMES = {
-    name for model in (MaskReference, PromptRequest, SegmentRequest, AutomaticRequest) for name in model.model_fields
-}
-_PROMPTS = TypeAdapter(Prompts)
+class MaskRequest(_Strict):
+    """A mask of an object, as COCO's run lengths at the frame's size."""
+
+    size: tuple[MaskSide, MaskSide]
+    counts: Annotated[str, Field(max_length=MAX_COUNTS)] | RunLengths
+
+
+class ObjectPrompt(_Strict):
+    """A prompt of one object of a video: points, a box or both, or a mask."""
+
+    object: ObjectName
+    points: Points | None = Field(None, description=wire.POINTS.description)
+    labels: Labels | None = Field(None, description=wire.LABELS.description)
+    box: Box | None = Field(None, description=wire.BOX.description)
+    mask: MaskRequest | None = None
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> ObjectPrompt:
+        if self.mask is None:
+            wire.check_parts(self.points, self.labels, self.box)
+        elif not (self.points is self.labels is self.box is None):
+            raise ValueError("a mask stands alone")
+        return self
+
+
+def _check_objects(prompts: list[ObjectPrompt]) -> list[ObjectPrompt]:
+    if len({prompt.object for prompt in prompts}) < len(prompts):
+        raise ValueError("an object has one prompt")
+    return prompts
+
+
+ObjectPrompts = Annotated[
+    list[ObjectPrompt], Field(max_length=MAX_OBJECTS, fail_fast=True), AfterValidator(_check_objects)
+]
+
+
+class SessionRequest(_Strict):
+    """Options of a session."""
+
+    fill_hole_area: Annotated[StrictInt, Field(ge=0, le=2**20)] = Field(
+        8, description="holes of up to so many low-resolution pixels are filled"
+    )
+
+
+class FrameRequest(_Strict):
+    """The next frame of a video, and prompts on it."""
+
+    frame: FrameNumber | None = Field(None, description="the number that it must have; default: the next one")
+    prompts: ObjectPrompts = Field(default_factory=list)
+    output: Output = "rle"
+
+
+class VideoRequest(_Strict):
+    """A video file, and prompts on its first frame."""
+
+    prompts: ObjectPrompts = Field(default_factory=list)
+
+
+class ObjectsRequest(_Strict):
+    """Prompts on the current frame, or on one to come."""
+
+    frame: FrameNumber | None = Field(None, description="default: the current one, or the first")
+    prompts: Annotated[ObjectPrompts, Field(min_length=1)]
+    output: Output = "rle"
+
+
+class RemoveRequest(_Strict):
+    """An object that the session shall forget."""
+
+    object: ObjectName
+    output: Output = "rle"
+
+
+class MasksRequest(_Strict):
+    """A frame whose masks are to be read."""
+
+    frame: FrameNumber
+    output: Output = "rle"
+
+
+_MODELS = (
+    *(MaskReference, PromptRequest, SegmentRequest, AutomaticRequest),
+    *(
+        MaskRequest,
+        ObjectPrompt,
+        SessionRequest,
+        FrameRequest,
+        VideoRequest,
+        ObjectsRequest,
+        RemoveRequest,
+        MasksRequest,
+    ),
+)
+_NAMES = {name for model in _MODELS for name in model.model_fields}
+# What a form's field of this name holds, for each schema that has it.
+_PROMPTS: dict[type[BaseModel], TypeAdapter[Any]] = {
+    SegmentRequest: TypeAdapter(Prompts), **dict.fromkeys((FrameRequest, VideoRequest), TypeAdapter(ObjectPrompts))
+}  # fmt: skip
 # Fields that are text even if they look like a number.
 _TEXTS = ("embedding", "output")
 _MAX_SMALL_TEXT = 1024
@@ -139,10 +242,10 @@ def read_fields(schema: type[Request], fields: dict[str, str]) -> Request:
     """
     values: dict[str, Any] = {}
     for name, text in fields.items():
-        if name == "prompts" and name in schema.model_fields:
+        if name == "prompts" and schema in _PROMPTS:
             _check_effort(text)
             try:
-                values[name] = _PROMPTS.validate_json(text)
+                values[name] = _PROMPTS[schema].validate_json(text)
             except ValidationError as error:
                 raise _refusal(error, (name,), "invalid_request") from None
         elif len(text) > _MAX_SMALL_TEXT:
@@ -153,6 +256,18 @@ def read_fields(schema: type[Request], fields: dict[str, str]) -> Request:
         return schema.model_validate(values)
     except ValidationError as error:
         raise _refusal(error, (), "invalid_request") from None
+
+
+def check_inside(prompts: Sequence[PromptRequest | ObjectPrompt], size: tuple[int, int]) -> None:
+    """Check that points lie in an image of (height, width), and that boxes meet it.
+
+    Raises:
+        ApiError: one does not; it says which.
+    """
+    for index, prompt in enumerate(prompts):
+        outside = wire.find_outside(prompt.points, prompt.box, size)
+        if outside is not None:
+            raise ApiError("out_of_image", ["prompts", index, *outside])
 
 
 def _check_effort(text: str) -> None:

@@ -24,6 +24,7 @@ from ..system.malloc import return_freed_memory
 from .bodies import BodyReader
 from .errors import ApiError
 from .metrics import Metrics
+from .sessions import VideoSessions
 from .settings import Settings
 
 T = TypeVar("T")
@@ -82,9 +83,11 @@ class Service:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine = engine
         self.settings = settings
-        self.metrics = Metrics(engine)
         self.results = ResultStore(settings.result_cache_bytes)
         self.bodies = BodyReader(settings)
+        self.sessions = VideoSessions(engine, settings)
+        self.sessions.on_close = self._session_closed
+        self.metrics = Metrics(engine, self.sessions)
         self.stop: Callable[[], None] = lambda: None
         self.on_warm: Callable[[], None] = lambda: None
         self.warm = False
@@ -96,6 +99,8 @@ class Service:
         self._decoding = anyio.CapacityLimiter(2)
         # So is an answer of masks of the largest size; more at once would all be late.
         self._encoding = anyio.CapacityLimiter(2)
+        # Each thread waits for a process most of the time.
+        self.reading_videos = anyio.CapacityLimiter(settings.max_videos)
         self._interpreting = PacedThread()
         self._answering: set[anyio.CancelScope] = set()
         engine.on_failure = self._model_failed
@@ -156,6 +161,13 @@ class Service:
     def release(self) -> None:
         self.in_flight -= 1
         self.metrics.in_flight.set(self.in_flight)
+        self._trim_later()
+
+    def _session_closed(self, reason: str) -> None:
+        self.metrics.sessions_ended.labels(reason).inc()
+        self._trim_later()
+
+    def _trim_later(self) -> None:
         if self._trimming is not None:
             self._trimming.cancel()
         self._trimming = asyncio.get_running_loop().call_later(_IDLE_SECONDS, self._trim)

@@ -21,6 +21,15 @@ class Settings:
         max_pixels: pixels of an image, read from its header before anything is decoded.
         max_output_pixels: pixels of all masks of an answer whose format needs them.
         result_cache_bytes: size of all low-resolution logits stored as mask inputs for later prompts.
+        max_sessions: sessions of video open at a time.
+        session_seconds: time after which a session that nobody uses is closed.
+        max_session_objects: objects of a session, those to come included.
+        max_session_prompts: prompts of a session that it keeps: of frames to come, and of those that it learnt from.
+        max_session_bytes: size of a session's tensors, beyond which it takes no prompts.
+        max_session_mask_bytes: size of a session's masks; those of the oldest frames go first.
+        max_videos: video files that are decoded at a time.
+        max_video_pixels: pixels of a frame of a video file.
+        frame_seconds: time for a frame of a video file to be decoded.
         drain_seconds: time to answer accepted requests before the process ends.
         max_connections: connections open at a time; the longest silent one is closed for the next.
         max_uploads: number of bodies of more than 64 KiB that are read at a time.
@@ -40,6 +49,15 @@ class Settings:
     max_pixels: int = 50_000_000
     max_output_pixels: int = 500_000_000
     result_cache_bytes: int = 64 * MEBIBYTE
+    max_sessions: int = 16
+    session_seconds: float = 120.0
+    max_session_objects: int = 32
+    max_session_prompts: int = 512
+    max_session_bytes: int = 512 * MEBIBYTE
+    max_session_mask_bytes: int = 32 * MEBIBYTE
+    max_videos: int = 4
+    max_video_pixels: int = 9_000_000
+    frame_seconds: float = 20.0
     drain_seconds: float = 25.0
     max_connections: int = 400
     max_uploads: int = 32

@@ -58,7 +58,7 @@ def open_frames(model: PromptableModel, source: Any, reverse: bool = False) -> t
             raise ValueError(f"{path} cannot be tracked backwards: a video file is decoded forwards")
         if not os.path.exists(path):
             raise FileNotFoundError(f"no such video: {path}")
-        return (_of_video(model, *frame) for frame in decode_video(path, model.image_size)), None
+        return (frame_of_video(model, *frame) for frame in decode_video(path, model.image_size)), None
     require("frames", source, Iterable, "a folder, a video file, or an iterable of arrays or files of images")
     if isinstance(source, Sequence) or (isinstance(source, np.ndarray) and source.ndim == 4):
         order = range(len(source))[:: -1 if reverse else 1]
@@ -86,7 +86,8 @@ def _of_file(model: PromptableModel, path: str) -> VideoFrame:
     return VideoFrame(_normalised(model, pixels), (height, width))
 
 
-def _of_video(model: PromptableModel, pixels: Tensor, height: int, width: int) -> VideoFrame:
+def frame_of_video(model: PromptableModel, pixels: Tensor, height: int, width: int) -> VideoFrame:
+    """Return a picture [3, S, S] uint8 RGB, stretched from one of height and width, as a frame."""
     return VideoFrame(_normalised(model, pixels.float().div_(255.0)), (height, width))
 
 

@@ -45,6 +45,7 @@ class TrackingSession:
 
     Attributes:
         frame: the number of the current frame; None before the first.
+        size: its (height, width); zeros before the first.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class TrackingSession:
         self._objects: dict[Hashable, TrackedObject] = {}
         self._scheduled: dict[int, dict[Hashable, Any]] = {}
         self._features: _Features | None = None
-        self._size = (0, 0)
+        self.size = (0, 0)
 
     @property
     def objects(self) -> tuple[Hashable, ...]:
@@ -96,14 +97,20 @@ class TrackingSession:
         return self.frame - 1 if self._reverse else self.frame + 1
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Return (height, width) of the current frame; zeros before the first."""
-        return self._size
-
-    @property
     def nbytes(self) -> int:
         """Return the bytes of all tensors that the session holds; memory that several share counts once."""
         return bytes_held([self._features, self._scheduled, *self._objects.values()])
+
+    @property
+    def kept_prompts(self) -> list[tuple[Hashable, int]]:
+        """Return object and frame of each prompt that the session keeps: those to come, and those it learnt from."""
+        learnt = ((each.id, frame) for each in self._objects.values() for frame in each.outputs["cond_frame_outputs"])
+        return [*learnt, *((each, frame) for frame, waiting in self._scheduled.items() for each in waiting)]
+
+    def num_points(self, object_id: Hashable) -> int:
+        """Return how many points an object has on the current frame; the corners of a box are two."""
+        each = self._objects.get(object_id)
+        return 0 if each is None or each.points is None else each.points["point_labels"].shape[1]
 
     def fork(self) -> TrackingSession:
         """Return a session that goes on from here by itself, and leaves this one as it is; tensors are shared."""
@@ -160,14 +167,10 @@ class TrackingSession:
         Raises:
             KeyError: there is none of this id.
         """
-        if not self.knows(object_id):
+        if object_id not in dict(self.kept_prompts):
             raise KeyError(f"there is no object {object_id!r}; the objects are {list(self._objects)}")
         for known in (self._objects, *self._scheduled.values()):
             known.pop(object_id, None)
-
-    def knows(self, object_id: Hashable) -> bool:
-        """Return whether there is an object of this id, or a prompt of it to come."""
-        return any(object_id in known for known in (self._objects, *self._scheduled.values()))
 
     # Frames ------------------------------------------------------------------------------------------------
 
@@ -185,7 +188,7 @@ class TrackingSession:
 
     def _begin(self, features: _Features, size: tuple[int, int]) -> list[TrackedObject]:
         """Go to the next frame; returns the objects that have no prompt there."""
-        self.frame, self._features, self._size = self.next_frame, features, size
+        self.frame, self._features, self.size = self.next_frame, features, size
         self._forget()
         for each in self._objects.values():
             each.points = each.tracked = None
@@ -234,7 +237,7 @@ class TrackingSession:
 
     def _joined(self, points: Mapping[str, Tensor] | None, prompt: Prompt) -> dict[str, Tensor]:
         coords, labels = points_of(prompt.points, prompt.labels, prompt.box, prompt.box is not None or points is None)
-        size = torch.tensor([self._size[1], self._size[0]])
+        size = torch.tensor([self.size[1], self.size[0]])
         new = {"point_coords": coords / size * self.model.image_size, "point_labels": labels}
         new = {name: x.to(self.model.device) for name, x in new.items()}
         if points is None or prompt.box is not None:
@@ -291,14 +294,10 @@ class TrackingSession:
                     outputs[frame] = {"obj_ptr": outputs[frame]["obj_ptr"]}
 
     def result(self) -> FrameResult:
-        """Return the last answers of all objects, on the current frame.
-
-        Raises:
-            LookupError: there is no frame yet.
-        """
+        """Return the last answers of all objects on the current frame; before the first raise ``LookupError``."""
         if self.frame is None:
             raise LookupError("no frame has been tracked yet")
-        return frame_result(self.model, self.frame, list(self._objects.values()), self._size)
+        return frame_result(self.model, self.frame, list(self._objects.values()), self.size)
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ def save_session(session: TrackingSession, path: str | os.PathLike[str]) -> None
         "num_frames": session._num_frames,
         "reverse": session._reverse,
         "fill_hole_area": session._fill_hole_area,
-        "size": session._size,
+        "size": session.size,
         "objects": [
             {"id": each.id, "outputs": each.outputs, **{name: getattr(each, name) for name in _OF_OBJECT}}
             for each in session._objects.values()
@@ -66,7 +66,7 @@ def load_session(path: str | os.PathLike[str], model: SAM2Base) -> TrackingSessi
         raise ValueError(f"the session was made by model {state['model_hash']}, not by this one, {model.model_hash}")
     options = {name: state[name] for name in ("num_frames", "reverse", "fill_hole_area")}
     session = TrackingSession(model, **options)
-    session.frame, session._size = state["frame"], tuple(state["size"])
+    session.frame, session.size = state["frame"], tuple(state["size"])
     for each in state["objects"]:
         session._objects[each["id"]] = TrackedObject(**each)
     for frame, of_frame in state["scheduled"].items():

@@ -1,0 +1,196 @@
+"""Video files over HTTP: decoded in a process of their own, tracked in the background, broken ones named."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from clips import without_frame, write_clip
+from models import SMALL_2, draw_weights_that_see, random_image
+
+pytest.importorskip("av", reason="reading video files needs the extra 'video'")
+pytest.importorskip("fastapi", reason="needs the extra serve")
+pytest.importorskip("httptools", reason="needs the extra serve")
+from local_service import Local
+from serving import file_of
+from waiting import SECONDS, wait_until
+
+import sam
+from sam import Prompt
+from sam.engine import Engine, streams
+from sam.images import videos
+from sam.images.videos import DamagedVideoError, UnsupportedVideoError, VideoApart, VideoTooLargeError, decode_frames
+from sam.masks import rle
+from sam.modeling.build import build_from_config
+from sam.modeling.sam2_base import SAM2Base
+from sam.server import Settings
+from sam.video.session import step_together
+
+PICTURES = [random_image(48, 64, seed) for seed in range(3)]
+PROMPTS = [{"object": "cat", "points": [[15, 20]]}]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clip(tmp_path_factory.mktemp("video") / "clip.mp4", PICTURES)
+
+
+@pytest.fixture(scope="module")
+def model() -> SAM2Base:
+    return draw_weights_that_see(build_from_config(SMALL_2))
+
+
+@pytest.fixture(scope="module")
+def local(model: SAM2Base) -> Iterator[Local]:
+    running = Local(Engine(model), Settings(max_videos=1, max_video_pixels=100 * 100))
+    yield running
+    running.close()
+
+
+def opened(local: Local) -> str:
+    return f"/v1/video/sessions/{local.post('/v1/video/sessions')[1]['session']}"
+
+
+def send(local: Local, session: str, content: bytes, **fields: Any) -> tuple[int, Any]:
+    parts = [b'--b\r\nContent-Disposition: form-data; name="video"; filename="x"\r\n\r\n' + content + b"\r\n"]
+    for name, value in fields.items():
+        head = f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'
+        parts.append(f"{head}{json.dumps(value)}\r\n".encode())
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    status, _, text = local.request("POST", f"{session}/video", b"".join(parts) + b"--b--\r\n", headers)
+    return status, json.loads(text)
+
+
+def state_of(local: Local, session: str) -> Any:
+    return json.loads(local.request("GET", session)[2])
+
+
+def ended(local: Local, session: str) -> Any:
+    wait_until(lambda: state_of(local, session)["video"]["state"] != "tracking")
+    return state_of(local, session)["video"]
+
+
+def test_a_file_is_tracked_in_the_background(local: Local, model: SAM2Base, clip: Path) -> None:
+    """Its masks are those of Python; prompts come with it or before it, frames after it."""
+    session = opened(local)
+    box = {"object": "dog", "box": [30, 20, 55, 40]}
+    assert local.post(f"{session}/prompts", frame=1, prompts=[box])[0] == 200
+    status, answer = send(local, session, clip.read_bytes(), prompts=PROMPTS)
+    assert (status, answer["video"]["state"]) == (200, "tracking")
+    assert ended(local, session) == {"state": "done", "frames": 3}
+    prompts = {0: {"cat": Prompt([(15, 20)], [1])}, 1: {"dog": Prompt(box=[30, 20, 55, 40])}}
+    tracking = sam.track(model, clip, prompts)
+    for result in tracking:
+        _, answer, _ = local.post(f"{session}/masks", frame=result.frame)
+        found = [rle.decode(record["segmentation"]) for record in answer["objects"]]
+        np.testing.assert_array_equal(found, result.masks.numpy())
+        assert result.masks.any()
+    _, answer, _ = local.post(f"{session}/frames", file_of(PICTURES[0]), frame=3)
+    expected = tracking.session.step(PICTURES[0]).masks.numpy()
+    np.testing.assert_array_equal([rle.decode(record["segmentation"]) for record in answer["objects"]], expected)
+
+
+def test_a_broken_video_names_the_frame_and_keeps_what_was_tracked(local: Local, clip: Path) -> None:
+    session = opened(local)
+    assert send(local, session, without_frame(clip, 2), prompts=PROMPTS)[0] == 200
+    video = ended(local, session)
+    error = {"code": "bad_video", "message": "The video is damaged at this frame; those before it were tracked."}
+    assert video == {"state": "failed", "frames": 2, "error": {**error, "where": ["frame", 2]}}
+    for frame in range(2):
+        status, answer, _ = local.post(f"{session}/masks", frame=frame)
+        assert (status, [record["id"] for record in answer["objects"]]) == (200, ["cat"])
+        assert rle.decode(answer["objects"][0]["segmentation"]).any()
+    assert local.error(f"{session}/masks", frame=2) == (404, "unknown_frame")
+    assert local.post(f"{session}/frames", file_of(PICTURES[2]), frame=2)[0] == 200  # a client may go on by itself
+    _, answer = send(local, session, without_frame(clip, 0))
+    assert (answer["error"]["code"], answer["error"]["where"]) == ("bad_video", ["frame", 0])
+
+
+def test_what_a_session_refuses_while_it_tracks_a_file(
+    local: Local, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def held(*arguments: Any) -> Any:
+        entered.set()
+        assert go_on.wait(SECONDS)
+        return step_together(*arguments)
+
+    monkeypatch.setattr(streams, "step_together", held)
+    session, other = opened(local), opened(local)
+    assert send(local, session, clip.read_bytes())[0] == 200
+    assert entered.wait(SECONDS)
+    assert local.error(f"{session}/frames", file_of(PICTURES[0])) == (409, "session_busy")
+    assert send(local, session, clip.read_bytes())[1]["error"]["code"] == "session_busy"
+    assert send(local, other, clip.read_bytes())[1]["error"]["code"] == "queue_full"  # one file at a time
+    run = local.service.sessions._open[session.rpartition("/")[2]].run
+    assert run is not None
+    assert run.decoder._process.poll() is None
+    assert local.request("DELETE", session)[0] == 200
+    assert run.decoder._process.poll() is not None
+    go_on.set()
+    wait_until(lambda: local.service.sessions.running == 0 and local.service.in_flight == 0)
+    assert run.ended
+    assert local.service.bodies.held == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "code"),
+    [
+        (b"no video", 415, "unsupported_video"),
+        (b"\0\0\0\x18ftypmp42" + bytes(100), 422, "bad_video"),
+        (b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", 415, "unsupported_video"),
+        (file_of(PICTURES[0]), 415, "unsupported_video"),
+    ],
+)
+def test_other_files_are_refused(local: Local, content: bytes, status: int, code: str) -> None:
+    answered, answer = send(local, opened(local), content)
+    assert (answered, answer["error"]["code"]) == (status, code)
+    assert local.service.sessions.running == 0
+
+
+def test_without_pyav_frames_are_asked_for(local: Local, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "av" else find(name, *rest))
+    status, answer = send(local, opened(local), clip.read_bytes())
+    assert (status, answer["error"]["code"]) == (415, "no_video_files")
+
+
+def test_a_file_decoded_apart_has_the_same_pixels(clip: Path) -> None:
+    with open(clip, "rb") as file:
+        decoder = VideoApart(file, 32, 10**6, SECONDS)
+    try:
+        for pixels, height, width in decode_frames(clip, 32):
+            found = decoder.read()
+            assert found is not None
+            assert found[1] == (height, width)
+            np.testing.assert_array_equal(found[0], pixels)
+        assert decoder.read() is None
+    finally:
+        decoder.close()
+
+
+def test_files_apart_are_within_limits(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of pixels, of codecs, and of time; where the process ends by itself too."""
+
+    def refused(content: bytes, error: type[Exception], max_pixels: int = 10**6, seconds: float = SECONDS) -> None:
+        decoder = VideoApart(io.BytesIO(content), 32, max_pixels, seconds)
+        try:
+            with pytest.raises(error):
+                list(iter(decoder.read, None))
+        finally:
+            decoder.close()
+
+    refused(clip.read_bytes(), VideoTooLargeError, max_pixels=48 * 64 - 1)
+    refused(write_clip(tmp_path / "x.avi", PICTURES, "ffv1").read_bytes(), UnsupportedVideoError)
+    monkeypatch.setattr(videos, "_CHILD", "import time; time.sleep(1000)")
+    refused(clip.read_bytes(), DamagedVideoError, seconds=0.01)
+    monkeypatch.setattr(videos, "_CHILD", "import os; os._exit(1)")
+    refused(clip.read_bytes(), DamagedVideoError)
