@@ -18,7 +18,7 @@ from models import random_image
 from serving import file_of
 from waiting import SECONDS
 
-from sam.client import Client, RemoteImage, ServiceError
+from sam.client import Client, RemoteImage, RemoteVideo, ServiceError
 from sam.masks import rle, rle_encode
 
 HANDLE = "0" * 32
@@ -28,6 +28,11 @@ METHODS: list[Callable[[Client], object]] = [
     lambda client: client.embed(PNG),
     lambda client: client.segment(IMAGE, [{"points": [[1, 1]]}]),
     lambda client: client.automatic(IMAGE),
+    lambda client: client.open_video(),
+    lambda client: RemoteVideo(client, HANDLE).push(PNG),
+    lambda client: RemoteVideo(client, HANDLE).prompt({"a": {"points": [[1, 1]]}}),
+    lambda client: RemoteVideo(client, HANDLE).masks(0),
+    lambda client: RemoteVideo(client, HANDLE).state(),
 ]
 
 

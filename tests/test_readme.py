@@ -17,7 +17,7 @@ from sam.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SERVICE = README.partition("<!-- service")[2].partition("<!-- end of service -->")[0]
+SERVICE = "".join(re.findall("<!-- service.*?<!-- end of service -->", README, re.DOTALL))
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Lines that no test runs from the page, and why.
 NOT_RUN = {
@@ -26,7 +26,7 @@ NOT_RUN = {
     ".venv/bin/pip": "installs",
     "make ": "installs, then runs the suite or the demo, which tests/test_cli.py starts",
     "fastsam run": "replaces this process by a program: tests/test_run.py",
-    "curl ": "tests/test_service_process.py sends them to a service",
+    "curl ": "tests/test_service_process.py and tests/test_server_video_files.py send them to a service",
     "python -m sam track": "takes weights of SAM 2: tests/test_track_cli.py",
     "python -m sam verify": "minutes of fp64: tests/test_verify.py",
 }
@@ -70,7 +70,7 @@ def put_in_place(text: str) -> str:
 
 
 def test_python_blocks(folder: Path, photo: np.ndarray) -> None:
-    """One after another, as one program; those of the service run in tests/test_service_process.py."""
+    """One after another, as one program; those of the service run where ``curl`` lines do."""
     scope = {
         "image": photo,
         "point_coords": np.array([[170, 115]]),

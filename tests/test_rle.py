@@ -25,6 +25,7 @@ def test_encoding_equals_pycocotools(masks: np.ndarray) -> None:
     for mask, encoded in zip(masks, rle_encode.encode(torch.from_numpy(masks)), strict=True):
         theirs = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
         assert rle.compress(encoded["counts"]) == theirs["counts"].decode()
+        assert rle.encode(mask) == encoded
         assert sum(encoded["counts"]) == mask.size
         assert rle.area(encoded) == mask.sum() == coco.area(theirs)
         for one in (encoded, theirs):

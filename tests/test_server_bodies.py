@@ -31,7 +31,7 @@ def test_what_follows_a_form_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> N
     sizes: list[int] = []
     write = MultipartParser.write
     monkeypatch.setattr(MultipartParser, "write", lambda self, data: (sizes.append(len(data)), write(self, data))[1])
-    form = bodies._Form(b"b", Settings())
+    form = bodies._Form(b"b", Settings(), "image")
     body, _ = multipart(PNG, {"prompts": CLICK})
     for piece in (body, *[b"\r\n--b\r" * 10_000] * 9):
         form.feed(piece)
@@ -124,7 +124,7 @@ def test_bytes_of_all_bodies_are_bounded() -> None:
 )
 def test_json_that_takes_long_meets_no_parser(monkeypatch: pytest.MonkeyPatch, prompts: str) -> None:
     """A parser holds the interpreter, and with it the event loop, until it is done."""
-    monkeypatch.setattr(schemas, "_PROMPTS", None)
+    monkeypatch.setattr(schemas, "_PROMPTS", dict.fromkeys(schemas._PROMPTS))
     monkeypatch.setattr(SegmentRequest, "model_validate_json", lambda text: pytest.fail("parsed"))
     for read in (
         lambda: read_document(SegmentRequest, b'{"prompts":' + prompts.encode() + b"}"),

@@ -134,7 +134,7 @@ def test_what_costs_the_parser_much_is_refused_early(
         return write(self, data)
 
     monkeypatch.setattr(MultipartParser, "write", noted)
-    form = bodies._Form(b"b", Settings())
+    form = bodies._Form(b"b", Settings(), "image")
     body = begun + (unit * 2**18)[: 2**18]
     plain_data = begun == HEAD and b"b" not in unit
     with nullcontext() if plain_data else pytest.raises(ApiError, match="bad_request"):

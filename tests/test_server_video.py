@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -23,12 +24,14 @@ from waiting import SECONDS, wait_until
 
 import sam
 from sam import Prompt
+from sam.client import Client, ServiceError
 from sam.engine import Engine, streams
 from sam.masks import rle
 from sam.masks.rle_encode import encode
 from sam.modeling.build import build_from_config
 from sam.modeling.sam2_base import SAM2Base
 from sam.server import Settings
+from sam.server.service import warm_up
 from sam.server.sessions import VideoSession
 from sam.video.session import step_together
 
@@ -135,6 +138,37 @@ def test_masks_are_read_in_every_format(local: Local) -> None:
         np.testing.assert_allclose(arrays["object_scores"], [each["object_score"] for each in answer["objects"]])
     _, picture, _ = local.post(f"{opened(local)}/frames", PNGS[0], output="png")
     assert not np.array(Image.open(io.BytesIO(picture))).any()
+
+
+def test_the_client(local: Local, model: SAM2Base) -> None:
+    mask = np.zeros((45, 70), bool)
+    mask[10:30, 20:50] = True
+    tracking = sam.track(model, iter(CLIP), {0: {"cat": PROMPTS["cat"], "dog": PROMPTS["dog"]}, 1: {"m": mask}})
+    with Client(f"http://127.0.0.1:{local.port}") as client:
+        with client.open_video() as video:
+            assert video.prompt({"m": mask}, frame=1) is None
+            for result in itertools.islice(tracking, 2):
+                prompts = {"cat": PROMPTS["cat"], "dog": BOX} if result.frame == 0 else None
+                frame = video.push(PNGS[result.frame], prompts)
+                assert (frame.frame, frame.objects) == (result.frame, result.objects)
+                np.testing.assert_array_equal(frame.masks, result.masks)
+                np.testing.assert_allclose(frame.object_scores, result.object_scores)
+                np.testing.assert_array_equal(video.masks(result.frame).masks, frame.masks)
+            assert Image.open(io.BytesIO(video.masks_as("png", 1))).size == (70, 45)
+            left = video.remove("dog")
+            assert left is not None
+            assert left.objects == ("cat", "m")
+            tracking.session.remove("dog")
+            np.testing.assert_array_equal(video.push(PNGS[2]).masks, next(tracking).masks)
+            assert (video.state().next_frame, video.next_frame, video.state().tracking) == (3, 3, False)
+            video.next_frame = 2  # as if an answer had been lost
+            with pytest.raises(ServiceError, match="wrong_frame"):
+                video.push(PNGS[2])
+            assert video.state().next_frame == 3
+        assert len(local.service.sessions) == 0
+        video.close()
+        with pytest.raises(ServiceError, match="unknown_session"):
+            video.push(PNGS[3])
 
 
 @pytest.mark.parametrize(
@@ -278,6 +312,12 @@ def test_models_of_images_say_that_they_cannot_track() -> None:
         local.close()
 
 
+def test_the_warm_up_tracks_where_kernels_are_compiled(model: SAM2Base) -> None:
+    with Engine(model, max_batch=1) as engine:
+        warm_up(engine, every_size=True)
+        assert engine.counters()["frames"] == 2
+
+
 def test_other_sites_cannot_close_a_session(local: Local) -> None:
     session = opened(local)
     assert local.request("DELETE", session, headers={"Sec-Fetch-Site": "cross-site"})[0] == 403
@@ -286,6 +326,12 @@ def test_other_sites_cannot_close_a_session(local: Local) -> None:
 
 def test_the_routes_are_described(local: Local) -> None:
     paths = json.loads(local.request("GET", "/openapi.json")[2])["paths"]
+    steps = ("", "/frames", "/video", "/prompts", "/remove", "/masks")
+    assert {path for path in paths if "video" in path} == {
+        SESSIONS,
+        *(SESSIONS + "/{session}" + step for step in steps),
+    }
+    assert set(paths[SESSIONS + "/{session}"]) == {"get", "delete"}
     body = paths[SESSIONS + "/{session}/frames"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert body["required"] == ["image"]
     assert {"image", "prompts", "frame", "output"} == set(body["properties"])

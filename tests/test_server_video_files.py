@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import re
+import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,23 +17,25 @@ import numpy as np
 import pytest
 from clips import without_frame, write_clip
 from models import SMALL_2, draw_weights_that_see, random_image
+from PIL import Image
 
 pytest.importorskip("av", reason="reading video files needs the extra 'video'")
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("httptools", reason="needs the extra serve")
 from local_service import Local
-from serving import file_of
+from serving import ROOT, file_of
 from waiting import SECONDS, wait_until
 
 import sam
 from sam import Prompt
-from sam.engine import Engine, streams
+from sam.client import Client, RemoteFrame, ServiceError
+from sam.engine import Engine, TrackedFrame, streams
 from sam.images import videos
 from sam.images.videos import DamagedVideoError, UnsupportedVideoError, VideoApart, VideoTooLargeError, decode_frames
 from sam.masks import rle
 from sam.modeling.build import build_from_config
 from sam.modeling.sam2_base import SAM2Base
-from sam.server import Settings
+from sam.server import Settings, sessions
 from sam.video.session import step_together
 
 PICTURES = [random_image(48, 64, seed) for seed in range(3)]
@@ -49,9 +54,16 @@ def model() -> SAM2Base:
 
 @pytest.fixture(scope="module")
 def local(model: SAM2Base) -> Iterator[Local]:
-    running = Local(Engine(model), Settings(max_videos=1, max_video_pixels=100 * 100))
+    running = Local(Engine(model), Settings(max_videos=1, max_video_pixels=320 * 240))
     yield running
     running.close()
+
+
+@pytest.fixture(autouse=True)
+def all_closed(local: Local) -> Iterator[None]:
+    yield
+    for key in list(local.service.sessions._open):
+        local.request("DELETE", f"/v1/video/sessions/{key}")
 
 
 def opened(local: Local) -> str:
@@ -113,6 +125,22 @@ def test_a_broken_video_names_the_frame_and_keeps_what_was_tracked(local: Local,
     assert (answer["error"]["code"], answer["error"]["where"]) == ("bad_video", ["frame", 0])
 
 
+def test_the_client_reads_masks_as_they_come(local: Local, model: SAM2Base, clip: Path) -> None:
+    """And then raises what ended the file, which names the frame."""
+    results = list(sam.track(model, clip, {0: {"cat": Prompt([(15, 20)], [1])}}))
+    found: list[RemoteFrame] = []
+    with Client(f"http://127.0.0.1:{local.port}") as client, client.open_video() as video:
+        video.send_video(clip, {"cat": {"points": [[15, 20]]}})
+        for frame, result in zip(video.frames(0.01), results, strict=True):
+            np.testing.assert_array_equal(frame.masks, result.masks)
+        video.send_video(without_frame(clip, 1))
+        with pytest.raises(ServiceError, match=r"bad_video .* At frame\.1\.") as refused:
+            found.extend(video.frames(0.01))
+        assert refused.value.where == ("frame", 1)
+        assert [frame.frame for frame in found] == [3]
+        assert video.push(file_of(PICTURES[0])).frame == 4
+
+
 def test_what_a_session_refuses_while_it_tracks_a_file(
     local: Local, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +167,52 @@ def test_what_a_session_refuses_while_it_tracks_a_file(
     wait_until(lambda: local.service.sessions.running == 0 and local.service.in_flight == 0)
     assert run.ended
     assert local.service.bodies.held == 0
+
+
+def test_masks_that_are_not_kept_yet_are_waited_for(local: Local, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame counts as tracked a moment before its masks can be read."""
+    compress, go_on = sessions._compressed, threading.Event()
+
+    def held(answer: TrackedFrame) -> TrackedFrame:
+        assert go_on.wait(SECONDS)
+        return compress(answer)
+
+    monkeypatch.setattr(sessions, "_compressed", held)
+    with Client(f"http://127.0.0.1:{local.port}") as client, client.open_video() as video:
+        video.send_video(clip)
+        wait_until(lambda: video.state().next_frame == 1)
+        assert video.state().last_masks is None
+        frames = video.frames(0.01)
+        threading.Timer(0.2, go_on.set).start()
+        assert [frame.frame for frame in frames] == [0, 1, 2]
+
+
+def test_what_the_readme_shows(local: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pictures = [random_image(240, 320, seed) for seed in range(2)]
+    for index, picture in enumerate(pictures):
+        Image.fromarray(picture).save(f"0000{index}.jpg")
+    write_clip(tmp_path / "clip.mp4", pictures)
+    text = (ROOT / "README.md").read_text().partition("<!-- service: of videos")[2].partition("<!-- end of")[0]
+    text = text.replace("http://127.0.0.1:8000", f"http://127.0.0.1:{local.port}")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    assert scope["first"].masks.shape == (1, 240, 320)
+    assert scope["first"].predicted_iou != scope["corrected"].predicted_iou
+    assert [scope[name].frame for name in ("first", "corrected", "second", "frame")] == [0, 0, 1, 3]
+    if shutil.which("curl") is None:
+        return
+    session, lines = "", re.findall(r"^curl (?:.*\\\n)*.*$", text, re.MULTILINE)
+    assert len(lines) == 4
+    for line in lines:
+        command = line.replace("SESSION", session).replace("curl ", "curl -sS --fail-with-body ", 1)
+        command = command if "--fail -o" not in command else command.replace("--fail-with-body ", "")
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=SECONDS)
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        session = session or json.loads(done.stdout)["session"]
+    assert Image.open("mask.png").size == (320, 240)
+    assert len(local.service.sessions) == 0
 
 
 @pytest.mark.parametrize(

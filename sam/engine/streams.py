@@ -92,7 +92,7 @@ class TrackingStream:
     def push(
         self,
         image: Any,
-        prompts: Mapping[Hashable, Any] | None = None,
+        prompts: Mapping[Any, Any] | None = None,
         frame: int | None = None,
         deadline: float | None = None,
     ) -> Future[TrackedFrame]:
@@ -114,7 +114,7 @@ class TrackingStream:
         return self._request(deadline, image=given, prompts=self._checked(prompts or {}), frame=frame)
 
     def prompt(
-        self, prompts: Mapping[Hashable, Any], frame: int | None = None, deadline: float | None = None
+        self, prompts: Mapping[Any, Any], frame: int | None = None, deadline: float | None = None
     ) -> Future[TrackedFrame | None]:
         """Prompt objects, new ones or known ones, on the current frame or on one to come.
 
@@ -150,7 +150,7 @@ class TrackingStream:
     def _request(self, deadline: float | None, **what: Any) -> Future[Any]:
         return self._submit(TrackJob(stream=self, expires=self._expiry(deadline), **what))
 
-    def _checked(self, prompts: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def _checked(self, prompts: Mapping[Any, Any]) -> dict[Hashable, Any]:
         """Return prompts that the model takes as they are; a mask that waits for its frame is of the model's size."""
         checked = {}
         for object_id, prompt in prompts.items():

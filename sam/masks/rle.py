@@ -32,6 +32,13 @@ def decode(rle: dict[str, Any]) -> np.ndarray:
     return np.repeat(inside, counts).reshape(width, height).T
 
 
+def encode(mask: np.ndarray) -> dict[str, Any]:
+    """Encode a mask [H, W], everything but 0 inside, as an uncompressed RLE."""
+    inside = np.not_equal(mask, 0).T.ravel()
+    edges = np.flatnonzero(np.diff(inside, prepend=False))
+    return {"size": list(mask.shape), "counts": np.diff(edges, prepend=0, append=inside.size).tolist()}
+
+
 def area(rle: dict[str, Any]) -> int:
     """Return the number of mask pixels of an uncompressed RLE."""
     return sum(rle["counts"][1::2])

@@ -35,10 +35,13 @@ from .uploads import decode_image
 
 T = TypeVar("T")
 STATIC = Path(__file__).parent / "static"
-PAGE = (("/", "index.html"), ("/page.js", "page.js"), ("/page.css", "page.css"))
+PAGE = (("/", "index.html"), *((f"/{name}", name) for name in ("page.js", "film.js", "masks.js", "page.css")))
 # Answers of up to this many prompts are stored, so that a later prompt can refer to their masks.
 _REMEMBERED_PROMPTS = 16
-_POLICY = "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+_POLICY = (
+    "default-src 'self'; img-src 'self' blob: data:; media-src blob:; object-src 'none'; base-uri 'none'; "
+    "frame-ancestors 'none'"
+)
 
 
 def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:

@@ -272,6 +272,18 @@ def warm_up(engine: Engine, every_size: bool) -> None:
                 engine.segment(embedding, [prompt] * count, multimask, deadline=limit).result(limit)
     everything = AutomaticOptions(1, pred_iou_thresh=0.0, stability_score_thresh=0.0)
     engine.automatic(embedding, everything, deadline=limit).result(limit)
+    if every_size:
+        _warm_up_tracking(engine, image)
+
+
+def _warm_up_tracking(engine: Engine, image: np.ndarray) -> None:
+    """Track an object from one frame to the next, if the model can."""
+    try:
+        stream = engine.open_stream()
+    except TypeError:
+        return
+    for prompts in ({"object": Prompt([(1, 1)], [1])}, {}):
+        stream.push(image, prompts, deadline=_WARM_UP_SECONDS).result(_WARM_UP_SECONDS)
 
 
 async def cancel_on_disconnect(receive: Callable[[], Awaitable[object]], work: Callable[[], Awaitable[T]]) -> T | None:

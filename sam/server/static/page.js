@@ -1,15 +1,15 @@
 // The image is embedded once; after that only prompts travel. Every answer is a step that can be undone.
+// Of a video, or of several pictures, film.js takes the place of these steps.
+
+import { Film, framesOf } from "./film.js";
+import { COLORS, decode, paint, show } from "./masks.js";
 
 const element = (id) => document.getElementById(id);
 const [photo, overlay, marks] = ["photo", "overlay", "marks"].map(element);
-// Okabe and Ito's colours, distinct to colour-blind eyes too.
-const COLORS = [
-  [86, 180, 233], [230, 159, 0], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0], [204, 121, 167],
-];
-const LONGEST_OVERLAY = 1600; // pixels; masks of larger images are drawn from every second, third, ... pixel
 const EVERYTHING = { points_per_side: 16 }; // with the thresholds that suit the model
 
-let image = null; // {name, blob, width, height, embedding}
+let image = null; // {name, blob, width, height, embedding}; of a film, the session stands for the embedding
+let film = null;
 let steps = []; // {points, labels, box, answer, chosen} or {answer, everything: true}
 let pending = null; // the AbortController of the request under way
 let drag = null; // {x0, y0, x, y, label} in pixels of the image
@@ -24,26 +24,40 @@ function say(text, bad = false) {
 
 // Talking to the service --------------------------------------------------------------------------------------
 
+async function request(path, body, signal) {
+  const json = !(body instanceof FormData);
+  const response = await fetch(path, {
+    method: "POST",
+    body: json ? JSON.stringify(body) : body,
+    headers: json ? { "Content-Type": "application/json" } : {},
+    signal,
+  });
+  const answer = await response.json();
+  if (!response.ok) throw Object.assign(new Error(answer.error.message), { code: answer.error.code });
+  return answer;
+}
+
 async function call(path, body) {
   pending?.abort(); // a newer question makes the older one moot
   const mine = (pending = new AbortController());
   element("busy").hidden = false;
   try {
-    const json = !(body instanceof FormData);
-    const response = await fetch(path, {
-      method: "POST",
-      body: json ? JSON.stringify(body) : body,
-      headers: json ? { "Content-Type": "application/json" } : {},
-      signal: mine.signal,
-    });
-    const answer = await response.json();
-    if (!response.ok) throw Object.assign(new Error(answer.error.message), { code: answer.error.code });
-    return answer;
+    return await request(path, body, mine.signal);
   } finally {
     if (pending === mine) {
       pending = null;
       element("busy").hidden = true;
     }
+  }
+}
+
+/** As `call`, but nothing is moot: frames and prompts of a film follow one another. */
+async function callInTurn(path, body) {
+  element("busy").hidden = false;
+  try {
+    return await request(path, body);
+  } finally {
+    element("busy").hidden = true;
   }
 }
 
@@ -76,7 +90,39 @@ async function attempt(work) {
 
 // What the visitor does ---------------------------------------------------------------------------------------
 
-const load = (file) => attempt(async () => {
+const load = (files) => {
+  pending?.abort();
+  film?.close();
+  film = null;
+  document.body.classList.remove("filming");
+  const source = framesOf([...files]);
+  return source ? loadFilm(source) : loadImage(files[0]);
+};
+
+const loadFilm = (source) => attempt(async () => {
+  [image, steps, cross] = [null, [], null];
+  say("Opening the video …");
+  const opened = new Film(source, { photo, call: callInTurn, say, attempt, refresh });
+  film = opened;
+  try {
+    const { width, height } = await opened.open();
+    if (film !== opened) return;
+    image = { name: film.name, width, height, embedding: film.session };
+  } catch (error) {
+    opened.close();
+    film = null;
+    throw error;
+  }
+  document.body.classList.add("filming");
+  element("welcome").hidden = true;
+  element("frame").hidden = false;
+  refresh();
+  say(film.describe());
+  marks.classList.add("pointed");
+  marks.focus({ preventScroll: true });
+});
+
+const loadImage = (file) => attempt(async () => {
   const bitmap = await createImageBitmap(file, { imageOrientation: "from-image" }).catch(() => {
     throw new Error("This file is not an image that the browser can show.");
   });
@@ -84,9 +130,7 @@ const load = (file) => attempt(async () => {
   image = { name: (file.name || "image").replace(/\.[^.]*$/, ""), blob: file, width, height, embedding: null };
   steps = [];
   cross = null;
-  const scale = Math.min(1, 2 * LONGEST_OVERLAY / Math.max(width, height));
-  [photo.width, photo.height] = [Math.round(width * scale), Math.round(height * scale)];
-  photo.getContext("2d").drawImage(bitmap, 0, 0, photo.width, photo.height);
+  show(photo, bitmap);
   bitmap.close();
   element("welcome").hidden = true;
   element("frame").hidden = false;
@@ -124,6 +168,7 @@ const everything = () => attempt(async () => {
 });
 
 function click(x, y, label) {
+  if (film) return film.ask({ points: [[x, y]], labels: [label] });
   const last = current()?.everything ? null : current();
   segment({ points: [...(last?.points ?? []), [x, y]], labels: [...(last?.labels ?? []), label] });
 }
@@ -136,6 +181,7 @@ function undo() {
 }
 
 function clear() {
+  if (film) return film.forget();
   pending?.abort();
   steps = [];
   say("Click on something.");
@@ -162,58 +208,13 @@ const seconds = (since) => `${((performance.now() - since) / 1000).toFixed(2)} s
 
 // Masks -------------------------------------------------------------------------------------------------------
 
-/** COCO's compressed run lengths -> one byte a pixel, row by row, of every `stride`-th pixel. */
-function decode({ size: [height, width], counts }, stride = 1) {
-  const runs = [];
-  for (let at = 0; at < counts.length;) {
-    let value = 0, shift = 0, code;
-    do {
-      code = counts.charCodeAt(at++) - 48;
-      value += (code & 31) * 2 ** shift;
-      shift += 5;
-    } while (code & 32);
-    if (code & 16) value -= 2 ** shift;
-    runs.push(runs.length > 2 ? value + runs.at(-2) : value);
-  }
-  const [columns, rows] = [Math.ceil(width / stride), Math.ceil(height / stride)];
-  const pixels = new Uint8Array(columns * rows);
-  let position = 0;
-  runs.forEach((run, index) => {
-    if (index % 2) {
-      for (let p = position; p < position + run; p++) {
-        const x = Math.floor(p / height), y = p % height;
-        if (x % stride === 0 && y % stride === 0) pixels[(y / stride) * columns + x / stride] = 1;
-      }
-    }
-    position += run;
-  });
-  return { pixels, columns, rows };
-}
-
 function shown() {
+  if (film) return film.masks();
   const step = current();
   if (!step) return [];
-  if (!step.everything) return [step.answer.prompts[0].masks[step.chosen]];
-  return [...step.answer.masks].sort((a, b) => b.area - a.area);
-}
-
-function drawOverlay() {
-  const stride = Math.max(1, Math.ceil(Math.max(image.width, image.height) / LONGEST_OVERLAY));
-  const [columns, rows] = [Math.ceil(image.width / stride), Math.ceil(image.height / stride)];
-  [overlay.width, overlay.height] = [columns, rows];
-  const picture = new ImageData(columns, rows);
-  shown().forEach((mask, index) => {
-    const { pixels } = decode(mask.segmentation, stride);
-    const color = COLORS[index % COLORS.length];
-    for (let p = 0; p < pixels.length; p++) {
-      if (!pixels[p]) continue;
-      const x = p % columns;
-      const edge = (x > 0 && !pixels[p - 1]) || (x < columns - 1 && !pixels[p + 1]) ||
-        (p >= columns && !pixels[p - columns]) || (p < pixels.length - columns && !pixels[p + columns]);
-      picture.data.set([...color, edge ? 255 : 125], 4 * p);
-    }
-  });
-  overlay.getContext("2d").putImageData(picture, 0, 0);
+  const masks = step.everything
+    ? [...step.answer.masks].sort((a, b) => b.area - a.area) : [step.answer.prompts[0].masks[step.chosen]];
+  return masks.map((mask, index) => ({ ...mask, color: COLORS[index % COLORS.length] }));
 }
 
 function drawMarks() {
@@ -227,7 +228,8 @@ function drawMarks() {
     Object.assign(context, { strokeStyle: color, lineWidth: thickness });
     context.stroke(path);
   };
-  const box = drag && moved(drag) ? boxOf(drag) : current()?.box;
+  const prompt = film ? film.prompt : current();
+  const box = drag && moved(drag) ? boxOf(drag) : prompt?.box;
   if (box) {
     const [x0, y0] = place(box[0], box[1]), [x1, y1] = place(box[2], box[3]);
     const path = new Path2D();
@@ -235,16 +237,16 @@ function drawMarks() {
     line(path, "#000a", 4);
     line(path, "#fff", 2);
   }
-  (current()?.points ?? []).forEach(([x, y], index) => {
+  (prompt?.points ?? []).forEach(([x, y], index) => {
     const path = new Path2D();
     path.arc(...place(x, y), 7, 0, 2 * Math.PI);
-    context.fillStyle = current().labels[index] ? "#00b25a" : "#e0312f";
+    context.fillStyle = prompt.labels[index] ? "#00b25a" : "#e0312f";
     context.fill(path);
     line(path, "#fff", 2);
     const sign = new Path2D(), [cx, cy] = place(x, y);
     sign.moveTo(cx - 3.5, cy);
     sign.lineTo(cx + 3.5, cy);
-    if (current().labels[index]) {
+    if (prompt.labels[index]) {
       sign.moveTo(cx, cy - 3.5);
       sign.lineTo(cx, cy + 3.5);
     }
@@ -260,8 +262,10 @@ function drawMarks() {
 /** Fit the frame into the stage, and show what the state is. */
 function refresh() {
   const step = current(), ready = Boolean(image?.embedding);
-  element("everything").disabled = element("mode").disabled = !ready;
-  for (const id of ["undo", "clear", "png", "json"]) element(id).disabled = !step;
+  element("mode").disabled = !ready;
+  element("everything").disabled = !ready || Boolean(film);
+  for (const id of ["undo", "clear", "png", "json"]) element(id).disabled = film ? id === "undo" || !film.masks().length : !step;
+  if (film) refreshFilm();
   const masks = step && !step.everything ? step.answer.prompts[0].masks : [];
   element("choices").disabled = masks.length < 2;
   const scores = masks.length > 1 ? masks.map((mask) => mask.predicted_iou.toFixed(2)) : ["1", "2", "3"];
@@ -279,8 +283,27 @@ function refresh() {
   const scale = Math.min((stage.clientWidth - 16) / image.width, (stage.clientHeight - 16) / image.height);
   element("frame").style.width = `${image.width * scale}px`;
   element("frame").style.height = `${image.height * scale}px`;
-  drawOverlay();
+  paint(overlay, image.width, image.height, shown());
   drawMarks();
+}
+
+function refreshFilm() {
+  const { newest, shown, count, playing, tracking, ended, objects, object } = film;
+  Object.assign(element("seek"), { max: Math.max(newest, 0), value: shown, disabled: newest < 1 });
+  element("at").textContent = `${shown + 1} / ${count}`;
+  Object.assign(element("play"), { disabled: newest < 1 || tracking, textContent: playing ? "Stop" : "Play" });
+  Object.assign(element("track"), { disabled: ended, textContent: tracking ? "Pause" : "Track" });
+  element("objects").disabled = tracking;
+  element("objects").querySelector("div").replaceChildren(...Array.from({ length: objects + 1 }, (_, index) => {
+    const [label, input, text] = ["label", "input", "span"].map((tag) => document.createElement(tag));
+    Object.assign(input, { type: "radio", name: "object", checked: index + 1 === object });
+    input.addEventListener("change", () => film.choose(index + 1));
+    text.textContent = index < objects ? index + 1 : "+";
+    label.title = index < objects ? `Object ${index + 1}` : "A new object (N)";
+    text.style.borderBottomColor = `rgb(${COLORS[index % COLORS.length]})`;
+    label.append(input, text);
+    return label;
+  }));
 }
 
 // Downloads ---------------------------------------------------------------------------------------------------
@@ -298,8 +321,8 @@ async function savePng() {
   const canvas = new OffscreenCanvas(image.width, image.height);
   const picture = new ImageData(image.width, image.height);
   new Uint32Array(picture.data.buffer).fill(0xff000000);
-  shown().forEach((mask, index) => {
-    const color = current().everything ? COLORS[index % COLORS.length] : [255, 255, 255];
+  shown().forEach((mask) => {
+    const color = film || current().everything ? mask.color : [255, 255, 255];
     decode(mask.segmentation).pixels.forEach((inside, p) => inside && picture.data.set(color, 4 * p));
   });
   canvas.getContext("2d").putImageData(picture, 0, 0);
@@ -307,9 +330,13 @@ async function savePng() {
 }
 
 function saveJson() {
+  if (film) return saveText(film.json());
   const { points, labels, box, chosen, answer } = current();
-  const text = JSON.stringify({ prompt: { points, labels, box }, chosen, ...answer }, null, 2);
-  save(new Blob([text], { type: "application/json" }), `${image.name}.json`);
+  saveText({ prompt: { points, labels, box }, chosen, ...answer });
+}
+
+function saveText(document) {
+  save(new Blob([JSON.stringify(document, null, 2)], { type: "application/json" }), `${image.name}.json`);
 }
 
 // Events ------------------------------------------------------------------------------------------------------
@@ -346,7 +373,8 @@ marks.addEventListener("pointerup", () => {
   if (!drag) return;
   const done = drag;
   drag = null;
-  if (moved(done)) segment({ points: [], labels: [], box: boxOf(done) });
+  if (moved(done) && film) film.ask({ box: boxOf(done) });
+  else if (moved(done)) segment({ points: [], labels: [], box: boxOf(done) });
   else click(done.x0, done.y0, done.label);
 });
 marks.addEventListener("pointercancel", () => {
@@ -374,34 +402,43 @@ const open = () => element("file").click();
 const KEYS = {
   o: open, z: undo, Escape: clear, e: everything, p: savePng, j: saveJson, a: () => setMode(1), r: () => setMode(0),
   1: () => choose(0), 2: () => choose(1), 3: () => choose(2),
+  t: () => film?.track(), " ": () => film?.play(), n: () => film?.choose(film.objects + 1),
 };
-const BUTTON_OF = { z: "undo", Escape: "clear", e: "everything", p: "png", j: "json" };
+const BUTTON_OF = { z: "undo", Escape: "clear", e: "everything", p: "png", j: "json", t: "track", " ": "play", n: "objects" };
 document.addEventListener("keydown", (event) => {
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   if (!KEYS[key] || event.altKey || ((event.ctrlKey || event.metaKey) && key !== "z")) return;
   if (BUTTON_OF[key] && element(BUTTON_OF[key]).disabled) return;
+  if (key === " " && (!film || event.target.closest("button, input"))) return; // there it has a meaning of its own
   event.preventDefault();
   KEYS[key]();
 });
 
-for (const [id, work] of Object.entries({ open, undo, clear, everything, png: savePng, json: saveJson })) {
+const track = () => film?.track(), play = () => film?.play();
+for (const [id, work] of Object.entries({ open, undo, clear, everything, png: savePng, json: saveJson, track, play })) {
   element(id).addEventListener("click", work);
 }
 element("file").addEventListener("change", ({ target }) => {
-  if (target.files[0]) load(target.files[0]);
+  if (target.files[0]) load([...target.files]);
   target.value = "";
 });
+element("seek").addEventListener("input", ({ target }) => {
+  const frame = Number(target.value); // refresh() writes it
+  film.stop();
+  film.seek(frame);
+});
+window.addEventListener("pagehide", () => film?.close());
 const stage = element("stage");
 for (const name of ["dragover", "dragleave", "drop"]) {
   stage.addEventListener(name, (event) => {
     event.preventDefault();
     stage.classList.toggle("over", name === "dragover");
-    if (name === "drop" && event.dataTransfer.files[0]) load(event.dataTransfer.files[0]);
+    if (name === "drop" && event.dataTransfer.files[0]) load([...event.dataTransfer.files]);
   });
 }
 document.addEventListener("paste", ({ clipboardData }) => {
   const file = [...clipboardData.files].find(({ type }) => type.startsWith("image/"));
-  if (file) load(file);
+  if (file) load([file]);
 });
 new ResizeObserver(refresh).observe(stage);
 refresh();
