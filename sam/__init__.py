@@ -123,6 +123,7 @@ _SUBMODULES = {
     "config",
     "embedding",
     "engine",
+    "fidelity",
     "images",
     "inference",
     "masks",

@@ -54,6 +54,7 @@ FLOORS = {
     "sam.build_sam": (9, "front"),
     "sam.drop_in": (9, "front"),
     "sam.engine": (10, "engine"),
+    "sam.fidelity": (10, "fidelity"),
     "sam.training": (10, "training"),
     "sam.client": (11, "client"),
     "sam.server": (11, "server"),

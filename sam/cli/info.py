@@ -13,6 +13,7 @@ import torch
 from ..build_sam import NANO_CHECKPOINT, load_model
 from ..checkpoint import read_checkpoint
 from ..config import Sam2Config, SamConfig
+from ..modeling.build import build_empty
 from .environment import describe_environment, version
 
 
@@ -32,13 +33,15 @@ def describe(path: Path) -> dict[str, Any]:
     """Return the facts, in the order a reader wants them."""
     stored = read_checkpoint(path)
     config = stored.config
-    model = load_model(path)
+    # fp8 loads where nothing else runs it, too.
+    model = load_model(path, kernels="auto" if stored.quantization != "fp8" else "reference")
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in stored.state_dict.values()})
     return {
         "checkpoint": "embedded" if path == NANO_CHECKPOINT else str(path),
         "variant": config.variant,
         "layout": stored.layout,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "quantization": stored.quantization or "none",
+        "parameters": sum(p.numel() for p in build_empty(config).parameters()),
         "dtype in file": ", ".join(dtypes),
         "image size": config.image_size,
         "encoder": _encoder(config),

@@ -22,6 +22,7 @@ def model_from(args: argparse.Namespace) -> PromptableModel:
         DTYPES[args.dtype],
         args.kernels,
         image_size=args.image_size,
+        quantize=getattr(args, "quantize", None),
     )
 
 

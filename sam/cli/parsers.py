@@ -14,10 +14,12 @@ from ..prompts import wire
 from .run import DESCRIPTION as RUN_DESCRIPTION
 from .serve import wait_passively
 
-# As ``fastsam_kernels.KERNELS``, ``sam.checkpoint.LAYOUTS`` and the dtypes of ``.model``, which import torch.
+# As ``fastsam_kernels.KERNELS`` and ``SCHEMES``, ``sam.checkpoint.LAYOUTS``, and the dtypes of ``.model``.
+# These modules import torch.
 KERNELS = ("auto", "reference", "torch", "triton")
 LAYOUTS = ("official", "transformers")
 DTYPES = ("fp32", "fp16", "bf16")
+SCHEMES = ("int8", "fp8")
 
 AUTOMATIC_SETTINGS: tuple[tuple[str, type, Any, str], ...] = (
     ("points_per_side", int, 32, "clicks along a side of the grid"),
@@ -47,7 +49,8 @@ def mask_formats() -> dict[str, MaskFormat | None]:
 
 def add_commands(commands: Any) -> None:
     """Add the parser of every command."""
-    for add in (add_segment, add_auto, add_track, add_serve, add_info, add_verify, add_convert, add_demo, add_run):
+    adders = (add_segment, add_auto, add_track, add_serve, add_info, add_verify)
+    for add in (*adders, add_convert, add_quantize, add_demo, add_run):
         add(commands)
 
 
@@ -258,6 +261,26 @@ def add_convert(commands: Any) -> None:
     _add_traceback(parser)
 
 
+def add_quantize(commands: Any) -> None:
+    """Add the parser of ``quantize``."""
+    parser = commands.add_parser(
+        "quantize",
+        help="rewrite weights in 8 bits, if the masks of your images stay what they were",
+        epilog="The report, beside OUT, holds measures, gates and pictures of the masks that differ most. Where a gate "
+        "is not passed nothing is written, and the status is 1.",
+    )
+    parser.add_argument("checkpoint", type=file_name, metavar="IN", help="file or folder in any known layout")
+    parser.add_argument("target", type=file_name, metavar="OUT", help="a .safetensors file")
+    parser.add_argument("--scheme", choices=SCHEMES, default="int8", help="of the encoder's blocks (default: int8)")
+    parser.add_argument("--images", type=file_name, required=True, metavar="DIR", help="on which it is measured")
+    parser.add_argument(
+        "--calibration", type=file_name, metavar="DIR", help="other images, of whose activations outliers are smoothed"
+    )
+    parser.add_argument("--max-images", type=int, default=32, metavar="N", help="of a folder (default: 32)")
+    parser.add_argument("--force", action="store_true", help="replace OUT, and write what did not pass")
+    _add_common(parser, checkpoint=False, quantize=False)
+
+
 def add_demo(commands: Any) -> None:
     """Add the parser of ``demo``."""
     parser = commands.add_parser("demo", help="clicks, a box and a correction on photographs from scikit-image")
@@ -288,7 +311,9 @@ def _add_format(parser: argparse.ArgumentParser, png: str) -> None:
     )
 
 
-def _add_common(parser: argparse.ArgumentParser, checkpoint: bool = True, megapixels: bool = False) -> None:
+def _add_common(
+    parser: argparse.ArgumentParser, checkpoint: bool = True, megapixels: bool = False, quantize: bool = True
+) -> None:
     """Add the options of a model; ``checkpoint``: an option too, else the command has an argument of that name."""
     if megapixels:
         parser.add_argument(
@@ -316,6 +341,10 @@ def _add_common(parser: argparse.ArgumentParser, checkpoint: bool = True, megapi
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: fp32)")
     parser.add_argument("--kernels", choices=KERNELS, default="auto", help="implementation of the operations")
+    if quantize:
+        parser.add_argument(
+            "--quantize", choices=SCHEMES, help="multiply in 8 bits in the image encoder (default: as the weights are)"
+        )
     _add_traceback(parser)
 
 
