@@ -22,6 +22,11 @@ from sam.training.trainer import Settings, Trainer
 
 STEPS = 8
 CPU = torch.device("cpu")
+IN_BACKGROUND = """\
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what stands before an &
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 def command(out: Path, *more: str) -> list[str]:
@@ -40,7 +45,8 @@ def test_a_killed_run_repeats_and_continues_the_curve(tmp_path: Path) -> None:
     subprocess.run(command(whole), check=True, timeout=SECONDS)
     assert [entry["step"] for entry in losses(whole)] == list(range(STEPS))
 
-    with subprocess.Popen(command(killed), stdout=subprocess.PIPE) as process:
+    in_background = [sys.executable, "-c", IN_BACKGROUND, *command(killed)]
+    with subprocess.Popen(in_background, stdout=subprocess.PIPE) as process:
         wait_until(lambda: process.poll() is not None or ((killed / "state.pt").exists() and len(losses(killed)) >= 3))
         assert process.poll() is None
         process.kill()

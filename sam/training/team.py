@@ -6,6 +6,7 @@ do not fill; and what one thread adds up repeats to the bit.
 
 from __future__ import annotations
 
+import signal
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +61,9 @@ def run_together(size: int, work: Callable[..., None], *arguments: Any) -> None:
 
 
 def _join_team(rank: int, size: int, meeting: Path, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    # torch has the system interrupt this process when the one that started it dies. Programs that a shell starts in the
+    # background ignore interrupts, and so would the processes that they start: a killed run would train on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     dist.init_process_group("gloo", init_method=meeting.as_uri(), rank=rank, world_size=size)
     work(Team(rank, size), *arguments)
     dist.destroy_process_group()  # not after a failure: the others would lose their peer before it is told why
