@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -57,6 +58,28 @@ def test_no_object_is_added_after_tracking_began(predictor: face.SAM2VideoPredic
     assert state["obj_ids"] == ["a", "b"]
     predictor.reset_state(state)
     assert predictor.add_new_points_or_box(state, 2, "c", **CLICK)[1] == ["c"]
+
+
+def test_a_box_after_tracking_began_is_taken_with_a_warning(
+    predictor: face.SAM2VideoPredictor, state: dict[str, Any]
+) -> None:
+    """Before it, and of points, there is none; the next video begins without."""
+    box = [20, 20, 60, 70]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predictor.add_new_points_or_box(state, 0, "a", box=box)
+        next(predictor.propagate_in_video(state))
+        before = predictor.add_new_points_or_box(state, 2, "a", **CLICK)[2]
+    with pytest.warns(UserWarning, match=r"a box for object 'a' after tracking began .* 'reset_state'") as warned:
+        after = predictor.add_new_points_or_box(state, 2, "a", box=box)[2]
+    assert warned[0].filename == __file__
+    assert not torch.equal(after[0], before[0])
+    with pytest.warns(UserWarning, match="a box for object 'b'"):
+        predictor.add_new_points(state, 0, "b", [[30, 40]], [1], box=torch.tensor(box))
+    predictor.reset_state(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predictor.add_new_points_or_box(state, 0, "b", box=box)
 
 
 def test_without_a_prompt_left_nothing_is_tracked(predictor: face.SAM2VideoPredictor, state: dict[str, Any]) -> None:

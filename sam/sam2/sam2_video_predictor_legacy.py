@@ -5,6 +5,7 @@ The loader of frames, the progress bar and what fills holes are looked up in thi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from ..modeling.sam2_base import NO_OBJ_SCORE, SAM2Base
 from ..video import state as states
+from ..video.frame_steps import Answer
 from ..video.state import Output, State
 from . import sam2_video_predictor
 from .utils.misc import concat_points, fill_holes_in_mask_scores, load_video_frames
@@ -97,6 +99,31 @@ class SAM2VideoPredictor(sam2_video_predictor.SAM2VideoPredictor):
                 f"Cannot add new object id {obj_id} after tracking starts, the objects are {known}; call 'reset_state'"
             )
         return super()._obj_id_to_idx(inference_state, obj_id)
+
+    def add_new_points_or_box(
+        self,
+        inference_state: State,
+        frame_idx: int,
+        obj_id: Hashable,
+        points: Any = None,
+        labels: Any = None,
+        clear_old_points: bool = True,
+        normalize_coords: bool = True,
+        box: Any = None,
+    ) -> Answer:
+        """Prompt an object as :meth:`~sam.video.predictor.VideoPredictor.add_new_points_or_box` does.
+
+        A box warns once tracking has begun, as it may not correct the mask that is there.
+        """
+        if box is not None and inference_state["tracking_has_started"]:
+            warnings.warn(
+                f"a box for object {obj_id!r} after tracking began may not correct its mask: "
+                "correct it by points, or begin anew after 'reset_state'",
+                stacklevel=2,
+            )
+        return super().add_new_points_or_box(
+            inference_state, frame_idx, obj_id, points, labels, clear_old_points, normalize_coords, box
+        )
 
     def _drop_object(self, state: State, obj_id: Hashable) -> None:
         gone = state["obj_id_to_idx"][obj_id]
