@@ -135,12 +135,13 @@ PATCHES: dict[str, Callable[[Any], Any]] = {
 def test_what_is_patched_acts_on_every_frame(
     predictor: SAM2VideoPredictor, truth: dict[int, Tensor], encoded: Features, patch: str
 ) -> None:
-    """On the frame with the prompt the masks are higher by 1, and what is learnt from them differs after it."""
+    """On the frame with the prompt the masks are higher by 1; all after it are those of the official calls."""
     PATCHES[patch](predictor)
-    found, again = (track(predictor, clicked_on(predictor, encoded)) for _ in range(2))
+    found = track(predictor, clicked_on(predictor, encoded))
     assert relative_error(found[0], truth[0] + 1) < 1e-5
-    assert min(relative_error(found[frame], truth[frame] + 1) for frame in (2, 3, 4)) > 1e-4
-    assert apart(found, again) == 0
+    assert min(relative_error(found[frame], truth[frame]) for frame in found) > 1e-2
+    predictor.kernels = "reference"
+    assert apart(found, track(predictor, clicked_on(predictor, encoded))) < 1e-3
 
 
 # Stand-ins -------------------------------------------------------------------------------------------------------
