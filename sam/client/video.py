@@ -57,7 +57,7 @@ class RemoteFrame:
 
 @dataclass(frozen=True)
 class VideoState:
-    """How far a session is.
+    """The state of a session: how far it is.
 
     Attributes:
         next_frame: the number of the frame that comes next.
