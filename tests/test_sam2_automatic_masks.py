@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +23,9 @@ from benchmarks.official_sam2 import random_sam2
 from benchmarks.official_sam2_masks import KEYS, RUNS, VARIANT, image_of, summary
 from sam import SamAutomaticMaskGenerator
 from sam.amg.defaults import NANO_THRESHOLDS
-from sam.amg.memory_plan import MemoryPlan
+from sam.amg.memory_plan import Demands, MemoryPlan
+from sam.inference.decode import shared_image
+from sam.inference.low_rank_decoder import CLICKS_AT_ONCE
 from sam.masks import rle
 from sam.sam2 import automatic_mask_generator
 from sam.sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
@@ -228,16 +234,80 @@ def test_our_generator_takes_a_sam2_model(small: sam.SAM2Base) -> None:
         sam.SamPredictor(small)  # type: ignore[arg-type]
 
 
-def test_masks_that_are_prompts_again_count_in_the_memory(official_weights: sam.SAM2Base) -> None:
-    def clicks(prompts_per_click: int) -> int:
-        plan = MemoryPlan.plan(official_weights, (1024, 1024), 64, 140 * 10**6, prompts_per_click)
+def test_what_needs_memory_is_counted(official_weights: sam.SAM2Base) -> None:
+    """Masks that are prompts again, regions that are removed, and the tables that all clicks share."""
+
+    def clicks(size: int, **demands: Any) -> int:
+        plan = MemoryPlan.plan(official_weights, (1024, 1024), 2000, size * 10**6, Demands(**demands))
         return plan.points_at_once
 
-    assert 1 < clicks(3) < clicks(1)
+    assert 1 < clicks(140, asked_again=True) < clicks(140)
+    assert 1 < clicks(140, cleans_logits=True) < clicks(140)
+    assert 1 < clicks(140) < clicks(140, masks_per_click=1)
+    shared = shared_image(official_weights, official_weights.encode(IMAGE))
+    assert shared is not None
+    assert 0 < clicks(80, low_rank=shared) < CLICKS_AT_ONCE < clicks(1000, low_rank=shared)
+    without = MemoryPlan.plan(official_weights, (8000, 9000), 64, 3 * 10**9)
+    assert without == MemoryPlan.plan(official_weights, (8000, 9000), 64, 3 * 10**9, Demands(cleans_masks=True))
+    with pytest.raises(ValueError, match=r"max_memory of 2000 MB is too little .* at least 2368 MB"):
+        MemoryPlan.plan(official_weights, (8000, 9000), 64, 2 * 10**9, Demands(cleans_masks=True))
     twice = {"points_per_side": 2, "use_m2m": True, "max_memory": "75MB"}
     assert SAM2AutomaticMaskGenerator(official_weights, **twice, multimask_output=False).generate(IMAGE) == []
     with pytest.raises(ValueError, match=r"max_memory of 75 MB is too little"):
         SAM2AutomaticMaskGenerator(official_weights, **twice).generate(IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("options", "demands"),
+    [
+        ({}, Demands()),
+        ({"use_m2m": True}, Demands(asked_again=True)),
+        ({"multimask_output": False}, Demands(masks_per_click=1)),
+        ({"min_mask_region_area": 5}, Demands(cleans_logits=True)),
+    ],
+)
+def test_the_plan_knows_what_a_generator_does(
+    small: sam.SAM2Base, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], demands: Demands
+) -> None:
+    seen: list[Demands] = []
+    plan = MemoryPlan.plan
+    monkeypatch.setattr(MemoryPlan, "plan", lambda *given: seen.append(given[-1]) or plan(*given))
+    SAM2AutomaticMaskGenerator(small, 4, pred_iou_thresh=1.0, **options).generate(IMAGE)
+    SamAutomaticMaskGenerator(small, 3, pred_iou_thresh=1.0, min_mask_region_area=5).generate(IMAGE)
+    assert replace(seen[0], low_rank=None) == demands
+    assert (seen[0].low_rank is not None) == (demands.masks_per_click == 3)
+    assert seen[1] == Demands(cleans_masks=True)  # nine clicks are too few to share an image
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+@pytest.mark.parametrize(
+    ("side", "options"),
+    [(16, {}), (16, {"min_mask_region_area": 20}), (6, {"use_m2m": True})],
+    ids=["clicks", "cleaned", "asked again"],
+)
+def test_the_memory_is_kept_within(side: int, options: dict[str, Any]) -> None:
+    """In a process of its own, with the encoder: the most that was resident."""
+    script = f"""
+import sys, numpy as np, torch
+from benchmarks.generate import resident_growth
+from benchmarks.official_sam2 import random_sam2
+from sam.sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
+torch.set_num_threads(1)
+model = random_sam2("sam2.1_tiny", 1024)
+image = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
+generator = SAM2AutomaticMaskGenerator(
+    model, {side}, 1024, pred_iou_thresh=0.5, stability_score_thresh=0.0, output_mode="coco_rle", **{options},
+    max_memory=sys.argv[1],
+)
+print(resident_growth(lambda: generator.generate(image)))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))}
+    for size in (400, 800):
+        command = [sys.executable, "-c", script, f"{size}MB"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        print(f"\n{size} MB: {int(done.stdout) / 1e6:.0f} MB")
+        assert int(done.stdout) <= 1.2e6 * size
 
 
 def test_boxes_of_several_groups_do_not_meet() -> None:

@@ -7,6 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +18,7 @@ import torch
 from ..checks import naming, require
 from ..embedding import ImageEmbedding
 from ..images.prepare import CheckedImage
+from ..inference.decode import shared_image
 from ..prompts.checks import check_finite
 from ..system.device_profile import device_profile
 from ..utils.amg import MaskData, build_all_layer_point_grids
@@ -24,10 +26,11 @@ from .crop_pipeline import Criteria, Crop, masks_of_crop
 from .defaults import thresholds_of
 from .finders import Finder, any_confident_masks
 from .grids import MAX_LAYERS, Box, check_range, crops_of, point_grid
-from .memory_plan import MemoryPlan, parse_bytes
+from .memory_plan import Demands, MemoryPlan, parse_bytes
 from .progress import Progress
 from .records import OUTPUT_MODES, clean_regions, drop_duplicates_of_crops, records_of
 
+_SHARING = 16  # clicks from which on it pays to project the image for all of them
 logger = logging.getLogger("sam")
 # Held by the official loop, in which a predictor holds the image: one pass of it at a time, in whatever thread.
 _passes: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
@@ -222,11 +225,11 @@ class MaskGenerator:
     def _masks_of(self, crop: Crop, layer: int) -> Generator[int, None, MaskData]:
         model = self.predictor.model
         height, width = crop.embedding.geometry.original_size
-        memory = MemoryPlan.plan(
-            model, (height, width), self.points_per_batch, self.max_memory, self._prompts_per_click()
-        )
-        clicks = self._clicks(layer, (height, width))
-        return masks_of_crop(model, crop, clicks, self._criteria(), memory, self._finder())
+        clicks, demands = self._clicks(layer, (height, width)), self._demands()
+        if demands.masks_per_click > 1 and len(clicks) >= _SHARING:
+            demands = replace(demands, low_rank=shared_image(model, crop.embedding))
+        memory = MemoryPlan.plan(model, (height, width), self.points_per_batch, self.max_memory, demands)
+        return masks_of_crop(model, crop, clicks, self._criteria(), memory, self._finder(), demands.low_rank)
 
     def _clicks(self, layer: int, size: tuple[int, int]) -> np.ndarray:
         """Return the clicks [P, 2] of a layer in pixels of a crop of ``size`` (height, width)."""
@@ -246,9 +249,9 @@ class MaskGenerator:
         """Return the function that makes masks of clicks."""
         return any_confident_masks
 
-    def _prompts_per_click(self) -> int:
-        """Return how many prompts the finder decodes together for a click, at most."""
-        return 1
+    def _demands(self) -> Demands:
+        """Return what the finder, and what comes after it, need memory for."""
+        return Demands(cleans_masks=self.min_mask_region_area > 0)
 
     def _finished(self, data: MaskData) -> MaskData:
         """Return masks of all crops as they go into the records."""

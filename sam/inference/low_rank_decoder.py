@@ -42,6 +42,20 @@ class SharedImage:
     high_res: tuple[Tensor, Tensor] | None
     grid: tuple[int, int]
 
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the projections and tables, and of what is alive while one click is decoded."""
+        tables = [*self.projections.tensors, self.upscaled, *self.tables.tensors]
+        return sum(table.nbytes for table in tables) + self.click_nbytes + 2 * self.upscaled.nbytes
+
+    @property
+    def click_nbytes(self) -> int:
+        """Return the bytes of the weights of a click's vectors: tokens of the decoder, of the click and its padding."""
+        rows = [
+            update.reading.weight.shape[0] * (self.packed.positions.total + 2) + 1 for update in self.tables.updates
+        ]
+        return sum(rows) * len(self.upscaled) * self.upscaled.element_size()
+
     @classmethod
     def of(
         cls,

@@ -15,6 +15,7 @@ from fastsam_kernels import nms
 from ..amg.crop_pipeline import Criteria
 from ..amg.finders import Finder, any_confident_masks, cleaned_masks, confident_single_masks, refined_masks
 from ..amg.generator import MaskGenerator
+from ..amg.memory_plan import Demands
 from ..system.methods import WrittenMethods
 from ..utils import amg
 from .sam2_image_predictor import SAM2ImagePredictor, why_not_stock
@@ -151,13 +152,20 @@ class SAM2AutomaticMaskGenerator(MaskGenerator):
         find: Finder = any_confident_masks if self.multimask_output else confident_single_masks
         if self.use_m2m:
             find = partial(refined_masks, first=find)
-        transforms = self.predictor._transforms
-        if transforms.max_hole_area > 0 or transforms.max_sprinkle_area > 0:
-            find = partial(cleaned_masks, find=find, clean=transforms.cleaned)
+        if self._cleans():
+            find = partial(cleaned_masks, find=find, clean=self.predictor._transforms.cleaned)
         return find
 
-    def _prompts_per_click(self) -> int:
-        return 3 if self.use_m2m and self.multimask_output else 1
+    def _demands(self) -> Demands:
+        return Demands(
+            masks_per_click=3 if self.multimask_output else 1,
+            asked_again=self.use_m2m,
+            cleans_logits=self._cleans(),
+        )
+
+    def _cleans(self) -> bool:
+        transforms = self.predictor._transforms
+        return bool(transforms.max_hole_area > 0 or transforms.max_sprinkle_area > 0)
 
     def _finished(self, data: amg.MaskData) -> amg.MaskData:
         for name in ("boxes", "crop_boxes"):
