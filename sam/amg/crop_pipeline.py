@@ -24,7 +24,6 @@ from fastsam_kernels import Resizing, mask_statistics, packed_masks, ranked_nms
 
 from ..embedding import ImageEmbedding
 from ..images.geometry import ImageGeometry
-from ..inference.low_rank_decoder import SharedImage
 from ..masks.rle_encode import encode_packed
 from ..masks.upscale import resizing_of
 from ..modeling.promptable import PromptableModel
@@ -82,20 +81,18 @@ def masks_of_crop(
     criteria: Criteria,
     plan: MemoryPlan,
     find: Finder = any_confident_masks,
-    shared: SharedImage | None = None,
 ) -> Generator[int, None, MaskData]:
     """Make masks at ``clicks`` [P, 2] in pixels of the crop: best first, on the host, in the frame of the image.
 
-    ``find`` makes the masks of each batch, of ``shared`` where the image is projected for all clicks. Yields the number
-    of clicks of the batch when it is done; the generator returns ``iou_preds``, ``stability_score``, ``boxes``,
-    ``points``, ``crop_boxes`` and ``rles``.
+    ``find`` makes the masks of each batch. Yields the number of clicks of the batch when it is done; the generator
+    returns ``iou_preds``, ``stability_score``, ``boxes``, ``points``, ``crop_boxes`` and ``rles``.
     """
     prompts = _prompts(model, clicks, crop.embedding.geometry)
     pending = PendingMasks(model, crop, plan, criteria.mask_threshold)
     tables = [torch.zeros(0, _Columns.COUNT, dtype=torch.float32, device=model.device)]
     for start in range(0, len(prompts), plan.points_at_once):
         part = prompts.rows(start, start + plan.points_at_once)
-        batch = Clicks(model, crop.embedding, part, criteria.iou_threshold, plan.count_early, shared)
+        batch = Clicks(model, crop.embedding, part, criteria.iou_threshold, plan.count_early, plan.low_rank)
         table, logits = _candidates(batch, crop, criteria, find)
         table[:, _Columns.CLICK] += start
         tables.append(table)

@@ -226,10 +226,10 @@ class MaskGenerator:
         model = self.predictor.model
         height, width = crop.embedding.geometry.original_size
         clicks, demands = self._clicks(layer, (height, width)), self._demands()
-        if demands.masks_per_click > 1 and len(clicks) >= _SHARING:
+        if demands.masks_per_click > 1 and not demands.asked_again and len(clicks) >= _SHARING:
             demands = replace(demands, low_rank=shared_image(model, crop.embedding))
         memory = MemoryPlan.plan(model, (height, width), self.points_per_batch, self.max_memory, demands)
-        return masks_of_crop(model, crop, clicks, self._criteria(), memory, self._finder(), demands.low_rank)
+        return masks_of_crop(model, crop, clicks, self._criteria(), memory, self._finder())
 
     def _clicks(self, layer: int, size: tuple[int, int]) -> np.ndarray:
         """Return the clicks [P, 2] of a layer in pixels of a crop of ``size`` (height, width)."""

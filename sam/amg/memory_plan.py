@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -53,7 +53,7 @@ class Demands:
         asked_again: whether each of them is a prompt once more.
         cleans_logits: whether small regions of low-resolution logits are removed, of all that were made at a time.
         cleans_masks: whether small regions of masks of full size are removed, of one after the other at the end.
-        low_rank: what decodes clicks without their image tokens; None where these are made.
+        low_rank: what can decode clicks without their image tokens; None where these are made.
     """
 
     masks_per_click: int = 3
@@ -73,12 +73,14 @@ class MemoryPlan:
         held_bytes: logits of low resolution that wait for the end of the suppression.
         count_early: whether the masks that are left are counted after each step, which a GPU would have to wait for,
             or stay in place until the suppression.
+        low_rank: what decodes clicks without their image tokens; None where these are made, also for want of room.
     """
 
     points_at_once: int
     masks_at_once: int
     held_bytes: int
     count_early: bool
+    low_rank: SharedImage | None = None
 
     @classmethod
     def plan(
@@ -98,6 +100,8 @@ class MemoryPlan:
         if max_memory is None:
             budget = usual_memory(model.device)
         else:
+            if demands.low_rank is not None and max_memory < costs.needed:
+                return cls.plan(model, size, points_per_batch, max_memory, replace(demands, low_rank=None))
             costs.check(max_memory, size)
             budget = max_memory if on_cpu else min(max_memory, free_memory(model.device))
         share = max(0, budget - _FIXED_BYTES) // 4
@@ -111,6 +115,7 @@ class MemoryPlan:
             masks_at_once=max(1, min(64, share // costs.mask) if on_cpu else share // costs.mask),
             held_bytes=max(0, 2 * share),
             count_early=on_cpu,
+            low_rank=demands.low_rank,
         )
 
 
@@ -147,7 +152,7 @@ class _Costs:
         prompts = masks if demands.asked_again else 1
         made = prompts * _DECODER_BYTES * element // 4 * tokens // 4096
         chunk = -(-model.prompts_per_chunk // prompts)
-        if shared is not None and not demands.asked_again:  # with a mask input clicks have image tokens
+        if shared is not None:
             made, chunk = shared.click_nbytes, CLICKS_AT_ONCE
         cleaning = masks * _REGION_BYTES * low_height * low_width if demands.cleans_logits else 0
         return cls(
@@ -161,13 +166,17 @@ class _Costs:
             regions=_REGION_BYTES * size[0] * size[1] if demands.cleans_masks else 0,
         )
 
+    @property
+    def needed(self) -> int:
+        """Return the bytes that a single click and mask need."""
+        return _FIXED_BYTES + max(4 * max(self.tables + self.chunk_click, self.mask), self.regions)
+
     def check(self, max_memory: int, size: tuple[int, int]) -> None:
         """Raise ``ValueError`` where a single click or mask needs more than ``max_memory``."""
-        needed = _FIXED_BYTES + max(4 * max(self.tables + self.chunk_click, self.mask), self.regions)
-        if max_memory < needed:
+        if max_memory < self.needed:
             raise ValueError(
                 f"max_memory of {max_memory / 1e6:.0f} MB is too little for masks of {size[0]}x{size[1]} "
-                f"(height x width): at least {needed / 1e6:.0f} MB are needed to take them one by one"
+                f"(height x width): at least {self.needed / 1e6:.0f} MB are needed to take them one by one"
             )
 
     def clicks_within(self, capacity: int) -> int:
