@@ -102,7 +102,7 @@ class ImageTables(NamedTuple):
     @property
     def tensors(self) -> list[Tensor]:
         """Return the tables themselves, without the weights that they are read with."""
-        readings = [step.reading for step in (*self.updates, *self.readers)]
+        readings = [update.reading for update in self.updates] + [reader.reading for reader in self.readers]
         tables = [self.final, *(reader.shared_values for reader in self.readers)]
         tables += [table for reading in readings for table in (reading.shared, reading.positions) if table is not None]
         return tables + [table for update in self.updates for table in (*update.values, *update.biases, *update.norms)]
