@@ -11,13 +11,13 @@ import torch
 
 from fastsam_kernels import Kernels, check_kernels
 
-from .checkpoint import CheckpointError, read_checkpoint
-from .checkpoint.quantized import widened
+from .checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from .checkpoint.quantized import check_quantization, widened
 from .config import VARIANTS, SamConfig, variant_config
 from .modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer  # noqa: F401
 from .modeling.build import build_empty, build_from_config
 from .modeling.promptable import PromptableModel
-from .modeling.quantization import check_scheme, place_quantized_linears, quantize_in_place
+from .modeling.quantization import place_quantized_linears, quantize_in_place
 from .system.hardware import usable_device
 
 NANO_CHECKPOINT = Path(__file__).parent / "assets" / "nano.safetensors"
@@ -74,20 +74,10 @@ def load_model(
         raise TypeError(f"dtype must be a torch.dtype like torch.bfloat16, got {dtype!r}")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type, got {dtype}")
-    if quantize is not None:
-        check_scheme(quantize, device, check_kernels(kernels))
     stored = read_checkpoint(checkpoint, variant, image_size)
-    if quantize is not None and stored.quantization not in (None, quantize):
-        raise ValueError(f"{checkpoint} is quantised to {stored.quantization}: it cannot be quantised to {quantize}")
+    check_quantization(stored.quantization, quantize, device, check_kernels(kernels))
 
-    model = build_empty(stored.config)
-    if stored.quantization is not None:
-        check_scheme(stored.quantization, device, check_kernels(kernels))
-        place_quantized_linears(model, stored.quantization)
-    model.load_state_dict(widened(stored.state_dict), strict=True, assign=True)
-    for name in ("pixel_mean", "pixel_std"):
-        values = torch.tensor(getattr(stored.config, name), dtype=torch.float32, device="cpu")
-        setattr(model, name, values.view(-1, 1, 1))
+    model = _filled(stored)
     model.kernels = kernels
     if quantize is not None and stored.quantization is None:
         quantize_in_place(model, quantize)
@@ -96,6 +86,18 @@ def load_model(
         from .inference import Runtime
 
         model.runtime = Runtime(model, compile_encoder=compile)
+    return model
+
+
+def _filled(stored: Checkpoint) -> PromptableModel:
+    """Build a model in fp32 of the weights of a file, codes as they are."""
+    model = build_empty(stored.config)
+    if stored.quantization is not None:
+        place_quantized_linears(model, stored.quantization)
+    model.load_state_dict(widened(stored.state_dict), strict=True, assign=True)
+    for name in ("pixel_mean", "pixel_std"):
+        values = torch.tensor(getattr(stored.config, name), dtype=torch.float32, device="cpu")
+        setattr(model, name, values.view(-1, 1, 1))
     return model
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,15 +10,11 @@ import pytest
 import torch
 from comparison import relative_l2
 from models import SMALL_2, TINY, random_image, random_model
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from waiting import SECONDS
 
 import sam
-from sam import CheckpointError, Prompt, SamConfig
-from sam.checkpoint import read_checkpoint
-from sam.checkpoint.into_model import load_into
+from sam import Prompt
 from sam.engine import Engine
 from sam.inference import Runtime, fused_encoder, fused_hiera
 from sam.inference.token_order import Level
@@ -35,6 +28,7 @@ LAYERS = {
     "SAM 2": ("attn.qkv", "attn.proj", "mlp.layers.0", "mlp.layers.1"),
 }
 both = pytest.mark.parametrize("family", CONFIGS)
+one = pytest.mark.parametrize("family", ["SAM", pytest.param("SAM 2", marks=pytest.mark.slow)])
 
 
 def model_of(family: str, **options: Any) -> Any:
@@ -77,7 +71,7 @@ def test_four_layers_of_each_block_are_quantised(family: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("kernels", ["auto", pytest.param("reference", marks=pytest.mark.slow)])
 def test_int8_computes_nearly_what_the_model_does(family: str, kernels: str) -> None:
     model = model_of(family)
     model.kernels = kernels
@@ -118,7 +112,7 @@ def test_a_fused_block_computes_what_its_modules_do(family: str) -> None:
         assert relative_l2(fused, by_modules) < 0.5 * relative_l2(by_modules, run_block(plain, index, x.clone())), index
 
 
-@both
+@one
 def test_hooks_see_what_modules_do(family: str) -> None:
     model = sam.quantize(model_of(family), "int8")
     fused, seen = features(model), []
@@ -128,7 +122,7 @@ def test_hooks_see_what_modules_do(family: str) -> None:
     assert len(seen) == 1
 
 
-@both
+@one
 def test_fp8_by_its_formula(family: str) -> None:
     model = model_of(family)
     model.kernels = "reference"
@@ -167,7 +161,7 @@ def test_outliers_need_moved_scales(family: str) -> None:
     assert relative_l2(features(sam.quantize(hard, "int8", smooth=False)), truth) > 3 * plain
 
 
-@both
+@one
 def test_images_do_not_depend_on_their_batch(family: str) -> None:
     model = sam.quantize(model_of(family), "int8")
     images = [random_image(100, 128, seed) for seed in range(3)]
@@ -177,7 +171,7 @@ def test_images_do_not_depend_on_their_batch(family: str) -> None:
         assert relative_l2(embedding.features, one) < 5e-3  # attention sums in another order, and codes fall
 
 
-@both
+@one
 def test_codes_stay_codes_in_any_dtype(family: str) -> None:
     model = sam.quantize(model_of(family), "int8")
     layer = next(layer for layer in model.modules() if isinstance(layer, QuantizedLinear))
@@ -231,188 +225,3 @@ def test_embeddings_of_another_scheme_are_refused_by_name() -> None:
     embedding = model.encode(IMAGE)
     with pytest.raises(ValueError, match=r"made by model custom [0-9a-f]+, not by this model, custom-int8 [0-9a-f]+"):
         sam.quantize(model, "int8").predict(embedding, [Prompt([(1, 1)], [1])])
-
-
-# Files --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("family", "scheme"), [("SAM", "int8"), ("SAM", "fp8"), ("SAM 2", "int8")])
-def test_a_file_holds_codes_and_says_their_scheme(family: str, scheme: str, tmp_path: Path) -> None:
-    plain = model_of(family)
-    plain.kernels = "reference"
-    model, path = sam.quantize(plain, scheme), tmp_path / "model.safetensors"
-    sam.save_checkpoint(model, path, metadata={"by": "me"})
-    sam.save_checkpoint(plain, tmp_path / "plain.safetensors")
-    with safe_open(path, framework="pt") as file:
-        assert file.metadata()["sam_quantization"] == scheme
-    stored = read_checkpoint(path)
-    assert (stored.quantization, stored.metadata) == (scheme, {"by": "me"})
-    loaded = sam.load_model(path, kernels="reference")
-    assert loaded.quantization == scheme
-    assert loaded.model_hash == model.model_hash
-    assert torch.equal(features(loaded), features(model))
-    directly = sam.load_model(tmp_path / "plain.safetensors", quantize=scheme, kernels="reference")
-    assert directly.model_hash == model.model_hash
-    assert sam.load_model(path, quantize=scheme, kernels="reference").model_hash == model.model_hash
-
-
-@pytest.fixture(scope="module")
-def quantised_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("quantised") / "int8.safetensors"
-    sam.save_checkpoint(sam.quantize(model_of("SAM"), "int8"), path)
-    return path
-
-
-def change(source: Path, target: Path, edit: Callable[[dict[str, Tensor], dict[str, str]], None]) -> Path:
-    with safe_open(source, framework="pt") as file:
-        state, metadata = {name: file.get_tensor(name) for name in read_checkpoint(source).state_dict}, file.metadata()
-    edit(state, metadata)
-    save_file(state, target, metadata)
-    return target
-
-
-_LAYER = "image_encoder.blocks.0.attn.qkv"
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda s, m: m.pop("sam_quantization"), "quantised, but no entry sam_quantization says by which scheme"),
-        (lambda s, m: m.update(sam_quantization="int4"), "quantised by the scheme 'int4'; known: int8, fp8"),
-        (lambda s, m: m.update(sam_quantization="fp8"), "no fp8 codes with their scales: .*int8 instead of"),
-        (lambda s, m: m.pop("sam_config"), "quantised, but no entry sam_config says of which model"),
-        (lambda s, m: s.pop(f"{_LAYER}.weight_scale"), f"keys that hold no dense.*{_LAYER}.weight .torch.int8"),
-        (lambda s, m: s.pop(f"{_LAYER}.weight"), f"missing keys: {_LAYER}.weight"),
-        (lambda s, m: s[f"{_LAYER}.weight_scale"].zero_(), f"{_LAYER}.weight_scale with scales that are no positive"),
-        (lambda s, m: s[f"{_LAYER}.weight"].fill_(-128), f"{_LAYER}.weight with codes below -127"),
-    ],
-    ids=["no scheme", "unknown scheme", "another scheme", "no config", "no scale", "no codes", "zero scale", "-128"],
-)
-def test_damaged_files_are_named(quantised_file: Path, tmp_path: Path, edit: Any, message: str) -> None:
-    path = change(quantised_file, tmp_path / "damaged.safetensors", edit)
-    with pytest.raises(CheckpointError, match=f"damaged.safetensors: .*{message}"):
-        sam.load_model(path)
-
-
-def test_other_layouts_do_not_take_quantised_weights(quantised_file: Path, tmp_path: Path) -> None:
-    model = sam.load_model(quantised_file)
-    for path, layout in (("model.pth", "official"), ("model.safetensors", "transformers"), ("folder", "transformers")):
-        with pytest.raises(ValueError, match="weights quantised to int8 are written as"):
-            sam.save_checkpoint(model, tmp_path / path, layout)
-    with pytest.raises(CheckpointError, match="its weights are quantised to int8, which only"):
-        load_into(model_of("SAM"), quantised_file)
-    with pytest.raises(ValueError, match="is quantised to int8: it cannot be quantised to fp8"):
-        sam.load_model(quantised_file, quantize="fp8", kernels="reference")
-    sam.save_checkpoint(model, tmp_path / "half.safetensors", dtype=torch.float16)
-    half = read_checkpoint(tmp_path / "half.safetensors").state_dict
-    assert half[f"{_LAYER}.weight"].dtype == torch.int8
-    assert half[f"{_LAYER}.weight_scale"].dtype == torch.float32
-    assert half[f"{_LAYER}.bias"].dtype == torch.float16
-
-
-# Refusals -----------------------------------------------------------------------------------------------------
-
-
-class LoRA(nn.Module):
-    """A linear layer with something small beside it."""
-
-    def __init__(self, linear: nn.Module) -> None:
-        super().__init__()
-        self.linear, self.small = linear, nn.Linear(64, 192)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + self.small(x)
-
-
-def test_a_quantised_model_is_not_trained() -> None:
-    model = sam.quantize(model_of("SAM"), "int8")
-    assert not any(weight.requires_grad for weight in model.parameters())
-    for module in (model, model.image_encoder):
-        with pytest.raises(ValueError, match="the model is quantised to int8, whose codes take no"):
-            module.train()
-    assert not any(module.training for module in model.modules())
-    model.mask_decoder.train().eval()
-    with pytest.raises(ValueError, match="has no backward"):
-        model.image_encoder(torch.zeros(1, 3, 128, 128, requires_grad=True))
-
-
-@both
-@pytest.mark.parametrize("kernels", ["auto", "reference"])
-def test_adapters_go_on_before(family: str, kernels: str) -> None:
-    model = sam.quantize(model_of(family), "int8")
-    model.kernels = kernels
-    features(model)
-    holder, path = (
-        (model.image_encoder, "blocks.1") if family == "SAM" else (model.image_encoder.trunk, "trunk.blocks.1")
-    )
-    holder.blocks[1].attn.qkv = LoRA(holder.blocks[1].attn.qkv)
-    with pytest.raises(
-        ValueError, match=f"image_encoder.{path}.attn.qkv is a LoRA, but the model is quantised to int8"
-    ):
-        features(model)
-
-
-def test_what_is_not_plain_is_not_quantised() -> None:
-    model = model_of("SAM")
-    block = model.image_encoder.blocks[1]
-    block.attn.qkv = LoRA(block.attn.qkv)
-    with pytest.raises(ValueError, match=r"image_encoder.blocks.1.attn.qkv is a LoRA, not a torch.nn.Linear: merge"):
-        sam.quantize(model, "int8")
-    block.attn.qkv = block.attn.qkv.linear
-    hook = block.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"image_encoder.blocks.1 has a forward hook"):
-        sam.quantize(model, "int8")
-    hook.remove()
-    result = sam.quantize(model, "int8")
-    with pytest.raises(ValueError, match="the model is quantised to int8 already"):
-        sam.quantize(result, "int8")
-    with pytest.raises(TypeError, match=r"model must be a sam.Sam or a sam.SAM2Base, got Linear"):
-        sam.quantize(nn.Linear(1, 1), "int8")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="calibration needs at least one image, got none"):
-        sam.quantize(model, "int8", [])
-
-
-def test_state_dicts_of_other_weights_are_refused() -> None:
-    model = model_of("SAM")
-    result = sam.quantize(model, "int8")
-    state = result.state_dict()
-    state[f"{_LAYER}.weight"] = model.state_dict()[f"{_LAYER}.weight"]
-    with pytest.raises(
-        ValueError, match=f"{_LAYER}.weight is quantised to int8 and takes torch.int8, got torch.float32"
-    ):
-        result.load_state_dict(state)
-    before = features(result)
-    other = sam.quantize(model_of("SAM", seed=1), "int8")
-    result.load_state_dict(other.state_dict())
-    assert torch.equal(features(result), features(other))
-    assert not torch.equal(features(result), before)
-
-
-def test_schemes_that_a_device_lacks(tmp_path: Path) -> None:
-    needed = "fp8 needs an NVIDIA GPU of compute capability 8.9 or newer, got cpu"
-    model = model_of("SAM")
-    with pytest.raises(ValueError, match=needed):
-        sam.quantize(model, "fp8")
-    with pytest.raises(ValueError, match=needed):
-        sam.load_model(quantize="fp8", device="cpu")
-    with pytest.raises(ValueError, match="scheme must be one of int8, fp8, got 'int4'"):
-        sam.load_model(quantize="int4", device="cpu")
-    model.kernels = "reference"
-    result = sam.quantize(model, "fp8")
-    assert "cannot run" not in result.explain()
-    result.kernels = "auto"
-    with pytest.raises(ValueError, match=needed):
-        features(result)
-    assert "fp8, a scale per token and output channel, which cannot run: fp8 needs" in result.explain()
-
-
-def test_position_tables_of_a_quantised_file_are_resized(quantised_file: Path) -> None:
-    model = sam.load_model(quantised_file, image_size=160)
-    assert model.quantization == "int8"
-    assert model.encode(IMAGE).features.shape[-1] == 10
-
-
-def test_configs_are_of_the_plain_model(quantised_file: Path) -> None:
-    with safe_open(quantised_file, framework="pt") as file:
-        assert SamConfig.from_json(file.metadata()["sam_config"]) == TINY
-        assert "quant" not in json.dumps(file.metadata()["sam_config"])

@@ -28,6 +28,7 @@ NOT_RUN = {
     "fastsam run": "replaces this process by a program: tests/test_run.py",
     "curl ": "tests/test_service_process.py and tests/test_server_video_files.py send them to a service",
     "python -m sam track": "takes weights of SAM 2: tests/test_track_cli.py",
+    "python -m sam quantize": "its gates are for many masks: tests/test_fidelity.py",
     "python -m sam verify": "minutes of fp64: tests/test_verify.py",
 }
 # What the page says for official weights and a GPU, and what stands in their place: the embedded weights, fewer clicks.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastsam_kernels import SCHEMES
 
+from ..modeling.quantization import check_scheme
 from .errors import CheckpointError, listing
 from .families import Config, empty_state
 
@@ -52,6 +53,15 @@ def check_codes(state: Mapping[str, Tensor], config: Config, scheme: str) -> Non
             wrong.append(f"{name} with codes below -127")
     if wrong:
         raise CheckpointError(f"the weights are no {scheme} codes with their scales: {listing(wrong)}")
+
+
+def check_quantization(stored: str | None, quantize: str | None, device: torch.device, kernels: str) -> None:
+    """Raise ``ValueError`` unless weights ``stored`` by a scheme, or plain, can be quantised so and run on a device."""
+    for scheme in (quantize, stored):
+        if scheme is not None:
+            check_scheme(scheme, device, kernels)
+    if None not in (quantize, stored) and quantize != stored:
+        raise ValueError(f"the weights are quantised to {stored}: they cannot be quantised to {quantize}")
 
 
 def widened(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
