@@ -46,7 +46,7 @@ def usual_memory(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Demands:
-    """What clicks need memory for beside the decoder's answers.
+    """Hold what clicks need memory for beside the decoder's answers.
 
     Attributes:
         masks_per_click: masks that are made of a click, at most.
