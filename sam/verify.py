@@ -87,7 +87,7 @@ class Models:
         result, plain, truth = (run(model).double() for model in (self.ours, self.plain, self.truth))
         error, noise = relative_error(result, truth), relative_error(plain, truth)
         budget = Budget(noise, dtype or self.ours.dtype).limit
-        return Check(operation, case, error, noise, budget, _least_iou(result, truth) if masks else None)
+        return Check(operation, case, error, noise, budget, least_iou(result, truth) if masks else None)
 
 
 @torch.no_grad()
@@ -315,7 +315,7 @@ def drawn_image(side: int) -> np.ndarray:
     return image.clip(0, 255).astype(np.uint8)
 
 
-def _least_iou(result: Tensor, truth: Tensor) -> float:
+def least_iou(result: Tensor, truth: Tensor) -> float:
     """Return the smallest IoU of masks [P, M, h, w] as logits; two empty masks agree."""
     a, b = result > 0, truth > 0
     union = (a | b).sum((-1, -2))

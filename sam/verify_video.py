@@ -1,12 +1,14 @@
 """Verify that a model on this machine tracks as the formulas say, in the budgets of :mod:`sam.verify`.
 
-What differs from frame to frame starts from the same memories: those of the truth, as it keeps them.
+Single steps start from the same memories: those of the truth, as it keeps them. Then a whole video is tracked, where
+each model goes on from memories of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,35 +16,88 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from fastsam_kernels.numerics import Budget, relative_error
+
 from .modeling.promptable import PromptableModel
 from .prompts.prompt import Prompt
-from .verify import Check, Models, drawn_image
+from .verify import Check, Models, drawn_image, least_iou
 from .video.frames import frame_of
 from .video.session import TrackingSession
 
-_FRAMES = 4
+_STEP_FRAMES = 4  # of which the last is the one that is compared
+DRIFT_FRAMES = 20
+# A CPU tracks so many tokens of frames; a frame of 1024 px in fp64 takes it a while.
+_CPU_TOKENS, _LEAST_DRIFT = DRIFT_FRAMES * 32**2, 5
+
+
+class FrameDrift(NamedTuple):
+    """Holds a frame of a video: ``error`` and ``noise`` as of a :class:`Check`, the smallest IoU, the objects seen."""
+
+    error: float
+    noise: float
+    mask_iou: float
+    seen: int
+
+
+@dataclass(frozen=True)
+class Drift(Check):
+    """Hold the comparison of a video, of its frames together and of each.
+
+    Attributes:
+        frames: those that are tracked, in their order.
+    """
+
+    frames: tuple[FrameDrift, ...] = ()
+
+    @property
+    def growth(self) -> float:
+        """Return the factor by which the error grows from a frame to the next, of the line through its logarithms."""
+        logs = np.log([max(frame.error, np.finfo(float).eps) for frame in self.frames])
+        return float(np.exp(np.polyfit(range(len(logs)), logs, 1)[0])) if len(logs) > 1 else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        frames = [frame._asdict() for frame in self.frames]
+        return {**super().to_dict(), "frames": frames, "growth": self.growth}
+
+
+def drift_frames(model: PromptableModel) -> int:
+    """Return over how many frames drift is measured: 20, on a CPU fewer where frames are larger than 512 px."""
+    if model.device.type != "cpu":
+        return DRIFT_FRAMES
+    return max(_LEAST_DRIFT, min(DRIFT_FRAMES, _CPU_TOKENS // (model.image_size // 16) ** 2))
 
 
 @torch.no_grad()
-def verify_video(model: PromptableModel, frames: Sequence[np.ndarray] | None = None) -> Iterator[Check]:
-    """Compare memories, and a tracked frame of several objects, with plain PyTorch in fp64, and yield the results.
+def verify_video(
+    model: PromptableModel, frames: Sequence[np.ndarray] | None = None, drift: int | None = None
+) -> Iterator[Check]:
+    """Compare memories, a tracked frame and a tracked video with plain PyTorch in fp64, and yield the results.
 
     Args:
         model: of SAM 2, with its memory.
-        frames: at least two, [H, W, 3] uint8 RGB; None draws some.
+        frames: at least two, [H, W, 3] uint8 RGB, of which the first ``drift`` are the video; None draws some.
+        drift: frames of the video, at least two; by default :func:`drift_frames`.
 
     Yields:
-        one check per comparison; the model is right where all have ``passed``.
+        one check per comparison, the last one a :class:`Drift`; the model is right where all have ``passed``.
 
     Raises:
         TypeError: a model that cannot track.
         ValueError: fewer than two frames.
     """
-    frames = drawn_frames(model.image_size) if frames is None else frames
-    if len(frames) < 2:
-        raise ValueError(f"a frame is tracked from those before it: at least two are needed, got {len(frames)}")
-    _begun(model, frames)  # says what cannot track
+    count = drift_frames(model) if drift is None else drift
+    for number in (count, _STEP_FRAMES if frames is None else len(frames)):
+        if number < 2:
+            raise ValueError(f"a frame is tracked from those before it: at least two are needed, got {number}")
+    video = drawn_frames(model.image_size, max(count, _STEP_FRAMES)) if frames is None else frames
+    _begun(model, video)  # says what cannot track
     models = Models.of(model)
+    yield from _step_checks(models, video[:_STEP_FRAMES])
+    yield compare_videos(models, video[:count])
+
+
+def _step_checks(models: Models, frames: Sequence[np.ndarray]) -> Iterator[Check]:
+    """Compare memories, and a tracked frame of several objects, that start from the memories of the truth."""
     truth: Any = models.truth
     session = _begun(truth, frames)
     for frame in frames[:-1]:
@@ -78,9 +133,41 @@ def verify_video(model: PromptableModel, frames: Sequence[np.ndarray] | None = N
     yield models.compare("tracked frame", "all objects", tracked, masks=True)
 
 
-def drawn_frames(side: int) -> list[np.ndarray]:
+def compare_videos(models: Models, frames: Sequence[np.ndarray]) -> Drift:
+    """Track a video with each model; of its error and its noise those of the worst object count.
+
+    Memories are as wide as the model: bf16, in which they are kept else, rounds either way and would hide the rest.
+    Logits are cut as officially at 32, or those of absent objects would outweigh all others.
+    """
+    limit = models.ours.low_res_limit
+
+    def tracked(model: Any) -> Tensor:
+        session = _begun(model, frames)
+        session._memory_dtype = model.dtype
+        logits = [session.step(frame).low_res_logits.double().clamp(-limit, limit) for frame in frames]
+        return torch.stack(logits[1:])  # the first one has the prompts
+
+    result, plain, truth = map(tracked, (models.ours, models.plain, models.truth))
+
+    def worst(logits: Tensor, rows: slice | int = slice(None)) -> float:
+        objects = range(truth.shape[1])
+        return max(relative_error(logits[rows, index], truth[rows, index]) for index in objects)
+
+    rows = range(len(truth))
+    seen = (truth > -limit).flatten(2).any(2).sum(1).tolist()
+    of_frames = tuple(
+        FrameDrift(worst(result, row), worst(plain, row), least_iou(result[row], truth[row]), seen[row]) for row in rows
+    )
+    error, noise = worst(result), worst(plain)
+    case = f"{len(frames)} frames of {models.ours.image_size} px"
+    budget = Budget(noise, models.ours.dtype).limit
+    least = min(frame.mask_iou for frame in of_frames)
+    return Drift("tracked video", case, error, noise, budget, least, of_frames)
+
+
+def drawn_frames(side: int, count: int) -> list[np.ndarray]:
     """Draw a landscape that goes by, frames [H, W, 3] uint8, the same everywhere."""
-    return [np.roll(drawn_image(side), index * side // 32, axis=1) for index in range(_FRAMES)]
+    return [np.roll(drawn_image(side), index * side // 32, axis=1) for index in range(count)]
 
 
 def _begun(model: Any, frames: Sequence[np.ndarray]) -> TrackingSession:

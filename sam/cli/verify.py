@@ -14,21 +14,27 @@ from ..images.read import read_image
 from ..modeling.promptable import PromptableModel
 from ..system.atomic_write import write_atomically
 from ..verify import Check, verify
-from ..verify_video import verify_video
+from ..verify_video import Drift, drift_frames, verify_video
 from .model import model_from
 
 
 def run(args: argparse.Namespace) -> int:
     """Run all checks, print one line per check; return 1 if some are over budget, else 0."""
+    if args.frames is not None and not args.video:
+        raise ValueError("--frames is of --video: images have no drift")
     model = model_from(args)
     image = None if args.image is None else read_image(args.image)
     print(describe(model))
     checks: list[Check] = []
-    to_come = verify_video(model) if args.video else verify(model, image)
+    if args.video:
+        frames = drift_frames(model) if args.frames is None else args.frames
+        print(f"drift is measured over {frames} frames of {model.image_size} px")
+    to_come = verify_video(model, drift=args.frames) if args.video else verify(model, image)
     with tqdm(unit=" checks", disable=None, leave=False) as bar:
         for check in to_come:
             checks.append(check)
-            bar.write(to_line(check), file=sys.stdout)
+            for line in to_lines(check):
+                bar.write(line, file=sys.stdout)
             bar.update()
     failed = [check for check in checks if not check.passed]
     if args.json:
@@ -50,11 +56,20 @@ def describe(model: PromptableModel) -> str:
     return f"{model.name} {model.model_hash}, {dtype}, kernels {kernels}, {where}, torch {torch.__version__}"
 
 
-def to_line(check: Check) -> str:
-    """Return one line on a check: its error, noise, budget and verdict."""
+def to_lines(check: Check) -> list[str]:
+    """Return a line on a check, its error, noise, budget and verdict; of drift, one on each frame before it."""
     verdict = "ok" if check.passed else "OVER BUDGET"
     masks = "" if check.mask_iou is None else f", mask IoU {check.mask_iou:.4f}"
-    return (
+    frames: list[str] = []
+    if isinstance(check, Drift):
+        frames = [
+            f"  frame {number:<2} error {frame.error:.1e}, plain PyTorch {frame.noise:.1e}, "
+            f"mask IoU {frame.mask_iou:.4f}, objects seen {frame.seen}"
+            for number, frame in enumerate(check.frames, 1)
+        ]
+        masks += f", error times {check.growth:.2f} a frame"
+    return [
+        *frames,
         f"{check.operation + ', ' + check.case:<50} error {check.error:.1e}, plain PyTorch {check.noise:.1e}, "
-        f"budget {check.budget:.1e}{masks}: {verdict}"
-    )
+        f"budget {check.budget:.1e}{masks}: {verdict}",
+    ]

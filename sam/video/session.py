@@ -48,6 +48,8 @@ class TrackingSession:
         size: its (height, width); zeros before the first.
     """
 
+    _memory_dtype = torch.bfloat16  # as officially, whatever the dtype of the model
+
     def __init__(
         self,
         model: SAM2Base,
@@ -212,7 +214,7 @@ class TrackingSession:
         for each, own in zip(tracked, found.one_by_one(), strict=True):
             each.masks, each.iou, each.scores, each.tracked = own.masks, own.iou, own.scores, self.frame
             each.outputs["non_cond_frame_outputs"][self.frame] = {
-                "maskmem_features": own.memories.to(torch.bfloat16),
+                "maskmem_features": own.memories.to(self._memory_dtype),
                 "maskmem_pos_enc": [own.positions],
                 "obj_ptr": own.pointers,
             }
@@ -276,7 +278,7 @@ class TrackingSession:
             object_score_logits=answer[6],
             is_mask_from_pts=True,
         )
-        output = {"maskmem_features": memory.to(torch.bfloat16), "maskmem_pos_enc": positions, "obj_ptr": answer[5]}
+        output = {"maskmem_features": memory.to(self._memory_dtype), "maskmem_pos_enc": positions, "obj_ptr": answer[5]}
         return {**output, "scores": answer[6]}, masks, answer[2].float().amax(dim=1)
 
     def _forget(self) -> None:
