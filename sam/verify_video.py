@@ -139,7 +139,7 @@ def compare_videos(models: Models, frames: Sequence[np.ndarray]) -> Drift:
     Memories are as wide as the model: bf16, in which they are kept else, rounds either way and would hide the rest.
     Logits are cut as officially at 32, or those of absent objects would outweigh all others.
     """
-    limit = models.ours.low_res_limit
+    limit: Any = models.ours.low_res_limit
 
     def tracked(model: Any) -> Tensor:
         session = _begun(model, frames)
