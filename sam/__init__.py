@@ -132,6 +132,7 @@ _SUBMODULES = {
     "prompts",
     "sam2",
     "sessions",
+    "text",
     "utils",
     "verify",
     "video",

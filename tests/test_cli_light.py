@@ -10,7 +10,7 @@ import fastsam_kernels
 from sam.checkpoint import LAYOUTS
 from sam.cli import model, parsers
 
-COMMANDS = ("segment", "auto", "serve", "info", "verify", "convert", "demo", "run")
+COMMANDS = ("segment", "auto", "serve", "info", "verify", "convert", "demo", "run", "text")
 
 # One process: what one of these lines imported, the ones behind it would be blamed for, so it stops there.
 PROBE = """
@@ -43,6 +43,8 @@ def test_help_version_and_usage_errors_import_no_torch() -> None:
         ["segment", "x.png", "--point", "1"],
         ["segment", "x.png", "--box", "a,b"],
         ["auto", "x.png", "--format", "pickle"],
+        ["text", "x.png", "--detector", "d"],
+        ["text", "x.png", "--detector", "d", "--label", "cat=often"],
         ["serve", "--port", "x"],
         ["info", ""],
         ["verify", "--dtype", "int8"],

@@ -53,6 +53,7 @@ FLOORS = {
     "sam.automatic_mask_generator": (9, "front"),
     "sam.build_sam": (9, "front"),
     "sam.drop_in": (9, "front"),
+    "sam.text": (9, "text"),
     "sam.engine": (10, "engine"),
     "sam.fidelity": (10, "fidelity"),
     "sam.training": (10, "training"),

@@ -29,6 +29,7 @@ NOT_RUN = {
     "curl ": "tests/test_service_process.py and tests/test_server_video_files.py send them to a service",
     "python -m sam track": "takes weights of SAM 2: tests/test_track_cli.py",
     "python -m sam quantize": "its gates are for many masks: tests/test_fidelity.py",
+    "python -m sam text": "takes a detector: tests/test_text_cli.py",
     "python -m sam verify": "minutes of fp64: tests/test_verify.py",
 }
 # What the page says for official weights and a GPU, and what stands in their place: the embedded weights, fewer clicks.
@@ -38,8 +39,20 @@ IN_PLACE = {
         '"sam2.1_hiera_t.yaml", device="cpu", hydra_overrides_extra=["++model.image_size=128"]'
     ),
     "points_per_side=32": "points_per_side=2",
+    'sam.text.load_detector("llmdet_tiny")': "LeftHalf()",  # loading: tests/test_text_labels.py
     "auto photos/": "auto photos/ --points-per-side 2",
 }
+
+
+class LeftHalf:
+    """A detector that finds each image's last label in the left half."""
+
+    def detect(self, images: list[np.ndarray], labels: list[list[str]], threshold: float) -> list[sam.text.Detections]:
+        boxes = [torch.tensor([[0, 0, image.shape[1] / 2, image.shape[0]]]) for image in images]
+        return [
+            sam.text.Detections(box, torch.tensor([0.9]), torch.tensor([len(own) - 1]))
+            for box, own in zip(boxes, labels, strict=True)
+        ]
 
 
 def blocks(language: str) -> list[str]:
@@ -81,6 +94,7 @@ def test_python_blocks(folder: Path, photo: np.ndarray) -> None:
         "frames": [photo, photo, photo],
         "paths": ["photo.jpg", "photos/cat.png"],
         "torch": torch,
+        "LeftHalf": LeftHalf,
     }
     ran = [block for block in blocks("python") if block not in SERVICE]
     assert len(ran) >= 6
@@ -90,6 +104,7 @@ def test_python_blocks(folder: Path, photo: np.ndarray) -> None:
     assert scope["first"].masks.shape == (2, 3, *photo.shape[:2])  # type: ignore[attr-defined]
     assert scope["embedding"].image_hash == scope["embeddings"][0].image_hash  # type: ignore[attr-defined, index]
     assert scope["answer"].mask().shape == photo.shape[:2]  # type: ignore[attr-defined]
+    assert [each.labels for each in scope["found"]] == [["traffic light"], ["boat"]]  # type: ignore[attr-defined]
     assert scope["result"].objects == ("cat", "dog")  # type: ignore[attr-defined]
     assert scope["prediction"].masks.shape[-2:] == photo.shape[:2]  # type: ignore[attr-defined]
 

@@ -13,6 +13,7 @@ from ..masks.formats import FORMATS, MaskFormat
 from ..prompts import wire
 from .run import DESCRIPTION as RUN_DESCRIPTION
 from .serve import wait_passively
+from .text_options import add_text
 
 # As ``fastsam_kernels.KERNELS`` and ``SCHEMES``, ``sam.checkpoint.LAYOUTS``, and the dtypes of ``.model``.
 # These modules import torch.
@@ -52,6 +53,7 @@ def add_commands(commands: Any) -> None:
     adders = (add_segment, add_auto, add_track, add_serve, add_info, add_verify)
     for add in (*adders, add_convert, add_quantize, add_demo, add_run):
         add(commands)
+    add_text(commands, _add_common)
 
 
 def add_segment(commands: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from ..prompts.prompt import Prompt
 
@@ -17,13 +17,16 @@ _COLORS = np.array(
 _FILL = 0.45  # weight of the mask's colour over the image
 
 
-def draw_overlay(image: np.ndarray, masks: np.ndarray, prompts: Sequence[Prompt] = ()) -> Image.Image:
+def draw_overlay(
+    image: np.ndarray, masks: np.ndarray, prompts: Sequence[Prompt] = (), names: Sequence[str] = ()
+) -> Image.Image:
     """Draw masks in colour with a contour, and prompts on top.
 
     Args:
         image: [H, W, 3] uint8.
         masks: [N, H, W] bool, later ones over earlier ones.
         prompts: their points (object: green disc, background: red disc) and boxes.
+        names: of the first prompts, written into their boxes.
     """
     canvas = image.astype(np.float32)
     for index, mask in enumerate(masks):
@@ -44,6 +47,11 @@ def draw_overlay(image: np.ndarray, masks: np.ndarray, prompts: Sequence[Prompt]
                     fill = (0, 200, 0) if label else (220, 0, 0)
                     disc = (x - radius, y - radius, x + radius, y + radius)
                     draw.ellipse(disc, fill=fill, outline=(255, 255, 255), width=2)
+    font = ImageFont.load_default(max(10, 4 * radius))
+    for prompt, name in zip(prompts, names, strict=False):
+        if prompt.box is not None:
+            place = (prompt.box[0] + radius, prompt.box[1] + radius)
+            draw.text(place, name, fill=(255, 255, 255), font=font, stroke_width=2, stroke_fill=(0, 0, 0))
     return picture
 
 
