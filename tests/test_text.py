@@ -16,6 +16,7 @@ from sam.text import Detections, GroundingDino, Owl, TextMasks, segment
 
 pytest.importorskip("transformers", reason="text prompts need transformers")
 import text_models
+from models import TINY, random_model
 
 LABELS = [["cat", "red car"], ["dog"], ["Traffic  Light", "person", "bus"], ["tree", "cat"]]
 Searched = list[tuple[Tensor, Tensor, Tensor]]  # boxes, scores and label ids of each image
@@ -25,6 +26,12 @@ Searched = list[tuple[Tensor, Tensor, Tensor]]  # boxes, scores and label ids of
 def images(photo: np.ndarray) -> list[np.ndarray]:
     """Four photographs of three sizes, two of which are resized to the same."""
     return [photo, photo[:, ::-1].copy(), photo[:200, :150].copy(), photo[20:120, 100:400].copy()]
+
+
+@pytest.fixture(scope="module")
+def model() -> sam.Sam:
+    """A model whose masks are of no matter."""
+    return random_model(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -208,10 +215,10 @@ def test_masks_are_those_of_the_predictor_box_by_box(
     assert total > 8
 
 
-def test_handles_of_a_result_take_corrections(dino: GroundingDino, images: list[np.ndarray], nano: sam.Sam) -> None:
-    (found,) = segment(nano, dino, images[:1], [["cat"]], threshold=0.3)
+def test_handles_of_a_result_take_corrections(dino: GroundingDino, images: list[np.ndarray], model: sam.Sam) -> None:
+    (found,) = segment(model, dino, images[:1], [["cat"]], threshold=0.3)
     correction = sam.Prompt([(30, 30)], [0], box=found.boxes[0].numpy(), mask_input=found.low_res_logits[0].numpy())
-    assert nano.predict(found.embedding, [correction], multimask_output=False).masks.shape == (1, 1, 300, 451)
+    assert model.predict(found.embedding, [correction], multimask_output=False).masks.shape == (1, 1, 300, 451)
 
 
 def rows_of(result: TextMasks) -> list[tuple[str, tuple[float, ...]]]:
@@ -220,8 +227,8 @@ def rows_of(result: TextMasks) -> list[tuple[str, tuple[float, ...]]]:
     ]
 
 
-def test_no_detection_gives_empty_arrays(dino: GroundingDino, images: list[np.ndarray], nano: sam.Sam) -> None:
-    some, none = segment(nano, dino, images[:2], [["cat"], ["dog"]], thresholds={"dog": 1.0})
+def test_no_detection_gives_empty_arrays(dino: GroundingDino, images: list[np.ndarray], model: sam.Sam) -> None:
+    some, none = segment(model, dino, images[:2], [["cat"], ["dog"]], thresholds={"dog": 1.0})
     assert len(some)
     assert [list(each.shape) for each in (none.masks, none.boxes, none.scores, none.label_ids)] == [
         [0, 300, 451],
@@ -232,7 +239,7 @@ def test_no_detection_gives_empty_arrays(dino: GroundingDino, images: list[np.nd
     assert none.labels == []
     assert none.predicted_iou.shape == (0,)
     assert none.masks.dtype == torch.bool
-    assert segment(nano, dino, [], []) == []
+    assert segment(model, dino, [], []) == []
 
 
 class Fixed:
@@ -257,44 +264,44 @@ def boxes() -> Fixed:
     return Fixed((LEFT, 0.6, 0), (NEARLY_LEFT, 0.8, 1), (RIGHT, 0.5, 1), (RIGHT, 0.4, 0))
 
 
-def test_suppression_is_of_one_label_or_of_all(boxes: Fixed, photo: np.ndarray, nano: sam.Sam) -> None:
+def test_suppression_is_of_one_label_or_of_all(boxes: Fixed, photo: np.ndarray, model: sam.Sam) -> None:
     labels = [["cat", "dog"]]
-    (within_labels,) = segment(nano, boxes, [photo], labels)
+    (within_labels,) = segment(model, boxes, [photo], labels)
     assert rows_of(within_labels) == [("cat", LEFT), ("cat", RIGHT), ("dog", NEARLY_LEFT), ("dog", RIGHT)]
-    (over_all,) = segment(nano, boxes, [photo], labels, agnostic_nms=True)
+    (over_all,) = segment(model, boxes, [photo], labels, agnostic_nms=True)
     assert rows_of(over_all) == [("dog", NEARLY_LEFT), ("dog", RIGHT)]
-    (all_kept,) = segment(nano, boxes, [photo], labels, agnostic_nms=True, nms_thresh=1.0)
+    (all_kept,) = segment(model, boxes, [photo], labels, agnostic_nms=True, nms_thresh=1.0)
     assert len(all_kept) == 4
 
 
-def test_a_negative_label_takes_what_it_beats(boxes: Fixed, photo: np.ndarray, nano: sam.Sam) -> None:
-    (result,) = segment(nano, boxes, [photo], [["cat"]], negative_labels=["dog"])
+def test_a_negative_label_takes_what_it_beats(boxes: Fixed, photo: np.ndarray, model: sam.Sam) -> None:
+    (result,) = segment(model, boxes, [photo], [["cat"]], negative_labels=["dog"])
     assert rows_of(result) == []
     assert boxes.asked == [([["cat", "dog"]], 0.3)]
-    (result,) = segment(nano, boxes, [photo], [["cat"]], negative_labels=["dog"], nms_thresh=0.95)
+    (result,) = segment(model, boxes, [photo], [["cat"]], negative_labels=["dog"], nms_thresh=0.95)
     assert rows_of(result) == [("cat", LEFT)]
     weak = Fixed((LEFT, 0.6, 0), (LEFT, 0.5, 1))
-    (result,) = segment(nano, weak, [photo], [["cat"]], negative_labels=["dog"])
+    (result,) = segment(model, weak, [photo], [["cat"]], negative_labels=["dog"])
     assert rows_of(result) == [("cat", LEFT)]
 
 
-def test_a_threshold_of_a_label_is_its_own(boxes: Fixed, photo: np.ndarray, nano: sam.Sam) -> None:
-    (result,) = segment(nano, boxes, [photo], [["cat", "dog"]], threshold=0.45, thresholds={"DOG": 0.55, "cat": 0.2})
+def test_a_threshold_of_a_label_is_its_own(boxes: Fixed, photo: np.ndarray, model: sam.Sam) -> None:
+    (result,) = segment(model, boxes, [photo], [["cat", "dog"]], threshold=0.45, thresholds={"DOG": 0.55, "cat": 0.2})
     assert rows_of(result) == [("cat", LEFT), ("cat", RIGHT), ("dog", NEARLY_LEFT)]
     assert boxes.asked[0][1] == 0.2
 
 
-def test_a_box_says_where_to_look(boxes: Fixed, photo: np.ndarray, nano: sam.Sam) -> None:
-    left, everywhere = segment(nano, boxes, [photo, photo], [["cat", "dog"]] * 2, within=[(0, 0, 60, 300), None])
+def test_a_box_says_where_to_look(boxes: Fixed, photo: np.ndarray, model: sam.Sam) -> None:
+    left, everywhere = segment(model, boxes, [photo, photo], [["cat", "dog"]] * 2, within=[(0, 0, 60, 300), None])
     assert rows_of(left) == [("cat", LEFT)]  # the other's centre is at 64
     assert len(everywhere) == 4
 
 
-def test_boxes_end_at_the_edges_of_the_picture(photo: np.ndarray, nano: sam.Sam) -> None:
+def test_boxes_end_at_the_edges_of_the_picture(photo: np.ndarray, model: sam.Sam) -> None:
     over = Fixed(
         ((-20.0, 250.0, 100.0, 320.0), 0.9, 0), ((460.0, 10.0, 500.0, 50.0), 0.9, 0), ((5.0, 5.0, 5.0, 9.0), 0.9, 0)
     )
-    (result,) = segment(nano, over, [photo], [["cat"]])
+    (result,) = segment(model, over, [photo], [["cat"]])
     assert rows_of(result) == [("cat", (0.0, 250.0, 100.0, 300.0))]
 
 

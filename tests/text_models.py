@@ -90,5 +90,6 @@ def _spread(model: Any) -> Any:
     """Add noise to every parameter: heads begin at constants, and all boxes and scores would be the same."""
     generator = torch.Generator().manual_seed(7)
     for parameter in model.parameters():
-        parameter += torch.randn(parameter.shape, generator=generator) * 0.25 / parameter.shape[-1] ** 0.5
+        inputs = parameter.shape[-1] if parameter.ndim else 1
+        parameter += torch.randn(parameter.shape, generator=generator) * 0.25 / inputs**0.5
     return model.eval()

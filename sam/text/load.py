@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,11 +74,12 @@ def load_detector(
     local = {"local_files_only": not download}
     kind = _kind_of(place, transformers, local)
     try:
-        model, report = getattr(transformers, kind.model).from_pretrained(
-            place, dtype=dtype, output_loading_info=True, use_safetensors=True, **local
-        )
-        images = getattr(transformers, kind.image_processor).from_pretrained(place, **local)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **local)
+        with _quiet(transformers.logging):
+            model, report = getattr(transformers, kind.model).from_pretrained(
+                place, dtype=dtype, output_loading_info=True, use_safetensors=True, **local
+            )
+            images = getattr(transformers, kind.image_processor).from_pretrained(place, **local)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place, **local)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{place}: {' '.join(str(error).split())}") from error
     for name, wrong in (("missing_keys", "no weights"), ("mismatched_keys", "weights of another shape")):
@@ -85,6 +87,20 @@ def load_detector(
             raise CheckpointError(f"{place} has {wrong} for {listing(sorted(map(str, keys)))}")
     processor = getattr(transformers, kind.processor)(images, tokenizer)
     return kind.detector(model.to(usable_device(device)), processor, **options)
+
+
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Keep transformers' bars and its table of keys off stderr: what counts in there is raised."""
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _checked_folder(folder: Path) -> Path:
