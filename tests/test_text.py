@@ -128,7 +128,7 @@ def test_300_labels_over_six_images_of_four_sizes(dino: GroundingDino, images: l
     labels = list(text_models.NUMBERED)
     dino.passes = 0
     found = dino.detect(six, [labels] * 6, 0.25)
-    captions = -(-300 // 31)  # two tokens a label, and two more
+    captions = -(-300 // 63)  # two tokens a label, and two more
     assert dino.passes == 4 * captions
     for each, image in zip(found, six, strict=True):
         expected = by_score(*dino_by_hand(dino, image, labels, lambda span: span.amax(1)), 0.25)

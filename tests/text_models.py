@@ -30,7 +30,7 @@ def byte_tokenizer() -> Any:
 
 
 def grounding_dino(kind: str = "GroundingDino") -> tuple[Any, Any]:
-    """Return a model of either class, of captions of 64 tokens, and its processor."""
+    """Return a model of either class, of captions of 128 tokens, and its processor."""
     tokenizer = word_tokenizer()
     swin = transformers.SwinConfig(
         image_size=64,
@@ -58,7 +58,7 @@ def grounding_dino(kind: str = "GroundingDino") -> tuple[Any, Any]:
         decoder_ffn_dim=16,
         encoder_attention_heads=2,
         decoder_attention_heads=2,
-        max_text_len=64,
+        max_text_len=128,
         disable_custom_kernels=True,
     )
     model = getattr(transformers, f"{kind}ForObjectDetection")(config)
