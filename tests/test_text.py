@@ -187,6 +187,7 @@ def expected_boxes(raw: Detections, thresholds: Sequence[float], nms_thresh: flo
 def test_masks_are_those_of_the_predictor_box_by_box(
     dino: GroundingDino, images: list[np.ndarray], nano: sam.Sam, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    images, own = images[:3:2], LABELS[:3:2]
     calls: dict[str, int] = {"encoder": 0, "predict": 0}
     predict = nano.predict
     monkeypatch.setattr(
@@ -194,12 +195,12 @@ def test_masks_are_those_of_the_predictor_box_by_box(
     )
     embed = nano.embed
     monkeypatch.setattr(nano, "embed", lambda x, y: (calls.update(encoder=calls["encoder"] + len(y)), embed(x, y))[1])
-    results = segment(nano, dino, images, LABELS, threshold=0.55, thresholds={"Red Car": 0.6})
+    results = segment(nano, dino, images, own, threshold=0.55, thresholds={"Red Car": 0.6})
     assert calls == {"encoder": len(images), "predict": 1}
     monkeypatch.undo()
-    raw = dino.detect(images, LABELS, 0.0)
+    raw = dino.detect(images, own, 0.0)
     predictor, total = sam.SamPredictor(nano), 0
-    for image, labels, found, result in zip(images, LABELS, raw, results, strict=True):
+    for image, labels, found, result in zip(images, own, raw, results, strict=True):
         limits = [0.6 if label == "red car" else 0.55 for label in labels]
         expected = [torch.cat(each) for each in zip(*expected_boxes(found, limits, 0.5, image.shape), strict=True)]
         torch.testing.assert_close(result.boxes, expected[0], atol=1e-5 * max(image.shape), rtol=0)
@@ -213,7 +214,7 @@ def test_masks_are_those_of_the_predictor_box_by_box(
             assert result.predicted_iou[row].item() == pytest.approx(float(scores[0]), abs=1e-5)
             np.testing.assert_allclose(result.low_res_logits[row].numpy(), logits, atol=1e-3)
         total += len(result)
-    assert total > 8
+    assert total > 3
 
 
 def test_handles_of_a_result_take_corrections(dino: GroundingDino, images: list[np.ndarray], model: sam.Sam) -> None:
