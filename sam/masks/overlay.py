@@ -47,7 +47,7 @@ def draw_overlay(
                     fill = (0, 200, 0) if label else (220, 0, 0)
                     disc = (x - radius, y - radius, x + radius, y + radius)
                     draw.ellipse(disc, fill=fill, outline=(255, 255, 255), width=2)
-    font = ImageFont.load_default(max(10, 4 * radius))
+    font = ImageFont.load_default(max(10, 4 * radius)) if names else None
     for prompt, name in zip(prompts, names, strict=False):
         if prompt.box is not None:
             place = (prompt.box[0] + radius, prompt.box[1] + radius)
