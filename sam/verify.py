@@ -29,6 +29,7 @@ from .modeling.feature_pyramid import ImageEncoder
 from .modeling.image_encoder import Block, ImageEncoderViT
 from .modeling.mask_decoder import MaskDecoder
 from .modeling.promptable import PromptableModel
+from .modeling.quantization import dequantized
 from .prompts.batch import ragged_chunks
 from .prompts.prompt import Prompt
 
@@ -73,7 +74,8 @@ class Models:
     def of(cls, model: PromptableModel) -> Models:
         plain = copy.deepcopy(model)  # without what the model derived from its weights
         plain.kernels = "reference"
-        return cls(model, plain, copy.deepcopy(plain).double())
+        # The weights of a quantised model are its codes; that activations are rounded too is noise, and shows as such.
+        return cls(model, plain, dequantized(plain).double())
 
     def compare(
         self,

@@ -25,6 +25,9 @@ def test_facts_of_the_machine(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert facts["device"] == str(sam.load_model().device)
     assert facts["kernels in float32"] == sam.load_model().resolved_kernels
     assert facts["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert set(re.findall(r"int8|fp32|bf16|fp16", facts["fastest products"])) == {"int8", "fp32", "bf16", "fp16"}
+    assert facts["int8"].startswith(("oneDNN", "torch._int_mm", "exact sums"))
+    assert facts["fp8"].startswith(("here", "fp8 needs"))
     assert main(["info", "--env"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(facts)

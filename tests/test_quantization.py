@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from waiting import SECONDS
 
 import sam
+from benchmarks.quantization import plant_outliers
 from sam import Prompt
 from sam.engine import Engine
 from sam.inference import Runtime, fused_encoder, fused_hiera
 from sam.inference.token_order import Level
 from sam.modeling import quantization
 from sam.modeling.quantized_linear import QuantizedLinear
+from sam.verify import verify
 
 IMAGE = random_image(90, 128)
 CONFIGS: dict[str, Any] = {"SAM": TINY, "SAM 2": SMALL_2}
@@ -41,16 +43,7 @@ def features(model: Any) -> Tensor:
 
 def planted(model: Any) -> Any:
     """The same function with channels of outliers: one in eight 64 times as large where it is quantised."""
-    hard, draw = copy.deepcopy(model), torch.Generator().manual_seed(0)
-    generator = pytest.MonkeyPatch()
-    generator.setattr(
-        quantization,
-        "power_of_two",
-        lambda activations, weight: torch.where(torch.rand(activations.shape, generator=draw) < 0.125, 1 / 64, 1.0),
-    )
-    quantization.move_scales(hard, quantization.estimated_maxima(hard))
-    generator.undo()
-    return hard
+    return plant_outliers(model, 0.125, 64.0)
 
 
 @both
@@ -225,3 +218,11 @@ def test_embeddings_of_another_scheme_are_refused_by_name() -> None:
     embedding = model.encode(IMAGE)
     with pytest.raises(ValueError, match=r"made by model custom [0-9a-f]+, not by this model, custom-int8 [0-9a-f]+"):
         sam.quantize(model, "int8").predict(embedding, [Prompt([(1, 1)], [1])])
+
+
+def test_verify_holds_it_against_its_weights_in_fp64() -> None:
+    checks = list(verify(sam.quantize(model_of("SAM"), "int8"), IMAGE))
+    assert {"encoder block", "image encoder", "image to masks"} < {check.operation for check in checks}
+    assert [check for check in checks if not check.passed] == []
+    whole = next(check for check in checks if check.operation == "image encoder")
+    assert whole.noise > 1e-4, "plain PyTorch quantises too"

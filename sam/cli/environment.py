@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from fastsam_kernels import resolve_kernels
+from fastsam_kernels import int8_form, resolve_kernels, why_not_quantized
 
 from ..system.hardware import cpu_name, multiplies_bf16_fast, usable_cores, usable_device
+from ..system.products import describe_products
 
 _PACKAGES = (
     "fastsam-kernels", "torch", "triton", "numpy", "pillow", "safetensors", "scipy", "fastapi", "uvicorn", "httptools",
@@ -39,6 +40,9 @@ def describe_environment() -> dict[str, Any]:
         facts[f"gpu {index}"] = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 1e9:.0f} GB"
     facts["device"] = str(device)
     facts["fast in bf16"] = multiplies_bf16_fast(device)
+    facts["fastest products"] = describe_products(device)
+    facts["int8"] = int8_form(device)
+    facts["fp8"] = why_not_quantized("fp8", device) or "here"
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         facts[f"kernels in {str(dtype).removeprefix('torch.')}"] = resolve_kernels("auto", device, dtype)
     facts.update({name: os.environ[name] for name in _VARIABLES if name in os.environ})

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ..images.read import read_image
 from ..modeling.promptable import PromptableModel
 from ..system.atomic_write import write_atomically
+from ..system.products import describe_products
 from ..verify import Check, verify
 from ..verify_video import Drift, drift_frames, verify_video
 from .model import model_from
@@ -25,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     model = model_from(args)
     image = None if args.image is None else read_image(args.image)
     print(describe(model))
+    print(f"fastest products here: {describe_products(model.device)}")
     checks: list[Check] = []
     if args.video:
         frames = drift_frames(model) if args.frames is None else args.frames

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -134,6 +134,7 @@ def report(
     quantized: PromptableModel,
     images: Mapping[str, np.ndarray],
     *,
+    boxes: Mapping[str, Sequence[Prompt]] | None = None,
     gate: Gate | None = None,
     clicks_per_side: int = 4,
     points_per_side: int = 8,
@@ -141,12 +142,13 @@ def report(
 ) -> Report:
     """Measure how far a quantised model's answers are from the model's, beside those of the model in bf16.
 
-    Prompts need no labels: a grid of clicks, the boxes of the masks that the model rates best for them, and automatic
-    masks. Images that the model knows nothing about say little.
+    Prompts need no labels: a grid of clicks, the boxes of the masks that the model rates best for them unless others
+    are given, and automatic masks. Images that the model knows nothing about say little.
 
     Args:
         model, quantized: as :func:`sam.quantize` takes and returns them.
         images: [H, W, 3] uint8 RGB by name.
+        boxes: prompts of a box each, by the names of the images; None derives them.
         gate: its limits; None takes those of the scheme.
         clicks_per_side: clicks along a side of an image.
         points_per_side: clicks along a side for automatic masks.
@@ -168,15 +170,15 @@ def report(
     worst: list[WorstMask] = []
     for name, image in images.items():
         clicks = grid_of_clicks(image, clicks_per_side)
-        boxes = boxes_of(model, model.encode(image), clicks)
-        truth = answer(model, image, clicks, boxes, points_per_side)
+        asked = boxes_of(model, model.encode(image), clicks) if boxes is None else boxes[name]
+        truth = answer(model, image, clicks, asked, points_per_side)
         progress()
         for row, each in ((scheme, quantized), ("bf16", narrow)):
-            answers = answer(each, image, clicks, boxes, points_per_side)
+            answers = answer(each, image, clicks, asked, points_per_side)
             samples[row].append(compare(truth, answers, threshold))
             if row == scheme:
                 embeddings.append(answers.embedding)
-                worst = _worst([*worst, *_masks_of_boxes(name, boxes, samples[row][-1], truth, answers)])
+                worst = _worst([*worst, *_masks_of_boxes(name, asked, samples[row][-1], truth, answers)])
             progress()
     rows = {name: measure(of_row) for name, of_row in samples.items()}
     settings = {"clicks_per_side": clicks_per_side, "points_per_side": points_per_side}
@@ -223,7 +225,7 @@ def _other_batch(quantized: PromptableModel, images: Mapping[str, np.ndarray], a
 
 
 def _masks_of_boxes(
-    image: str, boxes: list[Prompt], sample: Sample, truth: Answers, answers: Answers
+    image: str, boxes: Sequence[Prompt], sample: Sample, truth: Answers, answers: Answers
 ) -> Iterator[WorstMask]:
     for row, iou in enumerate(sample.box_iou.tolist()):
         yield WorstMask(image, boxes[row], iou, answers.box_masks[row].numpy(), truth.box_masks[row].numpy())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,9 +96,10 @@ def place_quantized_linears(model: PromptableModel, scheme: str) -> None:
 def dequantized(model: PromptableModel) -> PromptableModel:
     """Return a copy with plain linear layers of the weights that the codes stand for; activations are not quantised."""
     copied = copy.deepcopy(model)
-    for _, _, place in quantized_places(copied):
-        if isinstance(place.layer, QuantizedLinear):
-            place.put(place.layer.dequantized())
+    for module in list(copied.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, QuantizedLinear):
+                setattr(module, name, child.dequantized())
     return copied
 
 
@@ -113,8 +114,10 @@ def require_plain(model: PromptableModel) -> None:
     """Raise ``ValueError`` unless every linear layer to be quantised is torch's, of plain weights and without hooks."""
     if model.quantization is not None:
         raise ValueError(f"the model is quantised to {model.quantization} already: quantise the plain one")
-    if not list(blocks_of(uncompiled(model.image_encoder))):
-        raise ValueError(f"image_encoder is a {type(model.image_encoder).__name__}, which has no blocks to quantise")
+    blocks = [block for _, block in blocks_of(uncompiled(model.image_encoder))]
+    if not blocks or not all(hasattr(block, "attn") and hasattr(block, "mlp") for block in blocks):
+        kind = type(model.image_encoder).__name__
+        raise ValueError(f"image_encoder is a {kind}, which has no blocks of ours to quantise")
     for name, module in model.image_encoder.named_modules(prefix="image_encoder"):
         if module._forward_hooks or module._forward_pre_hooks:
             raise ValueError(f"{name} has a forward hook, which a quantised copy would run on other numbers: remove it")
@@ -172,31 +175,6 @@ def estimated_maxima(model: PromptableModel) -> dict[str, Tensor]:
     return maxima
 
 
-def move_scales(model: PromptableModel, maxima: Maxima) -> None:
-    """Divide channels of activations by powers of two, and multiply the weights that read them, in place.
-
-    The norm before qkv and before the MLP takes the division, and for the projection of the attention the rows of qkv
-    that make its values: attention mixes tokens and never channels, and a padded key's value is the bias, which is
-    divided too. In fp32 every result keeps every bit. GELU lets no scale through, and queries and keys are not
-    quantised.
-    """
-    for name, block in blocks_of(uncompiled(model.image_encoder)):
-        qkv, proj, first, _ = (place.layer for place in places_of(block))
-        prefix, names = f"image_encoder.{name}.", [place.name for place in places_of(block)]
-        readers = [qkv, block.proj] if isinstance(getattr(block, "proj", None), nn.Linear) else [qkv]
-        for norm, layers, place_name in ((block.norm1, readers, names[0]), (block.norm2, [first], names[2])):
-            scale = power_of_two(maxima[prefix + place_name], layers[0].weight)
-            norm.weight.div_(scale)
-            norm.bias.div_(scale)
-            for layer in layers:
-                layer.weight.mul_(scale)
-        scale = power_of_two(maxima[prefix + names[1]], proj.weight)
-        qkv.weight.chunk(3)[2].div_(scale[:, None])
-        if qkv.bias is not None:
-            qkv.bias.chunk(3)[2].div_(scale)
-        proj.weight.mul_(scale)
-
-
 def power_of_two(activations: Tensor, weight: Tensor) -> Tensor:
     """Return the scales of input channels that bring those that stand out nearer to the others.
 
@@ -212,3 +190,30 @@ def power_of_two(activations: Tensor, weight: Tensor) -> Tensor:
     exponent = (exponent - exponent[finite].median()).round()
     exponent = torch.where(finite & (exponent.abs() > _KEPT_EXPONENT), exponent, 0.0)
     return torch.exp2(exponent.clamp(-_MAX_EXPONENT, _MAX_EXPONENT)).to(weight.dtype)
+
+
+def move_scales(
+    model: PromptableModel, maxima: Maxima, scale_of: Callable[[Tensor, Tensor], Tensor] = power_of_two
+) -> None:
+    """Divide channels of activations by powers of two, and multiply the weights that read them, in place.
+
+    The norm before qkv and before the MLP takes the division, and for the projection of the attention the rows of qkv
+    that make its values: attention mixes tokens and never channels, and a padded key's value is the bias, which is
+    divided too. In fp32 every result keeps every bit. GELU lets no scale through, and queries and keys are not
+    quantised. ``scale_of`` maps the largest activations of channels and a weight to the powers.
+    """
+    for name, block in blocks_of(uncompiled(model.image_encoder)):
+        qkv, proj, first, _ = (place.layer for place in places_of(block))
+        prefix, names = f"image_encoder.{name}.", [place.name for place in places_of(block)]
+        readers = [qkv, block.proj] if isinstance(getattr(block, "proj", None), nn.Linear) else [qkv]
+        for norm, layers, place_name in ((block.norm1, readers, names[0]), (block.norm2, [first], names[2])):
+            scale = scale_of(maxima[prefix + place_name], layers[0].weight)
+            norm.weight.div_(scale)
+            norm.bias.div_(scale)
+            for layer in layers:
+                layer.weight.mul_(scale)
+        scale = scale_of(maxima[prefix + names[1]], proj.weight)
+        qkv.weight.chunk(3)[2].div_(scale[:, None])
+        if qkv.bias is not None:
+            qkv.bias.chunk(3)[2].div_(scale)
+        proj.weight.mul_(scale)
