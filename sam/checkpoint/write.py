@@ -98,7 +98,7 @@ def write_checkpoint(
         raise ValueError(f"cannot write {path}: {error}") from None
     kept = official.keys() & codes.keys()
     state = _renamed({name: x for name, x in official.items() if name not in kept}, config, layout, dtype)
-    state |= _renamed({name: official[name] for name in kept}, config, layout, None)
+    state |= {name: _copied(official[name]) for name in kept}  # in their dtypes, by the official names
     if path.suffix in _TORCH_SUFFIXES and not folder and not _is_inferred(state, layout, config):
         raise ValueError(
             f"cannot write {path}: a {path.suffix} file has no place for the configuration of this {config.variant} "
@@ -150,6 +150,9 @@ def _is_inferred(state: Mapping[str, Tensor], layout: Layout, config: Config) ->
 def _renamed(
     state: Mapping[str, Tensor], config: Config, layout: Layout, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    values = {name: tensor.detach().cpu().to(dtype or tensor.dtype) for name, tensor in state.items()}
-    stored = family_of(config).stored(values, config, layout)
-    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in stored.items()}
+    values = {name: tensor.detach().to(dtype or tensor.dtype) for name, tensor in state.items()}
+    return {name: _copied(tensor) for name, tensor in family_of(config).stored(values, config, layout).items()}
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
