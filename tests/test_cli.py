@@ -148,6 +148,7 @@ def test_values_may_begin_with_a_minus(tmp_path: Path, image_file: Path, form: l
         (["auto", "x.png", "--crop-overlap-ratio", "-1e-3"], "no such image or folder: x.png"),
         (["segment", "-1,2.png", "--point", "1,1"], "no such image: -1,2.png"),
         (["serve", "--port", "-5"], "the port must be 0 to 65535, got -5"),
+        (["serve", "--max-sessions", "-1"], "max_sessions must not be negative, got -1"),
         (["serve", "--cache-mb", "-3"], "embedding_cache_bytes must not be negative, got -3000000"),
         (["segment", "x.png", "--points", "-1,1"], "unrecognized arguments: --points"),
         (["segment", "x.png", "-p", "1"], "unrecognized arguments: -p"),

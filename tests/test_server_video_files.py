@@ -160,6 +160,7 @@ def test_what_a_session_refuses_while_it_tracks_a_file(
     assert send(local, other, clip.read_bytes())[1]["error"]["code"] == "queue_full"  # one file at a time
     run = local.service.sessions._open[session.rpartition("/")[2]].run
     assert run is not None
+    assert run.decoder is not None
     assert run.decoder._process.poll() is None
     assert local.request("DELETE", session)[0] == 200
     assert run.decoder._process.poll() is not None

@@ -205,6 +205,9 @@ def add_serve(commands: Any) -> None:
     parser.add_argument("--insecure", action="store_true", help="let other machines in without a token")
     parser.add_argument("--max-batch", type=int, default=16, metavar="N", help="prompts decoded together (default: 16)")
     parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests waiting (default: 256)")
+    parser.add_argument(
+        "--max-sessions", type=int, default=16, metavar="N", help="videos tracked at a time, by SAM 2 (default: 16)"
+    )
     parser.add_argument("--deadline", type=float, default=30.0, metavar="S", help="seconds per request (default: 30)")
     parser.add_argument(
         "--cache-mb", type=int, default=1024, metavar="MB", help="of image embeddings kept (default: 1024)"

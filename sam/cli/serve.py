@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from .model import model_from
 
     token = args.token or os.environ.get("SAM_TOKEN") or None
-    settings = Settings(args.host, args.port, token, args.insecure)
+    settings = Settings(args.host, args.port, token, args.insecure, max_sessions=args.max_sessions)
     secret = os.environ.get("SAM_HANDLE_SECRET")
     limits = (args.max_batch, args.max_queue, args.deadline, args.cache_mb * 10**6)
     engine = Engine(model_from(args), *limits, handle_secret=secret.encode() if secret else None)

@@ -33,21 +33,22 @@ class VideoRun:
     """A video file that a session tracks by itself.
 
     Attributes:
-        decoder: gives its frames.
+        decoder: gives its frames, from when it is started.
         frames: how many of them were tracked.
         error: why it ended before the last one.
         ended: whether it ended.
     """
 
-    def __init__(self, decoder: VideoApart) -> None:
-        self.decoder = decoder
+    def __init__(self) -> None:
+        self.decoder: VideoApart | None = None
         self.frames, self.ended = 0, False
         self.error: ApiError | None = None
         self.task: asyncio.Task[None] | None = None
 
     def close(self) -> None:
         """End it, if it has not."""
-        self.decoder.close()
+        if self.decoder is not None:
+            self.decoder.close()
         if self.task is not None:
             self.task.cancel()
 
@@ -144,7 +145,8 @@ async def _noted(run: VideoRun, work: Coroutine[Any, Any, None]) -> None:
         run.error = ApiError("internal")
     finally:
         run.ended = True
-        run.decoder.close()
+        if run.decoder is not None:
+            run.decoder.close()
 
 
 def _compressed(answer: TrackedFrame) -> TrackedFrame:
@@ -167,6 +169,7 @@ class VideoSessions:
         self._engine, self._settings = engine, settings
         self._open: dict[str, VideoSession] = {}
         self._sweeping: asyncio.TimerHandle | None = None
+        self._beginning = 0
         self.clock: Callable[[], float] = time.monotonic
         self.on_close: Callable[[str], None] = lambda reason: None
 
@@ -180,8 +183,23 @@ class VideoSessions:
 
     @property
     def running(self) -> int:
-        """Return how many video files are being tracked."""
-        return sum(session.is_running for session in self._open.values())
+        """Return how many video files are being tracked, or about to be."""
+        return self._beginning + sum(session.is_running for session in self._open.values())
+
+    @contextmanager
+    def place_for_video(self) -> Iterator[None]:
+        """Hold one of the places for video files until the session tracks it.
+
+        Raises:
+            ApiError: there is none.
+        """
+        if self.running >= self._settings.max_videos:
+            raise ApiError("queue_full")
+        self._beginning += 1
+        try:
+            yield
+        finally:
+            self._beginning -= 1
 
     def open(self, fill_hole_area: int) -> VideoSession:
         """Open a session.

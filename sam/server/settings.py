@@ -70,6 +70,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"the port must be 0 to 65535, got {self.port}")
+        if self.max_sessions < 0:
+            raise ValueError(f"max_sessions must not be negative, got {self.max_sessions}")
         if self.token is not None and (len(self.token) < 8 or not self.token.isascii() or not self.token.isprintable()):
             raise ValueError("the token must be at least 8 printable ASCII characters")
         if not (self.loopback or self.token or self.insecure):

@@ -210,25 +210,24 @@ async def _push_video(service: Service, session: VideoSession, parameters: Video
     _check_idle(session)
     if importlib.util.find_spec("av") is None:
         raise ApiError("no_video_files")
-    if service.sessions.running >= settings.max_videos:
-        raise ApiError("queue_full")
-    side = service.engine.model.image_size
-    try:
-        decoder = await service.decode(
-            lambda: VideoApart(file, side, settings.max_video_pixels, settings.frame_seconds)
-        )
-    except UnsupportedVideoError:
-        raise ApiError("unsupported_video") from None
-    run = VideoRun(decoder)
-    try:
-        frame = await _next_frame(service, run)
-        if frame is None:
-            raise ApiError("unsupported_video")
-        prompts = await _prompts(service, session, parameters.prompts, frame.size, fresh=True)
-    except BaseException:
-        run.close()
-        raise
-    session.begin(run, _track(service, session, run, frame, prompts))
+    run, side = VideoRun(), service.engine.model.image_size
+
+    def start() -> None:  # noted at once: who cancels this has no other way to end the process
+        run.decoder = VideoApart(file, side, settings.max_video_pixels, settings.frame_seconds)
+
+    with service.sessions.place_for_video():
+        try:
+            await service.decode(start)
+            frame = await _next_frame(service, run)
+            if frame is None:
+                raise ApiError("unsupported_video")
+            prompts = await _prompts(service, session, parameters.prompts, frame.size, fresh=True)
+        except BaseException as error:
+            run.close()
+            if isinstance(error, UnsupportedVideoError):
+                raise ApiError("unsupported_video") from None
+            raise
+        session.begin(run, _track(service, session, run, frame, prompts))
     return None
 
 
@@ -271,6 +270,7 @@ async def _next_frame(service: Service, run: VideoRun) -> VideoFrame | None:
     """
 
     def read() -> VideoFrame | None:
+        assert run.decoder is not None
         decoded = run.decoder.read()
         if decoded is None:
             return None
