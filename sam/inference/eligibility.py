@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from ..modeling import hiera, image_encoder, transformer
@@ -32,7 +33,7 @@ from ..modeling.quantized_linear import QuantizedLinear
 from ..modeling.sam2_mask_decoder import Sam2MaskDecoder
 from ..modeling.transformer import TwoWayAttentionBlock, TwoWayTransformer
 from ..modeling.weight_cache import PACKING, Stale, WeightCache, finish, packing
-from ..system.tensors import is_making_graph, is_plain
+from ..system.tensors import is_making_graph, is_ordinary
 from .memory_places import MEMORY, places_of_attention, places_of_encoder, unusual_setting
 
 T = TypeVar("T")
@@ -67,10 +68,18 @@ def _methods(kind: type) -> list[tuple[type, str, Any]]:
 
 
 # What else a module computes by, and that is no part of a model's hash.
-_MORE_CONSTANTS: dict[type, str] = {nn.Dropout: "training", MemoryAttentionLayer: "activation"}
+_MORE_CONSTANTS: dict[type, str] = {
+    nn.Dropout: "training",
+    MemoryAttentionLayer: "activation",
+    transformer.Attention: "dropout_p",
+}
 # The methods of each class as they are written, to notice that somebody patched one.
 _WRITTEN = {kind: _methods(kind) for kind in _OURS} | {kind: [(kind, "forward", kind.forward)] for kind in _TORCH[:-1]}
+_CALL = (nn.Module, "__call__", nn.Module.__call__)
+for _kind, _functions in _WRITTEN.items():
+    _functions += [(_kind, "__call__", None), _CALL]
 _GLOBAL_HOOKS = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
+_CONTENTS = ("_modules", "_parameters", "_buffers")
 _version = attrgetter("_version")
 _generations = itertools.count(1)  # shared by all parts, so that no two of their generations are equal
 
@@ -91,7 +100,7 @@ class Snapshot(Stale):
         *("generation", "intrusion", "why_not_fused", "weights", "_values"),
         *("_hooks", "_modules", "_states", "_sizes", "_kinds", "_contents", "_members", "_addresses"),
         *("_versioned", "_versions", "_constants", "_constant_values", "_methods", "_functions"),
-        *("_root_constants", "_root"),
+        *("_root_constants", "_root", "_root_contents"),
     )
 
     def __init__(self, part: WeightCache, name: str) -> None:
@@ -100,14 +109,15 @@ class Snapshot(Stale):
         states = [module.__dict__ for module in modules]
         self._root_constants = [name for _, name in _constants([part])]
         self._root = self._present_root(part)
+        self._root_contents = [part.__dict__[kind] for kind in _CONTENTS]
         self._states = states[1:]
         self._sizes = list(map(len, self._states))
         self._kinds = list(map(type, self._modules))
         self._hooks = [state[kind] for state in states for kind in ("_forward_hooks", "_forward_pre_hooks")]
-        contents = (state[kind] for state in states for kind in ("_modules", "_parameters", "_buffers"))
+        contents = (state[kind] for state in states for kind in _CONTENTS)
         self._contents = list(filter(None, contents))  # what joins an empty one has no part in what a stock module does
         self._members = self._present_members()
-        self.weights = [member for member in self._members if isinstance(member, Tensor) and is_plain(member)]
+        self.weights = [member for member in self._members if isinstance(member, Tensor) and is_ordinary(member)]
         self.weights = [weight for weight in self.weights if weight.layout == torch.strided]
         self._addresses = list(map(Tensor.data_ptr, self.weights))
         self._versioned = [weight for weight in self.weights if not weight.is_inference()]
@@ -130,6 +140,7 @@ class Snapshot(Stale):
         members = self._present_members()
         return (
             not self.is_stale
+            and all(map(is_, map(part.__dict__.get, _CONTENTS), self._root_contents))  # a copy has others
             and len(members) == len(self._members)
             and all(map(is_, members, self._members))
             and list(map(Tensor.data_ptr, self.weights)) == self._addresses
@@ -197,17 +208,16 @@ def why_not_now(*inputs: Tensor, part: nn.Module | None = None, takes_autocast: 
     """Return a sentence on why this call of a module, whatever the module, needs the official operations."""
     if is_making_graph():
         return "the call is traced, exported or compiled"
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives are computed"
     weights = () if part is None else part.parameters()
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *weights)):
         return "autograd records the call"
-    if not all(is_plain(tensor) and not _is_wrapped(tensor) for tensor in inputs):
+    if not all(map(is_ordinary, inputs)):
         return "an input is no plain tensor"
     if not takes_autocast and torch.is_autocast_enabled(inputs[0].device.type):
         return "autocast is enabled"
     return None
-
-
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def is_stock(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -243,7 +253,7 @@ def _intrusion_on(module: nn.Module, name: str) -> str | None:
         if owner.__dict__.get(method) is not function:
             return f"{method} of {owner.__name__}, the class of {name}, was replaced"
     for weight, tensor in (*state["_parameters"].items(), *state["_buffers"].items()):
-        if tensor is not None and not is_plain(tensor):
+        if tensor is not None and not is_ordinary(tensor):
             return f"{name}.{weight} is {_a(tensor)}, no plain tensor"
     return None
 
@@ -262,12 +272,23 @@ def _find_stranger(part: nn.Module, name: str) -> str | None:
     if isinstance(part, (MemoryAttention, MemoryEncoder)):
         return unusual_setting(part, name)
     if isinstance(part, MaskDecoder):
+        for path, module in part.named_modules(prefix=name):
+            if isinstance(module, transformer.Attention) and module.dropout_p:
+                return f"{path} has a dropout"
         for index, mlp in enumerate(part.output_hypernetworks_mlps):
             if mlp.sigmoid_output:
                 return f"{name}.output_hypernetworks_mlps.{index} ends in a sigmoid"
             if "act" in mlp._modules and type(mlp.act) is not nn.ReLU:
                 return f"{name}.output_hypernetworks_mlps.{index}.act is {_a(mlp.act)}, not a ReLU"
+            if any(linear.bias is None for linear in mlp.layers):  # type: ignore[union-attr]
+                return f"{name}.output_hypernetworks_mlps.{index} has a layer without a bias"
+            if _widths(mlp) != _widths(part.output_hypernetworks_mlps[0]):
+                return f"{name}.output_hypernetworks_mlps.{index} has other widths than output_hypernetworks_mlps.0"
     return None
+
+
+def _widths(mlp: Any) -> list[torch.Size]:
+    return [linear.weight.shape for linear in mlp.layers]
 
 
 def _places(part: nn.Module) -> Iterator[tuple[str, type[nn.Module]]]:
@@ -315,7 +336,7 @@ def _constants(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], s
             yield state, "generation"
         if type(module) in _MORE_CONSTANTS:
             yield state, _MORE_CONSTANTS[type(module)]
-        if type(module) in (*_OURS, nn.LayerNorm, nn.GELU, nn.MaxPool2d):
+        if type(module) in (*_OURS, nn.LayerNorm, nn.GELU, nn.MaxPool2d, nn.ConvTranspose2d):
             yield from ((state, name) for name in getattr(module, "__constants__", ()))
 
 

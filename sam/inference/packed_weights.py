@@ -299,11 +299,17 @@ def pack_wide_norm(norm: Any) -> LayerNorm:
 _UPSCALING = (nn.ConvTranspose2d, LayerNorm2d, nn.GELU, nn.ConvTranspose2d, nn.GELU)
 
 
+def _doubles(layer: Any) -> bool:
+    """Return whether a transposed convolution makes 2 x 2 pixels of each pixel by itself, with a bias."""
+    settings = (layer.kernel_size, layer.stride, layer.padding, layer.output_padding, layer.groups)
+    return settings == ((2, 2), (2, 2), (0, 0), (0, 0), 1) and layer.dilation == (1, 1) and layer.bias is not None
+
+
 def _pack_upscaling(upscaling: nn.Sequential) -> tuple[UpscalingWeights | None, float]:
     """Pack ``output_upscaling`` if it is what the operation computes; another activation runs as modules."""
     layers = list(upscaling)
     exact = all(layer.approximate == "none" for layer in layers if isinstance(layer, nn.GELU))
-    if tuple(map(type, layers)) != _UPSCALING or not exact:
+    if tuple(map(type, layers)) != _UPSCALING or not exact or not (_doubles(layers[0]) and _doubles(layers[3])):
         return None, 0.0
     first, norm, _, second, _ = layers
     weights = [getattr(layer, name) for layer in (first, norm, second) for name in ("weight", "bias")]

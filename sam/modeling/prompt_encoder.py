@@ -81,6 +81,8 @@ class PromptEncoder(WeightCache):
         return positions + learned.to(encoding.dtype)
 
     def _embed_points(self, points: Tensor, labels: Tensor, pad: bool) -> Tensor:
+        if not labels.dtype.is_signed:  # as of a mask of clicks; -1 is the padding's
+            labels = labels.long()
         if pad:
             points, labels = append_padding_point(points, labels)
         return self.embed_tokens(points, labels)

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastsam_kernels import requires_autograd
 
-from ..system.tensors import is_plain
+from ..system.tensors import is_ordinary, is_plain
 
 T = TypeVar("T")
 
@@ -83,10 +83,10 @@ class WeightCache(nn.Module):
 
     Packed values are dropped by ``.to()`` and its kin, by ``train()`` and ``eval()``, by ``load_state_dict``, and when
     one of the named sources was written in place, by an optimiser too. What torch does not count, writes through
-    ``.data`` or from outside, has to be told: :meth:`weights_changed`. Nothing is kept while autograd records a
-    source, of sources that are no plain tensors, nor in a compiled graph, which makes it of the weights that it is
-    given. Threads may ask at once, each on a stream of its own: one of them makes the value, and the others get it
-    finished.
+    ``.data``, to weights made in ``inference_mode`` or from outside, has to be told:
+    :meth:`weights_changed`. Nothing is kept while autograd records a source, of sources that are no plain tensors,
+    nor in a compiled graph, which makes it of the weights that it is given. Threads may ask at once, each on a
+    stream of its own: one of them makes the value, and the others get it finished.
 
     Attributes:
         kernels: implementation of the operations when a program calls the module itself; "reference" calls the modules
@@ -113,7 +113,7 @@ class WeightCache(nn.Module):
         """Return ``make()``, a function of ``sources`` alone, computed once for their present values."""
         if torch.compiler.is_compiling() or requires_autograd(*sources):
             return make()
-        if not all(map(is_plain, sources)):
+        if not all(map(is_ordinary, sources)):
             self._packed.pop(name, None)
             return make()
         key = _key_of(sources)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checks import require
-from ..system.tensors import is_making_graph, is_plain
+from ..system.tensors import is_making_graph, is_plain, is_wrapped
 from .checks import check_coordinates, check_finite, check_labels, check_mask_inputs
 from .labels import LABEL_BOX_BOTTOM_RIGHT, LABEL_BOX_TOP_LEFT, LABEL_PADDING
 
@@ -45,9 +45,7 @@ def check_prompts(
 def _readable(values: Tensor) -> bool:
     if is_making_graph():
         return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(values):
-        return False
-    return is_plain(values) and values.device.type == "cpu"
+    return not is_wrapped(values) and is_plain(values) and values.device.type == "cpu"
 
 
 def check_prompt_tensors(

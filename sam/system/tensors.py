@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_making_graph() -> bool:
@@ -18,6 +18,25 @@ def is_making_graph() -> bool:
 def is_plain(tensor: Tensor) -> bool:
     """Return whether a tensor has memory of its own: not fake, distributed, or quantised behind a class."""
     return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_FUNCTIONS = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)  # type: ignore[attr-defined]
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """Return whether torch's functions make of a tensor what they make of its numbers: it is plain, with none its own.
+
+    A class with a ``__torch_function__`` may answer ``F.linear`` in its own way, and nothing else; what ``torch.func``
+    maps over or differentiates has no memory to look at.
+    """
+    kind = type(tensor)
+    if is_wrapped(tensor):
+        return False
+    if kind is Tensor or kind is nn.Parameter:
+        return True
+    function = kind.__torch_function__
+    return is_plain(tensor) and getattr(function, "__func__", function) in _FUNCTIONS
 
 
 def has_bytes(value: Any) -> bool:
