@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -221,3 +223,50 @@ def test_labels_of_any_dtype(dtype: torch.dtype, boxed: bool) -> None:
     boxes = torch.tensor([[1.0, 2.0, 50.0, 60.0]]) if boxed else None
     expected, _ = encoder((points, labels), boxes, None)
     assert torch.equal(encoder((points, labels.to(dtype)), boxes, None)[0], expected)
+
+
+PATCHED_FIRST = """
+import functools
+from torch import nn
+from sam.modeling import MaskDecoder, PromptEncoder
+from sam.modeling.transformer import Attention
+
+@functools.wraps(Attention.forward)
+def wrapped(self, *args, **kwargs):
+    return 0
+
+MaskDecoder.predict_masks = lambda *args, **kwargs: 0
+Attention.forward = wrapped
+PromptEncoder._embed_points = functools.partialmethod(PromptEncoder._embed_boxes)
+nn.GELU.forward = lambda self, x: x
+
+from sam.inference.eligibility import find_intrusion
+from sam.modeling import TwoWayTransformer
+
+encoder = PromptEncoder(64, (8, 8), (128, 128), 16)
+transformer = TwoWayTransformer(1, 64, 4, 64)
+for part in encoder, MaskDecoder(transformer_dim=64, transformer=transformer), transformer, nn.GELU(), nn.ReLU():
+    print(find_intrusion(part, "it"))
+"""
+
+
+def test_a_patch_from_before_the_first_model_counts() -> None:
+    run = subprocess.run([sys.executable, "-c", PATCHED_FIRST], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == [
+        "_embed_points of PromptEncoder, the class of it, was replaced",
+        "predict_masks of MaskDecoder, the class of it, was replaced",
+        "forward of Attention, the class of it.layers.0.self_attn, was replaced",
+        "forward of GELU, the class of it, was replaced",
+        "None",
+    ]
+
+
+def test_points_of_a_batched_input_come_with_labels_or_are_none() -> None:
+    model = random_model(TINY)
+    record = {"image": draw(3, 96, 128), "original_size": (60, 80), "boxes": torch.tensor([[1.0, 2.0, 50.0, 60.0]])}
+    (expected,) = model([record], True)
+    for labels in ({}, {"point_labels": None}, {"point_labels": torch.ones(1, 1)}):  # alone they are ignored
+        (answer,) = model([{**record, "point_coords": None, **labels}], True)
+        assert torch.equal(answer["low_res_logits"], expected["low_res_logits"])
+    with pytest.raises(ValueError, match=r"batched_input\[0\] must have point_labels with its point_coords"):
+        model([{**record, "point_coords": torch.ones(1, 1, 2)}], True)

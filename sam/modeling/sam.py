@@ -132,6 +132,8 @@ class Sam(PromptableModel):
             for name in ("image", "point_coords", "point_labels", "boxes", "mask_inputs"):
                 if record.get(name) is not None or name == "image":
                     require(f"{name} of batched_input[{index}]", record.get(name), Tensor, "a torch.Tensor")
+            if record.get("point_coords") is not None and record.get("point_labels") is None:
+                raise ValueError(f"batched_input[{index}] must have point_labels with its point_coords")
         if not batched_input:
             return []
         pixels = torch.stack([self.preprocess(record["image"]) for record in batched_input])
@@ -139,7 +141,8 @@ class Sam(PromptableModel):
         for record, features in zip(batched_input, self.image_features(pixels).embedding, strict=True):
             size = record["image"].shape[-2:]
             geometry = ImageGeometry(record["original_size"], size, self.image_size)
-            points = (record["point_coords"], record["point_labels"]) if "point_coords" in record else None
+            has_points = record.get("point_coords") is not None
+            points = (record["point_coords"], record["point_labels"]) if has_points else None
             if record.get("mask_inputs") is not None:
                 check_mask_inputs(record["mask_inputs"].shape, self.low_res_size)
             kinds = points, record.get("boxes"), record.get("mask_inputs")
