@@ -151,6 +151,8 @@ def _tune(args: argparse.Namespace, device: torch.device, dtypes: list[torch.dty
             return tuning_plan.dry_run(
                 args.operation, args.arch, dtypes, args.seconds, args.workers, args.gpu_cores, args.limit
             )
+        if args.write:
+            tune.check_own_file(device)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -153,6 +153,19 @@ def numbers_of(tile: TileConfig) -> dict[str, int]:
     return {**tile.blocks, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
+def check_own_file(device: torch.device) -> None:
+    """Raise ``ValueError`` where a GPU takes another architecture's tiles: its choices are not for the other's file."""
+    if device.type != "cuda":
+        return
+    arch, (major, minor) = arch_of(device), torch.cuda.get_device_capability(device)
+    own = 10 * major + minor
+    if arch != own:
+        raise ValueError(
+            f"this GPU is sm_{own} and takes the tiles of sm_{arch}, which it must not write: it needs a file of its "
+            f"own first, {TILE_FOLDER.name}/sm_{own}.json, with its limits and no tiles"
+        )
+
+
 def run(
     operations: list[str] | None,
     device: torch.device,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import __main__ as commands
 from benchmarks import tune, tuning_plan
 from benchmarks.case import TuneProblem, candidates
 from benchmarks.measure import Timing
@@ -185,6 +187,26 @@ def test_no_candidate_sums_over_fewer_than_16_products(operation: str, dtype: to
             launch = planned.launches[0] if isinstance(planned, Launches) else planned
             assert min(tile.blocks["BLOCK_N"], tile.blocks.get("ASKED_N", 16)) >= 16
             assert launch.constants["T_PADDED"] * launch.tile.blocks["HEADS"] >= 16, tile
+
+
+def test_the_file_of_another_architecture_is_not_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A GPU without a file of its own takes an older one's tiles; its choices are not for the older one."""
+    arguments = Namespace(operation=None, dry_run=False, write=True, seconds=0.01, workers=1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 3))
+    monkeypatch.setattr(tune, "arch_of", lambda device: 100)
+    ran: list[bool] = []
+    monkeypatch.setattr(tune, "run", lambda *options: ran.append(True) or 0)
+    assert commands._tune(arguments, torch.device("cuda"), [torch.bfloat16]) == 2
+    assert capsys.readouterr().err == (
+        "this GPU is sm_103 and takes the tiles of sm_100, which it must not write: it needs a file of its own first, "
+        "tile_configs/sm_103.json, with its limits and no tiles\n"
+    )
+    assert not ran
+    monkeypatch.setattr(tune, "arch_of", lambda device: 103)
+    assert commands._tune(arguments, torch.device("cuda"), [torch.bfloat16]) == 0
+    assert ran
 
 
 def test_a_choice_replaces_exactly_one_combination(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ..system.products import describe_products
 
 _PACKAGES = (
     "fastsam-kernels", "torch", "triton", "numpy", "pillow", "safetensors", "scipy", "fastapi", "uvicorn", "httptools",
-    "python-multipart", "transformers", "opencv-python-headless",
+    "python-multipart", "prometheus-client", "av", "scikit-image", "transformers", "opencv-python-headless",
 )  # fmt: skip
 # What changes results or speed, and holds a number or a word.
 _VARIABLES = (

@@ -178,8 +178,11 @@ def add_track(commands: Any) -> None:
         parser.add_argument(option, action="append", default=[], type=_argument(parse), metavar=metavar, help=text)
     parser.add_argument("--out", type=file_name, default="out", metavar="DIR", help="folder of results (default: out)")
     parser.add_argument("--overlay", action="store_true", help="also draw the masks on the frames, as overlay.gif")
-    parser.add_argument("--fill-holes", type=int, default=8, metavar="N", help="of low-resolution pixels (default: 8)")
-    parser.add_argument("--save-every", type=int, default=25, metavar="N", help="frames between states (default: 25)")
+    for option, default, text in (
+        ("--fill-holes", 8, "fill holes of up to N low-resolution pixels"),
+        ("--save-every", 25, "save the state every N frames"),
+    ):
+        parser.add_argument(option, type=int, default=default, metavar="N", help=f"{text} (default: {default})")
     parser.add_argument("--force", action="store_true", help="replace results that are there")
     _add_common(parser)
     parser.set_defaults(check=_check_track)
@@ -204,7 +207,7 @@ def add_serve(commands: Any) -> None:
     parser.add_argument("--token", help="what clients must show (default: the variable SAM_TOKEN, if it is set)")
     parser.add_argument("--insecure", action="store_true", help="let other machines in without a token")
     parser.add_argument("--max-batch", type=int, default=16, metavar="N", help="prompts decoded together (default: 16)")
-    parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests waiting (default: 256)")
+    parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests that may wait (default: 256)")
     parser.add_argument(
         "--max-sessions", type=int, default=16, metavar="N", help="videos tracked at a time, by SAM 2 (default: 16)"
     )
@@ -351,7 +354,7 @@ def _add_common(
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: fp32)")
-    parser.add_argument("--kernels", choices=KERNELS, default="auto", help="implementation of the operations")
+    parser.add_argument("--kernels", choices=KERNELS, default="auto", help="of the operations (default: auto)")
     if quantize:
         parser.add_argument(
             "--quantize", choices=SCHEMES, help="multiply in 8 bits in the image encoder (default: as the weights are)"

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 RECORD = "results.jsonl"
+# What a setting that is not in the record was.
+_NOT_RECORDED = {"format": "png or coco"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,10 @@ class Origin:
         names = sorted({*self.settings, *other.settings})
         changed = [name for name in names if self.settings.get(name) != other.settings.get(name)]
         if changed:
-            before, after = ({name: origin.settings.get(name) for name in changed} for origin in (other, self))
+            before, after = (
+                {name: origin.settings.get(name, _NOT_RECORDED.get(name)) for name in changed}
+                for origin in (other, self)
+            )
             return f"was made with other settings: {_listed(before)}, now {_listed(after)}"
         return None
 

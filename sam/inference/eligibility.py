@@ -1,10 +1,9 @@
 """The one place that decides whether the parts of a model may run fused, and that notices when they change.
 
 A *part* is an image encoder, a prompt encoder, a mask decoder, or what tracking adds: a memory attention or a memory
-encoder. :func:`look` returns what is known of one, a
-:class:`Snapshot`, and makes a new one with another ``generation`` when the part has changed since: a hook, a patched
-method, a module in the place of another, a weight that was replaced or written, a constant, an optimiser's step.
-Values that were computed of the weights belong to a generation.
+encoder. :func:`look` returns what is known of one, a :class:`Snapshot`, and makes a new one with another ``generation``
+when the part has changed since: a hook, a patched method, a module in the place of another, a weight that was replaced
+or written, a constant, an optimiser's step. Values that were computed from the weights belong to a generation.
 """
 
 from __future__ import annotations

@@ -37,6 +37,14 @@ SHAPES: dict[str, type[ShapeClass]] = {
 }
 
 
+@pytest.fixture
+def six(tmp_path: Path) -> Path:
+    """A folder of six architectures, whatever others there are."""
+    for arch in (80, 86, 89, 90, 100, 120):
+        shutil.copy(TILE_FOLDER / f"sm_{arch}.json", tmp_path)
+    return tmp_path
+
+
 @pytest.mark.parametrize(
     ("arch", "shared_memory", "expected"),
     [
@@ -52,8 +60,8 @@ SHAPES: dict[str, type[ShapeClass]] = {
         (90, 101_376, 89),  # a share of an H100 that gives a block less
     ],
 )
-def test_a_device_takes_tiles_that_fit(arch: int, shared_memory: int, expected: int) -> None:
-    assert nearest_arch(arch, shared_memory) == expected
+def test_a_device_takes_tiles_that_fit(arch: int, shared_memory: int, expected: int, six: Path) -> None:
+    assert nearest_arch(arch, shared_memory, six) == expected
 
 
 def test_too_old_or_too_small() -> None:
@@ -99,10 +107,10 @@ def test_a_missing_tile_is_named() -> None:
         lookup("hypernetwork_masks", 90, torch.float64)
 
 
-def test_a_new_gpu_is_one_file(tmp_path: Path) -> None:
+def test_a_new_gpu_is_one_file(six: Path) -> None:
     """Its own tile where it has one; else that of an older architecture whose blocks have no more shared memory."""
-    for source in TILE_FOLDER.glob("*.json"):
-        shutil.copy(source, tmp_path)
+    known = list(architectures(six))
+    architectures.cache_clear()
     entry = {
         "operation": "two_way_attention",
         "dtype": ["bfloat16"],
@@ -112,20 +120,23 @@ def test_a_new_gpu_is_one_file(tmp_path: Path) -> None:
         "provenance": "a test",
     }
     limits = {"shared_memory": 163 * 1024, "warps_per_sm": 64, "programs_per_sm": 32}
-    (tmp_path / "sm_130.json").write_text(json.dumps({"arch": 130, **limits, "tiles": [entry]}))
-    assert list(architectures(tmp_path)) == [*architectures(), 130]
+    (six / "sm_130.json").write_text(json.dumps({"arch": 130, **limits, "tiles": [entry]}))
+    assert list(architectures(six)) == [*known, 130]
 
     def of(arch: int, dtype: torch.dtype, operation: str = "two_way_attention") -> TileConfig:
         shape = TokenShape.UP_TO_8 if operation == "two_way_attention" else AnyShape.ANY
-        return lookup(operation, arch, dtype, shape, tmp_path)
+        return lookup(operation, arch, dtype, shape, six)
 
     own = TileConfig({"BLOCK_N": 48}, 2, 5, True, "a test")
     assert of(130, torch.bfloat16) == own
     assert of(130, torch.float16) == of(80, torch.float16) != of(100, torch.float16), "sm_100's do not fit"
     assert of(130, torch.float16, "hypernetwork_masks") == of(80, torch.float16, "hypernetwork_masks")
-    assert all(of(arch, torch.bfloat16) != own for arch in architectures())
-    assert nearest_arch(135, 200 * 1024, tmp_path) == 130
-    assert nearest_arch(135, 200 * 1024) == 120
+    assert all(of(arch, torch.bfloat16) != own for arch in known)
+    (six / "sm_140.json").write_text(json.dumps({"arch": 140, **limits, "tiles": []}))
+    architectures.cache_clear()
+    assert of(140, torch.bfloat16) == own, "one that begins without tiles takes those of older ones"
+    assert nearest_arch(135, 200 * 1024, six) == 130
+    assert nearest_arch(125, 200 * 1024, six) == 120
 
 
 def test_a_new_gpu_falls_back_in_the_order_of_shared_memory() -> None:
