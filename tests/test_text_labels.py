@@ -76,7 +76,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("wrong", "kind", "message"), REFUSED, ids=lambda each: str(each)[:40])
+@pytest.mark.parametrize(("wrong", "kind", "message"), REFUSED, ids=[message[:60] for _, _, message in REFUSED])
 def test_what_is_wrong_is_named(wrong: dict[str, Any], kind: type[Exception], message: str, nano: sam.Sam) -> None:
     asked = {"detector": Nothing(), "images": [IMAGE], "labels": [["cat"]], **wrong}
     with pytest.raises(kind, match=message):
