@@ -31,6 +31,7 @@ def byte_tokenizer() -> Any:
 
 def grounding_dino(kind: str = "GroundingDino") -> tuple[Any, Any]:
     """Return a model of either class, of captions of 128 tokens, and its processor."""
+    torch.manual_seed(0)
     tokenizer = word_tokenizer()
     swin = transformers.SwinConfig(
         image_size=64,
@@ -68,6 +69,7 @@ def grounding_dino(kind: str = "GroundingDino") -> tuple[Any, Any]:
 
 def owl() -> tuple[Any, Any]:
     """Return an OWLv2 of 36 patches and labels of 16 tokens, and its processor."""
+    torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     common = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {
