@@ -16,7 +16,7 @@ from sam.text import Detections, GroundingDino, Owl, TextMasks, segment
 
 pytest.importorskip("transformers", reason="text prompts need transformers")
 import text_models
-from models import TINY, random_model
+from models import SMALL_2, TINY, random_model
 
 LABELS = [["cat", "red car"], ["dog"], ["Traffic  Light", "person", "bus"], ["tree", "cat"]]
 Searched = list[tuple[Tensor, Tensor, Tensor]]  # boxes, scores and label ids of each image
@@ -224,6 +224,19 @@ def test_masks_are_those_of_the_predictor_box_by_box(
             np.testing.assert_allclose(result.low_res_logits[row].numpy(), logits, atol=1e-3)
         total += len(result)
     assert total > 3
+
+
+def test_sam2_segments_the_boxes_too(dino: GroundingDino, images: list[np.ndarray]) -> None:
+    model = random_model(SMALL_2)
+    results = segment(model, dino, images[:2], LABELS[:2], threshold=0.3)
+    for image, result in zip(images, results, strict=False):
+        prompts = [sam.Prompt(box=box) for box in result.boxes.numpy()]
+        alone = model.predict(model.encode(image), prompts, multimask_output=False)
+        assert len(result)
+        assert torch.equal(result.masks, alone.masks[:, 0])
+        assert result.object_scores is not None
+        assert alone.object_scores is not None
+        torch.testing.assert_close(result.object_scores, alone.object_scores)
 
 
 def test_handles_of_a_result_take_corrections(dino: GroundingDino, images: list[np.ndarray], model: sam.Sam) -> None:
