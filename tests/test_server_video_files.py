@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import io
 import json
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ from sam.images.videos import DamagedVideoError, UnsupportedVideoError, VideoApa
 from sam.masks import rle
 from sam.modeling.build import build_from_config
 from sam.modeling.sam2_base import SAM2Base
-from sam.server import Settings, sessions
+from sam.server import Settings, answering, sessions
+from sam.server import video as video_routes
 from sam.video.session import step_together
 
 PICTURES = [random_image(48, 64, seed) for seed in range(3)]
@@ -139,6 +142,67 @@ def test_the_client_reads_masks_as_they_come(local: Local, model: SAM2Base, clip
         assert refused.value.where == ("frame", 1)
         assert [frame.frame for frame in found] == [3]
         assert video.push(file_of(PICTURES[0])).frame == 4
+
+
+@pytest.fixture
+def slow_start(monkeypatch: pytest.MonkeyPatch) -> tuple[list[VideoApart], threading.Event, threading.Event]:
+    """The processes that decode files; an event once one has started, and one until which its start waits."""
+    started: list[VideoApart] = []
+    entered, go_on = threading.Event(), threading.Event()
+
+    class Slow(VideoApart):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            started.append(self)
+            entered.set()
+            assert go_on.wait(SECONDS)
+
+    monkeypatch.setattr(video_routes, "VideoApart", Slow)
+    return started, entered, go_on
+
+
+def test_a_file_has_its_place_before_its_process_has_started(local: Local, clip: Path, slow_start: Any) -> None:
+    _, entered, go_on = slow_start
+    one, other = opened(local), opened(local)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(send, local, one, clip.read_bytes())
+        assert entered.wait(SECONDS)
+        assert send(local, other, clip.read_bytes())[1]["error"]["code"] == "queue_full"
+        go_on.set()
+        assert first.result(SECONDS)[0] == 200
+    assert ended(local, one)["state"] == "done"
+    assert send(local, other, clip.read_bytes())[0] == 200
+    assert ended(local, other)["state"] == "done"
+
+
+def test_a_client_that_leaves_while_the_process_starts_leaves_none_behind(
+    local: Local, tmp_path: Path, slow_start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of more frames than a pipe holds, which it would wait for somebody to read."""
+    started, entered, go_on = slow_start
+    left, cancel_on_disconnect = threading.Event(), answering.cancel_on_disconnect
+
+    def watched(receive: Any, work: Any) -> Any:
+        async def noted() -> Any:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                left.set()
+            return message
+
+        return cancel_on_disconnect(noted, work)
+
+    monkeypatch.setattr(answering, "cancel_on_disconnect", watched)
+    film, session = write_clip(tmp_path / "long.mp4", PICTURES * 4), opened(local)
+    head = b'--b\r\nContent-Disposition: form-data; name="video"; filename="x"\r\n\r\n'
+    body = head + film.read_bytes() + b"\r\n--b--\r\n"
+    leaver = http.client.HTTPConnection("127.0.0.1", local.port, timeout=SECONDS)
+    leaver.request("POST", f"{session}/video", body, {"Content-Type": "multipart/form-data; boundary=b"})
+    assert entered.wait(SECONDS)
+    leaver.close()
+    assert left.wait(SECONDS)
+    go_on.set()
+    wait_until(lambda: started[0]._process.poll() is not None)
+    assert state_of(local, session)["video"] is None
 
 
 def test_what_a_session_refuses_while_it_tracks_a_file(
