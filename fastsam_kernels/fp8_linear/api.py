@@ -5,11 +5,13 @@ Products of two codes are exact in fp32; their sums are rounded as the hardware 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..dispatch import Implementation, Kernels, Operation, register
-from ..quantization.linear import Arguments, check_linear, exact_linear
+from ..quantization.linear import exact_linear, prepare_linear
 from ..quantization.operands import QuantizedRows, QuantizedWeight
 
 
@@ -27,16 +29,5 @@ def fp8_linear(
     return FP8_LINEAR.run(kernels, *_prepare(rows, weight, bias, residual=residual, gelu=gelu, dtype=dtype))
 
 
-def _prepare(
-    rows: QuantizedRows,
-    weight: QuantizedWeight,
-    bias: Tensor | None,
-    *,
-    residual: Tensor | None = None,
-    gelu: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> Arguments:
-    return check_linear(torch.float8_e4m3fn, rows, weight, bias, residual, gelu, dtype)
-
-
+_prepare = partial(prepare_linear, torch.float8_e4m3fn)
 FP8_LINEAR = register(Operation("fp8_linear", (Implementation("reference", exact_linear),), _prepare))

@@ -8,12 +8,14 @@ Sums of 5120 products of codes up to 127 fit 32 bits. GELU is the exact one, by 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..dispatch import Implementation, Kernels, Operation, register
 from ..quantization import onednn
-from ..quantization.linear import Arguments, check_linear, exact_linear
+from ..quantization.linear import exact_linear, prepare_linear
 from ..quantization.operands import QuantizedRows, QuantizedWeight
 from .eager import eager
 
@@ -55,18 +57,7 @@ def pack_int8_weight(weight: QuantizedWeight) -> QuantizedWeight:
     return weight._replace(packed=onednn.pack(weight.codes))
 
 
-def _prepare(
-    rows: QuantizedRows,
-    weight: QuantizedWeight,
-    bias: Tensor | None,
-    *,
-    residual: Tensor | None = None,
-    gelu: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> Arguments:
-    return check_linear(torch.int8, rows, weight, bias, residual, gelu, dtype)
-
-
+_prepare = partial(prepare_linear, torch.int8)
 INT8_LINEAR = register(
     Operation("int8_linear", (Implementation("torch", eager), Implementation("reference", exact_linear)), _prepare)
 )

@@ -12,16 +12,17 @@ from .operands import QuantizedRows, QuantizedWeight
 Arguments = tuple[QuantizedRows, QuantizedWeight, Tensor | None, Tensor | None, bool, torch.dtype]
 
 
-def check_linear(
+def prepare_linear(
     codes_dtype: torch.dtype,
     rows: QuantizedRows,
     weight: QuantizedWeight,
     bias: Tensor | None,
-    residual: Tensor | None,
-    gelu: bool,
-    dtype: torch.dtype,
+    *,
+    residual: Tensor | None = None,
+    gelu: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Arguments:
-    """Return the arguments of a linear layer as its forms take them.
+    """Check the arguments of a linear layer on codes of a dtype, and return them as its forms take them.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together, or gradients.

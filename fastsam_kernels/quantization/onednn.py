@@ -52,7 +52,7 @@ def int8_form(device: torch.device) -> str:
     if device.type == "cpu" and sums_exactly():
         return "oneDNN"
     why = "oneDNN cuts off sums of bytes here" if device.type == "cpu" else f"nothing multiplies bytes on {device.type}"
-    return f"exact sums in fp32, as slow as fp32 ({why})"
+    return f"exact sums in fp32 ({why})"
 
 
 def _is_exact(rows: int, inputs: int) -> bool:

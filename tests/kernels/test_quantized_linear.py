@@ -92,7 +92,7 @@ def test_what_multiplies_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "sums_exactly", lambda: True)
     assert int8_form(CPU) == "oneDNN"
     monkeypatch.setattr(onednn, "sums_exactly", lambda: False)
-    assert int8_form(CPU) == "exact sums in fp32, as slow as fp32 (oneDNN cuts off sums of bytes here)"
+    assert int8_form(CPU) == "exact sums in fp32 (oneDNN cuts off sums of bytes here)"
     assert pack_int8_weight(QuantizedWeight(codes(8, 8), torch.ones(8))).packed is None
 
 
