@@ -24,6 +24,7 @@ from .inference.decode import fused_parts, shared_image
 from .inference.fused_decoder import DecodedPrompts, decode_masks, project_images
 from .inference.fused_encoder import Attend, attend, plan_blocks, run_block
 from .inference.token_order import Level
+from .masks.overlap import mask_iou
 from .modeling.common import is_stock_class, uncompiled
 from .modeling.feature_pyramid import ImageEncoder
 from .modeling.image_encoder import Block, ImageEncoderViT
@@ -319,6 +320,4 @@ def drawn_image(side: int) -> np.ndarray:
 
 def least_iou(result: Tensor, truth: Tensor) -> float:
     """Return the smallest IoU of masks [P, M, h, w] as logits; two empty masks agree."""
-    a, b = result > 0, truth > 0
-    union = (a | b).sum((-1, -2))
-    return float(torch.where(union > 0, (a & b).sum((-1, -2)) / union.clamp(min=1), 1.0).min())
+    return float(mask_iou(result > 0, truth > 0).min())

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..masks.overlap import mask_iou, pairwise_mask_iou
 from .prompts import Answers
 
 _BAND = 0.02  # of the diagonal, of boundary IoU
@@ -119,12 +120,6 @@ def measure(samples: Sequence[Sample]) -> Measures:
     )
 
 
-def mask_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Return the IoU of masks [..., H, W] of bool, one each; two empty masks agree."""
-    both, either = (a & b).sum((-1, -2)), (a | b).sum((-1, -2))
-    return torch.where(either > 0, both.double() / either.clamp(min=1), 1.0)
-
-
 def boundary(masks: Tensor) -> Tensor:
     """Return the pixels of masks [N, H, W] within 2 % of the diagonal from their contours (arXiv 2103.16562)."""
     if len(masks) == 0:
@@ -141,12 +136,7 @@ def matches(a: Tensor, b: Tensor) -> int:
 
     Above an IoU of 0.5 a mask overlaps at most one of a set of disjoint masks so; here the best pairs come first.
     """
-    if len(a) == 0 or len(b) == 0:
-        return 0
-    x, y = a.flatten(1).float(), b.flatten(1).float()
-    both = x @ y.t()
-    iou = both / (x.sum(1)[:, None] + y.sum(1)[None] - both).clamp(min=1)
-    count = 0
+    iou, count = pairwise_mask_iou(a, b), 0
     for flat in iou.flatten().argsort(descending=True).tolist():
         row, column = divmod(flat, len(b))
         if iou[row, column] < _MATCH:

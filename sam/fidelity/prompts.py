@@ -15,6 +15,7 @@ from ..embedding import ImageEmbedding
 from ..masks import rle
 from ..modeling.promptable import PromptableModel
 from ..prompts.prompt import Prompt
+from ..utils.amg import batched_mask_to_box
 
 _MIN_BOX_SIDE = 4  # pixels
 
@@ -51,8 +52,9 @@ def boxes_of(model: PromptableModel, embedding: ImageEmbedding, clicks: Sequence
     """Return the boxes of the masks that ``model`` rates best for ``clicks``, each once."""
     prediction = model.predict(embedding, clicks)
     best = prediction.masks[torch.arange(len(clicks)), prediction.iou_predictions.argmax(1)]
-    boxes = dict.fromkeys(tuple(box) for mask in best if (box := _box(mask)) is not None)
-    return [Prompt(box=box) for box in boxes]
+    boxes = batched_mask_to_box(best).float()
+    sides = (boxes[:, 2:] - boxes[:, :2]).amin(1)  # those of an empty mask are 0
+    return [Prompt(box=box) for box in dict.fromkeys(map(tuple, boxes[sides >= _MIN_BOX_SIDE].tolist()))]
 
 
 def answer(
@@ -73,12 +75,3 @@ def answer(
         of_clicks.iou_predictions.cpu(),
         torch.stack(masks) if masks else torch.zeros(0, *image.shape[:2], dtype=torch.bool),
     )
-
-
-def _box(mask: Tensor) -> list[float] | None:
-    """Return the box of a mask, None of one that is hardly there."""
-    rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
-    if len(rows) == 0:
-        return None
-    box = [float(side) for side in (columns[0], rows[0], columns[-1], rows[-1])]
-    return box if min(box[2] - box[0], box[3] - box[1]) >= _MIN_BOX_SIDE else None

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fastsam_kernels import nms
 
+from ..masks.overlap import pairwise_mask_iou
+
 
 @dataclass(frozen=True, eq=False)
 class Detections:
@@ -132,26 +134,13 @@ def distinct_masks(
     kept = []
     for rows in _groups(label_ids, agnostic):
         rows = rows[scores[rows].sort(descending=True, stable=True).indices]
-        iou = mask_iou(masks[rows])
+        iou = pairwise_mask_iou(masks[rows], masks[rows])
         stays: list[int] = []
         for place in range(len(rows)):
             if not stays or not (iou[place, stays] > iou_threshold).any():
                 stays.append(place)
         kept.append(rows[stays])
     return _joined(kept).sort().values
-
-
-_PIXELS = 2**24  # of masks in fp32 at a time, and as many counts as fp32 has without rounding
-
-
-def mask_iou(masks: Tensor) -> Tensor:
-    """Return the IoU [N, N] fp64 of masks [N, H, W] bool; that of two empty ones is 0."""
-    flat = masks.flatten(1)
-    inter = torch.zeros(len(flat), len(flat), dtype=torch.float64)
-    for part in flat.split(max(1, _PIXELS // max(1, len(flat))), 1):
-        inter += (part.float() @ part.float().T).double().cpu()
-    areas = inter.diagonal()
-    return inter / (areas[:, None] + areas[None] - inter).clamp(min=1)
 
 
 def _groups(label_ids: Tensor, agnostic: bool) -> list[Tensor]:
