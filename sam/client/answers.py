@@ -71,9 +71,14 @@ def possible_sizes(data: bytes) -> set[tuple[int, int]] | None:
 def read_refusal(answer: Answer) -> ServiceError:
     """Return the error that a refusal describes."""
     document = a_dict(answer.json())
-    error = a_dict(document["error"])
-    code, message, request_id = a_text(error["code"]), a_text(error["message"]), a_text(document["request_id"])
-    return ServiceError(answer.status, code, message, request_id, a_path(error.get("where", [])))
+    return read_error(document["error"], answer.status, document["request_id"])
+
+
+def read_error(error: Any, status: int, request_id: Any) -> ServiceError:
+    """Return the error that a part of a document describes."""
+    error = a_dict(error)
+    code, message = a_text(error["code"]), a_text(error["message"])
+    return ServiceError(status, code, message, a_text(request_id), a_path(error.get("where", [])))
 
 
 def read_file(answer: Answer, form: MaskFormat) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from .answers import (
     possible_sizes,
     read_file,
 )
-from .connection import Connection
+from .connection import Connection, content_of
 from .video import RemoteVideo, open_video
 
 _MASKS_OF_A_PROMPT = 3
@@ -61,7 +60,7 @@ class Client(Connection):
 
     def embed(self, image: str | os.PathLike[str] | bytes) -> RemoteImage:
         """Send an image, a file's path or its bytes: JPEG, PNG or WebP."""
-        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        data = content_of(image)
         sizes = possible_sizes(data)
         return self.send_file("/v1/embed", "image", data, {}, lambda answer: _read_image(answer.json(), sizes))
 

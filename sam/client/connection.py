@@ -5,10 +5,12 @@ from __future__ import annotations
 import http.client
 import json
 import math
+import os
 import secrets
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -150,3 +152,8 @@ class Connection:
 
     def _response(self, connection: socket.socket, *arguments: Any, **options: Any) -> http.client.HTTPResponse:
         return timed_response(self._seconds_left, connection, *arguments, **options)
+
+
+def content_of(file: str | os.PathLike[str] | bytes) -> bytes:
+    """Return the bytes of a file to send: a path's, or those that are given."""
+    return file if isinstance(file, bytes) else Path(file).read_bytes()

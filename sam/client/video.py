@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,12 +23,12 @@ from .answers import (
     a_list,
     a_mask,
     a_number,
-    a_path,
     a_text,
     possible_sizes,
+    read_error,
     read_file,
 )
-from .connection import Connection
+from .connection import Connection, content_of
 
 _PATH = "/v1/video/sessions"
 _MAX_OBJECTS, _MAX_SIDE = 1024, 2**16
@@ -96,7 +95,7 @@ class RemoteVideo:
         Args:
             prompts: on this frame.
         """
-        data, sent = _content(image), self.next_frame
+        data, sent = content_of(image), self.next_frame
         fields = {"frame": sent, "prompts": _documents(prompts or {})}
         sizes = possible_sizes(data)
         frame = self._connection.send_file(
@@ -138,7 +137,7 @@ class RemoteVideo:
         """
         fields = {"prompts": _documents(prompts or {})}
         begins = self.state().next_frame
-        self._connection.send_file(f"{self._path}/video", "video", _content(video), fields, _read_state, True)
+        self._connection.send_file(f"{self._path}/video", "video", content_of(video), fields, _read_state, True)
         self._file_begins = begins
 
     def frames(self, seconds: float = 0.2) -> Iterator[RemoteFrame]:
@@ -218,10 +217,6 @@ def open_video(connection: Connection, fill_hole_area: int) -> RemoteVideo:
     return RemoteVideo(connection, connection.ask(_PATH, {"fill_hole_area": fill_hole_area}, read, once=True))
 
 
-def _content(file: str | os.PathLike[str] | bytes) -> bytes:
-    return file if isinstance(file, bytes) else Path(file).read_bytes()
-
-
 def _documents(prompts: Prompts) -> list[dict[str, Any]]:
     documents = []
     for name, prompt in prompts.items():
@@ -238,9 +233,7 @@ def _read_state(answer: Answer) -> VideoState:
     document = a_dict(answer.json())
     video, error = document["video"], None
     if video is not None and "error" in a_dict(video):
-        told = a_dict(video["error"])
-        code, message, where = a_text(told["code"]), a_text(told["message"]), a_path(told.get("where", []))
-        error = ServiceError(answer.status, code, message, a_text(document["request_id"]), where)
+        error = read_error(video["error"], answer.status, document["request_id"])
     objects = tuple(map(a_text, a_list(document["objects"], _MAX_OBJECTS)))
     tracking = video is not None and video["state"] == "tracking"
     last = a_dict(document["masks"])["last"]

@@ -254,10 +254,8 @@ class _Form:
             name = parameters.get(b"name", b"").decode()
         except UnicodeDecodeError:
             raise ApiError("bad_request") from None
-        is_file, again = (
-            b"filename" in parameters,
-            name in self._texts or (name == self._file_name and self._file is not None),
-        )
+        is_file = b"filename" in parameters
+        again = name in self._texts or (name == self._file_name and self._file is not None)
         if kind != b"form-data" or again or is_file != (name == self._file_name) or len(self._texts) == _MAX_FIELDS:
             raise ApiError("bad_request")
         if is_file:
