@@ -83,7 +83,7 @@ def start(predictor: Any, images: Any = None) -> dict[str, Any]:
 def results(predictor: Any) -> dict[str, Scene]:
     """Run every scene on a predictor, official or ours, of either kind.
 
-    Memories are kept in fp32, where both keep bf16: whose last bit falls either way, by the CPU, and grows by the frame.
+    Memories are kept in fp32 in place of bf16, whose last bit falls either way, by the CPU, and grows by the frame.
     """
     is_legacy = hasattr(predictor, "clear_non_cond_mem_for_multi_obj")
     scenes = (_batch, _forgetting) if is_legacy else (_one, _three, _backwards)
